@@ -1,0 +1,1 @@
+"""Many rows, and what people see of them."""

@@ -1,0 +1,68 @@
+"""A run as one web page that opens from disk: pictures, prompts, status, time and cost, with search and filter."""
+
+from collections.abc import Iterable
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import Final
+from urllib.parse import quote
+
+import attrs
+
+_PAGE: Final = "gallery.html"
+
+
+@attrs.frozen(kw_only=True)
+class GalleryEntry:
+    """One card of the page."""
+
+    prompt: str
+    status: str
+    """One word: `done`, `failed`, `unknown`. The filter offers those that occur."""
+    file: str | None = None
+    """The picture, relative to the page; None when there is none."""
+    seconds: float | None = None
+    """From submit to picture; None when not measured."""
+    cost: str = ""
+    """Credits, as text."""
+    note: str = ""
+    """What went wrong."""
+
+
+def render(title: str, entries: Iterable[GalleryEntry]) -> str:
+    """Return the page as HTML. Every text is escaped: prompts may hold anything."""
+    entries = list(entries)
+    words = sorted({entry.status for entry in entries})
+    options = "".join(f'<option value="{escape(word)}">{escape(word)}</option>' for word in words)
+    template = Template(files(__package__).joinpath(_PAGE).read_text(encoding="utf-8"))
+    cards = "\n".join(map(_card, entries))
+    return template.substitute(title=escape(title), count=len(entries), options=options, cards=cards)
+
+
+def write(page: Path, title: str, entries: Iterable[GalleryEntry]) -> None:
+    """Write the page. Blocking.
+
+    Raises:
+        OSError: The disk would not take it.
+    """
+    page.write_text(render(title, entries), encoding="utf-8")
+
+
+def _card(entry: GalleryEntry) -> str:
+    prompt = escape(entry.prompt)
+    if entry.file is None:
+        picture = f'<div class="none">{escape(entry.note or entry.status)}</div>'
+    else:
+        link = escape(quote(entry.file))
+        picture = f'<a href="{link}"><img src="{link}" alt="{prompt}" loading="lazy" decoding="async"></a>'
+    facts = [entry.status]
+    if entry.seconds is not None:
+        facts.append(f"{entry.seconds:.1f} s")
+    if entry.cost:
+        facts.append(f"{entry.cost} credits")
+    line = " &middot; ".join(map(escape, facts))
+    return (
+        f'<figure data-status="{escape(entry.status)}" data-text="{escape(entry.prompt.lower())}">{picture}'
+        f"<figcaption><p>{prompt}</p><small>{line}</small></figcaption></figure>"
+    )

@@ -1,0 +1,1 @@
+"""`nanobanana`: parses, calls, prints. Needs the extra `cli`."""

@@ -1,0 +1,35 @@
+"""Picture formats, told by their bytes: names and content types from the network are not believed. Pure."""
+
+from typing import Final
+
+import attrs
+
+HEAD_BYTES: Final = 12
+"""How much of a file `sniff` needs."""
+
+
+@attrs.frozen
+class PictureFormat:
+    """One of the formats that are accepted."""
+
+    media_type: str
+    suffix: str
+    magic: bytes
+    trailer: bytes
+    """What a whole file ends with; empty when the format does not say."""
+
+
+_PNG: Final = PictureFormat("image/png", ".png", b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")
+_JPEG: Final = PictureFormat("image/jpeg", ".jpg", b"\xff\xd8\xff", b"\xff\xd9")
+_GIF: Final = PictureFormat("image/gif", ".gif", b"GIF8", b";")
+_WEBP: Final = PictureFormat("image/webp", ".webp", b"RIFF", b"")
+
+SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp"})
+
+
+def sniff(head: bytes) -> PictureFormat | None:
+    """Return the format of a file that starts with *head*; None when it is no picture we take."""
+    for picture in (_PNG, _JPEG, _GIF):
+        if head.startswith(picture.magic):
+            return picture
+    return _WEBP if head[:4] == _WEBP.magic and head[8:12] == b"WEBP" else None

@@ -1,0 +1,8 @@
+"""File names of our own making. Pure."""
+
+import re
+
+
+def safe_name(text: str, *, limit: int = 80) -> str:
+    """Return a stem of `[A-Za-z0-9_-]{1,80}` made from *text*: nothing remote picks a path."""
+    return re.sub(r"[^A-Za-z0-9_]+", "-", text).strip("-")[:limit].rstrip("-") or "image"

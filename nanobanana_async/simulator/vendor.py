@@ -1,0 +1,288 @@
+"""The vendor, played: a pure, seeded state machine that owns the truth about what was charged.
+
+It speaks the wire from the other side and shares no code with the client's codec, so that the two can contradict each
+other. No sockets, no sleeping; time is an argument.
+"""
+
+import json
+import math
+from base64 import b64encode
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from random import Random
+from typing import Final
+from urllib.parse import parse_qs, urlsplit
+from uuid import UUID
+
+import attrs
+from attrs.validators import and_, ge, gt, le
+
+_EPOCH: Final = datetime(2026, 1, 1, tzinfo=UTC)
+_NGINX_404: Final = b"<html><head><title>404 Not Found</title></head><body><center>nginx</center></body></html>"
+_LIBRARY_AGENTS: Final = ("python-httpx", "python-httpx2", "python-requests", "aiohttp", "python-urllib", "curl")
+
+
+def _rate() -> float:
+    return attrs.field(default=0.0, validator=and_(ge(0), le(1)))
+
+
+@attrs.frozen(kw_only=True)
+class VendorProfile:
+    """How the played service behaves. Rates are shares of submits, in [0, 1]."""
+
+    median_s: float = attrs.field(default=20.0, validator=gt(0))
+    """Median of the lognormal time from submit to final state (the real service: 8 to 60 s)."""
+    sigma: float = attrs.field(default=0.5, validator=ge(0))
+    """Spread of that time: the standard deviation of its logarithm."""
+    invisible_s: float = attrs.field(default=1.0, validator=ge(0))
+    """For so long a fresh id answers 404 (the real service: up to 30 s)."""
+    failed: float = _rate()
+    """Tasks that end as failed."""
+    text_only: float = _rate()
+    """Tasks that end as success, with words and no picture."""
+    inline: float = _rate()
+    """Tasks whose picture comes as a data URI."""
+    error: float = _rate()
+    """Submits answered with the vendor's own 500, and not charged."""
+    busy: float = _rate()
+    """Submits answered with 429 and Retry-After: 1."""
+    price: Decimal = Decimal("0.5")
+    balance: Decimal = Decimal(100_000)
+    keys: frozenset[str] = frozenset({"dk-test"})
+    """The API keys it accepts."""
+
+    @classmethod
+    def from_faults(cls, text: str, **settings: float) -> "VendorProfile":
+        """Return a profile with rates from text such as `"failed=0.05,inline=0.2"`.
+
+        Raises:
+            ValueError: A name is unknown, or a rate is no number in [0, 1].
+        """
+        known = ("failed", "text_only", "inline", "error", "busy")
+        rates: dict[str, float] = {}
+        for part in filter(None, (piece.strip() for piece in text.split(","))):
+            name, _, value = part.partition("=")
+            if name not in known:
+                raise ValueError(f"faults: {name!r} is not one of {', '.join(known)}")
+            rates[name] = float(value or 1)
+        return cls(**rates, **settings)  # type: ignore[arg-type]  # both are float fields
+
+
+@attrs.frozen(kw_only=True)
+class Charge:
+    """One submit that was paid for."""
+
+    task_id: str
+    prompt: str
+    credits: Decimal
+    at_s: float
+
+
+@attrs.frozen(kw_only=True)
+class Answer:
+    """What the service sends back."""
+
+    status: int
+    body: bytes
+    media_type: str = "application/json"
+    headers: Mapping[str, str] = attrs.field(factory=dict)
+
+
+@attrs.frozen(kw_only=True)
+class PictureOrder:
+    """What a painter needs to know."""
+
+    prompt: str
+    width: int
+    height: int
+
+
+@attrs.frozen(kw_only=True)
+class PlayedTask:
+    """One task inside the vendor. Its whole life is fixed when it is accepted; the clock only reveals it."""
+
+    task_id: str
+    order: PictureOrder
+    accepted_s: float
+    latency_s: float
+    ending: str
+    """`"image"`, `"inline"`, `"text"` or `"failed"`."""
+    callback_url: str | None
+
+    @property
+    def final_s(self) -> float:
+        """When it becomes final, on the vendor's clock."""
+        return self.accepted_s + self.latency_s
+
+    def status(self, now_s: float) -> str:
+        """Return the status at *now_s*: pending, submitted and in_progress take 10, 10 and 80 % of the time."""
+        share = (now_s - self.accepted_s) / self.latency_s
+        if share >= 1:
+            return "failed" if self.ending == "failed" else "success"
+        return "pending" if share < 0.1 else "submitted" if share < 0.2 else "in_progress"
+
+
+class Vendor:
+    """The service's mind. `charges` is the truth that tests compare with what a client believes."""
+
+    def __init__(
+        self,
+        profile: VendorProfile,
+        *,
+        seed: int = 0,
+        now_s: Callable[[], float],
+        paint: Callable[[PictureOrder], bytes],
+    ) -> None:
+        self.profile = profile
+        self.charges: list[Charge] = []
+        self.tasks: dict[str, PlayedTask] = {}
+        self.requests: list[str] = []
+        """Every request as `"POST /api/image/gen"`, in order of arrival."""
+        self.leaks: list[str] = []
+        """File requests that came with credentials. Must stay empty."""
+        self._rng = Random(seed)
+        self._now_s = now_s
+        self._paint = paint
+
+    @property
+    def balance(self) -> Decimal:
+        """Credits left on the account."""
+        return self.profile.balance - sum((charge.credits for charge in self.charges), Decimal(0))
+
+    def handle(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
+        """Answer one HTTP request. *url* is absolute; header names are lower case."""
+        parts = urlsplit(url)
+        self.requests.append(f"{method} {parts.path}")
+        if method == "GET" and parts.path.startswith("/files/"):
+            return self._file(parts.path, headers)
+        known = headers.get("authorization", "").removeprefix("Bearer ") in self.profile.keys
+        match method, parts.path:
+            case "POST", "/api/image/gen":
+                return self._submit(body) if known else _failed(401, 1, "Invalid API key")
+            case "GET", "/api/task/query" if known:
+                wanted = parse_qs(parts.query).get("task_id", [""])[0]
+                return self._query(wanted, f"{parts.scheme}://{parts.netloc}")
+            case "GET", "/api/user" if known:
+                return _json(200, {"code": 0, "message": "ok", "data": {"credit": str(self.balance)}})
+            case "GET", "/api/task/query" | "/api/user":
+                return _failed(401, 401, "Invalid API key")
+        return Answer(status=404, body=_NGINX_404, media_type="text/html")
+
+    def callback_body(self, task: PlayedTask, files_url: str) -> bytes:
+        """Return what the service posts to the callback URL: flat, and in final states only."""
+        state = self._state(task, files_url)
+        return json.dumps(
+            {key: state[key] for key in ("result", "status", "task_id", "consumed", "status_reason")}
+        ).encode()
+
+    def _submit(self, body: bytes) -> Answer:
+        # All dice are thrown for every submit, so that a changed rate does not shift the others.
+        trouble, ending, spread = self._rng.random(), self._rng.random(), self._rng.gauss(0.0, 1.0)
+        task_id = f"ta{UUID(int=self._rng.getrandbits(128), version=4)}"
+        profile = self.profile
+        try:
+            request = json.loads(body)
+        except ValueError:
+            return _failed(400, 1, "invalid JSON")
+        if fault := _fault(request):
+            return _failed(400, 1, fault)
+        if trouble < profile.busy:
+            return attrs.evolve(_failed(429, 1, "too many requests"), headers={"retry-after": "1"})
+        if trouble < profile.busy + profile.error:
+            return _failed(500, 1, "internal error")
+        if self.balance < profile.price:
+            return _failed(402, 1, "insufficient credit")
+        task = PlayedTask(
+            task_id=task_id,
+            order=_order(request),
+            accepted_s=self._now_s(),
+            latency_s=profile.median_s * math.exp(profile.sigma * spread),
+            ending=self._ending(ending),
+            callback_url=request.get("callback_url"),
+        )
+        self.tasks[task_id] = task
+        charge = Charge(task_id=task_id, prompt=task.order.prompt, credits=profile.price, at_s=task.accepted_s)
+        self.charges.append(charge)
+        return _json(200, {"code": 0, "message": "ok", "data": {"task_id": task_id}})
+
+    def _ending(self, dice: float) -> str:
+        for name, rate in (
+            ("failed", self.profile.failed),
+            ("text", self.profile.text_only),
+            ("inline", self.profile.inline),
+        ):
+            if dice < rate:
+                return name
+            dice -= rate
+        return "image"
+
+    def _query(self, task_id: str, files_url: str) -> Answer:
+        task = self.tasks.get(task_id)
+        if task is None or self._now_s() - task.accepted_s < self.profile.invisible_s:
+            return _failed(404, 1, "task not found")
+        return _json(200, {"code": 0, "message": "ok", "data": self._state(task, files_url)})
+
+    def _state(self, task: PlayedTask, files_url: str) -> dict[str, object]:
+        status = task.status(self._now_s())
+        result: list[dict[str, str]] | None = None
+        if status == "success":
+            result = [self._item(task, files_url)]
+        return {
+            "task_id": task.task_id,
+            "status": status,
+            "result": result,
+            "consumed": f"{self.profile.price:.6f}" if result else None,
+            "created_at": (_EPOCH + timedelta(seconds=task.accepted_s)).isoformat(),
+            "status_reason": {"message": "the prompt was refused" if status == "failed" else None},
+        }
+
+    def _item(self, task: PlayedTask, files_url: str) -> dict[str, str]:
+        if task.ending == "text":
+            return {"text": "I would rather describe it in words."}
+        if task.ending == "inline":
+            return {"image": f"data:image/png;base64,{b64encode(self._paint(task.order)).decode()}"}
+        return {"image": f"{files_url}/files/{task.task_id}.png"}
+
+    def _file(self, path: str, headers: Mapping[str, str]) -> Answer:
+        if "authorization" in headers or "cookie" in headers:
+            self.leaks.append(path)
+        if headers.get("user-agent", "curl").lower().startswith(_LIBRARY_AGENTS):
+            return Answer(status=403, body=b"error code: 1010", media_type="text/plain")
+        task = self.tasks.get(path.removeprefix("/files/").removesuffix(".png"))
+        if task is None or task.status(self._now_s()) != "success":
+            return Answer(status=404, body=_NGINX_404, media_type="text/html")
+        return Answer(status=200, body=self._paint(task.order), media_type="image/png")
+
+
+def _fault(request: object) -> str | None:
+    """Return the `detail` of a 400 for a request the service would not take."""
+    if not isinstance(request, dict):
+        return "a JSON object is required"
+    for name in ("prompt", "model"):
+        if not isinstance(request.get(name), str) or not request[name].strip():
+            return f"{name} is required"
+    images = request.get("images", [])
+    if not isinstance(images, list) or len(images) > 4:
+        return "images: at most 4 are allowed"
+    if not all(isinstance(image, str) and image.startswith(("https://", "http://", "data:")) for image in images):
+        return "images: a URL or a data URI is required"
+    return None
+
+
+def _order(request: Mapping[str, object]) -> PictureOrder:
+    """Read the wanted size: 1k, 2k or 4k is the longer side; the ratio is N:M."""
+    longer = {"2k": 2048, "4k": 4096}.get(str(request.get("image_size")), 1024)
+    wide, _, high = str(request.get("aspect_ratio", "1:1")).partition(":")
+    ratio = int(wide) / int(high) if wide.isdigit() and high.isdigit() and int(high) else 1.0
+    ratio = min(max(ratio, 0.25), 4.0)
+    width, height = (longer, round(longer / ratio)) if ratio >= 1 else (round(longer * ratio), longer)
+    return PictureOrder(prompt=str(request["prompt"]), width=width, height=height)
+
+
+def _json(status: int, document: object) -> Answer:
+    return Answer(status=status, body=json.dumps(document).encode())
+
+
+def _failed(status: int, code: int, detail: str) -> Answer:
+    return _json(status, {"code": code, "message": "failed", "detail": detail})

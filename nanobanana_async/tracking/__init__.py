@@ -1,0 +1,1 @@
+"""Many task ids, one scheduler."""

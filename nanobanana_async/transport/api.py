@@ -1,0 +1,277 @@
+"""The service's operations, one awaitable each: encode, pace, send, judge, and try again where that is safe."""
+
+import logging
+import math
+from collections.abc import Callable
+from decimal import Decimal
+from functools import partial
+from random import Random
+from typing import Final, TypeVar
+
+import anyio
+import anyio.to_thread
+import attrs
+
+from nanobanana_async._host import Host, Interrupted
+from nanobanana_async.errors import (
+    ApiError,
+    ConfigurationError,
+    NanoBananaError,
+    NotSent,
+    RateLimited,
+    ServiceUnavailable,
+    SubmissionUnknown,
+    TransportError,
+)
+from nanobanana_async.models import GenerationRequest, Task
+from nanobanana_async.policies import Limits, RetryPolicy, Timeouts
+from nanobanana_async.transport import codec
+from nanobanana_async.transport.base import ExchangeFailed, Phase, Transport, WireReply, WireRequest
+from nanobanana_async.transport.endpoint import Endpoint
+from nanobanana_async.transport.pacing import Pacer, RetryQuota, retry_after_s
+from nanobanana_async.transport.verdicts import Outcome, Repeat, Row, Verdict, judge
+
+T = TypeVar("T")
+
+_log: Final = logging.getLogger("nanobanana_async")
+
+_INLINE_DECODE_BYTES: Final = 2**20
+"""Replies longer than this hold inline pictures; decoding them would stall the loop, so a thread does."""
+
+
+@attrs.frozen
+class Submitted:
+    """A submit that was accepted."""
+
+    task_id: str
+    possible_duplicates: int
+    """Times it was sent again, under the retry policy, although the time before may have been charged."""
+
+
+class Api:
+    """What the service offers, as this client may use it: paced, bounded, retried where that cannot pay twice."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        host: Host,
+        endpoint: Endpoint,
+        limits: Limits,
+        retry: RetryPolicy,
+        timeouts: Timeouts,
+    ) -> None:
+        self._transport = transport
+        self._host = host
+        self._endpoint = endpoint
+        self._retry = retry
+        self._timeouts = timeouts
+        self._rng = Random()
+        self._pacer = Pacer(limits.requests_per_s, limits.burst)
+        self._quota = RetryQuota()
+        self._hushes = 0
+        self._submit_slots = anyio.Semaphore(limits.submits)
+        self._poll_slots = anyio.Semaphore(limits.polls)
+
+    async def submit(self, request: GenerationRequest, *, give_up_at_s: float) -> Submitted:
+        """Ask for one picture and return its task id.
+
+        *give_up_at_s* (on the event loop's clock) bounds the waiting. Cancelling, or giving up, while the POST is on
+        the wire does not tear it: it runs to its end in the background, and an id it brings is logged.
+
+        Raises:
+            NotSent: Nothing was charged: no connection, or no turn by *give_up_at_s*.
+            SubmissionUnknown: It may have been charged; nothing says so.
+            ApiError: The service said no.
+            ConfigurationError: It can never work like this.
+        """
+        wire = codec.encode_submit(self._endpoint.base_url, self._endpoint.headers, request)
+        await self._host.ensure()
+        tries, duplicates, done_by_s = 0, 0, math.inf
+        while True:
+            if not await self._turn(self._submit_slots, min(give_up_at_s, done_by_s)):
+                raise NotSent("the time was up before the submit had its turn; nothing was sent")
+            tries += 1
+            done_by_s = min(done_by_s, anyio.current_time() + self._timeouts.submit_s)
+            outcome = await self._post(wire, give_up_at_s, done_by_s)
+            row = judge(outcome)
+            if row.verdict is Verdict.ACCEPTED:
+                return _accepted(outcome, duplicates)
+            if not (self._may_repeat(row, tries) and await self._pause(tries, min(give_up_at_s, done_by_s))):
+                break
+            duplicates += row.repeat.may_pay_twice
+            _log.info("submit: try %d ended as %r (%s); trying again", tries, row.name, row.verdict.value)
+        raise _submit_error(outcome, row, duplicates)
+
+    async def query(self, task_id: str) -> Task:
+        """Return how the task stands, retrying within `Timeouts.query_s`.
+
+        Raises:
+            TransportError: No usable answer came.
+            ApiError: The service said no; `TaskNotFound` also for a fresh id that is not visible yet.
+        """
+        wire = codec.encode_query(self._endpoint.base_url, self._endpoint.headers, task_id)
+        return await self._read(wire, partial(codec.decode_task, task_id=task_id))
+
+    async def balance(self) -> Decimal:
+        """Return the credits left, retrying within `Timeouts.query_s`. Raises as `query` does."""
+        wire = codec.encode_balance(self._endpoint.base_url, self._endpoint.headers)
+        return await self._read(wire, codec.decode_balance)
+
+    async def take_turn(self) -> None:
+        """Wait for a poll slot and for the pacer. `look` gives the slot back, or else `drop_turn`."""
+        await self._turn(self._poll_slots, math.inf)
+
+    def drop_turn(self) -> None:
+        """Give the poll slot back unused."""
+        self._poll_slots.release()
+
+    async def look(self, task_id: str) -> Task:
+        """Query once, after `take_turn`. Raises as `query` does."""
+        wire = codec.encode_query(self._endpoint.base_url, self._endpoint.headers, task_id)
+        return await self._get(wire, partial(codec.decode_task, task_id=task_id), self._timeouts.query_s)
+
+    # --- how they travel --------------------------------------------------------------------------------------------
+
+    async def _post(self, wire: WireRequest, give_up_at_s: float, done_by_s: float) -> Outcome:
+        with anyio.CancelScope(deadline=give_up_at_s):
+            try:
+                return await self._host.shelter(partial(self._exchange, wire, done_by_s), orphaned=_log_orphan)
+            except Interrupted:
+                return Outcome(failure=ExchangeFailed("the client was closed while it was under way", phase=Phase.SEND))
+        reason = "no answer yet when the caller's time was up; it runs on, and an id it brings will be logged"
+        return Outcome(failure=ExchangeFailed(reason, phase=Phase.SEND))
+
+    async def _exchange(self, wire: WireRequest, done_by_s: float) -> Outcome:
+        try:
+            reply = await self._transport.send(wire, timeout_s=done_by_s - anyio.current_time())
+        except ExchangeFailed as exc:
+            envelope = codec.read(exc.reply) if exc.reply is not None else codec.Envelope()
+            return Outcome(reply=exc.reply, envelope=envelope, failure=exc)
+        finally:
+            self._submit_slots.release()
+        self._heed(reply)
+        return Outcome(reply=reply, envelope=codec.read(reply))
+
+    async def _read(self, wire: WireRequest, decode: Callable[[WireReply], T]) -> T:
+        await self._host.ensure()
+        deadline_s = anyio.current_time() + self._timeouts.query_s
+        tries = 0
+        while True:
+            if not await self._turn(self._poll_slots, deadline_s):
+                raise NotSent("the time was up before the request had its turn")
+            tries += 1
+            try:
+                return await self._get(wire, decode, deadline_s - anyio.current_time())
+            except (RateLimited, ServiceUnavailable, TransportError) as exc:
+                retry = tries < self._retry.attempts and self._quota.spend()
+                if not (retry and await self._pause(tries, deadline_s)):
+                    raise
+                _log.info("%s %s: try %d failed; trying again: %s", wire.method, wire.url, tries, exc)
+
+    async def _get(self, wire: WireRequest, decode: Callable[[WireReply], T], timeout_s: float) -> T:
+        """Send once and decode; gives the poll slot back."""
+        try:
+            reply = await self._transport.send(wire, timeout_s=timeout_s)
+        except ExchangeFailed as exc:
+            failure = exc
+        else:
+            self._heed(reply)
+            try:
+                if len(reply.body) > _INLINE_DECODE_BYTES:
+                    return await anyio.to_thread.run_sync(decode, reply)
+                return decode(reply)
+            except ApiError as exc:
+                exc.retry_after_s = retry_after_s(reply.headers)
+                raise
+        finally:
+            self._poll_slots.release()
+        if failure.permanent and failure.phase is Phase.CONNECT:
+            raise ConfigurationError(f"the service cannot be reached like this: {failure.reason}")
+        raise (NotSent if failure.phase is Phase.CONNECT else TransportError)(f"no answer: {failure.reason}")
+
+    # --- who may send, and when ---------------------------------------------------------------------------------
+
+    async def _turn(self, slots: anyio.Semaphore, deadline_s: float) -> bool:
+        """Take a slot, then a permit; False when the deadline came first, and then nothing is held."""
+        with anyio.CancelScope(deadline=deadline_s):
+            await slots.acquire()
+            try:
+                await self._pacer.permit()
+            except BaseException:
+                slots.release()
+                raise
+            return True
+        return False
+
+    def _heed(self, reply: WireReply) -> None:
+        """Learn from a reply how the service fares: one that asks for quiet slows everyone."""
+        asked_s = retry_after_s(reply.headers)
+        if reply.status == 429 or (reply.status == 503 and asked_s is not None):
+            self._hushes += 1
+            self._pacer.hush(asked_s or self._retry.first_s + self._retry.pause_s(self._hushes, self._rng))
+        elif reply.status < 400:
+            self._hushes = 0
+            self._quota.earn()
+
+    def _may_repeat(self, row: Row, tries: int) -> bool:
+        match row.repeat:
+            case Repeat.NO:
+                return False
+            case Repeat.ONCE:
+                allowed = tries == 1
+            case Repeat.FREE | Repeat.AFTER_WAIT:
+                allowed = True
+            case _:
+                allowed = self._retry.resends(row.repeat.value)
+        return allowed and tries < self._retry.attempts and self._quota.spend()
+
+    async def _pause(self, tries: int, deadline_s: float) -> bool:
+        """Sleep before the next try; False, at once, when it could not begin before the deadline."""
+        pause_s = self._retry.pause_s(tries, self._rng)
+        if anyio.current_time() + max(pause_s, self._pacer.quiet_s) >= deadline_s:
+            return False
+        await anyio.sleep(pause_s)
+        return True
+
+
+def _accepted(outcome: Outcome, duplicates: int) -> Submitted:
+    task_id = outcome.envelope.task_id or ""  # the row guarantees one
+    if outcome.failure is not None or not outcome.envelope.ok:
+        _log.warning("task %s was accepted, though the answer was odd: %s", task_id, _story(outcome))
+    if duplicates:
+        _log.warning("task %s: %d earlier tries may have been charged as well", task_id, duplicates)
+    return Submitted(task_id, duplicates)
+
+
+def _submit_error(outcome: Outcome, row: Row, duplicates: int) -> NanoBananaError:
+    """Return the public error for a submit that brought no task id."""
+    story = _story(outcome)
+    if row.verdict is Verdict.REJECTED and outcome.reply is not None:
+        error = codec.refusal(outcome.reply, outcome.envelope)
+        error.retry_after_s = retry_after_s(outcome.reply.headers)
+        error.possible_duplicates = duplicates
+        return error
+    if outcome.permanent and row.verdict is Verdict.NOT_SENT:
+        return ConfigurationError(f"the service cannot be reached like this: {story}")
+    if row.verdict is Verdict.NOT_SENT and not duplicates:
+        return NotSent(f"the submit did not reach the service, and nothing was charged: {story}")
+    return SubmissionUnknown(
+        f"the submit may have been charged, and no task id is known: {story}. Sending it again may pay twice; "
+        "the balance before and after tells whether it was charged",
+        status=outcome.reply.status if outcome.reply is not None else None,
+        sent_again=duplicates,
+    )
+
+
+def _story(outcome: Outcome) -> str:
+    said = "" if outcome.reply is None else f"HTTP {outcome.reply.status} {outcome.envelope.message}".strip()
+    return "; ".join(filter(None, (str(outcome.failure or ""), said)))
+
+
+def _log_orphan(outcome: Outcome) -> None:
+    """Keep a paid id from being lost with its caller: the log is the last place that can hold it."""
+    row = judge(outcome)
+    if row.verdict is Verdict.ACCEPTED:
+        _log.warning("task %s was accepted after its caller had gone", outcome.envelope.task_id)
+    elif row.verdict is Verdict.UNKNOWN:
+        _log.warning("a submit whose caller had gone may have been charged: %s", _story(outcome))

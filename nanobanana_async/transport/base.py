@@ -1,0 +1,91 @@
+"""The seam between what we say and how it travels: one request out, one reply back."""
+
+import enum
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Protocol, TypeAlias
+
+import attrs
+
+Sink: TypeAlias = Callable[[bytes], Awaitable[None]]
+"""Takes the next piece of a body that is streamed rather than kept."""
+
+
+class Errand(enum.Enum):
+    """What a request is for, which decides how it may travel."""
+
+    SUBMIT = enum.auto()
+    """Costs money. A fresh connection: on a reused one, 20 of 4800 failed ambiguously (RELIABILITY, fact 5)."""
+    READ = enum.auto()
+    """An API call that is safe to repeat. Reuses connections."""
+    FETCH = enum.auto()
+    """A file on somebody else's host: never with credentials, cookies or a handed-in client."""
+
+
+class Phase(enum.IntEnum):
+    """How far an exchange got before it failed. Up to `CONNECT`, the peer provably had no byte of the request."""
+
+    CONNECT = 0
+    SEND = 1
+    """The request was on its way: it may have arrived whole, in part or not at all."""
+    REPLY = 2
+    """At least the status line of a reply had arrived."""
+
+
+@attrs.frozen(kw_only=True)
+class WireRequest:
+    """One HTTP request, ready to go."""
+
+    errand: Errand
+    method: str
+    url: str
+    headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    body: bytes | None = attrs.field(default=None, repr=False)
+    max_bytes: int = 2**20
+    """Largest reply body that is read; one that is longer ends the exchange."""
+    public_only: bool = False
+    """Refuse to connect to an address that is not public."""
+
+
+@attrs.frozen(kw_only=True)
+class WireReply:
+    """One HTTP reply. Header names are lower case; `body` is as it came, never decompressed."""
+
+    status: int
+    headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    body: bytes = attrs.field(default=b"", repr=False)
+
+
+class ExchangeFailed(Exception):  # noqa: N818 - an event, not an error of ours: `api` turns it into one
+    """No whole reply came. Raised by transports, never seen by users; holds text and bytes only, so no key.
+
+    Attributes:
+        phase: How far it got; the verdict on a submit hangs on it.
+        permanent: Trying again cannot help (a certificate, a malformed URL, a refused address).
+        reply: What had arrived of the reply, cut where it failed; None before the status line.
+    """
+
+    def __init__(self, reason: str, *, phase: Phase, permanent: bool = False, reply: WireReply | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.phase, self.permanent, self.reply = reason, phase, permanent, reply
+
+
+class Transport(Protocol):
+    """One request out, one reply back. Never retries, never follows redirects, never keeps anybody waiting in a queue.
+
+    Callers bound how many requests are under way; an implementation must be able to carry all they send.
+    """
+
+    async def send(self, request: WireRequest, *, timeout_s: float, sink: Sink | None = None) -> WireReply:
+        """Return the reply to *request* within *timeout_s* seconds in all.
+
+        With a *sink*, the body of a 200 goes there piece by piece and the reply's own `body` is empty.
+        Cancelling gives up the connection, and nothing else.
+
+        Raises:
+            ExchangeFailed: No whole reply came in time, or its body was longer than `request.max_bytes`.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Close every connection. Twice is harmless."""
+        ...

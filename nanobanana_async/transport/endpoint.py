@@ -1,0 +1,83 @@
+"""Whom we talk to, and as whom: the base URL and the API key, checked once so that neither can leak or fail later."""
+
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from ipaddress import ip_address
+from typing import Final
+from urllib.parse import urlsplit
+
+import attrs
+
+from nanobanana_async.errors import ConfigurationError
+from nanobanana_async.models import http_url_fault
+from nanobanana_async.transport.addresses import is_public
+
+DEFAULT_BASE_URL: Final = "https://api.defapi.org"
+KEY_VARIABLES: Final = ("DEFAPI_API_KEY", "DEFAPI_KEY", "NANO_BANANA_API_KEY")
+"""Environment variables that users of the service already have; the first one set wins."""
+BASE_URL_VARIABLE: Final = "DEFAPI_BASE_URL"
+
+# The file hosts refuse the default user agents of libraries (403 "error code: 1010").
+USER_AGENT: Final = f"nanobanana-async/{version('nanobanana-async')}"
+
+
+@attrs.frozen
+class Endpoint:
+    """The service as this client sees it. The key is in no repr."""
+
+    base_url: str
+    headers: Mapping[str, str] = attrs.field(repr=False)
+    """What every API request carries. Never sent anywhere but to `base_url`."""
+
+    @classmethod
+    def of(cls, api_key: str | None, base_url: str | None, environ: Mapping[str, str]) -> "Endpoint":
+        """Return the endpoint for what the caller gave, or else what the environment says.
+
+        Raises:
+            ConfigurationError: There is no key, or the key or the URL cannot be used.
+        """
+        key = api_key
+        if key is None:
+            key = next((environ[name] for name in KEY_VARIABLES if environ.get(name)), "")
+        headers = {
+            "Authorization": f"Bearer {_clean_key(key)}",
+            "Accept": "application/json",
+            # Never compressed: 235 bytes of gzip can cost 1.5 GiB (RELIABILITY, fact 4).
+            "Accept-Encoding": "identity",
+            "User-Agent": USER_AGENT,
+        }
+        return cls(_clean_url(base_url or environ.get(BASE_URL_VARIABLE) or DEFAULT_BASE_URL), headers)
+
+
+def _clean_key(key: str) -> str:
+    """Strip what people paste along with a key. Messages never quote it."""
+    cleaned = re.sub(r"^bearer\s+", "", key.strip(), flags=re.IGNORECASE).strip()
+    if not cleaned:
+        raise ConfigurationError(f"no API key: pass api_key=... or set {KEY_VARIABLES[0]}")
+    if not re.fullmatch(r"[!-~]+", cleaned):
+        raise ConfigurationError(
+            "api_key: holds blanks, control or non-ASCII characters inside (it is not shown here); copy it again"
+        )
+    return cleaned
+
+
+def _clean_url(url: str) -> str:
+    cleaned = url.strip().rstrip("/")
+    if fault := http_url_fault(cleaned):
+        raise ConfigurationError(f"base_url: {cleaned!r} {fault}")
+    parts = urlsplit(cleaned)
+    if parts.query or parts.fragment:
+        raise ConfigurationError(f"base_url: {cleaned!r} has a query or a fragment; leave it out")
+    if parts.scheme == "http" and not _stays_inside(parts.hostname or ""):
+        raise ConfigurationError(f"base_url: {cleaned!r} would send the API key in the clear; use https://")
+    return cleaned
+
+
+def _stays_inside(host: str) -> bool:
+    """Tell whether *host* names this machine or a private network, where a simulator or a proxy may speak http."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return "." not in host or host.endswith((".localhost", ".local", ".internal", ".test"))
+    return not is_public(host)

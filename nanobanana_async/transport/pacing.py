@@ -1,0 +1,101 @@
+"""Who may send now: a token bucket that Retry-After can hold shut, and the quota that keeps retries from piling up."""
+
+import math
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Final
+
+import anyio
+
+MAX_WAIT_S: Final = 300.0
+"""What a Retry-After is clamped to: nobody sleeps for an hour on a typing error."""
+
+
+def retry_after_s(headers: Mapping[str, str]) -> float | None:
+    """Return the seconds a reply asks to wait, in [0, 300]; None when it does not say, or says nonsense.
+
+    A date is read against the reply's own `Date`, so that a wrong clock here changes nothing (RFC 9110, 10.2.3).
+    """
+    value = headers.get("retry-after", "").strip()
+    if re.fullmatch(r"\d{1,12}(\.\d{1,9})?", value, re.ASCII):
+        return min(float(value), MAX_WAIT_S)
+    then, now = _date(value), _date(headers.get("date", ""))
+    if then is None:
+        return None
+    wait_s = (then - (now or datetime.now(UTC))).total_seconds()
+    return min(max(wait_s, 0.0), MAX_WAIT_S)
+
+
+def _date(text: str) -> datetime | None:
+    try:
+        parsed = parsedate_to_datetime(text)
+    except (ValueError, TypeError, IndexError):
+        return None
+    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+
+
+class Pacer:
+    """Lets *rate* requests per second through, at most *burst* at once, and none while the service wants quiet.
+
+    First come, first served. The bucket is one number, the time at which it will be full again (the generic cell rate
+    algorithm, as in ITU-T I.371), so ten thousand waiters cost ten thousand sleeps and nothing else.
+    """
+
+    def __init__(self, rate: float, burst: int) -> None:
+        self._gap_s = 1.0 / rate
+        self._slack_s = (burst - 1) / rate
+        self._full_at_s = -math.inf
+        self._quiet_until_s = -math.inf
+
+    async def permit(self) -> None:
+        """Return when one request may leave. Cancelling gives up the place in the line, which then goes unused."""
+        while True:
+            send_at_s = self._take_place()
+            if (wait_s := send_at_s - anyio.current_time()) > 0:
+                await anyio.sleep(wait_s)
+            if self.quiet_s == 0:
+                return
+            # A hush began while we slept: back in line behind its end, one gap apart, so that nothing bursts then.
+
+    def hush(self, seconds: float) -> None:
+        """Let nobody through for *seconds* from now, and no burst after that: one 429 slows everyone."""
+        self._quiet_until_s = max(self._quiet_until_s, anyio.current_time() + seconds)
+        self._full_at_s = max(self._full_at_s, self._quiet_until_s + self._slack_s)
+
+    def _take_place(self) -> float:
+        self._full_at_s = max(self._full_at_s, anyio.current_time())
+        send_at_s = self._full_at_s - self._slack_s
+        self._full_at_s += self._gap_s
+        return send_at_s
+
+    @property
+    def quiet_s(self) -> float:
+        """How long the hush still lasts, in seconds; 0.0 when there is none."""
+        return max(0.0, self._quiet_until_s - anyio.current_time())
+
+
+class RetryQuota:
+    """Pays for retries out of what succeeds: under a total outage traffic tends to 1.0x instead of 3.0x.
+
+    A retry costs `COST` tokens, a success earns one back. Source: the retry quota of the AWS SDKs ("standard" mode),
+    with our own sizes; one per host, shared by everything safe to repeat.
+    """
+
+    CAPACITY: Final = 100
+    COST: Final = 5
+
+    def __init__(self) -> None:
+        self._tokens = self.CAPACITY
+
+    def spend(self) -> bool:
+        """Take the price of one retry; False when the quota is used up, and then the failure stands."""
+        if self._tokens < self.COST:
+            return False
+        self._tokens -= self.COST
+        return True
+
+    def earn(self) -> None:
+        """Note a success."""
+        self._tokens = min(self.CAPACITY, self._tokens + 1)
