@@ -1,33 +1,98 @@
 """`nanobanana generate`: prompts in, pictures on disk."""
 
 import tempfile
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-import anyio
-import attrs
 import click
 
-from nanobanana_async.cli.runtime import DONE, FAILED, UNKNOWN, Session, emit, one_line, run, task_record
+from nanobanana_async.cli.jobs import Job, make, report_failures
+from nanobanana_async.cli.runtime import Session, emit, run
 from nanobanana_async.cli.screen import Board
 from nanobanana_async.client import NanoBananaClient
-from nanobanana_async.errors import NanoBananaError, SubmissionUnknown, TaskUnfinished
 from nanobanana_async.media.formats import SUFFIXES
-from nanobanana_async.media.names import safe_name
-from nanobanana_async.models import DEFAULT_MODEL, GenerationRequest
+from nanobanana_async.models import DEFAULT_MODEL, GenerationRequest, ImageSource
+
+timeout_option = click.option(
+    "--timeout",
+    "timeout_s",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Give up waiting after this long.  [default: 900]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, and nothing else.")
 
 
 @click.command()
 @click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
-@click.option("-o", "--output", "output", default=".", metavar="PATH", help="A file (fox.png) or a folder.  [default: .]")
+@click.option(
+    "-o", "--output", default=".", metavar="PATH", help="A file such as fox.png, or a folder.  [default: here]"
+)
 @click.option("--image", "images", multiple=True, metavar="PATH|URL", help="A reference image; up to four.")
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, help="Which model paints.")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="MODEL", help="Which model paints.")
 @click.option("--aspect-ratio", metavar="N:M", help="Such as 16:9, or auto.")
 @click.option("--image-size", metavar="SIZE", help="1k, 2k or 4k, where the model can.")
-@click.option("--timeout", "timeout_s", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS", help="Give up waiting after this long.  [default: 900]")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per picture on stdout, and nothing else.")
-def generate(prompts: tuple[str, ...], output: str, images: tuple[str, ...], timeout_s: float | None, *, as_json: bool, **options: str | None) -> None:
+@timeout_option
+@json_option
+def generate(
+    prompts: tuple[str, ...],
+    output: str,
+    images: tuple[str, ...],
+    timeout_s: float | None,
+    *,
+    as_json: bool,
+    **options: Any,  # noqa: ANN401 - click hands over what the options above say
+) -> None:
     """Make one picture for each PROMPT."""
-    if len(prompts) > 1 and Path(output).suffix.lower() in SUFFIXES:
-        raise click.UsageError(f"-o {output} names one file, but there are {len(prompts)} prompts; name a folder")
-    ...
+    where = Path(output)
+    if len(prompts) > 1 and where.suffix.lower() in SUFFIXES:
+        raise click.UsageError(f"-o {output} names one file, but there are {len(prompts)} prompts; name a folder.")
+    references = [_reference(image) for image in images]
+    try:
+        requests = [GenerationRequest(prompt, images=references, **options) for prompt in prompts]
+    except ValueError as exc:
+        raise click.UsageError(str(exc)) from exc
+    jobs = [Job(request=request, where=where) for request in requests]
+
+    async def work(session: Session) -> int:
+        async with NanoBananaClient() as client:
+            check_writable(where)
+            with Board(len(jobs), quiet=as_json) as board:
+                code = await make(
+                    client,
+                    jobs,
+                    session=session,
+                    board=board,
+                    timeout_s=timeout_s,
+                    finished=lambda job: _show(job, as_json=as_json),
+                )
+        report_failures([] if as_json else jobs)
+        return code
+
+    run(work)
+
+
+def _reference(text: str) -> ImageSource:
+    return text if text.startswith(("https://", "http://", "data:")) else Path(text)
+
+
+def _show(job: Job, *, as_json: bool) -> None:
+    if as_json:
+        emit(job.record())
+    else:
+        for file in job.files:
+            click.echo(file)
+
+
+def check_writable(where: Path) -> None:
+    """Fail before anything is paid when pictures could not be saved to *where*.
+
+    Raises:
+        OSError: They could not.
+    """
+    folder = where.parent if where.suffix.lower() in SUFFIXES else where
+    folder.mkdir(parents=True, exist_ok=True)
+    if where != folder and where.is_dir():
+        raise IsADirectoryError(21, "Is a directory", str(where))
+    with tempfile.TemporaryFile(dir=folder):
+        pass

@@ -99,7 +99,11 @@ class SimulatorServer:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def stop(self) -> None:
+        """Tell it to stop, from any thread."""
         self._server.should_exit = True
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
         self._thread.join()
         self._socket.close()

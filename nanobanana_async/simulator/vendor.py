@@ -53,7 +53,7 @@ class VendorProfile:
     """The API keys it accepts."""
 
     @classmethod
-    def from_faults(cls, text: str, **settings: float) -> "VendorProfile":
+    def from_faults(cls, text: str, **settings: object) -> "VendorProfile":
         """Return a profile with rates from text such as `"failed=0.05,inline=0.2"`.
 
         Raises:

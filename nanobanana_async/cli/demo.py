@@ -1,0 +1,82 @@
+"""`nanobanana demo`: two dozen pictures from a simulator of its own, and a gallery to look at them."""
+
+from pathlib import Path
+from typing import Final
+
+import anyio.to_thread
+import click
+
+from nanobanana_async.batch import gallery
+from nanobanana_async.cli.generate import check_writable
+from nanobanana_async.cli.jobs import Job, make, report_failures
+from nanobanana_async.cli.runtime import Session, run
+from nanobanana_async.cli.screen import Board
+from nanobanana_async.client import NanoBananaClient
+from nanobanana_async.models import GenerationRequest
+from nanobanana_async.policies import PollPolicy
+from nanobanana_async.simulator.process import simulator_process
+
+_LATENCY_S: Final = 3.0
+_POLLING: Final = PollPolicy(first_s=0.8, pause_s=0.4, factor=1.2, cap_s=1.5)
+"""The default schedule, scaled to pictures that take three seconds."""
+_SUBJECTS: Final = (
+    ("a fox in snow", "16:9"),
+    ("a lighthouse keeper's library", "3:4"),
+    ("paper boats on a green canal", "1:1"),
+    ("a night train crossing the steppe", "21:9"),
+    ("a tea house in the rain", "4:5"),
+    ("the last tram of the evening", "3:2"),
+    ("a greenhouse on the moon", "1:1"),
+    ("a cellist on a rooftop", "2:3"),
+)
+_STYLES: Final = ("in watercolour", "as a woodcut", "at golden hour")
+
+
+@click.command()
+@click.option("-o", "--output", default="nanobanana-demo", show_default=True, metavar="FOLDER", help="Where to.")
+def demo(output: str) -> None:
+    """Make 24 pictures with a simulator: no key, no network, no cost."""
+    folder = Path(output)
+    pairs = [(f"{subject}, {style}", ratio) for style in _STYLES for subject, ratio in _SUBJECTS]
+    jobs = [
+        Job(request=GenerationRequest(prompt, aspect_ratio=ratio), where=folder, name=f"{number:02}-{prompt}")
+        for number, (prompt, ratio) in enumerate(pairs, start=1)
+    ]
+
+    async def work(session: Session) -> int:
+        check_writable(folder)
+        async with (
+            simulator_process("--latency", str(_LATENCY_S)) as simulator,
+            NanoBananaClient(simulator.key, base_url=simulator.url, polling=_POLLING) as client,
+        ):
+            click.echo(f"Making {len(jobs)} pictures with a simulator on {simulator.url}", err=True)
+            with Board(len(jobs)) as board:
+                code = await make(
+                    client, jobs, session=session, board=board, timeout_s=60, finished=lambda job: _say(board, job)
+                )
+            session.unfinished.clear()  # the simulator takes its tasks with it
+        report_failures(jobs)
+        page = folder / "index.html"
+        await anyio.to_thread.run_sync(gallery.write, page, "nanobanana demo", [_entry(job, folder) for job in jobs])
+        click.echo(
+            f"{sum(not job.error for job in jobs)} pictures in {folder}, the gallery is {page.resolve().as_uri()}"
+        )
+        return code
+
+    run(work)
+
+
+def _say(board: Board, job: Job) -> None:
+    for file in job.files:
+        board.say(f"{job.seconds:5.1f} s  {file}")
+
+
+def _entry(job: Job, folder: Path) -> gallery.GalleryEntry:
+    return gallery.GalleryEntry(
+        prompt=job.request.prompt,
+        status="failed" if job.error else "done",
+        file=job.files[0].relative_to(folder).as_posix() if job.files else None,
+        seconds=job.seconds,
+        cost="" if job.task is None or job.task.consumed is None else f"{job.task.consumed.normalize():f}",
+        note=str(job.error or ""),
+    )

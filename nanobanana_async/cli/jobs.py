@@ -1,0 +1,100 @@
+"""Pictures being made: each job from prompt to file, all at once, none able to stop another."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from pathlib import Path
+
+import anyio
+import attrs
+import click
+
+from nanobanana_async.cli.runtime import DONE, FAILED, UNKNOWN, Session, one_line, task_record
+from nanobanana_async.cli.screen import Board
+from nanobanana_async.client import NanoBananaClient
+from nanobanana_async.errors import MediaError, NanoBananaError, SubmissionUnknown, TaskUnfinished
+from nanobanana_async.models import GenerationRequest, Task
+
+
+@attrs.define(kw_only=True)
+class Job:
+    """One prompt on its way."""
+
+    request: GenerationRequest
+    where: Path
+    """The file, or the folder, to save to."""
+    name: str | None = None
+    """What to call the picture in a folder; None names it after its prompt and task."""
+    task: Task | None = None
+    files: list[Path] = attrs.field(factory=list)
+    error: Exception | None = None
+    seconds: float | None = None
+    """From submit to file."""
+
+    @property
+    def exit_code(self) -> int:
+        """What this job adds to the exit code of the whole command."""
+        if self.error is None:
+            return DONE
+        return UNKNOWN if isinstance(self.error, SubmissionUnknown) else FAILED
+
+    def record(self) -> dict[str, object]:
+        """Return what `--json` shows of it."""
+        about = {"prompt": self.request.prompt, "files": [str(file) for file in self.files]}
+        facts = task_record(self.task) if self.task is not None else {"task_id": getattr(self.error, "task_id", None)}
+        return {**about, **facts, "error": None if self.error is None else one_line(self.error)}
+
+
+async def make(
+    client: NanoBananaClient,
+    jobs: Sequence[Job],
+    *,
+    session: Session,
+    board: Board,
+    timeout_s: float | None,
+    finished: Callable[[Job], None],
+) -> int:
+    """Run all *jobs* at once, call *finished* with each as it ends, and return the exit code for all of them."""
+
+    async def one(number: int, job: Job) -> None:
+        try:
+            await _make_one(client, job, session, timeout_s, lambda state: board.move(number, state))
+        except (NanoBananaError, OSError, ValueError) as exc:
+            job.error = exc
+        board.move(number, ("done", "failed", "", "unknown")[job.exit_code])
+        finished(job)
+
+    async with anyio.create_task_group() as group:
+        for number, job in enumerate(jobs):
+            group.start_soon(one, number, job)
+    return max((job.exit_code for job in jobs), default=DONE)
+
+
+async def _make_one(
+    client: NanoBananaClient, job: Job, session: Session, timeout_s: float | None, move: Callable[[str], None]
+) -> None:
+    started_s = anyio.current_time()
+    move("submitting")
+    handle = await client.submit(job.request)
+    session.unfinished[handle.task_id] = job.request.prompt
+    try:
+        async with aclosing(handle.updates(timeout_s=timeout_s)) as updates:
+            async for job.task in updates:
+                move("saving" if job.task.is_final else job.task.status.value)
+        task = await handle.result()
+        name = job.name or f"{job.request.prompt[:40]}-{handle.task_id[-6:]}"
+        job.files = await client.save(task, job.where, name=name)
+    except (MediaError, TaskUnfinished):
+        raise
+    except NanoBananaError:
+        del session.unfinished[handle.task_id]  # it has ended, and there is nothing to come back for
+        raise
+    del session.unfinished[handle.task_id]
+    job.seconds = anyio.current_time() - started_s
+
+
+def report_failures(jobs: Sequence[Job]) -> None:
+    """Print each distinct error once, as one line, with how often it came."""
+    lines = Counter(one_line(job.error) for job in jobs if job.error is not None)
+    for line, times in lines.items():
+        click.echo(f"nanobanana: {line}" + (f" ({times} times)" if times > 1 else ""), err=True)

@@ -1,0 +1,71 @@
+"""`nanobanana simulate`: the service, played, on a local port."""
+
+import sys
+import threading
+from typing import TYPE_CHECKING
+
+import click
+
+from nanobanana_async.cli.runtime import emit, one_line
+from nanobanana_async.simulator.vendor import VendorProfile
+
+if TYPE_CHECKING:
+    from nanobanana_async.simulator.app import SimulatorServer
+
+_TEST_KEY = "dk-test"
+
+
+@click.command()
+@click.option("--port", default=8787, show_default=True, type=click.IntRange(0, 65535), help="0 picks a free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option(
+    "--latency",
+    "median_s",
+    default=5.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="The median time a picture takes.",
+)
+@click.option("--faults", default="", metavar="NAME=RATE,...", help="failed, text_only, inline, error, busy.")
+@click.option("--seed", default=0, show_default=True, help="The same seed repeats the same service.")
+@click.option("--key", default=_TEST_KEY, show_default=True, help="The API key it accepts.")
+@click.option("--json", "as_json", is_flag=True, help="Print where it listens as JSON.")
+@click.option("--until-eof", is_flag=True, hidden=True, help="Stop when stdin closes: for a parent that may die.")
+def simulate(  # noqa: PLR0913 - one parameter per option
+    *, port: int, host: str, median_s: float, faults: str, seed: int, key: str, as_json: bool, until_eof: bool
+) -> None:
+    """Play the service on this machine: no key, no network, no cost."""
+    server = _make_server(faults, median_s, key, seed=seed, address=(host, port))
+    if as_json:
+        emit({"url": server.url, "key": key})
+    else:
+        click.echo(f"The simulator listens on {server.url} (Ctrl-C stops it). In another terminal:")
+        click.echo(f'DEFAPI_BASE_URL={server.url} DEFAPI_API_KEY={key} nanobanana generate "a fox in snow" -o fox.png')
+    sys.stdout.flush()
+    if until_eof:
+        threading.Thread(target=_stop_at_eof, args=(server,), daemon=True).start()
+    try:
+        server.run()
+    except KeyboardInterrupt:  # uvicorn shuts down first, then raises the signal again
+        sys.exit(130)
+
+
+def _make_server(faults: str, median_s: float, key: str, *, seed: int, address: tuple[str, int]) -> "SimulatorServer":
+    try:
+        from nanobanana_async.simulator.app import SimulatorServer  # noqa: PLC0415 - an extra
+    except ModuleNotFoundError as exc:
+        sys.exit(f"nanobanana: the simulator needs {exc.name}: pip install 'nanobanana-async[cli,simulator]'")
+    try:
+        profile = VendorProfile.from_faults(faults, median_s=median_s, invisible_s=median_s / 20, keys=frozenset({key}))
+    except ValueError as exc:
+        raise click.UsageError(str(exc)) from exc
+    try:
+        return SimulatorServer(profile, seed=seed, host=address[0], port=address[1])
+    except OSError as exc:
+        sys.exit(f"nanobanana: cannot listen on {address[0]}:{address[1]}: {one_line(exc)}; try --port 0")
+
+
+def _stop_at_eof(server: "SimulatorServer") -> None:
+    sys.stdin.buffer.read()
+    server.stop()

@@ -1,0 +1,81 @@
+"""`nanobanana status`, `wait` and `balance`: about what was submitted before."""
+
+from pathlib import Path
+
+import click
+
+from nanobanana_async.cli.generate import check_writable, json_option, timeout_option
+from nanobanana_async.cli.runtime import DONE, FAILED, Session, emit, run, task_record
+from nanobanana_async.client import NanoBananaClient
+from nanobanana_async.errors import NoImage, TaskFailed
+from nanobanana_async.models import Task, TaskStatus
+
+
+@click.command()
+@click.argument("task_id")
+@json_option
+def status(task_id: str, *, as_json: bool) -> None:
+    """Tell how a task stands."""
+
+    async def work(_: Session) -> int:
+        async with NanoBananaClient() as client:
+            task = await client.task(task_id).query()
+        _show(task, as_json=as_json)
+        return FAILED if task.status is TaskStatus.FAILED else DONE
+
+    run(work)
+
+
+@click.command()
+@click.argument("task_id")
+@click.option("-o", "--output", metavar="PATH", help="Save the pictures to this file or folder.")
+@timeout_option
+@json_option
+def wait(task_id: str, output: str | None, timeout_s: float | None, *, as_json: bool) -> None:
+    """Wait for a task to finish, and save its pictures with -o."""
+
+    async def work(_: Session) -> int:
+        if output is not None:
+            check_writable(Path(output))
+        async with NanoBananaClient() as client:
+            handle = client.task(task_id)
+            try:
+                task = await handle.result(timeout_s=timeout_s)
+            except (TaskFailed, NoImage):
+                _show(await handle.wait(), as_json=as_json)
+                raise
+            files = await client.save(task, output) if output is not None else []
+        _show(task, as_json=as_json, files=files)
+        return DONE
+
+    run(work)
+
+
+@click.command()
+@json_option
+def balance(*, as_json: bool) -> None:
+    """Tell how many credits are left."""
+
+    async def work(_: Session) -> int:
+        async with NanoBananaClient() as client:
+            credit = await client.balance()
+        if as_json:
+            emit({"credits": credit})
+        else:
+            click.echo(f"{credit:f} credits")
+        return DONE
+
+    run(work)
+
+
+def _show(task: Task, *, as_json: bool, files: list[Path] | None = None) -> None:
+    if as_json:
+        emit({**task_record(task), "files": [str(file) for file in files or ()]})
+    elif files:
+        for file in files:
+            click.echo(file)
+    else:
+        facts = [task.task_id, task.status.value]
+        facts += [image.url or "inline picture" for image in task.images]
+        facts += [f"{task.consumed:f} credits"] if task.consumed is not None else []
+        click.echo("  ".join([*facts, *task.texts]))

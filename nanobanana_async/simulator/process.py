@@ -1,0 +1,52 @@
+"""The service in a process of its own, as the real one would be: for demos, benchmarks and tests."""
+
+import json
+import subprocess
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import anyio
+import attrs
+from anyio.streams.text import TextReceiveStream
+
+from nanobanana_async.errors import ConfigurationError
+
+_GOODBYE_S: Final = 5.0
+
+
+@attrs.frozen
+class RunningSimulator:
+    """Where it listens, and the key it accepts."""
+
+    url: str
+    key: str
+
+
+@asynccontextmanager
+async def simulator_process(*options: str) -> AsyncGenerator[RunningSimulator]:
+    """Run `nanobanana simulate` with *options* on a free port. It ends with the block, or with this process.
+
+    Raises:
+        ConfigurationError: It did not start; why stands on stderr.
+    """
+    command = [sys.executable, "-m", "nanobanana_async.cli", "simulate", "--port", "0", "--json", "--until-eof"]
+    # A session of its own, so that Ctrl-C reaches the client first; the pipe tells it when we are gone.
+    async with await anyio.open_process(
+        [*command, *options], stdin=subprocess.PIPE, stderr=None, start_new_session=True
+    ) as process:
+        try:
+            assert process.stdout is not None  # noqa: S101 - a pipe by default
+            line = ""
+            async for text in TextReceiveStream(process.stdout):
+                line += text
+                if line.endswith("\n"):
+                    break
+            if not line:
+                raise ConfigurationError("the simulator did not start")
+            yield RunningSimulator(**json.loads(line))
+        finally:
+            process.terminate()
+            with anyio.move_on_after(_GOODBYE_S, shield=True):
+                await process.wait()
