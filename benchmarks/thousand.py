@@ -16,12 +16,12 @@ from nanobanana_async import Limits, NanoBananaClient
 from nanobanana_async.simulator import VendorProfile
 from nanobanana_async.simulator.process import simulator_process
 
-TICK_S = 0.005
+TICK_S = 0.02
 PRICE = VendorProfile().price
 
 
 class StallMeter:
-    """Sleeps for 5 ms again and again, and notes how much longer it took at the worst."""
+    """Sleeps for 20 ms again and again, and notes how much longer it took at the worst."""
 
     def __init__(self) -> None:
         self.longest_s = 0.0

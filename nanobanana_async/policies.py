@@ -50,8 +50,8 @@ class PollPolicy:
     end at `cap_s`. Pictures usually take 8 to 60 seconds.
     """
 
-    first_s: float = attrs.field(default=6.0, validator=gt(0))
-    pause_s: float = attrs.field(default=2.0, validator=gt(0))
+    first_s: float = attrs.field(default=8.0, validator=gt(0))
+    pause_s: float = attrs.field(default=2.5, validator=gt(0))
     factor: float = attrs.field(default=1.3, validator=[ge(1), le(10)])
     cap_s: float = attrs.field(default=10.0, validator=gt(0))
     jitter: float = attrs.field(default=0.2, validator=[ge(0), lt(1)])

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import httpx2
 
 _SILENCE_S: Final = 30.0
-"""How long a peer may say nothing in an exchange that is safe to repeat."""
+"""How long a file host may say nothing before it is worth asking again."""
 _ERROR_BYTES: Final = 2**20
 """Cap on the body of anything but a 200: nobody needs fifty megabytes of error page."""
 _GOODBYE_S: Final = 2.0
@@ -127,6 +127,7 @@ class HttpTransport:
         self._client = client
         self._connect_s = connect_s
         self._trust_env = trust_env
+        self._proxies = getproxies() if trust_env else {}
         self._idle: list[_OwnLane] = []
         self._tls: ssl.SSLContext | None = None
         self._tls_lock = anyio.Lock()
@@ -180,7 +181,8 @@ class HttpTransport:
         progress: _Progress,
         sink: Sink | None,
     ) -> WireReply:
-        silence_s = timeout_s if request.errand is Errand.SUBMIT else min(timeout_s, _SILENCE_S)
+        # A timer per read would only repeat the total deadline, except where that one is long and a retry helps.
+        silence_s = min(timeout_s, _SILENCE_S) if request.errand is Errand.FETCH else None
         extensions = {
             **target.extensions,
             "timeout": {"connect": self._connect_s, "read": silence_s, "write": silence_s, "pool": self._connect_s},
@@ -227,12 +229,12 @@ class HttpTransport:
         raise ExchangeFailed(reason, phase=Phase.CONNECT, permanent=True)
 
     def _proxy_for(self, url: str) -> str | None:
-        if not self._trust_env or not (proxies := getproxies()):
+        if not self._proxies:
             return None
         scheme, _, rest = url.partition("://")
         if proxy_bypass(rest.partition("/")[0]):
             return None
-        return proxies.get(scheme) or proxies.get("all")
+        return self._proxies.get(scheme) or self._proxies.get("all")
 
     async def _tls_context(self) -> ssl.SSLContext:
         """Make the one TLS context, off the loop: loading the certificates takes 20-50 ms."""
