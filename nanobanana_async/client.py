@@ -58,10 +58,10 @@ class NanoBananaClient:
         api_key: str | None = None,
         *,
         base_url: str | None = None,
-        limits: Limits = Limits(),  # noqa: B008 - frozen, so sharing it is safe; so are the next three
-        retry: RetryPolicy = RetryPolicy(),  # noqa: B008
-        polling: PollPolicy = PollPolicy(),  # noqa: B008
-        timeouts: Timeouts = Timeouts(),  # noqa: B008
+        limits: Limits = Limits(),
+        retry: RetryPolicy = RetryPolicy(),
+        polling: PollPolicy = PollPolicy(),
+        timeouts: Timeouts = Timeouts(),
         transport: Transport | None = None,
     ) -> None:
         self._host = Host()  # first: `__del__` asks it
@@ -228,7 +228,7 @@ class TaskHandle:
         client: NanoBananaClient,
         task_id: str,
         *,
-        origin: Origin = Origin(),  # noqa: B008 - frozen
+        origin: Origin = Origin(),
         submitted_at: datetime | None = None,
         possible_duplicates: int = 0,
     ) -> None:

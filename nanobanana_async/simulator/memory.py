@@ -42,9 +42,9 @@ class Simulator:
         self,
         *,
         limits: Limits = FAST_LIMITS,
-        retry: RetryPolicy = RetryPolicy(),  # noqa: B008 - frozen; so is the one below
+        retry: RetryPolicy = RetryPolicy(),
         polling: PollPolicy = FAST_POLLING,
-        timeouts: Timeouts = Timeouts(),  # noqa: B008
+        timeouts: Timeouts = Timeouts(),
     ) -> NanoBananaClient:
         """Return a client of this service that polls as fast as `FAST` paints."""
         key = min(self.vendor.profile.keys)

@@ -37,6 +37,8 @@ SUBMIT_PATH: Final = "/api/image/gen"
 QUERY_PATH: Final = "/api/task/query"
 BALANCE_PATH: Final = "/api/user"
 
+_MAX_DIGITS: Final = 64
+
 JSON_BYTES: Final = 2**20
 """Cap on a reply without pictures."""
 QUERY_BYTES: Final = 64 * 2**20
@@ -263,7 +265,9 @@ def _decimal(value: object, _: object) -> Decimal | None:
         number = Decimal(value)
     except InvalidOperation:
         return None
-    return number if number.is_finite() and number >= 0 else None
+    # 1e999999999 is a Decimal like any other until somebody prints it in full.
+    sane = number.is_finite() and number >= 0 and abs(number.adjusted()) < _MAX_DIGITS
+    return number if sane else None
 
 
 def _moment(value: object, _: object) -> datetime | None:

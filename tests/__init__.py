@@ -1,0 +1,1 @@
+"""The specification of nanobanana-async, one sentence at a time."""

@@ -1,0 +1,93 @@
+"""Small real implementations of our protocols, scripted from the outside."""
+
+import json
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeAlias
+
+import anyio
+import attrs
+
+from nanobanana_async import ExchangeFailed, Phase, Sink, WireReply, WireRequest
+from nanobanana_async.simulator.memory import tiny_png
+from nanobanana_async.simulator.vendor import PictureOrder
+
+Step: TypeAlias = WireReply | ExchangeFailed | Callable[[WireRequest], Awaitable[WireReply]]
+
+PNG = tiny_png(PictureOrder(prompt="a fox", width=8, height=8))
+
+
+def reply(status: int = 200, document: object = None, *, body: bytes | None = None, **headers: str) -> WireReply:
+    """Return a reply with a JSON body, or with *body* as it is."""
+    raw = body if body is not None else json.dumps(document).encode()
+    return WireReply(status=status, body=raw, headers={name.replace("_", "-"): text for name, text in headers.items()})
+
+
+def accepted(task_id: str = "ta-1") -> WireReply:
+    """Return the service's answer to a good submit."""
+    return reply(200, {"code": 0, "message": "ok", "data": {"task_id": task_id}})
+
+
+def state(status: object, task_id: str = "ta-1", **fields: object) -> WireReply:
+    """Return the service's answer to a query."""
+    data = {"task_id": task_id, "status": status, "result": None, **fields}
+    return reply(200, {"code": 0, "message": "ok", "data": data})
+
+
+def done(task_id: str = "ta-1", url: str = "https://files.example/fox.png") -> WireReply:
+    """Return the answer to a query about a finished task."""
+    return state("success", task_id, result=[{"image": url}], consumed="0.500000")
+
+
+def refused(status: int, code: int = 1, detail: str = "no", **headers: str) -> WireReply:
+    """Return one of the service's own errors."""
+    return reply(status, {"code": code, "message": "failed", "detail": detail}, body=None, **headers)
+
+
+def lost(phase: Phase = Phase.SEND, *, permanent: bool = False, partial: WireReply | None = None) -> ExchangeFailed:
+    """Return an exchange that broke off."""
+    return ExchangeFailed("ReadError: gone", phase=phase, permanent=permanent, reply=partial)
+
+
+@attrs.define
+class ScriptedTransport:
+    """Plays its steps one after the other, the last one for ever, and remembers what it was asked."""
+
+    steps: list[Step]
+    requests: list[WireRequest] = attrs.field(factory=list)
+    times_s: list[float] = attrs.field(factory=list)
+    in_flight: int = 0
+    most_in_flight: int = 0
+    closed: bool = False
+
+    async def send(self, request: WireRequest, *, timeout_s: float, sink: Sink | None = None) -> WireReply:
+        """Play the next step."""
+        self.requests.append(request)
+        self.times_s.append(anyio.current_time())
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        step = self.steps.pop(0) if len(self.steps) > 1 else self.steps[0]
+        try:
+            await anyio.lowlevel.checkpoint()
+            if isinstance(step, ExchangeFailed):
+                raise ExchangeFailed(step.reason, phase=step.phase, permanent=step.permanent, reply=step.reply)
+            answer = step if isinstance(step, WireReply) else await step(request)
+        finally:
+            self.in_flight -= 1
+        if sink is not None and answer.status == 200:
+            await sink(answer.body)
+            return attrs.evolve(answer, body=b"")
+        return answer
+
+    async def aclose(self) -> None:
+        """Remember that somebody closed us."""
+        self.closed = True
+
+
+def script(*steps: Step) -> ScriptedTransport:
+    """Return a transport that plays *steps*."""
+    return ScriptedTransport(list(steps))
+
+
+def submits(requests: Iterable[WireRequest]) -> int:
+    """Count the POSTs to the service."""
+    return sum(request.method == "POST" for request in requests)

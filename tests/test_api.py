@@ -1,0 +1,330 @@
+"""One awaitable per operation: paced, judged, and repeated only where that cannot pay twice."""
+
+import logging
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import anyio
+import pytest
+
+from nanobanana_async import (
+    AuthenticationError,
+    ConfigurationError,
+    GenerationRequest,
+    InvalidRequest,
+    Limits,
+    NanoBananaError,
+    NotSent,
+    Phase,
+    ProtocolError,
+    RateLimited,
+    RetryPolicy,
+    ServiceUnavailable,
+    SubmissionUnknown,
+    Timeouts,
+    TransportError,
+    WireReply,
+    WireRequest,
+)
+from nanobanana_async._host import Host
+from nanobanana_async.policies import Resubmit
+from nanobanana_async.transport.api import Api, Submitted
+from nanobanana_async.transport.endpoint import Endpoint
+from tests.fakes import ScriptedTransport, Step, accepted, done, lost, refused, reply, script, submits
+
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+FOX = GenerationRequest("a fox")
+HTML = reply(502, body=b"<html>Bad gateway</html>")
+
+
+@asynccontextmanager
+async def running(
+    transport: ScriptedTransport,
+    *,
+    limits: Limits = Limits(),
+    retry: RetryPolicy = RetryPolicy(),
+    timeouts: Timeouts = Timeouts(),
+) -> AsyncIterator[Api]:
+    """Run an `Api` over *transport*."""
+    host = Host()
+    endpoint = Endpoint.of("dk-test", "https://api.example", {})
+    try:
+        yield Api(transport, host, endpoint, limits=limits, retry=retry, timeouts=timeouts)
+    finally:
+        with anyio.CancelScope(shield=True):
+            await host.aclose(drain_s=100)
+
+
+async def submit(transport: ScriptedTransport, *, resubmit: Resubmit = "envelope") -> Submitted:
+    """Submit one request and return what came of it."""
+    async with running(transport, retry=RetryPolicy(resubmit=resubmit)) as api:
+        return await api.submit(FOX, give_up_at_s=math.inf)
+
+
+async def test_an_accepted_submit_returns_its_task_id() -> None:
+    """One POST, no possible duplicates."""
+    transport = script(accepted("ta-7"))
+    assert await submit(transport) == Submitted("ta-7", 0)
+    assert submits(transport.requests) == 1
+
+
+async def test_what_never_connected_is_sent_again() -> None:
+    """It provably cost nothing."""
+    transport = script(lost(Phase.CONNECT), lost(Phase.CONNECT), accepted())
+    assert (await submit(transport)).possible_duplicates == 0
+    assert submits(transport.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("step", "error", "posts"),
+    [
+        pytest.param(lost(Phase.CONNECT), NotSent, 3, id="never-connected"),
+        pytest.param(lost(Phase.CONNECT, permanent=True), ConfigurationError, 1, id="bad-certificate"),
+        pytest.param(lost(Phase.SEND), SubmissionUnknown, 1, id="no-reply"),
+        pytest.param(lost(Phase.REPLY, partial=reply(body=b"{")), SubmissionUnknown, 1, id="cut-reply"),
+        pytest.param(reply(200, body=b"<html>"), SubmissionUnknown, 1, id="200-html"),
+        pytest.param(reply(408, body=b""), NotSent, 2, id="408-once-more"),
+        pytest.param(refused(400, 1, "prompt is required"), InvalidRequest, 1, id="400"),
+        pytest.param(refused(401), AuthenticationError, 1, id="401"),
+        pytest.param(refused(429, retry_after="1"), RateLimited, 3, id="429"),
+        pytest.param(refused(500), ServiceUnavailable, 3, id="vendors-500"),
+        pytest.param(HTML, SubmissionUnknown, 1, id="gateway-502"),
+    ],
+)
+async def test_by_default_only_what_is_safe_or_the_vendors_own_500_is_sent_again(
+    step: Step, error: type[NanoBananaError], posts: int
+) -> None:
+    """The table's default column."""
+    transport = script(step)
+    with pytest.raises(error) as caught:
+        await submit(transport)
+    assert type(caught.value) is error
+    assert submits(transport.requests) == posts
+
+
+@pytest.mark.parametrize(
+    ("resubmit", "posts"),
+    [("never", (1, 1, 1)), ("envelope", (3, 1, 1)), ("server-errors", (3, 3, 1)), ("always", (3, 3, 3))],
+)
+async def test_each_policy_resends_what_it_names(resubmit: Resubmit, posts: tuple[int, int, int]) -> None:
+    """The vendor's 500, a gateway's 502, a lost reply."""
+    counts = []
+    for step in (refused(500), HTML, lost(Phase.SEND)):
+        transport = script(step)
+        with pytest.raises(NanoBananaError):
+            await submit(transport, resubmit=resubmit)
+        counts.append(submits(transport.requests))
+    assert tuple(counts) == posts
+
+
+async def test_resends_that_may_have_been_charged_are_counted() -> None:
+    """Twice the vendor's own 500, then an id: two possible duplicates, told to the caller."""
+    assert await submit(script(refused(500), refused(500), accepted())) == Submitted("ta-1", 2)
+
+
+async def test_a_refusal_after_resends_tells_how_many_may_have_been_charged() -> None:
+    """The error carries the count."""
+    with pytest.raises(ServiceUnavailable) as caught:
+        await submit(script(refused(500)))
+    assert caught.value.possible_duplicates == 2
+
+
+async def test_never_connecting_after_a_resend_is_not_called_unsent() -> None:
+    """The first try may have been charged, so the whole submit is unknown."""
+    with pytest.raises(SubmissionUnknown) as caught:
+        await submit(script(refused(500), lost(Phase.CONNECT)))
+    assert caught.value.sent_again == 1
+
+
+async def test_unknown_says_what_is_known_and_what_to_do() -> None:
+    """Status, excerpt, and the way to find out."""
+    with pytest.raises(SubmissionUnknown, match=r"HTTP 502 Bad gateway.*pay twice.*balance") as caught:
+        await submit(script(HTML))
+    assert caught.value.status == 502
+
+
+async def test_a_429_slows_everybody_for_as_long_as_it_says() -> None:
+    """The next request of anybody leaves after Retry-After."""
+    transport = script(refused(429, retry_after="7"), accepted())
+    await submit(transport)
+    assert transport.times_s[1] - transport.times_s[0] >= 7
+
+
+async def test_a_wait_that_exceeds_the_time_left_is_raised_at_once() -> None:
+    """Sleeping through the deadline helps nobody; the error says how long the service asked for."""
+    async with running(script(refused(429, retry_after="200")), timeouts=Timeouts(submit_s=30)) as api:
+        start_s = anyio.current_time()
+        with pytest.raises(RateLimited) as caught:
+            await api.submit(FOX, give_up_at_s=math.inf)
+        assert anyio.current_time() - start_s < 1
+        assert caught.value.retry_after_s == 200
+
+
+async def test_submits_in_flight_are_bounded() -> None:
+    """The limit holds however many callers there are."""
+
+    async def slow(_: WireRequest) -> WireReply:
+        await anyio.sleep(1)
+        return accepted()
+
+    transport = script(slow)
+    limits = Limits(submits=3, requests_per_s=1000, burst=100)
+    async with running(transport, limits=limits) as api, anyio.create_task_group() as group:
+        for _ in range(20):
+            group.start_soon(lambda: api.submit(FOX, give_up_at_s=math.inf))
+    assert (transport.most_in_flight, submits(transport.requests)) == (3, 20)
+
+
+def slow_answer(seconds: float) -> Callable[[WireRequest], Awaitable[WireReply]]:
+    """Return a step that takes its time and then accepts."""
+
+    async def step(_: WireRequest) -> WireReply:
+        await anyio.sleep(seconds)
+        return accepted("ta-late")
+
+    return step
+
+
+async def test_cancelling_the_caller_does_not_tear_a_post_on_the_wire(caplog: pytest.LogCaptureFixture) -> None:
+    """It runs to its end, and the id it brings is logged."""
+    transport = script(slow_answer(5))
+    async with running(transport) as api:
+        with anyio.move_on_after(1):
+            await api.submit(FOX, give_up_at_s=math.inf)
+        assert transport.in_flight == 1
+        await anyio.sleep(10)
+        assert transport.in_flight == 0
+    assert "ta-late" in caplog.text
+
+
+async def test_a_caller_cancelled_while_queueing_has_paid_nothing() -> None:
+    """Until the POST begins, cancelling is free, and the slot is given back."""
+    transport = script(slow_answer(5))
+    async with running(transport, limits=Limits(submits=1)) as api:
+        async with anyio.create_task_group() as group:
+            group.start_soon(lambda: api.submit(FOX, give_up_at_s=math.inf))
+            await anyio.sleep(1)
+            with anyio.move_on_after(1):
+                await api.submit(FOX, give_up_at_s=math.inf)
+        assert submits(transport.requests) == 1
+        await api.submit(FOX, give_up_at_s=math.inf)
+
+
+async def test_giving_up_while_queueing_says_that_nothing_was_sent() -> None:
+    """The caller's time ended before its turn."""
+    async with running(script(slow_answer(50)), limits=Limits(submits=1)) as api, anyio.create_task_group() as group:
+        group.start_soon(lambda: api.submit(FOX, give_up_at_s=math.inf))
+        await anyio.sleep(1)
+        with pytest.raises(NotSent, match="nothing was sent"):
+            await api.submit(FOX, give_up_at_s=anyio.current_time() + 2)
+        group.cancel_scope.cancel()
+
+
+async def test_giving_up_on_a_post_on_the_wire_is_unknown(caplog: pytest.LogCaptureFixture) -> None:
+    """It may be paid, and it runs on."""
+    async with running(script(slow_answer(5))) as api:
+        with pytest.raises(SubmissionUnknown, match="it runs on"):
+            await api.submit(FOX, give_up_at_s=anyio.current_time() + 1)
+    assert "ta-late" in caplog.text
+
+
+async def test_closing_waits_for_the_post_on_the_wire() -> None:
+    """The caller gets its id although the client is being closed."""
+    host = Host()
+    endpoint = Endpoint.of("dk-test", "https://api.example", {})
+    api = Api(script(slow_answer(5)), host, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts())
+    ids = []
+
+    async def caller() -> None:
+        ids.append((await api.submit(FOX, give_up_at_s=math.inf)).task_id)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(caller)
+        await anyio.sleep(1)
+        await host.aclose(drain_s=60)
+    assert ids == ["ta-late"]
+
+
+async def test_closing_does_not_wait_for_ever() -> None:
+    """What has not ended by then is unknown, and says so."""
+    host = Host()
+    endpoint = Endpoint.of("dk-test", "https://api.example", {})
+    api = Api(script(slow_answer(500)), host, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts())
+    errors: list[NanoBananaError] = []
+
+    async def caller() -> None:
+        try:
+            await api.submit(FOX, give_up_at_s=math.inf)
+        except NanoBananaError as exc:
+            errors.append(exc)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(caller)
+        await anyio.sleep(1)
+        await host.aclose(drain_s=3)
+    assert [type(error) for error in errors] == [SubmissionUnknown]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(lost(Phase.CONNECT), id="never-connected"),
+        pytest.param(lost(Phase.SEND), id="no-reply"),
+        pytest.param(lost(Phase.REPLY, partial=reply(body=b"{")), id="cut"),
+        pytest.param(reply(200, body=b"<html>"), id="html"),
+        pytest.param(refused(429, retry_after="1"), id="429"),
+        pytest.param(refused(500), id="500"),
+        pytest.param(HTML, id="502"),
+    ],
+)
+async def test_a_query_is_repeated_after_every_passing_trouble(step: Step) -> None:
+    """A GET costs nothing."""
+    async with running(script(step, step, done())) as api:
+        assert (await api.query("ta-1")).is_final
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        pytest.param(lost(Phase.CONNECT), NotSent, id="never-connected"),
+        pytest.param(lost(Phase.SEND), TransportError, id="no-reply"),
+        pytest.param(reply(200, body=b"<html>"), ProtocolError, id="html"),
+        pytest.param(HTML, ServiceUnavailable, id="502"),
+    ],
+)
+async def test_a_query_that_keeps_failing_raises_what_it_met(step: Step, error: type[NanoBananaError]) -> None:
+    """After three tries."""
+    transport = script(step)
+    async with running(transport) as api:
+        with pytest.raises(error):
+            await api.query("ta-1")
+    assert len(transport.requests) == 3
+
+
+async def test_an_outage_is_not_met_with_three_times_the_traffic() -> None:
+    """The quota lets the first few retry, and then one request is one request."""
+    transport = script(lost(Phase.CONNECT))
+    async with running(transport) as api:
+        for _ in range(200):
+            with pytest.raises(NotSent):
+                await api.query("ta-1")
+    assert len(transport.requests) < 1.15 * 200
+
+
+async def test_every_operation_ends_by_its_deadline() -> None:
+    """Even when the transport never answers in time and every answer asks to wait."""
+    async with running(script(refused(503, retry_after="15")), timeouts=Timeouts(query_s=20)) as api:
+        start_s = anyio.current_time()
+        with pytest.raises(NanoBananaError):
+            await api.balance()
+        assert anyio.current_time() - start_s <= 21
+
+
+async def test_an_odd_acceptance_is_kept_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """An id despite an error code: paid, ours, and worth a warning."""
+    caplog.set_level(logging.WARNING, "nanobanana_async")
+    transport = script(reply(200, {"code": 1, "message": "hm", "data": {"task_id": "ta-odd"}}))
+    assert (await submit(transport)).task_id == "ta-odd"
+    assert "ta-odd" in caplog.text

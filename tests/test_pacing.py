@@ -1,0 +1,132 @@
+"""Who may send, and when: the bucket, the hush, the quota, and every spelling of Retry-After."""
+
+import anyio
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanobanana_async.transport.pacing import Pacer, RetryQuota, retry_after_s
+
+DATE = "Sat, 21 Nov 2026 12:00:00 GMT"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        pytest.param("7", 7.0, id="seconds"),
+        pytest.param(" 1.5 ", 1.5, id="fraction"),
+        pytest.param("Sat, 21 Nov 2026 12:00:30 GMT", 30.0, id="date"),
+        pytest.param("Sat, 21 Nov 2026 11:00:00 GMT", 0.0, id="past-date"),
+        pytest.param("1000000000", 300.0, id="a-typing-error-of-thirty-years"),
+        pytest.param("Sat, 21 Nov 2099 12:00:00 GMT", 300.0, id="far-date"),
+        pytest.param("-5", None, id="negative"),
+        pytest.param("nan", None, id="nan"),
+        pytest.param("1e9", None, id="exponent"),
+        pytest.param("5, 10", None, id="two-values"),
+        pytest.param("soon", None, id="words"),
+        pytest.param("", None, id="empty"),
+    ],
+)
+def test_retry_after_is_seconds_a_date_or_ignored(value: str, expected: float | None) -> None:
+    """Clamped to five minutes; a date is read against the reply's own clock."""
+    assert retry_after_s({"retry-after": value, "date": DATE}) == expected
+
+
+@given(value=st.text(max_size=40), date=st.text(max_size=40))
+def test_no_header_breaks_the_reader(value: str, date: str) -> None:
+    """Whatever a proxy writes there."""
+    wait_s = retry_after_s({"retry-after": value, "date": date})
+    assert wait_s is None or 0 <= wait_s <= 300
+
+
+async def departures(pacer: Pacer, count: int) -> list[float]:
+    """Return when each of *count* impatient callers got through, from now."""
+    start_s, times_s = anyio.current_time(), []
+
+    async def one() -> None:
+        await pacer.permit()
+        times_s.append(anyio.current_time() - start_s)
+
+    async with anyio.create_task_group() as group:
+        for _ in range(count):
+            group.start_soon(one)
+    return times_s
+
+
+@pytest.mark.anyio
+@pytest.mark.virtual_time
+async def test_a_burst_leaves_at_once_and_the_rest_at_the_rate() -> None:
+    """Ten per second, three at once: 0, 0, 0, then one every tenth of a second."""
+    times_s = await departures(Pacer(10, 3), 8)
+    assert times_s == pytest.approx([0, 0, 0, 0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+@pytest.mark.anyio
+@pytest.mark.virtual_time
+async def test_quiet_time_is_saved_up_to_the_burst_and_no_further() -> None:
+    """An hour of silence buys three requests, not thirty-six thousand."""
+    pacer = Pacer(10, 3)
+    await departures(pacer, 5)
+    await anyio.sleep(3600)
+    assert await departures(pacer, 5) == pytest.approx([0, 0, 0, 0.1, 0.2])
+
+
+@pytest.mark.anyio
+@pytest.mark.virtual_time
+async def test_a_hush_stops_everyone_and_ends_without_a_herd() -> None:
+    """After a 429, those who waited go out one gap apart."""
+    pacer = Pacer(10, 3)
+    pacer.hush(5)
+    assert await departures(pacer, 6) == pytest.approx([5.0, 5.1, 5.2, 5.3, 5.4, 5.5])
+
+
+@pytest.mark.anyio
+@pytest.mark.virtual_time
+async def test_a_hush_also_reaches_those_already_in_line() -> None:
+    """They had been promised a time within it."""
+    pacer = Pacer(10, 1)
+    async with anyio.create_task_group() as group:
+        times_s: list[float] = []
+
+        async def wait_in_line() -> None:
+            times_s.extend(await departures(pacer, 4))
+
+        group.start_soon(wait_in_line)
+        await anyio.sleep(0.15)
+        pacer.hush(10)
+    assert times_s[:2] == pytest.approx([0, 0.1])
+    assert min(times_s[2:]) >= 10.15 - 1e-6
+    assert abs(times_s[3] - times_s[2]) == pytest.approx(0.1)
+
+
+@pytest.mark.anyio
+@pytest.mark.virtual_time
+async def test_no_second_ever_sees_more_than_rate_plus_burst() -> None:
+    """Whatever the mixture of waiting, cancelling and hushing."""
+    pacer = Pacer(20, 5)
+    times_s: list[float] = []
+
+    async def one(delay_s: float, patience_s: float) -> None:
+        await anyio.sleep(delay_s)
+        with anyio.move_on_after(patience_s):
+            await pacer.permit()
+            times_s.append(anyio.current_time())
+
+    async with anyio.create_task_group() as group:
+        for number in range(300):
+            group.start_soon(one, number % 7, 0.1 + number % 11)
+        await anyio.sleep(3)
+        pacer.hush(2)
+    times_s.sort()
+    assert len(times_s) > 100
+    for start in times_s:
+        assert sum(start <= time < start + 1 for time in times_s) <= 25
+
+
+def test_retries_are_paid_for_by_successes() -> None:
+    """Under a total outage the quota runs dry; each success buys a fifth of a retry."""
+    quota = RetryQuota()
+    assert sum(quota.spend() for _ in range(1000)) == RetryQuota.CAPACITY // RetryQuota.COST
+    for _ in range(RetryQuota.COST):
+        quota.earn()
+    assert [quota.spend(), quota.spend()] == [True, False]

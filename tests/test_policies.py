@@ -1,0 +1,42 @@
+"""Policies are frozen values that check themselves and do their own arithmetic."""
+
+from random import Random
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanobanana_async import Limits, PollPolicy, RetryPolicy, Timeouts
+from nanobanana_async.policies import RESUBMIT_LEVELS, Resubmit
+
+
+@pytest.mark.parametrize("policy", [Limits, PollPolicy, RetryPolicy, Timeouts])
+def test_no_number_of_a_policy_may_be_negative(policy: type[attrs.AttrsInstance]) -> None:
+    """A typing error shows where it is made, not in the middle of the night."""
+    for field in attrs.fields(policy):
+        if isinstance(field.default, int | float):
+            with pytest.raises(ValueError, match=field.name):
+                policy(**{field.name: -1})
+
+
+def test_an_unknown_resubmit_level_is_refused() -> None:
+    """A typing error here would cost money."""
+    with pytest.raises(ValueError, match="resubmit"):
+        RetryPolicy(resubmit="sometimes")  # type: ignore[arg-type]
+
+
+@given(tries=st.integers(1, 10_000), seed=st.integers())
+def test_pauses_are_fully_jittered_and_bounded(tries: int, seed: int) -> None:
+    """Between nothing and the cap, however often it was tried."""
+    policy = RetryPolicy(first_s=0.5, cap_s=8)
+    assert 0 <= policy.pause_s(tries, Random(seed)) <= min(8, 0.5 * 2 ** min(tries - 1, 10))
+
+
+@pytest.mark.parametrize("level", RESUBMIT_LEVELS)
+def test_each_resubmit_level_includes_the_ones_before_it(level: Resubmit) -> None:
+    """The levels are a ladder from never to always."""
+    policy = RetryPolicy(resubmit=level)
+    assert [policy.resends(other) for other in RESUBMIT_LEVELS] == [
+        RESUBMIT_LEVELS.index(other) <= RESUBMIT_LEVELS.index(level) for other in RESUBMIT_LEVELS
+    ]

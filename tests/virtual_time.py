@@ -1,0 +1,44 @@
+"""Event loops whose clock jumps to the next timer whenever there is nothing to do: an hour passes in milliseconds.
+
+For in-memory transports only: the clock does not wait for sockets or threads.
+"""
+
+import asyncio
+import selectors
+from collections.abc import Mapping
+from typing import Any
+
+import trio.testing
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    loop: "VirtualLoop"
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        events: list[tuple[selectors.SelectorKey, int]] = super().select(0)
+        if not events and timeout:
+            self.loop.now_s += timeout
+        elif not events and timeout is None:
+            raise RuntimeError("deadlock: nothing is ready, and no timer is set")
+        return events
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An asyncio loop in virtual time."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+        selector = _JumpingSelector()
+        selector.loop = self
+        super().__init__(selector)
+
+    def time(self) -> float:
+        """Return the virtual time."""
+        return self.now_s
+
+
+def backend_options(name: str) -> Mapping[str, Any]:
+    """Return what makes anyio run *name* in virtual time."""
+    if name == "trio":
+        return {"clock": trio.testing.MockClock(autojump_threshold=0)}
+    return {"loop_factory": VirtualLoop}
