@@ -52,7 +52,7 @@ class Endpoint:
 
 def _clean_key(key: str) -> str:
     """Strip what people paste along with a key. Messages never quote it."""
-    cleaned = re.sub(r"^bearer\s+", "", key.strip(), flags=re.IGNORECASE).strip()
+    cleaned = re.sub(r"^bearer(\s+|$)", "", key.strip(), flags=re.IGNORECASE).strip()
     if not cleaned:
         raise ConfigurationError(f"no API key: pass api_key=... or set {KEY_VARIABLES[0]}")
     if not re.fullmatch(r"[!-~]+", cleaned):

@@ -7,7 +7,8 @@ way is closed and forgotten, which is also what keeps cancelled requests from we
 """
 
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 from urllib.request import getproxies, proxy_bypass
@@ -18,6 +19,7 @@ import attrs
 import httpx
 
 from nanobanana_async.errors import ConfigurationError
+from nanobanana_async.models import http_url_fault
 from nanobanana_async.transport.addresses import is_public, resolve
 from nanobanana_async.transport.base import Errand, ExchangeFailed, Phase, Sink, WireReply, WireRequest
 
@@ -128,7 +130,8 @@ class HttpTransport:
         self._connect_s = connect_s
         self._trust_env = trust_env
         self._proxies = getproxies() if trust_env else {}
-        self._idle: list[_OwnLane] = []
+        self._idle: defaultdict[str, list[_OwnLane]] = defaultdict(list)
+        """Lanes at rest, by origin: another origin may need another proxy."""
         self._tls: ssl.SSLContext | None = None
         self._tls_lock = anyio.Lock()
         self._closed = False
@@ -154,7 +157,8 @@ class HttpTransport:
         """Close the lanes at rest, and those under way as they come back; a handed-in client stays open."""
         self._closed = True
         while self._idle:
-            await self._idle.pop().aclose()
+            for lane in self._idle.popitem()[1]:
+                await lane.aclose()
 
     async def _exchange(
         self, request: WireRequest, target: _Target, timeout_s: float, sink: Sink | None
@@ -195,7 +199,7 @@ class HttpTransport:
         try:
             streamed = sink if response.status_code == 200 else None
             cap = request.max_bytes if response.status_code == 200 else min(request.max_bytes, _ERROR_BYTES)
-            await _drain(response.aiter_raw(), cap, progress, streamed)
+            await _drain(response, cap, progress, streamed)
         finally:
             with anyio.CancelScope(shield=True), anyio.move_on_after(_GOODBYE_S):
                 await response.aclose()
@@ -208,14 +212,15 @@ class HttpTransport:
             yield _LentLane(self._client)
             return
         reuse = request.errand is Errand.READ
-        lane = self._idle.pop() if reuse and self._idle else await self._new_lane(request.url)
+        idle = self._idle["/".join(request.url.split("/", 3)[:3])] if reuse else []
+        lane = idle.pop() if idle else await self._new_lane(request.url)
         keep = False
         try:
             yield lane
             keep = reuse and not self._closed
         finally:
             if keep:
-                self._idle.append(lane)
+                idle.append(lane)
             else:
                 await lane.aclose()
 
@@ -245,14 +250,16 @@ class HttpTransport:
 
     async def _targets(self, request: WireRequest, timeout_s: float) -> list[_Target]:
         """Return where to connect, in order. A guarded request dials the very address that was judged."""
+        if fault := http_url_fault(request.url):
+            raise ExchangeFailed(f"the URL {fault}", phase=Phase.CONNECT, permanent=True)
         try:
             url = httpx.URL(request.url)
         except httpx.InvalidURL as exc:
             reason = f"not a URL: {exc}"
         else:
-            if not request.public_only:
-                return [_Target(url, request.headers, {})]
-            return await self._guarded(url, request.headers, timeout_s)
+            if request.public_only:
+                return await self._guarded(url, request.headers, timeout_s)
+            return [_Target(url, request.headers, {})]
         raise ExchangeFailed(reason, phase=Phase.CONNECT, permanent=True)
 
     async def _guarded(self, url: httpx.URL, headers: Mapping[str, str], timeout_s: float) -> list[_Target]:
@@ -293,20 +300,43 @@ class HttpTransport:
         return progress.failed(reason, phase=Phase.CONNECT, permanent=permanent)
 
 
-async def _drain(body: AsyncIterator[bytes], max_bytes: int, progress: _Progress, sink: Sink | None) -> None:
-    """Read the body raw, so that what came before a failure is kept, and stop at the cap."""
-    size = 0
-    async for piece in body:
-        size += len(piece)
-        if size > max_bytes:
-            progress.received += piece[: max(0, max_bytes - len(progress.received))] if sink is None else b""
-            raise progress.failed(f"the body is longer than {max_bytes} bytes", permanent=True)
+async def _drain(
+    response: "httpx.Response | httpx2.Response", max_bytes: int, progress: _Progress, sink: Sink | None
+) -> None:
+    """Read the body raw, so that what came before a failure is kept, and stop at the cap.
+
+    When we are the ones to stop, the connection is closed and the iteration goes on to its end, which is near: left
+    half way, the libraries' nested generators would be finalised by the garbage collector, and trio complains.
+    """
+    size, stopped = 0, None
+    try:
+        async for piece in response.aiter_raw():
+            if stopped is not None:
+                continue
+            size += len(piece)
+            try:
+                await _take(piece, size - max_bytes, progress, sink)
+            except Exception as exc:  # noqa: BLE001 - raised again below, when the body is done with
+                stopped = exc
+                await response.aclose()
+    except Exception:  # reading on after our own close fails in as many ways as there are backends
+        if stopped is None:
+            raise
+    if stopped is not None:
+        raise stopped
+
+
+async def _take(piece: bytes, excess: int, progress: _Progress, sink: Sink | None) -> None:
+    if excess > 0:
         if sink is None:
-            progress.received += piece
-        else:
-            progress.in_sink = True
-            await sink(piece)
-            progress.in_sink = False
+            progress.received += piece[:-excess]
+        raise progress.failed("the body is longer than may be read", permanent=True)
+    if sink is None:
+        progress.received += piece
+        return
+    progress.in_sink = True
+    await sink(piece)
+    progress.in_sink = False
 
 
 def _causes(exc: BaseException) -> Iterator[BaseException]:

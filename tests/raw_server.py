@@ -1,0 +1,123 @@
+"""A raw-socket server for tests: says exactly the bytes it is told to, and remembers what it heard."""
+
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, TypeAlias
+
+Handler: TypeAlias = Callable[[socket.socket, bytes], None]
+
+
+class RawServer:
+    """One thread per connection; *handle* gets the socket and the request it read."""
+
+    def __init__(self, handle: Handler, *, reads: bool) -> None:
+        self._handle = handle
+        self._reads = reads
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: Final[int] = self._listener.getsockname()[1]
+        self.url: Final = f"http://127.0.0.1:{self.port}"
+        self.requests: list[bytes] = []
+        self.connections = 0
+        self._closing = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def accept_forever(self) -> None:
+        """Serve until closed."""
+        while True:
+            try:
+                peer, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            thread = threading.Thread(target=self._serve, args=(peer,), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _serve(self, peer: socket.socket) -> None:
+        with peer:
+            peer.settimeout(5)
+            try:
+                if not self._reads:
+                    self._handle(peer, b"")
+                    peer.recv(65536)
+                    return
+                while request := read_request(peer):
+                    self.requests.append(request)
+                    self._handle(peer, request)
+            except OSError:
+                pass
+
+    def close(self) -> None:
+        """Stop listening and wait for the connections to end."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(timeout=6)
+
+
+def read_request(peer: socket.socket) -> bytes:
+    """Return one whole request, or nothing at the end of the connection."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        if not (piece := peer.recv(65536)):
+            return b""
+        data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    length = next(
+        (int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0
+    )
+    while len(body) < length:
+        if not (piece := peer.recv(65536)):
+            return b""
+        body += piece
+    return head + b"\r\n\r\n" + body
+
+
+def response(body: bytes = b"", *, status: str = "200 OK", length: int | None = None, **headers: str) -> bytes:
+    """Return the bytes of a response with a Content-Length."""
+    lines = [f"HTTP/1.1 {status}", f"Content-Length: {len(body) if length is None else length}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+def reset(peer: socket.socket) -> None:
+    """Close with RST instead of FIN."""
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.close()
+
+
+@contextmanager
+def serving(handle: Handler, *, reads: bool = True) -> Iterator[RawServer]:
+    """Run a server whose connections are handled by *handle*: after each request, or at once if it never *reads*."""
+    server = RawServer(handle, reads=reads)
+    thread = threading.Thread(target=server.accept_forever, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.close()
+        thread.join()
+
+
+def saying(*pieces: bytes) -> Handler:
+    """Return a handler that says *pieces* and keeps the connection."""
+
+    def handle(peer: socket.socket, _: bytes) -> None:
+        for piece in pieces:
+            peer.sendall(piece)
+
+    return handle
+
+
+def saying_then(end: Callable[[socket.socket], None], *pieces: bytes) -> Handler:
+    """Return a handler that says *pieces* and then does *end* to the connection."""
+
+    def handle(peer: socket.socket, _: bytes) -> None:
+        for piece in pieces:
+            peer.sendall(piece)
+        end(peer)
+
+    return handle

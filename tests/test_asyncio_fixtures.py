@@ -1,0 +1,78 @@
+"""What pytest-asyncio fixtures, bots and web frameworks do to a client, on plain asyncio."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from nanobanana_async import NanoBananaClient
+from nanobanana_async.simulator import FAST, Simulator
+from nanobanana_async.simulator.app import SimulatorServer
+
+pytestmark = pytest.mark.asyncio
+
+
+@pytest_asyncio.fixture
+async def client(nanobanana_simulator: Simulator) -> AsyncIterator[NanoBananaClient]:
+    """Opened and closed in the fixture's task, used in the test's."""
+    async with nanobanana_simulator.client() as client:
+        yield client
+
+
+async def test_a_fixture_hands_out_a_client_that_works(client: NanoBananaClient) -> None:
+    """Set-up, test and tear-down are different tasks."""
+    assert (await client.generate("a fox")).images
+
+
+async def test_a_client_opened_by_one_bare_task_serves_others(nanobanana_simulator: Simulator) -> None:
+    """`create_task` gives no structure, and needs none."""
+
+    async def open_client() -> NanoBananaClient:
+        client = nanobanana_simulator.client()
+        await client.balance()
+        return client
+
+    client = await asyncio.create_task(open_client())
+    tasks = [asyncio.create_task(client.generate(f"fox {n}")) for n in range(20)]
+    assert len({(await task).task_id for task in tasks}) == 20
+    await asyncio.create_task(client.aclose())
+
+
+async def test_native_cancellation_does_not_tear_a_paid_post(caplog: pytest.LogCaptureFixture) -> None:
+    """`task.cancel()` is what web frameworks do when the browser goes away; no shield of anyio's stops that."""
+    simulator = Simulator(FAST, delay_s=0.2)
+    async with simulator.client() as client:
+        task = asyncio.create_task(client.generate("a fox"))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert simulator.charges[0].task_id in caplog.text
+
+
+async def test_wait_for_works_around_our_calls(client: NanoBananaClient) -> None:
+    """The standard library's own timeout."""
+    assert (await asyncio.wait_for(client.generate("a fox"), 10)).images
+
+
+async def test_the_loop_stays_free_while_pictures_are_made() -> None:
+    """A bot answers its heartbeat all the time: over real sockets, no pause of 100 ms."""
+    longest_s = 0.0
+
+    async def heartbeat() -> None:
+        nonlocal longest_s
+        loop = asyncio.get_running_loop()
+        while True:
+            before_s = loop.time()
+            await asyncio.sleep(0.005)
+            longest_s = max(longest_s, loop.time() - before_s - 0.005)
+
+    with SimulatorServer(FAST) as server:
+        async with NanoBananaClient("dk-test", base_url=server.url) as client:
+            await client.balance()
+            beat = asyncio.create_task(heartbeat())
+            handles = await asyncio.gather(*[client.submit(f"fox {n}") for n in range(30)])
+            await asyncio.gather(*[handle.query() for handle in handles])
+            beat.cancel()
+    assert longest_s < 0.1

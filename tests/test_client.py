@@ -1,0 +1,293 @@
+"""The face: generate, submit, handles, closing, and where a client may be used."""
+
+import gc
+import logging
+import os
+import warnings
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+import pytest
+
+from nanobanana_async import (
+    AuthenticationError,
+    ConfigurationError,
+    GenerationRequest,
+    MediaError,
+    NanoBananaClient,
+    NoImage,
+    TaskFailed,
+    TaskNotFound,
+    TaskStatus,
+    TaskUnfinished,
+)
+from nanobanana_async.simulator import Simulator, VendorProfile
+from tests.fakes import PNG, accepted, done, refused, script, submits
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def client(nanobanana_simulator: Simulator) -> AsyncIterator[NanoBananaClient]:
+    """A client of the service in memory, opened and closed by a fixture."""
+    async with nanobanana_simulator.client() as client:
+        yield client
+
+
+async def test_generate_returns_a_finished_task_with_an_image(client: NanoBananaClient) -> None:
+    """Prompt in, picture out."""
+    task = await client.generate("a fox in snow", aspect_ratio="16:9")
+    assert task.status is TaskStatus.SUCCESS
+    assert (await client.fetch(task.images[0])).startswith(b"\x89PNG")
+
+
+async def test_a_request_object_does_as_well_and_options_replace_its_fields(nanobanana_simulator: Simulator) -> None:
+    """One request, several variants."""
+    request = GenerationRequest("a fox", aspect_ratio="1:1", image_size="2k")
+    async with nanobanana_simulator.client() as client:
+        await client.generate(request, aspect_ratio="16:9")
+    (played,) = nanobanana_simulator.vendor.tasks.values()
+    assert (played.order.width, played.order.height) == (2048, 1152)
+
+
+async def test_an_unknown_option_is_an_error_of_the_caller(client: NanoBananaClient) -> None:
+    """As with any Python call."""
+    with pytest.raises(TypeError, match="ratio"):
+        await client.submit("a fox", ratio="16:9")  # type: ignore[call-arg]
+
+
+async def test_a_bad_request_costs_nothing(nanobanana_simulator: Simulator, tmp_path: Path) -> None:
+    """Neither a bad value nor a bad file reaches the service."""
+    async with nanobanana_simulator.client() as client:
+        with pytest.raises(ValueError, match="prompt"):
+            await client.generate("")
+        with pytest.raises(MediaError, match="No such file"):
+            await client.generate("a fox", images=[tmp_path / "none.png"])
+    assert nanobanana_simulator.vendor.requests == []
+
+
+async def test_submit_returns_a_handle_that_knows_its_task(client: NanoBananaClient) -> None:
+    """And can be made again from the id, in any process."""
+    handle = await client.submit("a red bicycle")
+    again = client.task(handle.task_id)
+    assert handle.submitted_at is not None
+    assert again.submitted_at is None
+    assert (await again.result()).task_id == (await handle.result()).task_id == handle.task_id
+
+
+async def test_updates_end_with_the_final_snapshot(client: NanoBananaClient) -> None:
+    """Also when asked a second time."""
+    handle = await client.submit("a fox")
+    for _ in range(2):
+        seen = [task.status async for task in handle.updates()]
+        assert seen[-1] is TaskStatus.SUCCESS
+
+
+async def test_query_is_one_look(client: NanoBananaClient) -> None:
+    """It does not wait."""
+    handle = await client.submit("a fox")
+    assert not (await handle.query()).is_final
+    assert (await handle.wait()) == (await handle.query())
+
+
+async def test_a_fresh_task_that_is_not_visible_yet_is_pending() -> None:
+    """The service answers 404 for its own new ids; a foreign id that answers 404 is not found."""
+    simulator = Simulator(VendorProfile(median_s=0.02, invisible_s=60))
+    async with simulator.client() as client:
+        handle = await client.submit("a fox")
+        assert (await handle.query()).status is TaskStatus.PENDING
+        with pytest.raises(TaskNotFound):
+            await client.task("ta-typo").query()
+
+
+@pytest.mark.parametrize(
+    ("profile", "error"),
+    [
+        pytest.param(VendorProfile(median_s=0.02, invisible_s=0, failed=1), TaskFailed, id="failed"),
+        pytest.param(VendorProfile(median_s=0.02, invisible_s=0, text_only=1), NoImage, id="words-only"),
+    ],
+)
+async def test_an_end_without_a_picture_is_an_error_with_the_task(
+    profile: VendorProfile, error: type[TaskFailed]
+) -> None:
+    """`wait` returns it; `result` and `generate` raise, and say what the service said."""
+    async with Simulator(profile).client() as client:
+        with pytest.raises(error) as caught:
+            await client.generate("a fox")
+        assert caught.value.task is not None
+        assert str(caught.value.task.reason or caught.value.task.texts[0]) in str(caught.value)
+        assert (await client.task(str(caught.value.task_id)).wait()) == caught.value.task
+
+
+async def test_a_timeout_leaves_a_task_that_can_be_awaited_again() -> None:
+    """The error carries the id; nothing is paid a second time."""
+    simulator = Simulator(VendorProfile(median_s=0.3, sigma=0, invisible_s=0))
+    async with simulator.client() as client:
+        with pytest.raises(TaskUnfinished) as caught:
+            await client.generate("a fox", timeout_s=0.1)
+        assert (await client.task(str(caught.value.task_id)).result()).images
+    assert len(simulator.charges) == 1
+
+
+async def test_cancelling_generate_logs_the_id_it_leaves_behind(
+    nanobanana_simulator: Simulator, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A paid id is never lost, whoever loses interest."""
+    caplog.set_level(logging.WARNING, "nanobanana_async")
+    simulator = Simulator(VendorProfile(median_s=30))
+    async with simulator.client() as client:
+        with anyio.move_on_after(0.1):
+            await client.generate("a fox")
+    assert simulator.charges[0].task_id in caplog.text
+
+
+async def test_two_hundred_concurrent_calls_are_two_hundred_charges(nanobanana_simulator: Simulator) -> None:
+    """Each call gets the picture of its own prompt."""
+    got = {}
+    async with nanobanana_simulator.client() as nb, anyio.create_task_group() as group:
+
+        async def one(prompt: str) -> None:
+            got[prompt] = (await nb.generate(prompt)).task_id
+
+        for number in range(200):
+            group.start_soon(one, f"picture {number}")
+    assert {charge.prompt: charge.task_id for charge in nanobanana_simulator.charges} == got
+
+
+async def test_a_wrong_key_is_said_to_be_wrong(nanobanana_simulator: Simulator) -> None:
+    """And the key itself is not shown."""
+    async with NanoBananaClient("dk-CANARY", transport=nanobanana_simulator) as client:
+        with pytest.raises(AuthenticationError) as caught:
+            await client.generate("a fox")
+    assert "CANARY" not in repr(caught.value)
+
+
+async def test_closing_ends_waits_and_refuses_new_work(nanobanana_simulator: Simulator) -> None:
+    """Twice is harmless; whoever waited gets the task id."""
+    client = Simulator(VendorProfile(median_s=60)).client()
+    handle = await client.submit("a fox")
+    errors: list[Exception] = []
+
+    async def wait() -> None:
+        try:
+            await handle.wait()
+        except TaskUnfinished as exc:
+            errors.append(exc)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait)
+        await anyio.sleep(0.05)
+        await client.aclose()
+        await client.aclose()
+    assert [getattr(error, "task_id", None) for error in errors] == [handle.task_id]
+    for call in (client.submit("a fox"), client.balance(), handle.wait(), client.fetch(None)):  # type: ignore[arg-type]
+        with pytest.raises(ConfigurationError, match="closed"):
+            await call
+
+
+async def test_a_client_that_was_never_used_can_be_closed_anywhere() -> None:
+    """It has started nothing."""
+    await NanoBananaClient("dk-1").aclose()
+
+
+async def test_a_transport_that_is_handed_in_stays_open() -> None:
+    """Whoever made it closes it."""
+    transport = script(accepted(), done())
+    async with NanoBananaClient("dk-1", transport=transport) as client:
+        await client.submit("a fox")
+    assert not transport.closed
+
+
+async def test_a_client_may_be_opened_in_one_task_and_closed_in_another(nanobanana_simulator: Simulator) -> None:
+    """Bots do that: set up in one callback, torn down in another."""
+    clients: list[NanoBananaClient] = []
+
+    async def open_it() -> None:
+        clients.append(await nanobanana_simulator.client().__aenter__())
+        await clients[0].generate("a fox")
+
+    async def close_it() -> None:
+        await clients[0].__aexit__(None, None, None)
+
+    for step in (open_it, close_it):
+        async with anyio.create_task_group() as group:
+            group.start_soon(step)
+    with pytest.raises(ConfigurationError):
+        await clients[0].balance()
+
+
+async def test_another_event_loop_gets_a_clear_error(nanobanana_simulator: Simulator, anyio_backend: str) -> None:
+    """Instead of futures that belong to somebody else."""
+    async with nanobanana_simulator.client() as client:
+        await client.balance()
+        for use in (client.balance, client.aclose):
+            with pytest.raises(ConfigurationError, match="another event loop"):
+                await anyio.to_thread.run_sync(partial(anyio.run, use, backend=anyio_backend))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+async def test_a_forked_child_gets_a_clear_error(nanobanana_simulator: Simulator) -> None:
+    """Two processes on one connection would read each other's replies."""
+    async with nanobanana_simulator.client() as client:
+        await client.balance()
+        home = client._host._home
+        assert home is not None
+        client._host._home = (home[0] + 1, home[1])  # as a child sees it: its own pid is another one
+        with pytest.raises(ConfigurationError, match="before a fork"):
+            await client.balance()
+        client._host._home = home
+
+
+async def test_a_forgotten_client_is_reported() -> None:
+    """Hiding it would leak connections for as long as the process lives."""
+    client = Simulator().client()
+    await client.balance()
+    host = client._host
+    del client
+    with pytest.warns(ResourceWarning, match="unclosed NanoBananaClient"):
+        gc.collect()
+    await host.aclose(drain_s=1)
+
+
+async def test_a_client_that_was_closed_or_never_used_is_forgotten_in_silence() -> None:
+    """There is nothing to report."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NanoBananaClient("dk-1")
+        async with Simulator().client() as client:
+            await client.balance()
+        del client
+        gc.collect()
+
+
+async def test_pictures_are_saved_under_safe_names(client: NanoBananaClient, tmp_path: Path) -> None:
+    """Named after the task in a folder, or exactly as told."""
+    task = await client.generate("a fox")
+    assert await client.save(task, tmp_path / "new" / "folder") == [tmp_path / "new" / "folder" / f"{task.task_id}.png"]
+    assert await client.save(task, tmp_path / "fox.png") == [tmp_path / "fox.png"]
+    assert await client.save(task, tmp_path, name="../../etc/passwd") == [tmp_path / "etc-passwd.png"]
+    assert (tmp_path / "fox.png").read_bytes().startswith(b"\x89PNG")
+
+
+async def test_several_pictures_get_numbers(nanobanana_simulator: Simulator, tmp_path: Path) -> None:
+    """The service has answered with more than one."""
+    urls = [{"image": f"https://f.example/{n}.png"} for n in range(3)]
+    body = done().body.replace(b'[{"image": "https://files.example/fox.png"}]', str(urls).replace("'", '"').encode())
+    transport = script(accepted(), done().__class__(status=200, body=body), done().__class__(status=200, body=PNG))
+    async with NanoBananaClient("dk-1", transport=transport) as client:
+        task = await (await client.submit("a fox")).query()
+        names = [path.name for path in await client.save(task, tmp_path / "fox.png")]
+    assert names == ["fox.png", "fox-2.png", "fox-3.png"]
+
+
+async def test_a_refused_submit_is_one_request() -> None:
+    """Bad requests are not repeated."""
+    transport = script(refused(400, 1, "prompt is required"))
+    async with NanoBananaClient("dk-1", transport=transport) as client:
+        with pytest.raises(Exception, match="prompt is required"):
+            await client.submit("a fox")
+    assert submits(transport.requests) == 1

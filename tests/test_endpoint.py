@@ -1,0 +1,85 @@
+"""Whom we talk to and as whom: checked at construction, so that a key can neither leak nor fail later."""
+
+import pytest
+
+from nanobanana_async import ConfigurationError, NanoBananaClient
+from nanobanana_async.transport.endpoint import Endpoint
+
+
+@pytest.mark.parametrize(
+    "pasted",
+    ["dk-1", " dk-1\n", "Bearer dk-1", "bearer  dk-1 ", "\tdk-1\r\n"],
+    ids=["clean", "blanks", "Bearer", "bearer", "tab"],
+)
+def test_what_people_paste_along_with_a_key_is_stripped(pasted: str) -> None:
+    """Newlines, blanks, and the word Bearer."""
+    assert Endpoint.of(pasted, None, {}).headers["Authorization"] == "Bearer dk-1"
+
+
+@pytest.mark.parametrize("key", ["dk CANARY", "dk-CANARY\u20ac", "dk-\x00CANARY", "dk-CANARY\nX: y"])
+def test_a_key_that_cannot_be_sent_is_refused_without_being_shown(key: str) -> None:
+    """Header injection and encoding errors end here."""
+    with pytest.raises(ConfigurationError, match="api_key") as caught:
+        NanoBananaClient(key)
+    assert "CANARY" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [None, "", "  ", "Bearer "])
+def test_no_key_is_said_to_be_missing(key: str | None) -> None:
+    """With the name of the variable to set."""
+    with pytest.raises(ConfigurationError, match=r"no API key: pass api_key=\.\.\. or set DEFAPI_API_KEY"):
+        NanoBananaClient(key)
+
+
+def test_the_key_is_found_under_the_names_users_already_have() -> None:
+    """In this order; an empty variable counts as unset."""
+    environ = {"DEFAPI_API_KEY": "", "DEFAPI_KEY": "dk-2", "NANO_BANANA_API_KEY": "dk-3"}
+    assert Endpoint.of(None, None, environ).headers["Authorization"] == "Bearer dk-2"
+
+
+def test_the_base_url_is_given_or_from_the_environment_or_the_service() -> None:
+    """A slash at the end makes no difference."""
+    environ = {"DEFAPI_BASE_URL": "https://proxy.example/"}
+    assert Endpoint.of("dk-1", "https://other.example/v1/", environ).base_url == "https://other.example/v1"
+    assert Endpoint.of("dk-1", None, environ).base_url == "https://proxy.example"
+    assert Endpoint.of("dk-1", None, {}).base_url == "https://api.defapi.org"
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("api.defapi.org", "absolute"),
+        ("ftp://api.defapi.org", "absolute"),
+        ("https://user:pass@api.defapi.org", "user name or password"),
+        ("https://api.defapi.org?x=1", "query"),
+        ("http://api.defapi.org", "in the clear"),
+        ("http://8.8.8.8", "in the clear"),
+        ("https://api.defapi.org\r\nX: y", "control"),
+    ],
+)
+def test_a_base_url_that_would_fail_or_leak_is_refused(url: str, says: str) -> None:
+    """The key goes over https, or stays inside."""
+    with pytest.raises(ConfigurationError, match=says):
+        NanoBananaClient("dk-1", base_url=url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:8787",
+        "http://localhost",
+        "http://simulator:8787",
+        "http://10.1.2.3",
+        "http://[::1]:1",
+        "http://nb.internal",
+    ],
+)
+def test_plain_http_is_fine_on_this_machine_and_in_a_private_network(url: str) -> None:
+    """Where simulators and sidecars live."""
+    assert NanoBananaClient("dk-1", base_url=url)
+
+
+def test_the_key_is_in_no_repr() -> None:
+    """Neither of the client nor of what it is made of."""
+    client = NanoBananaClient("dk-CANARY")
+    assert "CANARY" not in repr(client) + repr(client._endpoint) + repr(client._api)

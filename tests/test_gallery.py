@@ -1,0 +1,61 @@
+"""The run as a page that opens from disk."""
+
+from html.parser import HTMLParser
+from pathlib import Path
+
+from nanobanana_async.batch.gallery import GalleryEntry, render, write
+
+
+class _Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+
+def tags(page: str, name: str) -> list[dict[str, str | None]]:
+    """Return the attributes of each tag called *name*."""
+    parser = _Tags()
+    parser.feed(page)
+    return [attributes for tag, attributes in parser.seen if tag == name]
+
+
+def test_each_entry_is_a_card_with_a_lazy_picture() -> None:
+    """Five thousand of them must not all be loaded at once."""
+    page = render("Run", [GalleryEntry(prompt=f"fox {n}", status="done", file=f"{n}.png") for n in range(5)])
+    images = tags(page, "img")
+    assert [image["src"] for image in images] == [f"{n}.png" for n in range(5)]
+    assert all(image["loading"] == "lazy" for image in images)
+
+
+def test_no_prompt_can_break_out_of_the_page() -> None:
+    """Not by tags, not by quotes, not by template signs, not by file names."""
+    evil = "<script>alert(1)</script>\" onload='x' $title ${cards}"
+    entry = GalleryEntry(prompt=evil, status=evil, file='a"b #?.png', note=evil, cost=evil)
+    page = render(evil, [entry])
+    assert len(tags(page, "script")) == 1
+    (image,) = tags(page, "img")
+    assert image["alt"] == evil
+    assert image["src"] == "a%22b%20%23%3F.png"
+    assert "onload" not in image
+
+
+def test_what_has_no_picture_says_why() -> None:
+    """A failed row is a card, too."""
+    page = render("Run", [GalleryEntry(prompt="fox", status="failed", note="the prompt was refused")])
+    assert "the prompt was refused" in page
+    assert tags(page, "img") == []
+
+
+def test_status_time_and_cost_stand_under_the_prompt() -> None:
+    """As far as they are known."""
+    page = render("Run", [GalleryEntry(prompt="fox", status="done", file="1.png", seconds=12.34, cost="0.5")])
+    assert "done &middot; 12.3 s &middot; 0.5 credits" in page
+
+
+def test_the_page_is_written_as_one_file(tmp_path: Path) -> None:
+    """Nothing beside it is needed but the pictures."""
+    write(tmp_path / "index.html", "Run", [])
+    assert tags((tmp_path / "index.html").read_text(), "link") == []

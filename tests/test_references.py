@@ -1,0 +1,77 @@
+"""Reference images: whatever a user has at hand becomes what the service takes."""
+
+import base64
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from nanobanana_async import MediaError
+from nanobanana_async.media.references import as_references
+from nanobanana_async.models import ImageSource
+from tests.fakes import PNG
+
+pytestmark = pytest.mark.anyio
+
+MIB = 2**20
+PNG_URI = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+
+
+def encoded(kind: str) -> bytes:
+    """Return a picture in one of the formats."""
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2), "red").save(file, format=kind)
+    return file.getvalue()
+
+
+async def test_urls_and_data_uris_go_as_they_are() -> None:
+    """The service fetches the one and decodes the other."""
+    images: tuple[ImageSource, ...] = ("https://a.example/1.png", PNG_URI)
+    assert await as_references(images, max_bytes=MIB) == images
+
+
+async def test_files_and_bytes_become_data_uris(tmp_path: Path) -> None:
+    """In the order they were given."""
+    path = tmp_path / "fox.txt"
+    path.write_bytes(PNG)
+    assert await as_references((path, PNG), max_bytes=MIB) == (PNG_URI, PNG_URI)
+
+
+async def test_a_pil_image_is_sent_as_png() -> None:
+    """Lossless, whatever it was loaded from."""
+    (uri,) = await as_references((Image.new("RGB", (3, 2), "red"),), max_bytes=MIB)
+    assert Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size == (3, 2)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
+async def test_the_type_is_told_by_the_bytes(kind: str) -> None:
+    """File names lie."""
+    (uri,) = await as_references((encoded(kind),), max_bytes=MIB)
+    assert uri.startswith(f"data:image/{kind.lower()};base64,")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        pytest.param("none.png", None, "No such file", id="missing"),
+        pytest.param(".", None, "cannot be read", id="a-folder"),
+        pytest.param("page.png", b"<html>", "not a PNG, JPEG, WebP or GIF", id="html"),
+        pytest.param("empty.png", b"", "not a PNG, JPEG, WebP or GIF", id="empty"),
+        pytest.param("big.png", PNG + bytes(MIB), "1.0 MiB, but a reference image may have 1.0 MiB", id="too-big"),
+    ],
+)
+async def test_a_file_that_will_not_do_is_named(tmp_path: Path, name: str, content: bytes | None, says: str) -> None:
+    """With the reason, before anything is paid."""
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(MediaError, match=says) as caught:
+        await as_references((path,), max_bytes=MIB)
+    assert str(path) in str(caught.value)
+
+
+async def test_a_data_uri_has_the_same_limit() -> None:
+    """It is the same picture, only spelled differently."""
+    with pytest.raises(MediaError, match="the data URI"):
+        await as_references((PNG_URI + "A" * 2 * MIB,), max_bytes=MIB)

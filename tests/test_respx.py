@@ -1,0 +1,86 @@
+"""The wire at the httpx level: what a user's own test-suite sees when it mocks httpx with respx."""
+
+import json
+
+import anyio
+import httpx
+import pytest
+import respx
+
+from nanobanana_async import HttpTransport, NanoBananaClient, NotSent, PollPolicy, SubmissionUnknown
+from tests.fakes import PNG, accepted, done
+
+pytestmark = pytest.mark.anyio
+
+QUICK = PollPolicy(first_s=0.01, pause_s=0.01, cap_s=0.01)
+API = "https://api.defapi.org"
+
+
+@pytest.fixture
+def service() -> respx.MockRouter:
+    """The three endpoints and a file host."""
+    router = respx.mock(assert_all_called=False)
+    router.post(f"{API}/api/image/gen").respond(200, content=accepted().body)
+    router.get(f"{API}/api/task/query", params={"task_id": "ta-1"}).respond(
+        200, content=done(url="https://1.1.1.1/fox.png?sig=s").body
+    )
+    router.get(f"{API}/api/user").respond(200, json={"code": 0, "message": "ok", "data": {"credit": "7.25"}})
+    router.get("https://1.1.1.1/fox.png").respond(200, content=PNG)
+    return router
+
+
+async def test_a_picture_travels_the_whole_way(service: respx.MockRouter) -> None:
+    """Submit, query, fetch, each with the headers the service and the file host want."""
+    async with service, NanoBananaClient("dk-1", polling=QUICK) as client:
+        task = await client.generate("a fox", aspect_ratio="16:9")
+        assert await client.fetch(task.images[0]) == PNG
+        assert str(await client.balance()) == "7.25"
+        calls = list(service.calls)
+    submit, query, fetch, balance = (call.request for call in calls)
+    assert json.loads(submit.content) == {"model": "google/gempix2", "prompt": "a fox", "aspect_ratio": "16:9"}
+    for request in (submit, query, balance):
+        assert request.headers["authorization"] == "Bearer dk-1"
+        assert request.headers["accept-encoding"] == "identity"
+    assert "authorization" not in fetch.headers
+    assert "cookie" not in fetch.headers
+    assert all(call.request.headers["user-agent"].startswith("nanobanana-async/") for call in calls)
+
+
+async def test_the_same_over_a_client_that_is_handed_in(service: respx.MockRouter) -> None:
+    """It stays open when ours is closed."""
+    async with service, httpx.AsyncClient() as mine:
+        async with NanoBananaClient("dk-1", polling=QUICK, transport=HttpTransport(mine)) as client:
+            assert (await client.generate("a fox")).is_final
+        assert not mine.is_closed
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "posts"),
+    [
+        (httpx.ConnectError, NotSent, 3),
+        (httpx.ConnectTimeout, NotSent, 3),
+        (httpx.PoolTimeout, NotSent, 3),
+        (httpx.ProxyError, NotSent, 3),
+        (httpx.WriteTimeout, SubmissionUnknown, 1),
+        (httpx.WriteError, SubmissionUnknown, 1),
+        (httpx.ReadError, SubmissionUnknown, 1),
+        (httpx.ReadTimeout, SubmissionUnknown, 1),
+        (httpx.RemoteProtocolError, SubmissionUnknown, 1),
+        (httpx.DecodingError, SubmissionUnknown, 1),
+        (ValueError, SubmissionUnknown, 1),
+    ],
+)
+async def test_only_failures_that_prove_it_was_not_sent_are_sent_again(
+    error: type[Exception], expected: type[Exception], posts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every exception that httpx can raise for a submit, and one that it should not."""
+
+    async def no_sleep(_: float) -> None:
+        await anyio.lowlevel.checkpoint()
+
+    monkeypatch.setattr("nanobanana_async.transport.api.anyio.sleep", no_sleep)
+    async with respx.mock as router, NanoBananaClient("dk-1") as client:
+        route = router.post(f"{API}/api/image/gen").mock(side_effect=error("boom"))
+        with pytest.raises(expected) as caught:
+            await client.submit("a fox")
+    assert (type(caught.value), route.call_count) == (expected, posts)

@@ -1,0 +1,349 @@
+"""One coroutine watches any number of tasks within a bounded set of polls."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from functools import partial
+from itertools import pairwise
+from random import Random
+
+import anyio
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanobanana_async import (
+    AuthenticationError,
+    InvalidRequest,
+    NanoBananaError,
+    PollPolicy,
+    ProtocolError,
+    RateLimited,
+    ServiceUnavailable,
+    Task,
+    TaskNotFound,
+    TaskStatus,
+    TaskUnfinished,
+    TransportError,
+)
+from nanobanana_async._host import Host
+from nanobanana_async.tracking.schedule import BackoffSchedule, has_vanished, newer
+from nanobanana_async.tracking.tracker import Origin, TaskTracker
+
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+
+def task(status: TaskStatus | str, task_id: str = "ta-1") -> Task:
+    """Return a snapshot."""
+    return Task(task_id=task_id, status=TaskStatus(status))
+
+
+@attrs.define
+class Service:
+    """A source of snapshots: what it answers follows from the id and the time since it began."""
+
+    answer: Callable[[str, float], Task | Exception]
+    slots: int = 64
+    delay_s: float = 0.01
+    looks: list[tuple[float, str]] = attrs.field(factory=list)
+    in_flight: int = 0
+    most_in_flight: int = 0
+    _semaphore: anyio.Semaphore = attrs.field(init=False)
+    _start_s: float = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._semaphore = anyio.Semaphore(self.slots)
+        self._start_s = anyio.current_time()
+
+    async def take_turn(self) -> None:
+        """Wait for a slot."""
+        await self._semaphore.acquire()
+
+    def drop_turn(self) -> None:
+        """Give it back."""
+        self._semaphore.release()
+
+    async def look(self, task_id: str) -> Task:
+        """Answer after a while."""
+        self.looks.append((anyio.current_time() - self._start_s, task_id))
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await anyio.sleep(self.delay_s)
+            answer = self.answer(task_id, anyio.current_time() - self._start_s)
+        finally:
+            self.in_flight -= 1
+            self._semaphore.release()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@asynccontextmanager
+async def tracking(service: Service, **policy: float) -> AsyncIterator[TaskTracker]:
+    """Run a tracker over *service*."""
+    host = Host()
+    settings = {"first_s": 1.0, "pause_s": 1.0, "factor": 1.0, "cap_s": 1.0, "jitter": 0.0, **policy}
+    tracker = TaskTracker(service, BackoffSchedule(PollPolicy(**settings)), host)
+    try:
+        yield tracker
+    finally:
+        tracker.close()
+        with anyio.CancelScope(shield=True):
+            await host.aclose(drain_s=1)
+
+
+def finished_after(seconds: float) -> Callable[[str, float], Task]:
+    """Return an answer that is in progress for so long, and then a success."""
+    return lambda task_id, now_s: task("success" if now_s >= seconds else "in_progress", task_id)
+
+
+async def test_a_wait_ends_with_the_final_snapshot() -> None:
+    """One look a second until the task is done."""
+    service = Service(finished_after(3.5))
+    async with tracking(service) as tracker:
+        assert (await tracker.wait("ta-1", timeout_s=60)).status is TaskStatus.SUCCESS
+    assert len(service.looks) == 4
+
+
+async def test_a_failed_task_is_returned_not_raised() -> None:
+    """Waiting is about the end, not about which."""
+    async with tracking(Service(lambda *_: task("failed"))) as tracker:
+        assert (await tracker.wait("ta-1", timeout_s=60)).status is TaskStatus.FAILED
+
+
+async def test_everybody_who_waits_for_one_task_shares_its_looks() -> None:
+    """A hundred waiters cost what one costs."""
+    service = Service(finished_after(3.5))
+    async with tracking(service) as tracker, anyio.create_task_group() as group:
+        for _ in range(100):
+            group.start_soon(partial(tracker.wait, "ta-1", timeout_s=60))
+    assert len(service.looks) == 4
+
+
+async def test_looks_in_flight_never_exceed_the_slots() -> None:
+    """However many tasks are due at once."""
+    service = Service(finished_after(10), slots=8, delay_s=0.5)
+    async with tracking(service) as tracker, anyio.create_task_group() as group:
+        for number in range(200):
+            group.start_soon(partial(tracker.wait, f"ta-{number}", timeout_s=600))
+    assert service.most_in_flight == 8
+
+
+async def test_no_due_task_is_starved_by_the_others() -> None:
+    """When there are too few slots, the longest overdue is looked at first: everybody's turn comes round."""
+    service = Service(finished_after(1000), slots=2, delay_s=1.0)
+    async with tracking(service) as tracker, anyio.create_task_group() as group:
+        for number in range(50):
+            group.start_soon(partial(tracker.wait, f"ta-{number}", timeout_s=600))
+        await anyio.sleep(500)
+        group.cancel_scope.cancel()
+    times_s: dict[str, list[float]] = {}
+    for time_s, task_id in service.looks:
+        times_s.setdefault(task_id, []).append(time_s)
+    assert len(times_s) == 50
+    gaps_s = [later - earlier for times in times_s.values() for earlier, later in pairwise(times)]
+    assert max(gaps_s) <= 50 / 2 * 1.0 + 2.0
+
+
+async def test_ten_thousand_tasks_are_watched_without_ten_thousand_coroutines() -> None:
+    """Waiters aside, the tracker is one coroutine and the looks that are under way."""
+    service = Service(finished_after(30), slots=16, delay_s=0.001)
+    policy = {"pause_s": 30.0, "cap_s": 30.0}
+    async with tracking(service, **policy) as tracker, anyio.create_task_group() as group:
+        for number in range(10_000):
+            group.start_soon(partial(tracker.wait, f"ta-{number}", timeout_s=3600))
+        await anyio.sleep(5)
+        assert len(tracker._watched) == 10_000
+    assert len(tracker._watched) == 0
+    assert service.most_in_flight <= 16
+
+
+async def test_a_timeout_raises_with_the_last_snapshot_and_the_task_can_be_awaited_again() -> None:
+    """The task runs on at the service."""
+    async with tracking(Service(finished_after(10))) as tracker:
+        with pytest.raises(TaskUnfinished, match=r"not final within 5 s: it was in_progress") as caught:
+            await tracker.wait("ta-1", timeout_s=5)
+        assert caught.value.task == task("in_progress")
+        assert (await tracker.wait("ta-1", timeout_s=60)).is_final
+
+
+async def test_a_timeout_names_the_trouble_that_kept_answers_away() -> None:
+    """So that an outage does not look like a slow picture."""
+    async with tracking(Service(lambda *_: ServiceUnavailable("Bad gateway (HTTP 502)"))) as tracker:
+        with pytest.raises(TaskUnfinished, match=r"nothing was heard of it \(the last look met: Bad gateway"):
+            await tracker.wait("ta-1", timeout_s=5)
+
+
+async def test_the_last_one_to_leave_ends_the_looking() -> None:
+    """Nobody is interested any more, so nothing is asked any more."""
+    service = Service(finished_after(1000))
+    async with tracking(service) as tracker:
+        for _ in range(2):
+            with anyio.move_on_after(3.5):
+                await tracker.wait("ta-1", timeout_s=600)
+        looks = len(service.looks)
+        await anyio.sleep(100)
+        assert len(service.looks) == looks
+        assert not tracker._watched
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        TransportError("no answer: ReadError"),
+        ServiceUnavailable("Bad gateway (HTTP 502)", status=502),
+        RateLimited("slow down", status=429),
+        ProtocolError("the answer is not the service's JSON"),
+        InvalidRequest("Forbidden (HTTP 403)", status=403),
+    ],
+    ids=lambda trouble: type(trouble).__name__,
+)
+async def test_a_passing_trouble_is_a_late_answer(trouble: Exception) -> None:
+    """It is paid for, so one bad answer does not end the wait."""
+    async with tracking(Service(lambda _, now_s: trouble if now_s < 5 else task("success"))) as tracker:
+        assert (await tracker.wait("ta-1", timeout_s=60)).is_final
+
+
+async def test_a_bad_task_does_not_stop_the_others() -> None:
+    """Not even one that makes the transport raise what it must not."""
+    answers = {"ta-bad": RuntimeError("boom"), "ta-wrong": InvalidRequest("bad id", status=400, code=1)}
+    async with tracking(Service(lambda task_id, _: answers.get(task_id) or task("success", task_id))) as tracker:
+        with pytest.raises(TransportError, match="RuntimeError: boom"):
+            await tracker.wait("ta-bad", timeout_s=60)
+        with pytest.raises(InvalidRequest):
+            await tracker.wait("ta-wrong", timeout_s=60)
+        assert (await tracker.wait("ta-good", timeout_s=60)).is_final
+
+
+async def test_a_refused_key_ends_every_wait_each_with_its_own_error() -> None:
+    """There is nothing to wait for without a key; every error names the task it is about."""
+    caught: dict[str, AuthenticationError] = {}
+    service = Service(lambda *_: AuthenticationError("Invalid API key", status=401, task_id="ta-0"))
+
+    async def one(task_id: str) -> None:
+        try:
+            await tracker.wait(task_id, timeout_s=600)
+        except AuthenticationError as exc:
+            caught[task_id] = exc
+
+    async with tracking(service) as tracker, anyio.create_task_group() as group:
+        for number in range(20):
+            group.start_soon(one, f"ta-{number}")
+    assert {task_id: exc.task_id for task_id, exc in caught.items()} == {f"ta-{n}": f"ta-{n}" for n in range(20)}
+    assert len({id(exc) for exc in caught.values()}) == 20
+
+
+async def test_our_own_fresh_task_may_be_invisible_for_a_while() -> None:
+    """A 404 within a minute of our submit means "not yet"."""
+    service = Service(lambda _, now_s: TaskNotFound("task not found") if now_s < 30 else task("success"))
+    async with tracking(service) as tracker:
+        origin = Origin(submitted_at_s=anyio.current_time())
+        assert (await tracker.wait("ta-1", timeout_s=600, origin=origin)).is_final
+
+
+async def test_our_own_task_that_stays_away_is_gone_after_minutes_not_at_once() -> None:
+    """Three late 404s over five minutes."""
+    async with tracking(Service(lambda *_: TaskNotFound("task not found")), cap_s=30, pause_s=30) as tracker:
+        start_s = anyio.current_time()
+        with pytest.raises(TaskNotFound):
+            await tracker.wait("ta-1", timeout_s=3600, origin=Origin(submitted_at_s=start_s))
+        assert 360 <= anyio.current_time() - start_s <= 460
+
+
+async def test_a_task_that_was_seen_may_be_missed_for_a_while() -> None:
+    """Found, then 404, then found again: replicas lag."""
+
+    def answer(_: str, now_s: float) -> Task | Exception:
+        return TaskNotFound("task not found") if 5 < now_s < 40 else task("success" if now_s > 50 else "pending")
+
+    async with tracking(Service(answer)) as tracker:
+        assert (await tracker.wait("ta-1", timeout_s=600)).is_final
+
+
+async def test_a_foreign_id_that_was_never_seen_does_not_exist() -> None:
+    """A typing error is reported at the first look, not after the deadline."""
+    service = Service(lambda *_: TaskNotFound("task not found"))
+    async with tracking(service) as tracker:
+        with pytest.raises(TaskNotFound):
+            await tracker.wait("ta-typo", timeout_s=600)
+    assert len(service.looks) == 1
+
+
+async def test_updates_show_each_status_once_and_never_backwards() -> None:
+    """What arrives late or twice is not news."""
+    words = iter(["pending", "pending", "in_progress", "submitted", "unknown", "in_progress", "success"])
+    async with (
+        tracking(Service(lambda *_: task(next(words)))) as tracker,
+        aclosing(tracker.updates("ta-1", timeout_s=60)) as updates,
+    ):
+        seen = [snapshot.status.value async for snapshot in updates]
+    assert seen == ["pending", "in_progress", "success"]
+
+
+async def test_leaving_updates_half_way_ends_the_looking() -> None:
+    """Breaking out of the loop is leaving."""
+    async with tracking(Service(finished_after(100))) as tracker:
+        async with aclosing(tracker.updates("ta-1", timeout_s=600)) as updates:
+            async for _ in updates:
+                break
+        assert not tracker._watched
+
+
+async def test_closing_ends_every_wait_with_the_task_id() -> None:
+    """Nobody is left waiting for a client that is gone."""
+    errors: list[NanoBananaError] = []
+
+    async def one() -> None:
+        try:
+            await tracker.wait("ta-1", timeout_s=600)
+        except NanoBananaError as exc:
+            errors.append(exc)
+
+    async with tracking(Service(finished_after(1000))) as tracker, anyio.create_task_group() as group:
+        group.start_soon(one)
+        await anyio.sleep(3)
+        tracker.close()
+    assert [(type(error), error.task_id) for error in errors] == [(TaskUnfinished, "ta-1")]
+
+
+async def test_a_task_due_earlier_than_all_others_wakes_the_scheduler() -> None:
+    """A long sleep is cut short by whoever comes later and is due sooner."""
+    service = Service(finished_after(0))
+    async with tracking(service, first_s=100.0) as tracker, anyio.create_task_group() as group:
+        group.start_soon(partial(tracker.wait, "ta-late", timeout_s=600))
+        await anyio.sleep(10)
+        old = Origin(submitted_at_s=anyio.current_time() - 95)
+        await tracker.wait("ta-soon", timeout_s=600, origin=old)
+        assert anyio.current_time() - service._start_s < 20
+
+
+@pytest.mark.parametrize("first", list(TaskStatus))
+@pytest.mark.parametrize("second", list(TaskStatus))
+async def test_news_never_moves_a_task_backwards(first: TaskStatus, second: TaskStatus) -> None:
+    """Final statuses absorb; unknown words carry no news."""
+    after = newer(first, second)
+    assert after in (first, second)
+    assert newer(after, first) is after
+    if first.is_final:
+        assert after is first
+
+
+def test_the_first_look_comes_when_pictures_may_be_ready() -> None:
+    """Counted from the submit, not from the wait."""
+    schedule = BackoffSchedule(PollPolicy(first_s=8, jitter=0))
+    assert [schedule.pause_s(None, age_s, 0) for age_s in (0.0, 5.0, 60.0)] == [8.0, 3.0, 0.0]
+
+
+@given(looks=st.integers(0, 10_000), age_s=st.floats(0, 1e6), seed=st.integers())
+def test_pauses_stay_between_nothing_and_the_jittered_cap(looks: int, age_s: float, seed: int) -> None:
+    """No overflow, no negative sleep, no look that never comes."""
+    policy = PollPolicy()
+    pause_s = BackoffSchedule(policy, Random(seed)).pause_s("m", age_s, looks)
+    assert 0 <= pause_s <= policy.cap_s * (1 + policy.jitter)
+
+
+@pytest.mark.parametrize(("looks", "seconds", "gone"), [(2, 1e6, False), (3, 299, False), (3, 300, True)])
+def test_a_task_has_vanished_after_three_late_looks_over_five_minutes(looks: int, seconds: float, gone: bool) -> None:  # noqa: FBT001 - a table
+    """Both, not either."""
+    assert has_vanished(looks, seconds) is gone
