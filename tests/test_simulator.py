@@ -98,7 +98,7 @@ def test_every_accepted_submit_is_charged_once_and_the_account_runs_dry() -> Non
 @pytest.mark.parametrize(
     ("rate", "status"), [({"failed": 1.0}, "failed"), ({"text_only": 1.0}, "success"), ({"inline": 1.0}, "success")]
 )
-def test_scripted_ends_are_played(rate: dict[str, float], status: str) -> None:
+def test_scripted_ends_are_played(rate: dict[str, Any], status: str) -> None:
     """Failures without a reason, words without a picture, pictures without a URL."""
     played = Played(**rate)
     task_id = str(data(played.submit())["task_id"])

@@ -102,8 +102,9 @@ async def test_a_wait_ends_with_the_final_snapshot() -> None:
     """One look a second until the task is done."""
     service = Service(finished_after(3.5))
     async with tracking(service) as tracker:
-        assert (await tracker.wait("ta-1", timeout_s=60)).status is TaskStatus.SUCCESS
-    assert len(service.looks) == 4
+        origin = Origin(submitted_at_s=anyio.current_time())
+        assert (await tracker.wait("ta-1", timeout_s=60, origin=origin)).status is TaskStatus.SUCCESS
+    assert [round(time_s) for time_s, _ in service.looks] == [1, 2, 3, 4]
 
 
 async def test_a_failed_task_is_returned_not_raised() -> None:
@@ -118,7 +119,7 @@ async def test_everybody_who_waits_for_one_task_shares_its_looks() -> None:
     async with tracking(service) as tracker, anyio.create_task_group() as group:
         for _ in range(100):
             group.start_soon(partial(tracker.wait, "ta-1", timeout_s=60))
-    assert len(service.looks) == 4
+    assert [round(time_s) for time_s, _ in service.looks] == [0, 1, 2, 3, 4]
 
 
 async def test_looks_in_flight_never_exceed_the_slots() -> None:
@@ -290,6 +291,14 @@ async def test_leaving_updates_half_way_ends_the_looking() -> None:
         assert not tracker._watched
 
 
+async def test_a_task_submitted_elsewhere_is_looked_at_at_once() -> None:
+    """It may have been finished for hours."""
+    service = Service(finished_after(0))
+    async with tracking(service, first_s=100.0) as tracker:
+        await tracker.wait("ta-1", timeout_s=600)
+    assert service.looks == [(0.0, "ta-1")]
+
+
 async def test_closing_ends_every_wait_with_the_task_id() -> None:
     """Nobody is left waiting for a client that is gone."""
     errors: list[NanoBananaError] = []
@@ -311,7 +320,8 @@ async def test_a_task_due_earlier_than_all_others_wakes_the_scheduler() -> None:
     """A long sleep is cut short by whoever comes later and is due sooner."""
     service = Service(finished_after(0))
     async with tracking(service, first_s=100.0) as tracker, anyio.create_task_group() as group:
-        group.start_soon(partial(tracker.wait, "ta-late", timeout_s=600))
+        new = Origin(submitted_at_s=anyio.current_time())
+        group.start_soon(partial(tracker.wait, "ta-late", timeout_s=600, origin=new))
         await anyio.sleep(10)
         old = Origin(submitted_at_s=anyio.current_time() - 95)
         await tracker.wait("ta-soon", timeout_s=600, origin=old)

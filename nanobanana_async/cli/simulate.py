@@ -1,12 +1,13 @@
 """`nanobanana simulate`: the service, played, on a local port."""
 
+import os
 import sys
 import threading
 from typing import TYPE_CHECKING
 
 import click
 
-from nanobanana_async.cli.runtime import emit, one_line
+from nanobanana_async.cli.runtime import emit
 from nanobanana_async.simulator.vendor import VendorProfile
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def _make_server(faults: str, median_s: float, key: str, *, seed: int, address: 
     try:
         return SimulatorServer(profile, seed=seed, host=address[0], port=address[1])
     except OSError as exc:
-        sys.exit(f"nanobanana: cannot listen on {address[0]}:{address[1]}: {one_line(exc)}; try --port 0")
+        reason = os.strerror(exc.errno) if exc.errno else str(exc)
+        sys.exit(f"nanobanana: cannot listen on {address[0]}:{address[1]}: {reason}; try --port 0")
 
 
 def _stop_at_eof(server: "SimulatorServer") -> None:

@@ -39,7 +39,7 @@ class Schedule(Protocol):
 
         Args:
             model: What paints it; None when the task was submitted elsewhere.
-            age_s: Seconds since the submit; since the first wait, when the submit was elsewhere.
+            age_s: Seconds since the submit; infinity when it was submitted elsewhere and may have ended long ago.
             looks: Looks already taken.
         """
         ...

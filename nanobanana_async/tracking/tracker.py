@@ -63,6 +63,7 @@ class _Entry:
     task_id: str
     origin: Origin
     born_s: float
+    """When it was submitted; minus infinity when nobody here knows, for it may have ended long ago."""
     waiters: int = 0
     looks: int = 0
     due_s: float = math.inf
@@ -145,7 +146,7 @@ class TaskTracker:
     def _join(self, task_id: str, origin: Origin) -> _Entry:
         entry = self._watched.get(task_id)
         if entry is None:
-            born_s = anyio.current_time() if origin.submitted_at_s is None else origin.submitted_at_s
+            born_s = -math.inf if origin.submitted_at_s is None else origin.submitted_at_s
             entry = self._watched[task_id] = _Entry(task_id, origin, born_s)
             self._plan(entry)
             if not self._running:

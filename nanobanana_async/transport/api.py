@@ -100,7 +100,7 @@ class Api:
                 break
             duplicates += row.repeat.may_pay_twice
             _log.info("submit: try %d ended as %r (%s); trying again", tries, row.name, row.verdict.value)
-        raise _submit_error(outcome, row, duplicates)
+        raise _submit_error(outcome, row, duplicates, self._endpoint.base_url)
 
     async def query(self, task_id: str) -> Task:
         """Return how the task stands, retrying within `Timeouts.query_s`.
@@ -186,8 +186,9 @@ class Api:
         finally:
             self._poll_slots.release()
         if failure.permanent and failure.phase is Phase.CONNECT:
-            raise ConfigurationError(f"the service cannot be reached like this: {failure.reason}")
-        raise (NotSent if failure.phase is Phase.CONNECT else TransportError)(f"no answer: {failure.reason}")
+            raise ConfigurationError(f"{self._endpoint.base_url} cannot be reached like this: {failure.reason}")
+        error = NotSent if failure.phase is Phase.CONNECT else TransportError
+        raise error(f"no answer from {self._endpoint.base_url}: {failure.reason}")
 
     # --- who may send, and when ---------------------------------------------------------------------------------
 
@@ -243,7 +244,7 @@ def _accepted(outcome: Outcome, duplicates: int) -> Submitted:
     return Submitted(task_id, duplicates)
 
 
-def _submit_error(outcome: Outcome, row: Row, duplicates: int) -> NanoBananaError:
+def _submit_error(outcome: Outcome, row: Row, duplicates: int, base_url: str) -> NanoBananaError:
     """Return the public error for a submit that brought no task id."""
     story = _story(outcome)
     if row.verdict is Verdict.REJECTED and outcome.reply is not None:
@@ -252,9 +253,9 @@ def _submit_error(outcome: Outcome, row: Row, duplicates: int) -> NanoBananaErro
         error.possible_duplicates = duplicates
         return error
     if outcome.permanent and row.verdict is Verdict.NOT_SENT:
-        return ConfigurationError(f"the service cannot be reached like this: {story}")
+        return ConfigurationError(f"{base_url} cannot be reached like this: {story}")
     if row.verdict is Verdict.NOT_SENT and not duplicates:
-        return NotSent(f"the submit did not reach the service, and nothing was charged: {story}")
+        return NotSent(f"the submit did not reach {base_url}, and nothing was charged: {story}")
     return SubmissionUnknown(
         f"the submit may have been charged, and no task id is known: {story}. Sending it again may pay twice; "
         "the balance before and after tells whether it was charged",

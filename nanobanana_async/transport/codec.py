@@ -128,7 +128,9 @@ def refusal(reply: WireReply, envelope: Envelope, *, task_id: str | None = None)
     """Return the error for an answer that is a refusal: by HTTP status first, then by code and wording."""
     kind = _refusal_kind(reply.status, envelope)
     code = "" if envelope.code is None else f", code {envelope.code}"
-    what = f"{envelope.message or 'refused'}{_redirection(reply)} (HTTP {reply.status}{code}){_ADVICE.get(kind, '')}"
+    about = f"task {task_id}: " if task_id else ""
+    said = f"{about}{envelope.message or 'refused'}{_redirection(reply)}"
+    what = f"{said} (HTTP {reply.status}{code}){_ADVICE.get(kind, '')}"
     return kind(what, status=reply.status, code=envelope.code, task_id=task_id)
 
 

@@ -1,0 +1,196 @@
+"""`nanobanana` as a person or a script meets it: real processes, real signals, a real port."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+from PIL import Image
+
+from nanobanana_async import NanoBananaClient
+from nanobanana_async.simulator import VendorProfile
+from nanobanana_async.simulator.app import SimulatorServer
+
+COMMAND = [sys.executable, "-W", "error", "-m", "nanobanana_async.cli"]
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return our environment with *variables*; an empty one is removed."""
+    merged = {**os.environ, "NO_COLOR": "1", **variables}
+    return {name: value for name, value in merged.items() if value}
+
+
+def nanobanana(*arguments: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run one command to its end."""
+    env = environment(**variables)
+    return subprocess.run(  # noqa: S603 - our own command line
+        [*COMMAND, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@contextmanager
+def started(*arguments: str, cwd: Path | None = None) -> Iterator["subprocess.Popen[str]"]:
+    """Start a command, and see to it that it ends."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(  # noqa: S603 - our own command line
+        [*COMMAND, *arguments], cwd=cwd, env=environment(), stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_for(condition: object, seconds: float = 10) -> None:
+    """Wait until *condition* is true."""
+    end_s = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
+
+
+def test_a_prompt_becomes_a_picture_on_disk(nanobanana_server: SimulatorServer, tmp_path: Path) -> None:
+    """The path on stdout, nothing else; exit code 0."""
+    done = nanobanana("generate", "a fox in snow", "-o", "fox.png", "--aspect-ratio", "16:9", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "fox.png\n", "")
+    with Image.open(tmp_path / "fox.png") as picture:
+        assert (picture.format, picture.size) == ("PNG", (1024, 576))
+    assert len(nanobanana_server.vendor.charges) == 1
+
+
+def test_several_prompts_are_one_json_line_each(nanobanana_server: SimulatorServer, tmp_path: Path) -> None:
+    """For machines: what was asked, what came, what it cost. One of them with a reference image."""
+    (tmp_path / "ref.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    done = nanobanana("generate", "a", "b", "--json", "-o", "out", "--image", "ref.png", cwd=tmp_path)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {line["prompt"] for line in lines} == {"a", "b"}
+    assert all((tmp_path / line["files"][0]).is_file() and line["consumed"] == "0.500000" for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "code", "says"),
+    [
+        pytest.param(["generate", "x"], {"DEFAPI_API_KEY": "dk-wrong"}, 1, "Invalid API key", id="wrong-key"),
+        pytest.param(["generate", "x"], {"DEFAPI_API_KEY": ""}, 1, "set DEFAPI_API_KEY", id="no-key"),
+        pytest.param(["balance"], {"DEFAPI_BASE_URL": "http://127.0.0.1:9"}, 1, "Connect", id="nobody-there"),
+        pytest.param(["balance"], {"DEFAPI_BASE_URL": "http://api.defapi.org"}, 1, "in the clear", id="no-tls"),
+        pytest.param(["generate", "x", "-o", "/proc/no/x.png"], {}, 1, "/proc/no", id="unwritable"),
+        pytest.param(["generate", "x", "--image", "none.png"], {}, 1, "none.png: cannot be read", id="no-image"),
+        pytest.param(["status", "ta-none"], {}, 1, "ta-none: task not found", id="no-task"),
+        pytest.param(["wait", "ta-none"], {}, 1, "ta-none: task not found", id="nothing-to-wait-for"),
+        pytest.param(["generate"], {}, 2, "Missing argument", id="no-prompt"),
+        pytest.param(["generate", ""], {}, 2, "prompt: must not be empty", id="empty-prompt"),
+        pytest.param(["generate", "x", "--aspect-ratio", "wide"], {}, 2, "such as '16:9'", id="bad-ratio"),
+        pytest.param(["generate", "a", "b", "-o", "c.png"], {}, 2, "names one file", id="two-into-one"),
+        pytest.param(["simulate", "--faults", "fire=1"], {}, 2, "'fire' is not one of", id="bad-fault"),
+    ],
+)
+def test_what_goes_wrong_is_one_clear_line_and_an_exit_code(
+    nanobanana_server: SimulatorServer,
+    tmp_path: Path,
+    arguments: list[str],
+    variables: dict[str, str],
+    code: int,
+    says: str,
+) -> None:
+    """1 for what failed, 2 for what was typed wrong; never a traceback, never the key, nothing paid."""
+    ended = nanobanana(*arguments, cwd=tmp_path, **variables)
+    assert ended.returncode == code
+    last = ended.stderr.strip().splitlines()[-1]
+    assert says in last
+    assert last.startswith("nanobanana: " if code == 1 else "Error: ")
+    assert "Traceback" not in ended.stderr
+    assert "dk-wrong" not in ended.stderr
+    assert nanobanana_server.vendor.charges == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_leaves_no_traceback_and_says_how_to_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """What is paid is named, with the command that fetches it; and that command works."""
+    with SimulatorServer(VendorProfile(median_s=2, sigma=0, invisible_s=0)) as server:
+        monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
+        monkeypatch.setenv("DEFAPI_API_KEY", "dk-test")
+        with started("generate", "a fox", cwd=tmp_path) as process:
+            wait_for(lambda: server.vendor.charges)
+            time.sleep(0.3)
+            process.send_signal(number)
+            _, errors = process.communicate(timeout=20)
+        task_id = server.vendor.charges[0].task_id
+        assert process.returncode == code
+        assert f"nanobanana wait {task_id} -o ." in errors
+        assert "Traceback" not in errors
+        waited = nanobanana("wait", task_id, "-o", "fox.png", cwd=tmp_path)
+        assert (waited.returncode, waited.stdout, len(server.vendor.charges)) == (0, "fox.png\n", 1)
+
+
+def test_status_and_balance_tell_how_things_stand(nanobanana_server: SimulatorServer) -> None:
+    """For people and for machines."""
+    assert nanobanana("balance").stdout == "100000 credits\n"
+    assert json.loads(nanobanana("balance", "--json").stdout) == {"credits": "100000"}
+
+
+def test_a_failed_task_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the service's reason; for `wait` as for `status`."""
+    with SimulatorServer(VendorProfile(median_s=0.1, sigma=0, invisible_s=0, failed=1)) as server:
+        monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
+        monkeypatch.setenv("DEFAPI_API_KEY", "dk-test")
+
+        async def submit() -> str:
+            async with NanoBananaClient() as client:
+                return (await client.submit("a fox")).task_id
+
+        task_id = anyio.run(submit)
+        waited = nanobanana("wait", task_id)
+        assert (waited.returncode, waited.stdout) == (1, f"{task_id}  failed\n")
+        assert waited.stderr == f"nanobanana: task {task_id} failed: the prompt was refused\n"
+        looked = nanobanana("status", task_id, "--json")
+        assert (looked.returncode, json.loads(looked.stdout)["status"]) == (1, "failed")
+
+
+def test_the_simulator_says_where_it_listens_and_stops_when_told() -> None:
+    """Ctrl-C is a normal end, without a traceback; a taken port is one clear line."""
+    with started("simulate", "--port", "0", "--json") as process:
+        assert process.stdout is not None
+        url = json.loads(process.stdout.readline())["url"]
+        taken = nanobanana("simulate", "--port", url.rpartition(":")[2])
+        assert (taken.returncode, taken.stderr.count("\n")) == (1, 1)
+        assert "cannot listen" in taken.stderr
+        process.send_signal(signal.SIGINT)
+        assert (process.wait(10), process.stderr and process.stderr.read()) == (130, "")
+
+
+def test_the_simulator_of_a_parent_that_dies_ends_too() -> None:
+    """Demos and benchmarks must not leave servers behind."""
+    with started("simulate", "--port", "0", "--json", "--until-eof") as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        process.stdout.readline()
+        process.stdin.close()
+        assert process.wait(10) == 0
+
+
+def test_the_demo_makes_24_pictures_and_a_gallery(tmp_path: Path) -> None:
+    """No key, no network, and plain lines where there is no terminal."""
+    done = nanobanana("demo", "-o", "shown", cwd=tmp_path)
+    assert (done.returncode, "\x1b" in done.stdout + done.stderr) == (0, False)
+    page = (tmp_path / "shown" / "index.html").read_text()
+    pictures = sorted((tmp_path / "shown").glob("*.png"))
+    assert len(pictures) == 24
+    assert all(picture.name in page for picture in pictures)
+    assert (tmp_path / "shown" / "index.html").as_uri() in done.stdout
+
+
+def test_help_is_quick() -> None:
+    """Nobody waits for httpx and rich to read a help page."""
+    names = nanobanana("--help").stdout
+    assert all(name in names for name in ("generate", "status", "wait", "balance", "simulate", "demo"))

@@ -1,0 +1,29 @@
+"""What can be imported, and what its types are, is decided, not found."""
+
+import pkgutil
+import subprocess
+import sys
+
+import nanobanana_async as nb
+
+
+def test_public_names_are_deliberate() -> None:
+    """What the package offers is exactly what it lists."""
+    submodules = {module.name for module in pkgutil.iter_modules(nb.__path__)}
+    assert {name for name in vars(nb) if not name.startswith("_")} - submodules == set(nb.__all__)
+    assert sorted(nb.__all__) == nb.__all__
+
+
+def test_importing_the_package_brings_in_no_extra() -> None:
+    """The library has four dependencies; that httpx itself imports click and rich where they are is its own affair."""
+    extras = "{'uvicorn', 'starlette', 'PIL', 'trio', 'httpx2', 'pytest'}"
+    code = f"import sys, nanobanana_async, nanobanana_async.simulator; print(sorted({extras} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - our own
+    assert ran.stdout.strip() == "[]"
+
+
+def test_every_public_class_has_a_docstring() -> None:
+    """A docstring is the contract."""
+    classes = [getattr(nb, name) for name in nb.__all__ if isinstance(getattr(nb, name), type)]
+    assert len(classes) > 30
+    assert [kind for kind in classes if not kind.__doc__] == []

@@ -1,0 +1,52 @@
+"""The types of the public face, as a user's type checker sees them. Each new public name gets a line."""
+
+from collections.abc import AsyncGenerator
+from decimal import Decimal
+from pathlib import Path
+from typing import assert_type
+
+import httpx
+import httpx2
+
+import nanobanana_async as nb
+from nanobanana_async.simulator import Charge, Simulator
+
+
+async def surface(client: nb.NanoBananaClient, image: nb.GeneratedImage) -> None:
+    """Call everything once."""
+    task = await client.generate("a fox", images=[Path("a.png"), b"..."], aspect_ratio="16:9", timeout_s=300)
+    assert_type(task, nb.Task)
+    assert_type(task.status, nb.TaskStatus)
+    assert_type(task.images, tuple[nb.GeneratedImage, ...])
+    assert_type(task.consumed, Decimal | None)
+    handle = await client.submit(nb.GenerationRequest("a fox"), extra={"seed": 1})
+    assert_type(handle, nb.TaskHandle)
+    assert_type(handle.task_id, str)
+    assert_type(await handle.query(), nb.Task)
+    assert_type(await handle.wait(timeout_s=1), nb.Task)
+    assert_type(await handle.result(), nb.Task)
+    assert_type(handle.updates(), AsyncGenerator[nb.Task, None])
+    assert_type(client.task("ta-1"), nb.TaskHandle)
+    assert_type(await client.balance(), Decimal)
+    assert_type(await client.fetch(image), bytes)
+    assert_type(await client.save(task, "out/"), list[Path])
+    await client.submit("a fox", ratio="16:9")  # type: ignore[call-arg]
+    await client.submit("a fox", images=[1])  # type: ignore[list-item]
+
+
+def transports(one: httpx.AsyncClient, other: httpx2.AsyncClient) -> list[nb.Transport]:
+    """Hand in every kind of transport."""
+    return [nb.HttpTransport(), nb.HttpTransport(one), nb.HttpTransport(other), Simulator()]
+
+
+def errors(error: nb.TaskError, unknown: nb.SubmissionUnknown, api: nb.ApiError) -> None:
+    """Read the facts of errors."""
+    assert_type(error.task, nb.Task | None)
+    assert_type(error.task_id, str | None)
+    assert_type(unknown.status, int | None)
+    assert_type(api.retry_after_s, float | None)
+
+
+def truth(simulator: Simulator) -> None:
+    """Read what was charged."""
+    assert_type(simulator.charges, list[Charge])
