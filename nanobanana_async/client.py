@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -26,7 +26,7 @@ from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
 from nanobanana_async.tracking.schedule import NOT_FOUND_GRACE_S, BackoffSchedule
 from nanobanana_async.tracking.tracker import Origin, TaskTracker
 from nanobanana_async.transport.addresses import is_public, resolve
-from nanobanana_async.transport.api import Api
+from nanobanana_async.transport.api import Api, Submitted
 from nanobanana_async.transport.base import Transport
 from nanobanana_async.transport.endpoint import DEFAULT_BASE_URL, Endpoint
 from nanobanana_async.transport.http import HttpTransport
@@ -48,6 +48,8 @@ class NanoBananaClient:
         polling: How often an unfinished task is asked about.
         timeouts: How long things may take.
         transport: What carries the requests; None makes an `HttpTransport`. One that is handed in stays open.
+        on_orphan: Called with the handle of a task that was accepted after its caller had gone (cancelled, or out of
+            time): the last chance to keep a paid id. It is logged as a warning, too.
 
     Raises:
         ConfigurationError: There is no key, or the key or the URL cannot be used.
@@ -63,6 +65,7 @@ class NanoBananaClient:
         polling: PollPolicy = PollPolicy(),
         timeouts: Timeouts = Timeouts(),
         transport: Transport | None = None,
+        on_orphan: "Callable[[TaskHandle], None] | None" = None,
     ) -> None:
         self._host = Host()  # first: `__del__` asks it
         self._endpoint = Endpoint.of(api_key, base_url, os.environ)
@@ -71,6 +74,8 @@ class NanoBananaClient:
         self._owned = HttpTransport(connect_s=timeouts.connect_s) if transport is None else None
         carrier: Transport = self._owned or transport  # type: ignore[assignment]  # one of the two is there
         self._api = Api(carrier, self._host, self._endpoint, limits=limits, retry=retry, timeouts=timeouts)
+        if on_orphan is not None:
+            self._api.on_orphan = lambda done, request: on_orphan(self._handle(done, request))
         self._tracker = TaskTracker(self._api, BackoffSchedule(polling), self._host)
         self._downloader = Downloader(
             carrier, limits=limits, retry=retry, timeouts=timeouts, public_only=self._is_public
@@ -198,6 +203,9 @@ class NanoBananaClient:
         await self._host.ensure()
         images = await as_references(request.images, max_bytes=self._limits.reference_bytes)
         done = await self._api.submit(attrs.evolve(request, images=images), give_up_at_s=give_up_at_s)
+        return self._handle(done, request)
+
+    def _handle(self, done: Submitted, request: GenerationRequest) -> "TaskHandle":
         origin = Origin(submitted_at_s=anyio.current_time(), model=request.model)
         return TaskHandle(
             self,

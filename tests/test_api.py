@@ -12,6 +12,7 @@ from nanobanana_async import (
     AuthenticationError,
     ConfigurationError,
     GenerationRequest,
+    InsufficientCredits,
     InvalidRequest,
     Limits,
     NanoBananaError,
@@ -328,3 +329,89 @@ async def test_an_odd_acceptance_is_kept_and_logged(caplog: pytest.LogCaptureFix
     transport = script(reply(200, {"code": 1, "message": "hm", "data": {"task_id": "ta-odd"}}))
     assert (await submit(transport)).task_id == "ta-odd"
     assert "ta-odd" in caplog.text
+
+
+@pytest.mark.parametrize("step", [refused(401, 401), refused(402), refused(400, 1, "insufficient balance")])
+async def test_a_definite_refusal_stops_further_submits_at_once(step: WireReply) -> None:
+    """A revoked key, an empty account: those already on the wire end, all others are refused without being sent."""
+    transport = script(step)
+    async with running(transport, limits=Limits(submits=4)) as api:
+        errors: list[type[Exception]] = []
+
+        async def one() -> None:
+            try:
+                await api.submit(FOX, give_up_at_s=math.inf)
+            except NanoBananaError as exc:
+                errors.append(type(exc))
+
+        async with anyio.create_task_group() as group:
+            for _ in range(50):
+                group.start_soon(one)
+    assert len(errors) == 50
+    assert len(set(errors)) == 1
+    assert submits(transport.requests) <= 4
+
+
+async def test_a_refused_account_is_tried_again_every_half_minute_and_recovers() -> None:
+    """Topping up needs no restart: one submit is let through to see."""
+    transport = script(refused(402), refused(402), accepted())
+    async with running(transport) as api:
+        for pause_s, posts in ((0, 1), (1, 1), (30, 2), (1, 2)):
+            await anyio.sleep(pause_s)
+            with pytest.raises(InsufficientCredits):
+                await api.submit(FOX, give_up_at_s=math.inf)
+            assert submits(transport.requests) == posts
+        await anyio.sleep(30)
+        for _ in range(3):
+            assert (await api.submit(FOX, give_up_at_s=math.inf)).task_id == "ta-1"
+
+
+async def test_polls_go_on_while_submits_are_stopped() -> None:
+    """What is paid is fetched."""
+    async with running(script(refused(402), done())) as api:
+        with pytest.raises(InsufficientCredits):
+            await api.submit(FOX, give_up_at_s=math.inf)
+        assert (await api.query("ta-1")).is_final
+
+
+async def test_a_transport_that_raises_what_it_must_not_leaves_the_submit_unknown() -> None:
+    """Whatever it was, the money may be out."""
+
+    async def broken(_: WireRequest) -> WireReply:
+        raise RuntimeError("boom")
+
+    with pytest.raises(SubmissionUnknown, match="RuntimeError: boom"):
+        await submit(script(broken))
+
+
+async def test_running_out_of_time_after_a_possible_charge_is_not_called_unsent() -> None:
+    """The vendor's 500 may have been charged; the second try never had its turn."""
+    async with running(script(refused(500), slow_answer(50)), limits=Limits(submits=1, burst=1)) as api:
+        with pytest.raises((ServiceUnavailable, SubmissionUnknown)):
+            await api.submit(FOX, give_up_at_s=anyio.current_time() + 3)
+
+
+async def test_a_hook_that_fails_does_not_stop_the_client(caplog: pytest.LogCaptureFixture) -> None:
+    """It is the user's code; the failure is logged, and so is the id."""
+    async with running(script(slow_answer(1))) as api:
+
+        def hook(*_: object) -> None:
+            raise RuntimeError("boom")
+
+        api.on_orphan = hook
+        with anyio.move_on_after(0.5):
+            await api.submit(FOX, give_up_at_s=math.inf)
+        await anyio.sleep(1)
+        assert (await api.submit(FOX, give_up_at_s=math.inf)).task_id == "ta-late"
+    assert caplog.text.count("on_orphan failed for task ta-late") == 1
+
+
+async def test_a_submit_cut_off_by_closing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """Even when nobody is there to be told."""
+    host = Host()
+    endpoint = Endpoint.of("dk-test", "https://api.example", {})
+    api = Api(script(slow_answer(500)), host, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts())
+    with anyio.move_on_after(1):
+        await api.submit(FOX, give_up_at_s=math.inf)
+    await host.aclose(drain_s=1)
+    assert "may have been charged" in caplog.text

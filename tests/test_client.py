@@ -21,11 +21,12 @@ from nanobanana_async import (
     NanoBananaClient,
     NoImage,
     TaskFailed,
+    TaskHandle,
     TaskNotFound,
     TaskStatus,
     TaskUnfinished,
 )
-from nanobanana_async.simulator import Simulator, VendorProfile
+from nanobanana_async.simulator import FAST_POLLING, Simulator, VendorProfile
 from tests.fakes import PNG, accepted, done, refused, script, submits
 
 pytestmark = pytest.mark.anyio
@@ -291,3 +292,17 @@ async def test_a_refused_submit_is_one_request() -> None:
         with pytest.raises(Exception, match="prompt is required"):
             await client.submit("a fox")
     assert submits(transport.requests) == 1
+
+
+async def test_a_hook_gets_the_handle_of_a_task_whose_caller_had_gone() -> None:
+    """The last chance to keep a paid id: store it, or await it."""
+    simulator = Simulator(delay_s=0.2)
+    orphans: list[TaskHandle] = []
+    async with NanoBananaClient(
+        "dk-test", transport=simulator, polling=FAST_POLLING, on_orphan=orphans.append
+    ) as client:
+        with anyio.move_on_after(0.15):
+            await client.generate("a fox")
+        await anyio.sleep(0.2)
+        assert [handle.task_id for handle in orphans] == [charge.task_id for charge in simulator.charges]
+        assert (await orphans[0].result()).images

@@ -202,6 +202,15 @@ class TaskTracker:
         heapq.heappush(self._due, (entry.due_s, next(self._ticket), entry))
 
     async def _run(self) -> None:
+        try:
+            await self._serve()
+        except Exception as exc:  # noqa: BLE001 - a bug; nobody may be left waiting for a scheduler that is gone
+            _log.exception("the tracker failed")
+            self._running = False
+            for entry in list(self._watched.values()):
+                self._end(entry, TransportError(f"the tracker failed: {exc!r}", task_id=entry.task_id))
+
+    async def _serve(self) -> None:
         """Look at whatever is due, the longest overdue first, for as long as the client lives."""
         while True:
             if (wait_s := self._until_due_s()) > 0:

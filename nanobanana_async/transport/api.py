@@ -15,7 +15,9 @@ import attrs
 from nanobanana_async._host import Host, Interrupted
 from nanobanana_async.errors import (
     ApiError,
+    AuthenticationError,
     ConfigurationError,
+    InsufficientCredits,
     NanoBananaError,
     NotSent,
     RateLimited,
@@ -28,7 +30,7 @@ from nanobanana_async.policies import Limits, RetryPolicy, Timeouts
 from nanobanana_async.transport import codec
 from nanobanana_async.transport.base import ExchangeFailed, Phase, Transport, WireReply, WireRequest
 from nanobanana_async.transport.endpoint import Endpoint
-from nanobanana_async.transport.pacing import Pacer, RetryQuota, retry_after_s
+from nanobanana_async.transport.pacing import Breaker, Pacer, RetryQuota, retry_after_s
 from nanobanana_async.transport.verdicts import Outcome, Repeat, Row, Verdict, judge
 
 T = TypeVar("T")
@@ -68,6 +70,9 @@ class Api:
         self._rng = Random()
         self._pacer = Pacer(limits.requests_per_s, limits.burst)
         self._quota = RetryQuota()
+        self._breaker = Breaker()
+        self.on_orphan: Callable[[Submitted, GenerationRequest], None] | None = None
+        """Told of each task that was accepted after its caller had gone."""
         self._hushes = 0
         self._submit_slots = anyio.Semaphore(limits.submits)
         self._poll_slots = anyio.Semaphore(limits.polls)
@@ -87,20 +92,20 @@ class Api:
         wire = codec.encode_submit(self._endpoint.base_url, self._endpoint.headers, request)
         await self._host.ensure()
         tries, duplicates, done_by_s = 0, 0, math.inf
-        while True:
-            if not await self._turn(self._submit_slots, min(give_up_at_s, done_by_s)):
-                raise NotSent("the time was up before the submit had its turn; nothing was sent")
+        error: NanoBananaError = NotSent("the time was up before the submit had its turn; nothing was sent")
+        while await self._submit_turn(min(give_up_at_s, done_by_s)):
             tries += 1
             done_by_s = min(done_by_s, anyio.current_time() + self._timeouts.submit_s)
-            outcome = await self._post(wire, give_up_at_s, done_by_s)
+            outcome = await self._post(wire, request, give_up_at_s=give_up_at_s, done_by_s=done_by_s)
             row = judge(outcome)
             if row.verdict is Verdict.ACCEPTED:
                 return _accepted(outcome, duplicates)
+            error = _submit_error(outcome, row, duplicates, self._endpoint.base_url)
             if not (self._may_repeat(row, tries) and await self._pause(tries, min(give_up_at_s, done_by_s))):
                 break
             duplicates += row.repeat.may_pay_twice
             _log.info("submit: try %d ended as %r (%s); trying again", tries, row.name, row.verdict.value)
-        raise _submit_error(outcome, row, duplicates, self._endpoint.base_url)
+        raise error
 
     async def query(self, task_id: str) -> Task:
         """Return how the task stands, retrying within `Timeouts.query_s`.
@@ -132,10 +137,14 @@ class Api:
 
     # --- how they travel --------------------------------------------------------------------------------------------
 
-    async def _post(self, wire: WireRequest, give_up_at_s: float, done_by_s: float) -> Outcome:
+    async def _post(
+        self, wire: WireRequest, request: GenerationRequest, *, give_up_at_s: float, done_by_s: float
+    ) -> Outcome:
+        """Send once. The exchange belongs to the host: it runs to its end whatever becomes of the caller."""
+        exchange = partial(self._exchange, wire, done_by_s)
         with anyio.CancelScope(deadline=give_up_at_s):
             try:
-                return await self._host.shelter(partial(self._exchange, wire, done_by_s), orphaned=_log_orphan)
+                return await self._host.shelter(exchange, orphaned=partial(self._orphaned, request))
             except Interrupted:
                 return Outcome(failure=ExchangeFailed("the client was closed while it was under way", phase=Phase.SEND))
         reason = "no answer yet when the caller's time was up; it runs on, and an id it brings will be logged"
@@ -144,13 +153,46 @@ class Api:
     async def _exchange(self, wire: WireRequest, done_by_s: float) -> Outcome:
         try:
             reply = await self._transport.send(wire, timeout_s=done_by_s - anyio.current_time())
+            outcome = Outcome(reply=reply, envelope=codec.read(reply))
+            self._heed(reply)
         except ExchangeFailed as exc:
             envelope = codec.read(exc.reply) if exc.reply is not None else codec.Envelope()
-            return Outcome(reply=exc.reply, envelope=envelope, failure=exc)
+            outcome = Outcome(reply=exc.reply, envelope=envelope, failure=exc)
+        except anyio.get_cancelled_exc_class():
+            _log.warning("a submit was cut off when the client was closed; it may have been charged")
+            raise
+        except Exception as exc:  # noqa: BLE001 - a handed-in transport may raise anything, and the money is out
+            reason = f"the transport failed: {type(exc).__name__}: {exc}"
+            outcome = Outcome(failure=ExchangeFailed(reason, phase=Phase.SEND))
         finally:
             self._submit_slots.release()
-        self._heed(reply)
-        return Outcome(reply=reply, envelope=codec.read(reply))
+        self._note(outcome)
+        return outcome
+
+    def _note(self, outcome: Outcome) -> None:
+        """Trip the breaker on an answer that every further submit would get; reset it when one is accepted."""
+        verdict = judge(outcome).verdict
+        if verdict is Verdict.ACCEPTED:
+            self._breaker.reset()
+        elif verdict is Verdict.REJECTED and outcome.reply is not None:
+            refusal = codec.refusal(outcome.reply, outcome.envelope)
+            if isinstance(refusal, AuthenticationError | InsufficientCredits):
+                self._breaker.trip(refusal)
+
+    def _orphaned(self, request: GenerationRequest, outcome: Outcome) -> None:
+        """Keep a paid id from being lost with its caller: the log is the last place that can hold it."""
+        row = judge(outcome)
+        if row.verdict is Verdict.UNKNOWN:
+            _log.warning("a submit whose caller had gone may have been charged: %s", _story(outcome))
+        if row.verdict is not Verdict.ACCEPTED:
+            return
+        submitted = _accepted(outcome, 0)
+        _log.warning("task %s was accepted after its caller had gone", submitted.task_id)
+        if self.on_orphan is not None:
+            try:
+                self.on_orphan(submitted, request)
+            except Exception:  # noqa: BLE001 - it is the user's code, and this task must go on
+                _log.exception("on_orphan failed for task %s", submitted.task_id)
 
     async def _read(self, wire: WireRequest, decode: Callable[[WireReply], T]) -> T:
         await self._host.ensure()
@@ -191,6 +233,17 @@ class Api:
         raise error(f"no answer from {self._endpoint.base_url}: {failure.reason}")
 
     # --- who may send, and when ---------------------------------------------------------------------------------
+
+    async def _submit_turn(self, deadline_s: float) -> bool:
+        """Take a turn for a submit, unless it is known that the service would refuse it."""
+        if not await self._turn(self._submit_slots, deadline_s):
+            return False
+        try:
+            self._breaker.check()
+        except ApiError:
+            self._submit_slots.release()
+            raise
+        return True
 
     async def _turn(self, slots: anyio.Semaphore, deadline_s: float) -> bool:
         """Take a slot, then a permit; False when the deadline came first, and then nothing is held."""
@@ -252,9 +305,9 @@ def _submit_error(outcome: Outcome, row: Row, duplicates: int, base_url: str) ->
         error.retry_after_s = retry_after_s(outcome.reply.headers)
         error.possible_duplicates = duplicates
         return error
-    if outcome.permanent and row.verdict is Verdict.NOT_SENT:
-        return ConfigurationError(f"{base_url} cannot be reached like this: {story}")
     if row.verdict is Verdict.NOT_SENT and not duplicates:
+        if outcome.permanent:
+            return ConfigurationError(f"{base_url} cannot be reached like this: {story}")
         return NotSent(f"the submit did not reach {base_url}, and nothing was charged: {story}")
     return SubmissionUnknown(
         f"the submit may have been charged, and no task id is known: {story}. Sending it again may pay twice; "
@@ -267,12 +320,3 @@ def _submit_error(outcome: Outcome, row: Row, duplicates: int, base_url: str) ->
 def _story(outcome: Outcome) -> str:
     said = "" if outcome.reply is None else f"HTTP {outcome.reply.status} {outcome.envelope.message}".strip()
     return "; ".join(filter(None, (str(outcome.failure or ""), said)))
-
-
-def _log_orphan(outcome: Outcome) -> None:
-    """Keep a paid id from being lost with its caller: the log is the last place that can hold it."""
-    row = judge(outcome)
-    if row.verdict is Verdict.ACCEPTED:
-        _log.warning("task %s was accepted after its caller had gone", outcome.envelope.task_id)
-    elif row.verdict is Verdict.UNKNOWN:
-        _log.warning("a submit whose caller had gone may have been charged: %s", _story(outcome))

@@ -1,5 +1,6 @@
 """Who may send now: a token bucket that Retry-After can hold shut, and the quota that keeps retries from piling up."""
 
+import copy
 import math
 import re
 from collections.abc import Mapping
@@ -8,6 +9,8 @@ from email.utils import parsedate_to_datetime
 from typing import Final
 
 import anyio
+
+from nanobanana_async.errors import ApiError
 
 MAX_WAIT_S: Final = 300.0
 """What a Retry-After is clamped to: nobody sleeps for an hour on a typing error."""
@@ -74,6 +77,38 @@ class Pacer:
     def quiet_s(self) -> float:
         """How long the hush still lasts, in seconds; 0.0 when there is none."""
         return max(0.0, self._quiet_until_s - anyio.current_time())
+
+
+class Breaker:
+    """Stops new submits after an answer that every further one would get: a refused key, an empty account.
+
+    Only for definite causes; for passing trouble a breaker trips early and a quota does better (RELIABILITY, P13).
+    Every `PAUSE_S` one submit is let through to see whether the cause is gone, for a refusal costs nothing.
+    """
+
+    PAUSE_S: Final = 30.0
+
+    def __init__(self) -> None:
+        self._cause: ApiError | None = None
+        self._closed_until_s = -math.inf
+
+    def check(self) -> None:
+        """Raise the cause, at once and without asking the service, while there is one."""
+        if self._cause is None:
+            return
+        now_s = anyio.current_time()
+        if now_s < self._closed_until_s:
+            raise copy.copy(self._cause)
+        self._closed_until_s = now_s + self.PAUSE_S
+
+    def trip(self, cause: ApiError) -> None:
+        """Stop what has not been sent yet."""
+        self._cause = copy.copy(cause)
+        self._closed_until_s = anyio.current_time() + self.PAUSE_S
+
+    def reset(self) -> None:
+        """Let submits through again: one was accepted."""
+        self._cause = None
 
 
 class RetryQuota:
