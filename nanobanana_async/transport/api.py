@@ -202,11 +202,13 @@ class Api:
             if not await self._turn(self._poll_slots, deadline_s):
                 raise NotSent("the time was up before the request had its turn")
             tries += 1
+            last = tries >= self._retry.attempts
+            left_s = deadline_s - anyio.current_time()
             try:
-                return await self._get(wire, decode, deadline_s - anyio.current_time())
+                # Half of what is left, for a peer that says nothing must not eat the other tries.
+                return await self._get(wire, decode, left_s if last else left_s / 2)
             except (RateLimited, ServiceUnavailable, TransportError) as exc:
-                retry = tries < self._retry.attempts and self._quota.spend()
-                if not (retry and await self._pause(tries, deadline_s)):
+                if last or not self._quota.spend() or not await self._pause(tries, deadline_s):
                     raise
                 _log.info("%s %s: try %d failed; trying again: %s", wire.method, wire.url, tries, exc)
 

@@ -8,7 +8,7 @@ way is closed and forgotten, which is also what keeps cancelled requests from we
 
 import ssl
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 from urllib.request import getproxies, proxy_bypass
@@ -74,6 +74,24 @@ class _Target:
     extensions: Mapping[str, object]
 
 
+class _Body(httpx.AsyncByteStream):
+    """A request body in one piece.
+
+    httpx's own is an async generator, left unfinished when writing fails, and trio complains about those.
+    """
+
+    def __init__(self, data: bytes | None) -> None:
+        self._pieces = iter([data] if data else [])
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        for piece in self._pieces:
+            return piece
+        raise StopAsyncIteration
+
+
 @attrs.frozen
 class _OwnLane:
     """One connection of ours."""
@@ -81,11 +99,12 @@ class _OwnLane:
     transport: httpx.AsyncHTTPTransport
 
     async def open(self, request: WireRequest, target: _Target, extensions: dict[str, object]) -> httpx.Response:
-        return await self.transport.handle_async_request(
-            httpx.Request(
-                request.method, target.url, headers=target.headers, content=request.body, extensions=extensions
-            )
-        )
+        headers = {"Host": target.url.netloc.decode("ascii"), **target.headers}
+        if request.body is not None:
+            headers["Content-Length"] = str(len(request.body))
+        stream = _Body(request.body)
+        built = httpx.Request(request.method, target.url, headers=headers, stream=stream, extensions=extensions)
+        return await self.transport.handle_async_request(built)
 
     async def aclose(self) -> None:
         with anyio.CancelScope(shield=True), anyio.move_on_after(_GOODBYE_S):

@@ -1,0 +1,57 @@
+"""Print the table: every fault, on POST and GET, on asyncio and trio; and what others make of the same faults.
+
+    python -m tests.faults [--compare]
+
+`--compare` adds a plain httpx loop, and the `openai` package if it is installed, on the faults that cost money.
+"""
+
+import argparse
+import logging
+import sys
+
+import anyio
+
+from tests.faults.compare import compare
+from tests.faults.table import FAULTS
+from tests.faults.trial import Result, fault_server, try_all
+
+BACKENDS = ("asyncio", "trio")
+
+
+def _shown(post: Result, get: str) -> str:
+    right = post.as_expected and get == post.fault.get
+    return f"{post.verdict:9} {post.charges}/{1 + post.resent} {get:9} {' ' if right else '!'}"
+
+
+def main() -> int:
+    """Try, print, and return 1 if anything is not as it has to be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compare", action="store_true")
+    options = parser.parse_args()
+    logging.getLogger("nanobanana_async").setLevel(logging.ERROR)
+    with fault_server() as server:
+        runs = {backend: anyio.run(try_all, server, backend=backend) for backend in BACKENDS}
+        print(f"{'':40}" + "".join(f"{backend:26}" for backend in BACKENDS))
+        print(f"{'fault':40}" + f"{'POST':9} {'paid':3} {'GET':10} " * 2)
+        for fault in FAULTS:
+            cells = "  ".join(_shown(*runs[backend][fault]) for backend in BACKENDS)
+            print(f"{fault.number:4}{fault.name:36}{cells}")
+        posts = [post for run in runs.values() for post, _ in run.values()]
+        wrong = [
+            post for run in runs.values() for post, get in run.values() if not post.as_expected or get != post.fault.get
+        ]
+        print(f"\n{len(posts)} submits, {sum(post.charges for post in posts)} charges,", end=" ")
+        print(f"{sum(not post.conforms for post in posts)} not in accord with what the client says;", end=" ")
+        print(f"{len(wrong)} of {2 * len(posts)} exchanges not as expected")
+        if options.compare:
+            print(
+                f"\n{'the faults that cost money':28}{'jobs':>6}{'charges':>9}{'duplicates':>12}{'undeclared':>12}{'lost ids':>10}"
+            )
+            for row in anyio.run(compare, server, [runs["asyncio"][fault][0] for fault in FAULTS]):
+                sums = (row.jobs, row.charges, row.duplicates, row.undeclared, row.lost)
+                print(f"{row.name:28}" + "".join(f"{cell:12}" for cell in sums))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

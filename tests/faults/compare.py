@@ -1,0 +1,88 @@
+"""What a plain httpx loop, and the `openai` package, make of the same lost answers: how often each is charged."""
+
+import importlib.util
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, TypeAlias
+
+import anyio
+import anyio.to_thread
+import attrs
+import httpx
+
+from tests.faults.table import FAULTS, Fault
+from tests.faults.trial import DEADLINES, FaultServer, Result
+
+Submit: TypeAlias = Callable[[str], Awaitable[bool]]
+"""Submit once to a base URL; whether an id came of it."""
+
+PAID: Final = tuple(fault for fault in FAULTS if fault.charges)
+"""The faults after which the service has taken the money."""
+
+
+@attrs.define
+class Row:
+    """One client's sum over all faults."""
+
+    name: str
+    jobs: int = 0
+    charges: int = 0
+    duplicates: int = 0
+    """Charges beyond one a job."""
+    undeclared: int = 0
+    """Those of them that the client does not tell of."""
+    lost: int = 0
+    """Charged jobs whose id the bytes on the wire told, and the client does not know."""
+
+
+async def compare(server: FaultServer, ours: list[Result]) -> list[Row]:
+    """Return a row for us, for the loop everybody writes, and for openai if it is installed."""
+    mine = Row("nanobanana_async")
+    for result in ours:
+        if result.fault.charges:
+            _add(mine, result.fault, result.charges, found=result.verdict == "accepted", declared=result.resent)
+    rows = [mine]
+    others: list[tuple[str, Submit]] = [("httpx, three tries", _httpx_loop)]
+    if importlib.util.find_spec("openai"):
+        others.append(("openai, stock settings", _openai))
+    for name, submit in others:
+        row = Row(name)
+        for number, fault in enumerate(PAID):
+            nonce = f"{name.partition(',')[0]}{number}"
+            found = await submit(server.url(fault, times=99, nonce=nonce))
+            _, charged = await anyio.to_thread.run_sync(server.truth, nonce)
+            _add(row, fault, len(charged), found=found, declared=0)
+        rows.append(row)
+    return rows
+
+
+def _add(row: Row, fault: Fault, charges: int, *, found: bool, declared: int) -> None:
+    row.jobs += 1
+    row.charges += charges
+    row.duplicates += max(0, charges - 1)
+    row.undeclared += max(0, charges - 1 - declared)
+    row.lost += fault.post == "accepted" and not found
+
+
+async def _httpx_loop(base_url: str) -> bool:
+    async with httpx.AsyncClient(timeout=DEADLINES.submit_s) as client:
+        for _ in range(3):
+            try:
+                with anyio.fail_after(DEADLINES.submit_s + 1):  # it has no deadline of its own, and would drip for ever
+                    reply = await client.post(f"{base_url}/api/image/gen", json={"prompt": "a fox"})
+                reply.raise_for_status()
+                return bool(reply.json()["data"]["task_id"])
+            except (httpx.HTTPError, ValueError, LookupError, TypeError, TimeoutError, RecursionError):
+                await anyio.sleep(0.01)
+    return False
+
+
+async def _openai(base_url: str) -> bool:
+    openai: Any = importlib.import_module("openai")
+    async with openai.AsyncOpenAI(base_url=base_url, api_key="dk-test", timeout=DEADLINES.submit_s) as client:
+        with anyio.move_on_after(3 * (DEADLINES.submit_s + 2)):
+            try:
+                await client.images.generate(prompt="a fox", model="m")
+            except Exception:  # noqa: BLE001 - whatever it raises, no id came of it
+                return False
+            return True  # it decoded something; our ids are not in its shape, so this is counted in its favour
+    return False

@@ -1,0 +1,142 @@
+"""One client, one fault, one verdict, and whether it agrees with the server's truth."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from itertools import count
+from typing import Final
+from urllib.request import urlopen
+
+import anyio
+import attrs
+
+from nanobanana_async import (
+    ApiError,
+    ConfigurationError,
+    NanoBananaClient,
+    NanoBananaError,
+    NotSent,
+    RetryPolicy,
+    SubmissionUnknown,
+    Timeouts,
+)
+from tests.faults.table import FAULTS, Fault
+
+QUICK: Final = RetryPolicy(first_s=0.01, cap_s=0.02)
+DEADLINES: Final = Timeouts(connect_s=0.4, submit_s=1.2, query_s=4.0)
+_NONCES: Final = count()
+
+
+@attrs.frozen
+class Result:
+    """What the client believes, and what happened."""
+
+    fault: Fault
+    verdict: str
+    posts: int
+    """Submits that the server read to their end."""
+    charges: int
+    resent: int
+    """Submits that the client says it sent again although they may have been charged."""
+    seconds: float
+    said: str = ""
+
+    @property
+    def conforms(self) -> bool:
+        """Jepsen's triple: accepted is one charge, rejected is none, unknown is none or one; plus declared resends."""
+        lowest, highest = {
+            "accepted": (1, 1),
+            "rejected": (0, self.resent + 1 if self.resent else 0),
+            "not sent": (0, 0),
+            "unknown": (0, 1),
+        }.get(self.verdict, (0, -1))
+        return lowest <= self.charges <= highest + (self.resent if self.verdict in ("accepted", "unknown") else 0)
+
+    @property
+    def as_expected(self) -> bool:
+        """Whether the verdict is the table's, the truth agrees, and the deadline held."""
+        return (
+            self.conforms and self.verdict in self.fault.post.split(" or ") and self.seconds <= DEADLINES.submit_s + 1
+        )
+
+
+@attrs.frozen
+class FaultServer:
+    """Where the server's ports are."""
+
+    ports: dict[str, int]
+
+    def url(self, fault: Fault, *, times: int, nonce: str) -> str:
+        """Return a base URL that plays *fault* for the first *times* requests of each method."""
+        return f"http://127.0.0.1:{self.ports[fault.listener]}/{FAULTS.index(fault)}/{times}/{nonce}"
+
+    def truth(self, nonce: str) -> tuple[int, list[str]]:
+        """Return how many POSTs were read, and the ids that were charged."""
+        with urlopen(f"http://127.0.0.1:{self.ports['main']}/truth/{nonce}") as reply:
+            told = json.load(reply)
+        return told["seen"].get("POST", 0), told["charged"]
+
+
+@contextlib.contextmanager
+def fault_server() -> Iterator[FaultServer]:
+    """Run the server in a process of its own."""
+    command = [sys.executable, "-m", "tests.faults.server"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            yield FaultServer(json.loads(process.stdout.readline()))
+        finally:
+            process.kill()
+
+
+async def try_post(server: FaultServer, fault: Fault) -> Result:
+    """Submit once, with the fault for as long as it takes."""
+    nonce, resent, said = f"n{next(_NONCES)}", 0, ""
+    start_s = time.monotonic()
+    async with NanoBananaClient(
+        "dk-test", base_url=server.url(fault, times=99, nonce=nonce), retry=QUICK, timeouts=DEADLINES
+    ) as client:
+        try:
+            handle = await client.submit("a fox")
+        except (NotSent, ConfigurationError) as exc:
+            verdict, said = "not sent", str(exc)
+        except SubmissionUnknown as exc:
+            verdict, resent, said = "unknown", exc.sent_again, str(exc)
+        except ApiError as exc:
+            verdict, resent, said = "rejected", exc.possible_duplicates, str(exc)
+        except Exception as exc:  # noqa: BLE001 - the finding itself
+            verdict, said = type(exc).__name__, str(exc)
+        else:
+            verdict, resent = "accepted", handle.possible_duplicates
+    seconds = time.monotonic() - start_s
+    posts, charged = await anyio.to_thread.run_sync(server.truth, nonce)
+    return Result(fault, verdict, posts, len(charged), resent, seconds, said)
+
+
+async def try_all(server: FaultServer, faults: Iterable[Fault] = FAULTS) -> dict[Fault, tuple[Result, str]]:
+    """Try every fault on POST and on GET, several at a time."""
+    results: dict[Fault, tuple[Result, str]] = {}
+    slots = anyio.Semaphore(12)
+
+    async def one(fault: Fault) -> None:
+        async with slots:
+            results[fault] = await try_post(server, fault), await try_get(server, fault)
+
+    async with anyio.create_task_group() as group:
+        for fault in faults:
+            group.start_soon(one, fault)
+    return results
+
+
+async def try_get(server: FaultServer, fault: Fault) -> str:
+    """Query once, with the fault for the first two requests."""
+    url = server.url(fault, times=2, nonce=f"n{next(_NONCES)}")
+    async with NanoBananaClient("dk-test", base_url=url, retry=QUICK, timeouts=DEADLINES) as client:
+        try:
+            await client.task("ta-1").query()
+        except NanoBananaError as exc:
+            return "refused" if isinstance(exc, ApiError) else "fails"
+        return "recovers"

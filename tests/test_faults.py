@@ -1,0 +1,103 @@
+"""Every fault of the table over real sockets, on POST and GET, on asyncio and trio; and what it cost."""
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import anyio
+import pytest
+
+from nanobanana_async import NanoBananaClient, SubmissionUnknown, Task
+from nanobanana_async.models import GenerationRequest
+from tests.faults.table import FAULTS, Fault
+from tests.faults.trial import DEADLINES, QUICK, FaultServer, Result, fault_server, try_all
+from tests.raw_server import response, serving
+
+IDS = [f"{fault.number}-{fault.name}" for fault in FAULTS]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FaultServer]:
+    """One server for all."""
+    with fault_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=["asyncio", "trio"])
+def results(request: pytest.FixtureRequest, server: FaultServer) -> dict[Fault, tuple[Result, str]]:
+    """What came of every fault, tried several at a time."""
+    return anyio.run(try_all, server, backend=request.param)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=IDS)
+def test_a_submit_ends_with_the_right_verdict_in_time(fault: Fault, results: dict[Fault, tuple[Result, str]]) -> None:
+    """The table's verdict, within the deadline and a second, as one of our own errors."""
+    post, _ = results[fault]
+    assert post.verdict in fault.post.split(" or "), post.said
+    assert post.seconds <= DEADLINES.submit_s + 1
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=IDS)
+def test_what_the_client_says_is_what_was_charged(fault: Fault, results: dict[Fault, tuple[Result, str]]) -> None:
+    """Accepted is one charge, rejected none, unknown none or one; anything more was declared."""
+    assert results[fault][0].conforms
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=IDS)
+def test_a_query_recovers_when_the_fault_passes(fault: Fault, results: dict[Fault, tuple[Result, str]]) -> None:
+    """A GET costs nothing, so it is tried again; an answer is an answer."""
+    assert results[fault][1] == fault.get
+
+
+@pytest.mark.parametrize("numbers", [("F19", "F20", "F21")], ids=["bombs-and-floods"])
+def test_no_reply_takes_more_memory_than_its_cap(numbers: tuple[str, ...]) -> None:
+    """A gibibyte, an endless body and compression bombs, all in one process: less than 64 MiB on top."""
+    code = (
+        "import anyio, resource\n"
+        "from tests.faults.trial import *\n"
+        f"wanted = [fault for fault in FAULTS if fault.number in {numbers}]\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "with fault_server() as server:\n"
+        "    anyio.run(try_all, server, wanted[-1:])\n"
+        "    before = peak()\n"
+        "    anyio.run(try_all, server, [fault for fault in wanted if fault.number != 'F19'])\n"
+        "    bombs = peak()\n"
+        "    for fault in wanted:\n"
+        "        if fault.number == 'F19': anyio.run(try_post, server, fault)\n"
+        "print(bombs - before, peak() - before)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - our own
+    bombs_mib, all_mib = map(int, ran.stdout.split())
+    assert bombs_mib < 32
+    assert all_mib < 32
+
+
+@pytest.mark.anyio
+async def test_an_upload_that_is_never_read_is_unknown_in_time(server: FaultServer) -> None:
+    """F10: five megabytes into a socket that nobody reads; a part of them may have arrived."""
+    (hang,) = (fault for fault in FAULTS if fault.listener == "hang")
+    url = server.url(hang, times=99, nonce="upload")
+    request = GenerationRequest("a fox", images=["data:image/png;base64," + "A" * 5_000_000])
+    async with NanoBananaClient("dk-test", base_url=url, retry=QUICK, timeouts=DEADLINES) as client:
+        with anyio.fail_after(DEADLINES.submit_s + 1), pytest.raises(SubmissionUnknown):
+            await client.submit(request)
+
+
+@pytest.mark.anyio
+async def test_connections_that_the_server_drops_when_idle_cost_nothing() -> None:
+    """F11: our gap is its idle limit. Submits ride fresh connections, queries are repeated: no error at all."""
+    good = response(b'{"code":0,"message":"ok","data":{"task_id":"ta-1","status":"pending"}}')
+
+    def serve_with_idle_limit(peer: object, _: bytes) -> None:
+        with contextlib.suppress(OSError):
+            peer.sendall(good)  # type: ignore[attr-defined]
+            peer.settimeout(0.02)  # type: ignore[attr-defined]  # the next read gives up, and the connection is closed
+
+    with serving(serve_with_idle_limit) as idle:
+        async with NanoBananaClient("dk-test", base_url=idle.url, retry=QUICK) as client:
+            for round_ in range(40):
+                assert (await client.submit("a fox")).task_id == "ta-1"
+                assert isinstance(await client.task("ta-1").query(), Task)
+                await anyio.sleep(0.0195 + 0.00005 * round_)
+    assert sum(request.startswith(b"POST") for request in idle.requests) == 40
