@@ -28,7 +28,7 @@ from nanobanana_async.tracking.tracker import Origin, TaskTracker
 from nanobanana_async.transport.addresses import is_public, resolve
 from nanobanana_async.transport.api import Api, Submitted
 from nanobanana_async.transport.base import Transport
-from nanobanana_async.transport.endpoint import DEFAULT_BASE_URL, Endpoint
+from nanobanana_async.transport.endpoint import DEFAULT_BASE_URL, Endpoint, Key
 from nanobanana_async.transport.http import HttpTransport
 
 _log: Final = logging.getLogger("nanobanana_async")
@@ -68,7 +68,9 @@ class NanoBananaClient:
         on_orphan: "Callable[[TaskHandle], None] | None" = None,
     ) -> None:
         self._host = Host()  # first: `__del__` asks it
-        self._endpoint = Endpoint.of(api_key, base_url, os.environ)
+        key = None if api_key is None else Key(api_key)
+        del api_key  # a traceback with local variables must not show it
+        self._endpoint = Endpoint.of(key, base_url)
         self._limits = limits
         self._timeouts = timeouts
         self._owned = HttpTransport(connect_s=timeouts.connect_s) if transport is None else None
@@ -191,7 +193,8 @@ class NanoBananaClient:
             )
 
     def __repr__(self) -> str:
-        return f"NanoBananaClient(base_url={self._endpoint.base_url!r})"
+        endpoint = getattr(self, "_endpoint", None)  # None in a traceback from within `__init__`
+        return f"NanoBananaClient(base_url={endpoint and endpoint.base_url!r})"
 
     async def _submit(
         self, prompt: str | GenerationRequest, options: RequestOptions, *, give_up_at_s: float

@@ -1,7 +1,10 @@
 """Fixtures shared by all tests. Tests marked `anyio` run on asyncio and on trio."""
 
+from collections.abc import Iterator
+
 import pytest
 
+from tests.conformance import Book, watch
 from tests.virtual_time import backend_options
 
 pytest_plugins = ["nanobanana_async.simulator.fixtures"]
@@ -23,3 +26,15 @@ def _no_key_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
+
+
+@pytest.fixture(autouse=True)
+def book(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Book]:
+    """Conformance, after every test: what the client believes is what was charged.
+
+    Not where the mark `other_clients` says that submits come from other processes, or from the test itself.
+    """
+    book = watch(monkeypatch)
+    yield book
+    if not request.node.get_closest_marker("other_clients"):
+        book.check()

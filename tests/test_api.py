@@ -31,7 +31,7 @@ from nanobanana_async import (
 from nanobanana_async._host import Host
 from nanobanana_async.policies import Resubmit
 from nanobanana_async.transport.api import Api, Submitted
-from nanobanana_async.transport.endpoint import Endpoint
+from nanobanana_async.transport.endpoint import Endpoint, Key
 from tests.fakes import ScriptedTransport, Step, accepted, done, lost, refused, reply, script, submits
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -50,7 +50,7 @@ async def running(
 ) -> AsyncIterator[Api]:
     """Run an `Api` over *transport*."""
     host = Host()
-    endpoint = Endpoint.of("dk-test", "https://api.example", {})
+    endpoint = Endpoint.of(Key("dk-test"), "https://api.example")
     try:
         yield Api(transport, host, endpoint, limits=limits, retry=retry, timeouts=timeouts)
     finally:
@@ -234,7 +234,7 @@ async def test_giving_up_on_a_post_on_the_wire_is_unknown(caplog: pytest.LogCapt
 async def test_closing_waits_for_the_post_on_the_wire() -> None:
     """The caller gets its id although the client is being closed."""
     host = Host()
-    endpoint = Endpoint.of("dk-test", "https://api.example", {})
+    endpoint = Endpoint.of(Key("dk-test"), "https://api.example")
     api = Api(script(slow_answer(5)), host, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts())
     ids = []
 
@@ -251,7 +251,7 @@ async def test_closing_waits_for_the_post_on_the_wire() -> None:
 async def test_closing_does_not_wait_for_ever() -> None:
     """What has not ended by then is unknown, and says so."""
     host = Host()
-    endpoint = Endpoint.of("dk-test", "https://api.example", {})
+    endpoint = Endpoint.of(Key("dk-test"), "https://api.example")
     api = Api(script(slow_answer(500)), host, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts())
     errors: list[NanoBananaError] = []
 
@@ -409,7 +409,7 @@ async def test_a_hook_that_fails_does_not_stop_the_client(caplog: pytest.LogCapt
 async def test_a_submit_cut_off_by_closing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Even when nobody is there to be told."""
     host = Host()
-    endpoint = Endpoint.of("dk-test", "https://api.example", {})
+    endpoint = Endpoint.of(Key("dk-test"), "https://api.example")
     api = Api(script(slow_answer(500)), host, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts())
     with anyio.move_on_after(1):
         await api.submit(FOX, give_up_at_s=math.inf)

@@ -7,16 +7,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import anyio
+import attrs
 import pytest
 from PIL import Image
 
 from nanobanana_async import NanoBananaClient
-from nanobanana_async.simulator import VendorProfile
+from nanobanana_async.simulator import FAST, VendorProfile
 from nanobanana_async.simulator.app import SimulatorServer
+
+pytestmark = pytest.mark.other_clients
 
 COMMAND = [sys.executable, "-W", "error", "-m", "nanobanana_async.cli"]
 
@@ -56,23 +60,64 @@ def wait_for(condition: object, seconds: float = 10) -> None:
         time.sleep(0.02)
 
 
-def test_a_prompt_becomes_a_picture_on_disk(nanobanana_server: SimulatorServer, tmp_path: Path) -> None:
+@attrs.frozen
+class Ended:
+    """A command that ran to its end, and the folder it ran in."""
+
+    code: int
+    out: str
+    err: str
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ended]]:
+    """The commands that wait for pictures, all at once: each takes as long as the first look at a real picture."""
+    commands = {
+        "one": ["generate", "a fox in snow", "-o", "fox.png", "--aspect-ratio", "16:9"],
+        "two": ["generate", "a", "b", "--json", "-o", "out", "--image", "ref.png"],
+        "demo": ["demo", "-o", "shown"],
+    }
+    folders = {name: tmp_path_factory.mktemp(name) for name in commands}
+    (folders["two"] / "ref.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with SimulatorServer(FAST) as server:
+
+        def run(name: str) -> Ended:
+            service = {"DEFAPI_BASE_URL": server.url, "DEFAPI_API_KEY": "dk-test"}
+            done = nanobanana(*commands[name], cwd=folders[name], **service)
+            return Ended(done.returncode, done.stdout, done.stderr, folders[name])
+
+        with ThreadPoolExecutor(len(commands)) as pool:
+            yield dict(zip(commands, pool.map(run, commands), strict=True))
+        assert len(server.vendor.charges) == 3
+
+
+def test_a_prompt_becomes_a_picture_on_disk(ended: dict[str, Ended]) -> None:
     """The path on stdout, nothing else; exit code 0."""
-    done = nanobanana("generate", "a fox in snow", "-o", "fox.png", "--aspect-ratio", "16:9", cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "fox.png\n", "")
-    with Image.open(tmp_path / "fox.png") as picture:
+    one = ended["one"]
+    assert (one.code, one.out, one.err) == (0, "fox.png\n", "")
+    with Image.open(one.folder / "fox.png") as picture:
         assert (picture.format, picture.size) == ("PNG", (1024, 576))
-    assert len(nanobanana_server.vendor.charges) == 1
 
 
-def test_several_prompts_are_one_json_line_each(nanobanana_server: SimulatorServer, tmp_path: Path) -> None:
-    """For machines: what was asked, what came, what it cost. One of them with a reference image."""
-    (tmp_path / "ref.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    done = nanobanana("generate", "a", "b", "--json", "-o", "out", "--image", "ref.png", cwd=tmp_path)
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert (done.returncode, done.stderr) == (0, "")
+def test_several_prompts_are_one_json_line_each(ended: dict[str, Ended]) -> None:
+    """For machines: what was asked, what came, what it cost. Both with a reference image."""
+    two = ended["two"]
+    lines = [json.loads(line) for line in two.out.splitlines()]
+    assert (two.code, two.err) == (0, "")
     assert {line["prompt"] for line in lines} == {"a", "b"}
-    assert all((tmp_path / line["files"][0]).is_file() and line["consumed"] == "0.500000" for line in lines)
+    assert all((two.folder / line["files"][0]).is_file() and line["consumed"] == "0.500000" for line in lines)
+
+
+def test_the_demo_makes_24_pictures_and_a_gallery(ended: dict[str, Ended]) -> None:
+    """No key, no network, and plain lines where there is no terminal."""
+    demo = ended["demo"]
+    assert (demo.code, "\x1b" in demo.out + demo.err) == (0, False)
+    page = (demo.folder / "shown" / "index.html").read_text()
+    pictures = sorted((demo.folder / "shown").glob("*.png"))
+    assert len(pictures) == 24
+    assert all(picture.name in page for picture in pictures)
+    assert (demo.folder / "shown" / "index.html").as_uri() in demo.out
 
 
 @pytest.mark.parametrize(
@@ -177,17 +222,6 @@ def test_the_simulator_of_a_parent_that_dies_ends_too() -> None:
         process.stdout.readline()
         process.stdin.close()
         assert process.wait(10) == 0
-
-
-def test_the_demo_makes_24_pictures_and_a_gallery(tmp_path: Path) -> None:
-    """No key, no network, and plain lines where there is no terminal."""
-    done = nanobanana("demo", "-o", "shown", cwd=tmp_path)
-    assert (done.returncode, "\x1b" in done.stdout + done.stderr) == (0, False)
-    page = (tmp_path / "shown" / "index.html").read_text()
-    pictures = sorted((tmp_path / "shown").glob("*.png"))
-    assert len(pictures) == 24
-    assert all(picture.name in page for picture in pictures)
-    assert (tmp_path / "shown" / "index.html").as_uri() in done.stdout
 
 
 def test_help_is_quick() -> None:

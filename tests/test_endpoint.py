@@ -3,7 +3,7 @@
 import pytest
 
 from nanobanana_async import ConfigurationError, NanoBananaClient
-from nanobanana_async.transport.endpoint import Endpoint
+from nanobanana_async.transport.endpoint import Endpoint, Key
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ from nanobanana_async.transport.endpoint import Endpoint
 )
 def test_what_people_paste_along_with_a_key_is_stripped(pasted: str) -> None:
     """Newlines, blanks, and the word Bearer."""
-    assert Endpoint.of(pasted, None, {}).headers["Authorization"] == "Bearer dk-1"
+    assert Endpoint.of(Key(pasted), None).headers["Authorization"] == "Bearer dk-1"
 
 
 @pytest.mark.parametrize("key", ["dk CANARY", "dk-CANARY\u20ac", "dk-\x00CANARY", "dk-CANARY\nX: y"])
@@ -31,18 +31,19 @@ def test_no_key_is_said_to_be_missing(key: str | None) -> None:
         NanoBananaClient(key)
 
 
-def test_the_key_is_found_under_the_names_users_already_have() -> None:
+def test_the_key_is_found_under_the_names_users_already_have(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this order; an empty variable counts as unset."""
-    environ = {"DEFAPI_API_KEY": "", "DEFAPI_KEY": "dk-2", "NANO_BANANA_API_KEY": "dk-3"}
-    assert Endpoint.of(None, None, environ).headers["Authorization"] == "Bearer dk-2"
+    for name, value in {"DEFAPI_API_KEY": "", "DEFAPI_KEY": "dk-2", "NANO_BANANA_API_KEY": "dk-3"}.items():
+        monkeypatch.setenv(name, value)
+    assert Endpoint.of(None, None).headers["Authorization"] == "Bearer dk-2"
 
 
-def test_the_base_url_is_given_or_from_the_environment_or_the_service() -> None:
+def test_the_base_url_is_given_or_from_the_environment_or_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slash at the end makes no difference."""
-    environ = {"DEFAPI_BASE_URL": "https://proxy.example/"}
-    assert Endpoint.of("dk-1", "https://other.example/v1/", environ).base_url == "https://other.example/v1"
-    assert Endpoint.of("dk-1", None, environ).base_url == "https://proxy.example"
-    assert Endpoint.of("dk-1", None, {}).base_url == "https://api.defapi.org"
+    assert Endpoint.of(Key("dk-1"), None).base_url == "https://api.defapi.org"
+    monkeypatch.setenv("DEFAPI_BASE_URL", "https://proxy.example/")
+    assert Endpoint.of(Key("dk-1"), None).base_url == "https://proxy.example"
+    assert Endpoint.of(Key("dk-1"), "https://other.example/v1/").base_url == "https://other.example/v1"
 
 
 @pytest.mark.parametrize(

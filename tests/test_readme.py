@@ -11,6 +11,8 @@ import pytest
 import nanobanana_async as nb
 from nanobanana_async.simulator.app import SimulatorServer
 
+pytestmark = pytest.mark.other_clients
+
 README = Path(__file__).parent.parent / "README.md"
 
 

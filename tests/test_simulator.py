@@ -17,6 +17,8 @@ from nanobanana_async.simulator.painter import paint
 from nanobanana_async.simulator.vendor import Answer, PictureOrder, Vendor
 from tests.raw_server import response, saying, serving
 
+pytestmark = pytest.mark.other_clients
+
 KEY = {"authorization": "Bearer dk-test"}
 
 

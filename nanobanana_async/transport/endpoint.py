@@ -1,5 +1,6 @@
 """Whom we talk to, and as whom: the base URL and the API key, checked once so that neither can leak or fail later."""
 
+import os
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -23,6 +24,28 @@ USER_AGENT: Final = f"nanobanana-async/{version('nanobanana-async')}"
 
 
 @attrs.frozen
+class Key:
+    """An API key that no repr shows, so neither does a traceback that prints local variables."""
+
+    text: str = attrs.field(repr=False)
+
+    def cleaned(self) -> "Key":
+        """Return it without what people paste along with a key.
+
+        Raises:
+            ConfigurationError: Nothing is left, or it cannot stand in a header. The message does not quote it.
+        """
+        clean = Key(re.sub(r"^bearer(\s+|$)", "", self.text.strip(), flags=re.IGNORECASE).strip())
+        if not clean.text:
+            raise ConfigurationError(f"no API key: pass api_key=... or set {KEY_VARIABLES[0]}")
+        if not re.fullmatch(r"[!-~]+", clean.text):
+            raise ConfigurationError(
+                "api_key: holds blanks, control or non-ASCII characters inside (it is not shown here); copy it again"
+            )
+        return clean
+
+
+@attrs.frozen
 class Endpoint:
     """The service as this client sees it. The key is in no repr."""
 
@@ -31,35 +54,21 @@ class Endpoint:
     """What every API request carries. Never sent anywhere but to `base_url`."""
 
     @classmethod
-    def of(cls, api_key: str | None, base_url: str | None, environ: Mapping[str, str]) -> "Endpoint":
+    def of(cls, api_key: Key | None, base_url: str | None) -> "Endpoint":
         """Return the endpoint for what the caller gave, or else what the environment says.
 
         Raises:
             ConfigurationError: There is no key, or the key or the URL cannot be used.
         """
-        key = api_key
-        if key is None:
-            key = next((environ[name] for name in KEY_VARIABLES if environ.get(name)), "")
+        key = api_key or Key(next(filter(None, map(os.getenv, KEY_VARIABLES)), ""))
         headers = {
-            "Authorization": f"Bearer {_clean_key(key)}",
+            "Authorization": f"Bearer {key.cleaned().text}",
             "Accept": "application/json",
             # Never compressed: 235 bytes of gzip can cost 1.5 GiB (RELIABILITY, fact 4).
             "Accept-Encoding": "identity",
             "User-Agent": USER_AGENT,
         }
-        return cls(_clean_url(base_url or environ.get(BASE_URL_VARIABLE) or DEFAULT_BASE_URL), headers)
-
-
-def _clean_key(key: str) -> str:
-    """Strip what people paste along with a key. Messages never quote it."""
-    cleaned = re.sub(r"^bearer(\s+|$)", "", key.strip(), flags=re.IGNORECASE).strip()
-    if not cleaned:
-        raise ConfigurationError(f"no API key: pass api_key=... or set {KEY_VARIABLES[0]}")
-    if not re.fullmatch(r"[!-~]+", cleaned):
-        raise ConfigurationError(
-            "api_key: holds blanks, control or non-ASCII characters inside (it is not shown here); copy it again"
-        )
-    return cleaned
+        return cls(_clean_url(base_url or os.getenv(BASE_URL_VARIABLE) or DEFAULT_BASE_URL), headers)
 
 
 def _clean_url(url: str) -> str:

@@ -70,7 +70,7 @@ class _Target:
     """Where to connect for one request: with a pinned address, the name lives on in `Host` and in SNI."""
 
     url: httpx.URL
-    headers: Mapping[str, str]
+    headers: Mapping[str, str] = attrs.field(repr=False)
     extensions: Mapping[str, object]
 
 

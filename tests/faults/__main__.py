@@ -44,9 +44,8 @@ def main() -> int:
         print(f"{sum(not post.conforms for post in posts)} not in accord with what the client says;", end=" ")
         print(f"{len(wrong)} of {2 * len(posts)} exchanges not as expected")
         if options.compare:
-            print(
-                f"\n{'the faults that cost money':28}{'jobs':>6}{'charges':>9}{'duplicates':>12}{'undeclared':>12}{'lost ids':>10}"
-            )
+            columns = ("jobs", "charges", "duplicates", "undeclared", "lost ids")
+            print(f"\n{'the faults that cost money':28}" + "".join(f"{column:>12}" for column in columns))
             for row in anyio.run(compare, server, [runs["asyncio"][fault][0] for fault in FAULTS]):
                 sums = (row.jobs, row.charges, row.duplicates, row.undeclared, row.lost)
                 print(f"{row.name:28}" + "".join(f"{cell:12}" for cell in sums))

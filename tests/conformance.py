@@ -1,0 +1,67 @@
+"""What the client believes against what the service charged, for every test that has both in its process."""
+
+from collections import Counter
+from typing import Any
+
+import attrs
+import pytest
+
+from nanobanana_async import ApiError, ConfigurationError, NotSent, SubmissionUnknown
+from nanobanana_async.simulator.vendor import Vendor
+from nanobanana_async.transport.api import Api
+
+
+@attrs.define
+class Book:
+    """Both sides of the account."""
+
+    accepted: list[str] = attrs.field(factory=list)
+    unknown: int = 0
+    left: int = 0
+    """Submits whose caller was cancelled: nobody heard how they ended."""
+    declared: int = 0
+    """Re-sends that the client says may have been charged as well."""
+    vendors: list[Vendor] = attrs.field(factory=list)
+
+    def check(self) -> None:
+        """Accepted is exactly one charge; all charges together are accounted for."""
+        charges = Counter(charge.task_id for vendor in self.vendors for charge in vendor.charges)
+        known = {task_id for vendor in self.vendors for task_id in vendor.tasks}
+        for task_id, times in Counter(self.accepted).items():
+            if task_id in known:
+                assert charges[task_id] == times, f"{task_id} was accepted {times} times, charged {charges[task_id]}"
+        excess = sum(charges.values()) - len(self.accepted) - self.unknown - self.left - self.declared
+        assert excess <= 0, f"{excess} charges that no caller was told of"
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> Book:
+    """Write down every submit and every vendor from now on."""
+    book = Book()
+    submit, begin = Api.submit, Vendor.__init__
+
+    async def watched_submit(self: Api, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - whatever it takes
+        try:
+            done = await submit(self, *args, **options)
+        except SubmissionUnknown as exc:
+            book.unknown += 1
+            book.declared += exc.sent_again
+            raise
+        except ApiError as exc:
+            book.declared += exc.possible_duplicates
+            raise
+        except (NotSent, ConfigurationError, ValueError):
+            raise
+        except BaseException:
+            book.left += 1
+            raise
+        book.accepted.append(done.task_id)
+        book.declared += done.possible_duplicates
+        return done
+
+    def watched_begin(self: Vendor, *args: Any, **options: Any) -> None:  # noqa: ANN401 - the same
+        begin(self, *args, **options)
+        book.vendors.append(self)
+
+    monkeypatch.setattr(Api, "submit", watched_submit)
+    monkeypatch.setattr(Vendor, "__init__", watched_begin)
+    return book

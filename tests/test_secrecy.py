@@ -1,0 +1,113 @@
+"""The key is in nothing that anybody could print, log, pickle or send to somebody else."""
+
+import base64
+import contextlib
+import io
+import logging
+import pickle
+import traceback
+from urllib.parse import quote
+
+import anyio
+import httpx
+import pytest
+
+from nanobanana_async import ConfigurationError, HttpTransport, NanoBananaClient, NanoBananaError
+from nanobanana_async.simulator import FAST_POLLING, VendorProfile
+from nanobanana_async.simulator.app import SimulatorServer
+from tests.faults.table import FAULTS
+from tests.faults.trial import DEADLINES, QUICK, fault_server
+
+SECRET = "CANARY5hJ2kQ9"
+KEY = f"dk-{SECRET}"
+FORMS = (SECRET, base64.b64encode(SECRET.encode()).decode().rstrip("="), quote(SECRET))
+
+
+def shown(exc: BaseException) -> str:
+    """Return everything that could be shown of an exception: itself, its facts, its chain, all local variables."""
+    trace = traceback.TracebackException.from_exception(exc, capture_locals=True)
+    ours = [frame for frame in trace.stack if "nanobanana_async" in frame.filename]
+    text = [repr(exc), str(exc), repr(vars(exc)), repr(exc.__cause__), repr(exc.__context__)]
+    text += [repr(frame.locals) for frame in ours]
+    text.append(pickle.dumps(exc).decode("latin-1"))
+    return "\n".join(text)
+
+
+def assert_secret(text: str) -> None:
+    """Fail if the key stands in *text* in any form."""
+    found = next((form for form in FORMS if form in text), None)
+    assert found is None, text[max(0, text.find(str(found)) - 300) :][:400]
+
+
+@pytest.mark.anyio
+async def test_no_fault_makes_the_key_appear_anywhere(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every fault of the table, with every logger at DEBUG, httpx's own included."""
+    caplog.set_level(logging.DEBUG)
+    texts: list[str] = []
+    slots = anyio.Semaphore(12)
+
+    async def one(index: int) -> None:
+        url = server.url(FAULTS[index], times=99, nonce=f"secret{index}")
+        async with slots, NanoBananaClient(KEY, base_url=url, retry=QUICK, timeouts=DEADLINES) as client:
+            texts.append(repr(client) + repr(vars(client)) + repr(vars(client._api)))
+            for call in (client.submit("a fox"), client.balance()):
+                try:
+                    texts.append(repr(await call))
+                except NanoBananaError as exc:
+                    texts.append(shown(exc))
+
+    with fault_server() as server:
+        async with anyio.create_task_group() as group:
+            for index, fault in enumerate(FAULTS):
+                if fault.number not in ("F9", "F19"):
+                    group.start_soon(one, index)
+    assert len(texts) > 150
+    assert_secret("\n".join(texts))
+    assert_secret(caplog.text)
+    assert_secret("".join(capfd.readouterr()))
+
+
+@pytest.mark.anyio
+async def test_a_picture_and_a_callback_are_fetched_and_sent_without_it() -> None:
+    """The file host sees no credentials; neither does a client of the user's leak its own to it."""
+    with SimulatorServer(VendorProfile(median_s=0.05, invisible_s=0, keys=frozenset({KEY}))) as server:
+        async with httpx.AsyncClient(headers={"X-Api-Key": KEY}, cookies={"session": KEY}) as mine:
+            for transport in (None, HttpTransport(mine)):
+                async with NanoBananaClient(
+                    KEY, base_url=server.url, polling=FAST_POLLING, transport=transport
+                ) as client:
+                    task = await client.generate("a fox")
+                    assert await client.fetch(task.images[0])
+                if transport is not None:
+                    await transport.aclose()
+        assert server.vendor.leaks == []
+
+
+@pytest.mark.parametrize(
+    "key", [f"dk {SECRET}", f"dk-{SECRET}\u20ac", f"dk-{SECRET}\0", f"{KEY}\nX-Evil: 1", f"{KEY}\r\n\r\nGET /"]
+)
+def test_a_refused_key_is_not_shown_by_its_refusal(key: str) -> None:
+    """Not even by a traceback with local variables."""
+    try:
+        NanoBananaClient(key)
+    except ConfigurationError as exc:
+        assert_secret(shown(exc))
+        assert_secret(
+            "".join(traceback.TracebackException.from_exception(exc, capture_locals=True).format()).replace(
+                repr(key), ""
+            )
+        )
+    else:
+        pytest.fail("it was taken")
+
+
+def test_the_canary_would_be_found() -> None:
+    """A secrecy test that cannot fail proves nothing."""
+    with pytest.raises(AssertionError):
+        assert_secret(shown(NanoBananaError(f"Bearer {KEY}")))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        print(base64.b64encode(SECRET.encode()).decode())  # noqa: T201 - the test's subject
+    with pytest.raises(AssertionError):
+        assert_secret(out.getvalue())
