@@ -10,6 +10,7 @@ from pathlib import Path
 
 import anyio
 import anyio.lowlevel
+import attrs
 import pytest
 
 from nanobanana_async import GeneratedImage, NanoBananaClient
@@ -143,3 +144,20 @@ async def test_a_save_cancelled_at_any_moment_leaves_a_whole_file_or_none(tmp_pa
         assert_nothing_is_taken(client)
     files = list(tmp_path.iterdir())
     assert all(path.suffix == ".png" and path.read_bytes().endswith(b"IEND\xaeB`\x82") for path in files)
+
+
+@pytest.mark.anyio
+@pytest.mark.virtual_time
+@pytest.mark.parametrize("name", ["submit", "balance"])
+async def test_a_call_cancelled_while_the_pacer_holds_it_gives_its_slot_back(name: str) -> None:
+    """It has its slot by then, and has sent nothing."""
+    simulator = Simulator(PROFILE)
+    slow = attrs.evolve(FAST_LIMITS, requests_per_s=0.1, burst=1)
+    async with simulator.client(limits=slow) as client:
+        await client.balance()
+        sent = len(simulator.vendor.requests)
+        for _ in range(2 * FAST_LIMITS.polls):
+            with anyio.move_on_after(0.01):
+                await CALLS[name](client)
+        assert_nothing_is_taken(client)
+    assert len(simulator.vendor.requests) == sent

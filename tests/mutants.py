@@ -1,0 +1,199 @@
+"""Plant one bug at a time in a copy of the package; the tests must notice each.
+
+    python -m tests.mutants
+
+Prints a line per bug and returns 1 if one lives, or if the code it changes is no longer there.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+ROOT: Final = Path(__file__).parent.parent
+AT_ONCE: Final = 2
+
+
+@attrs.frozen
+class Mutant:
+    """One planted bug, and the tests that should find it."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS: Final = (
+    Mutant(
+        "a submit is sent again after a lost reply",
+        "transport/verdicts.py",
+        'Row("reply lost or cut", Verdict.UNKNOWN, Repeat.ALWAYS',
+        'Row("reply lost or cut", Verdict.UNKNOWN, Repeat.FREE',
+        "test_api.py",
+    ),
+    Mutant(
+        "a gateway's 502 is taken for the vendor's own error",
+        "transport/verdicts.py",
+        'Row("gateway", Verdict.UNKNOWN, Repeat.SERVER_ERRORS',
+        'Row("gateway", Verdict.UNKNOWN, Repeat.ENVELOPE',
+        "test_api.py",
+    ),
+    Mutant(
+        "every failure counts as never sent",
+        "transport/http.py",
+        "        if sent:\n            return progress.failed(reason)\n",
+        "",
+        "test_http_transport.py",
+    ),
+    Mutant(
+        "cancelling the caller tears the POST",
+        "_host.py",
+        "        self.start_soon(lambda: self._run_sheltered(work, answer, orphaned))\n        try:\n",
+        "        try:\n            await self._run_sheltered(work, answer, orphaned)\n",
+        "test_api.py",
+    ),
+    Mutant(
+        "an id that arrives as its caller is cancelled is dropped",
+        "_host.py",
+        "        if answer.caller_left and answer.error is None:\n",
+        "        if False:\n",
+        "test_api.py",
+    ),
+    Mutant(
+        "a redirect of a POST is followed",
+        "transport/http.py",
+        "follow_redirects=False",
+        "follow_redirects=True",
+        "test_http_transport.py",
+    ),
+    Mutant(
+        "a 404 within the grace ends the wait",
+        "tracking/tracker.py",
+        "        if entry.origin.submitted_at_s is None and entry.task is None:\n",
+        "        if True:\n",
+        "test_tracker.py",
+    ),
+    Mutant(
+        "a bad answer ends the wait",
+        "tracking/tracker.py",
+        "            if isinstance(exc, InvalidRequest) and exc.status in (400, 422) and exc.code is not None:\n",
+        "            if True:\n",
+        "test_tracker.py",
+    ),
+    Mutant(
+        "nothing is salvaged from a cut body",
+        "transport/codec.py",
+        '    return found[1].decode("ascii") if found else None\n',
+        "    return None\n",
+        "test_codec.py",
+    ),
+    Mutant(
+        "what arrived before a failure is thrown away",
+        "transport/http.py",
+        "        reply = self.reply and attrs.evolve(self.reply, body=bytes(self.received))\n",
+        "        reply = None\n",
+        "test_http_transport.py",
+    ),
+    Mutant(
+        "the key stands in an error",
+        "transport/http.py",
+        '        detail = "" if quotes else str(causes[-1]) or str(exc)\n',
+        "        detail = str(causes[-1]) or str(exc)\n",
+        "test_http_transport.py",
+    ),
+    Mutant(
+        "the key is shown by a traceback with local variables",
+        "transport/endpoint.py",
+        "    text: str = attrs.field(repr=False)\n",
+        "    text: str\n",
+        "test_secrecy.py",
+    ),
+    Mutant(
+        "a submit rides on a reused connection",
+        "transport/http.py",
+        "        reuse = request.errand is Errand.READ\n",
+        "        reuse = True\n",
+        "test_http_transport.py",
+    ),
+    Mutant(
+        "the breaker never trips",
+        "transport/api.py",
+        "                self._breaker.trip(refusal)\n",
+        "                pass\n",
+        "test_api.py",
+    ),
+    Mutant(
+        "false counts as code 0",
+        "transport/codec.py",
+        '        ok=(type(code) is int and code == 0) or code == "0",\n',
+        '        ok=code == 0 or code == "0",\n',
+        "test_codec.py",
+    ),
+    Mutant(
+        "possible duplicates are not counted",
+        "transport/api.py",
+        "            duplicates += row.repeat.may_pay_twice\n",
+        "",
+        "test_api.py",
+    ),
+    Mutant(
+        "a cancelled turn keeps its slot",
+        "transport/api.py",
+        "            except BaseException:\n                slots.release()\n                raise\n",
+        "            except ZeroDivisionError:\n                raise\n",
+        "test_cancellation.py",
+    ),
+    Mutant(
+        "a private address is fetched from",
+        "transport/addresses.py",
+        "        parsed.is_global\n",
+        "        True\n",
+        "test_http_transport.py",
+    ),
+)
+
+
+def _fate(mutant: Mutant) -> str:
+    """Return "killed", or what else became of it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("nanobanana_async", "tests"):
+            shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        file = folder / "nanobanana_async" / mutant.file
+        source = file.read_text()
+        if source.count(mutant.old) != 1:
+            return f"NOT PLANTED: its code stands {source.count(mutant.old)} times in {mutant.file}"
+        file.write_text(source.replace(mutant.old, mutant.new))
+        ran = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{mutant.tests}"],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    return "killed" if ran.returncode == 1 else f"LIVES (pytest exited with {ran.returncode})"
+
+
+def main() -> int:
+    """Plant them all; return 1 unless each is killed."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        fates = list(pool.map(_fate, MUTANTS))
+    for mutant, fate in zip(MUTANTS, fates, strict=True):
+        print(f"{fate:8} {mutant.name}")
+    killed = fates.count("killed")
+    print(f"{killed} of {len(MUTANTS)} planted bugs were found")
+    return int(killed < len(MUTANTS))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
