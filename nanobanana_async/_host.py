@@ -45,20 +45,26 @@ class Host:
         self._ready = anyio.Event()
         self._stop = anyio.Event()
         self._done = anyio.Event()
-        self._quiet = anyio.Event()
+        self._drained = anyio.Event()
         self._sheltered = 0
         self._closing = False
         self._root: asyncio.Task[None] | None = None
+        self.at_end: Callable[[], None] = lambda: None
+        """Called when background work has ended, also when the event loop ended it."""
 
     @property
     def is_open(self) -> bool:
         """Whether background work was started and not stopped."""
         return self._home is not None and not self._closing
 
-    async def ensure(self) -> None:
-        """Start on first use; say so clearly when this is no place to be used from."""
+    def check_open(self) -> None:
+        """Raise unless new work may begin."""
         if self._closing:
             raise ConfigurationError("the client is closed; make a new one")
+
+    async def ensure(self) -> None:
+        """Start on first use; say so clearly when this is no place to be used from."""
+        self.check_open()
         if self._home is None:
             self._home = self._here()
             self._launch()
@@ -104,10 +110,9 @@ class Host:
         self._closing = True
         if not self._done.is_set():
             await self._ready.wait()
-            with anyio.move_on_after(drain_s):
-                while self._sheltered:
-                    self._quiet = anyio.Event()
-                    await self._quiet.wait()
+            if self._sheltered:
+                with anyio.move_on_after(drain_s):
+                    await self._drained.wait()
             self._stop.set()
             await self._done.wait()
 
@@ -138,6 +143,7 @@ class Host:
         finally:
             self._closing = True  # also when the event loop ends under us
             self._tasks = None
+            self.at_end()
             self._ready.set()
             self._done.set()
 
@@ -151,8 +157,8 @@ class Host:
             answer.error = exc
         finally:
             self._sheltered -= 1
-            if not self._sheltered:
-                self._quiet.set()
+            if self._closing and not self._sheltered:
+                self._drained.set()
             answer.done.set()
         if answer.caller_left and answer.error is None:
             orphaned(answer.value)  # type: ignore[arg-type]  # the same

@@ -16,7 +16,7 @@ import anyio
 import attrs
 
 from nanobanana_async._host import Host
-from nanobanana_async.errors import NoImage, TaskFailed, TaskNotFound
+from nanobanana_async.errors import NanoBananaError, NoImage, TaskFailed, TaskNotFound
 from nanobanana_async.media.download import Downloader
 from nanobanana_async.media.formats import SUFFIXES
 from nanobanana_async.media.names import safe_name
@@ -79,6 +79,7 @@ class NanoBananaClient:
         if on_orphan is not None:
             self._api.on_orphan = lambda done, request: on_orphan(self._handle(done, request))
         self._tracker = TaskTracker(self._api, BackoffSchedule(polling), self._host)
+        self._host.at_end = self._tracker.close
         self._downloader = Downloader(
             carrier, limits=limits, retry=retry, timeouts=timeouts, public_only=self._is_public
         )
@@ -118,10 +119,16 @@ class NanoBananaClient:
         except anyio.get_cancelled_exc_class():
             _log.warning("task %s was submitted, and its caller was cancelled; it runs on", handle.task_id)
             raise
+        except NanoBananaError as exc:
+            exc.task_id = exc.task_id or handle.task_id  # a paid id is never lost, whatever went wrong
+            raise
 
     async def submit(self, prompt: str | GenerationRequest, **options: Unpack[RequestOptions]) -> "TaskHandle":
-        """Submit and return as soon as the task id is known. Arguments, cancelling and errors as for `generate`."""
-        return await self._submit(prompt, options, give_up_at_s=float("inf"))
+        """Submit and return as soon as the task id is known. Arguments, cancelling and errors as for `generate`.
+
+        Waits for its turn (`Limits`) for at most `Timeouts.task_s`.
+        """
+        return await self._submit(prompt, options, give_up_at_s=anyio.current_time() + self._timeouts.task_s)
 
     def task(self, task_id: str) -> "TaskHandle":
         """Return a handle on a task submitted before, in this process or another. No network."""

@@ -89,8 +89,9 @@ class Timeouts:
     query_s: float = attrs.field(default=20.0, validator=gt(0))
     """One query or balance call, its retries included."""
     download_s: float = attrs.field(default=120.0, validator=gt(0))
-    """One picture, its retries included."""
+    """One picture, its retries included, counted from its turn (`Limits.downloads`)."""
     task_s: float = attrs.field(default=900.0, validator=gt(0))
-    """How long `generate`, `result`, `wait` and `updates` wait when they are not told. Minutes are possible."""
+    """How long `generate`, `result`, `wait` and `updates` wait when they are not told, and how long a submit may wait
+    for its turn. Minutes are possible."""
     close_s: float = attrs.field(default=10.0, validator=gt(0))
     """How long `aclose` spends on saying goodbye, beyond what a submit on the wire still needs."""

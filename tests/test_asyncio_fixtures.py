@@ -2,13 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
-from nanobanana_async import NanoBananaClient
-from nanobanana_async.simulator import FAST, Simulator
+from nanobanana_async import GeneratedImage, NanoBananaClient, Task, TaskStatus, TaskUnfinished
+from nanobanana_async.simulator import FAST, Simulator, VendorProfile
 from nanobanana_async.simulator.app import SimulatorServer
+from tests.fakes import PNG
 
 pytestmark = pytest.mark.asyncio
 
@@ -49,6 +51,32 @@ async def test_native_cancellation_does_not_tear_a_paid_post(caplog: pytest.LogC
         with pytest.raises(asyncio.CancelledError):
             await task
     assert simulator.charges[0].task_id in caplog.text
+
+
+async def test_a_shutdown_that_cancels_everything_ends_the_waits() -> None:
+    """Some frameworks cancel all tasks of the loop, ours included; nobody may be left waiting for it."""
+    async with Simulator(VendorProfile(median_s=60)).client() as client:
+        handle = await client.submit("a fox")
+        wait = asyncio.create_task(handle.wait())
+        await asyncio.sleep(0.05)
+        for task in asyncio.all_tasks() - {asyncio.current_task(), wait}:
+            task.cancel()
+        with pytest.raises(TaskUnfinished):
+            await asyncio.wait_for(wait, 1)
+
+
+async def test_a_save_that_is_cancelled_leaves_no_part_behind(nanobanana_simulator: Simulator, tmp_path: Path) -> None:
+    """`task.cancel()` leaves the writing thread to itself; what it writes after that is removed all the same."""
+    picture = GeneratedImage(data=PNG + bytes(3_000_000))
+    async with nanobanana_simulator.client() as client:
+        for number in range(60):
+            task = Task(task_id=f"ta-{number}", status=TaskStatus.SUCCESS, images=(picture,))
+            saving = asyncio.create_task(client.save(task, tmp_path))
+            await asyncio.sleep(number * 0.0001)
+            saving.cancel()
+            await asyncio.gather(saving, return_exceptions=True)
+        await asyncio.sleep(0.2)
+    assert [path for path in tmp_path.iterdir() if path.stat().st_size != 3_000_000 + len(PNG)] == []
 
 
 async def test_wait_for_works_around_our_calls(client: NanoBananaClient) -> None:

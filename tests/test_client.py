@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import warnings
+from collections import Counter
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import anyio
 import anyio.from_thread
 import anyio.to_thread
+import attrs
 import pytest
 
 from nanobanana_async import (
@@ -19,14 +21,18 @@ from nanobanana_async import (
     GenerationRequest,
     MediaError,
     NanoBananaClient,
+    NanoBananaError,
     NoImage,
+    NotSent,
+    RateLimited,
     TaskFailed,
     TaskHandle,
     TaskNotFound,
     TaskStatus,
     TaskUnfinished,
+    Timeouts,
 )
-from nanobanana_async.simulator import FAST_POLLING, Simulator, VendorProfile
+from nanobanana_async.simulator import FAST_LIMITS, FAST_POLLING, Simulator, VendorProfile
 from tests.fakes import PNG, accepted, done, refused, script, submits
 
 pytestmark = pytest.mark.anyio
@@ -306,3 +312,59 @@ async def test_a_hook_gets_the_handle_of_a_task_whose_caller_had_gone() -> None:
         await anyio.sleep(0.2)
         assert [handle.task_id for handle in orphans] == [charge.task_id for charge in simulator.charges]
         assert (await orphans[0].result()).images
+
+
+async def test_closing_refuses_what_is_still_in_line_and_lets_the_rest_end() -> None:
+    """No submit begins after `aclose`, nobody hangs, and two who close at once wait no longer than one."""
+    simulator = Simulator(delay_s=0.1)
+    client = simulator.client(limits=attrs.evolve(FAST_LIMITS, submits=2))
+    ends: Counter[str] = Counter()
+
+    async def one() -> None:
+        try:
+            await client.submit("a fox")
+        except ConfigurationError as exc:
+            ends[str(exc)] += 1
+        else:
+            ends["accepted"] += 1
+
+    with anyio.fail_after(2):
+        async with anyio.create_task_group() as group:
+            for _ in range(20):
+                group.start_soon(one)
+            await anyio.sleep(0.03)
+            group.start_soon(client.aclose)
+            await client.aclose()
+    assert ends == {"accepted": 2, "the client is closed; make a new one": 18}
+    assert len(simulator.charges) == 2
+
+
+async def test_generate_on_a_client_that_is_closed_meanwhile_tells_the_paid_id() -> None:
+    """The submit is let end; the wait is not; the error carries the id."""
+    simulator = Simulator(delay_s=0.1)
+    client = simulator.client()
+    errors: list[NanoBananaError] = []
+
+    async def one() -> None:
+        try:
+            await client.generate("a fox")
+        except NanoBananaError as exc:
+            errors.append(exc)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(one)
+        await anyio.sleep(0.03)
+        await client.aclose()
+    assert [error.task_id for error in errors] == [charge.task_id for charge in simulator.charges]
+
+
+async def test_a_submit_does_not_wait_for_its_turn_for_ever() -> None:
+    """A service that keeps asking for quiet is given up on, and nothing was sent."""
+    transport = script(refused(429, retry_after="300"))
+    timeouts = Timeouts(query_s=0.1, task_s=0.3)
+    async with NanoBananaClient("dk-1", transport=transport, timeouts=timeouts) as client:
+        with pytest.raises(RateLimited):
+            await client.balance()
+        with pytest.raises(NotSent, match="nothing was sent"):
+            await client.submit("a fox")
+    assert submits(transport.requests) == 0

@@ -31,7 +31,7 @@ from tests.fakes import accepted, done, refused, reply, state
 
 def sent(request: GenerationRequest) -> dict[str, object]:
     """Return the JSON document that goes out for *request*."""
-    document: dict[str, object] = json.loads(codec.encode_submit("https://a.example", {}, request).body or b"")
+    document: dict[str, object] = json.loads(codec.encode_submit("https://a.example", request).body or b"")
     return document
 
 
@@ -66,12 +66,12 @@ def test_every_field_goes_out_under_its_own_name() -> None:
 def test_extra_that_is_no_json_is_refused_by_name(value: object) -> None:
     """Before anything is paid."""
     with pytest.raises(ValueError, match="extra: cannot be sent as JSON"):
-        codec.encode_submit("https://a.example", {}, GenerationRequest("a fox", extra={"x": value}))  # type: ignore[dict-item]
+        codec.encode_submit("https://a.example", GenerationRequest("a fox", extra={"x": value}))  # type: ignore[dict-item]
 
 
 def test_a_task_id_cannot_change_the_query() -> None:
     """Ids are opaque, and somebody will paste one with an ampersand."""
-    assert codec.encode_query("https://a.example", {}, "a&b=c/../d").url.endswith("?task_id=a%26b%3Dc%2F..%2Fd")
+    assert codec.encode_query("https://a.example", "a&b=c/../d").url.endswith("?task_id=a%26b%3Dc%2F..%2Fd")
 
 
 def test_a_finished_task_is_read_whole() -> None:
@@ -170,6 +170,24 @@ def test_a_damaged_inline_picture_does_not_hide_the_others(uri: str) -> None:
     """The task is paid; what is whole of it must be reachable."""
     task = codec.decode_task(state("success", result=[{"image": uri}, {"image": "https://f.example/1.png"}]), "ta-1")
     assert [image.url for image in task.images] == [uri, "https://f.example/1.png"]
+
+
+def test_an_answer_that_names_no_task_is_about_the_one_that_was_asked_for() -> None:
+    """Its pictures are saved under that name, and its errors carry it."""
+    assert codec.decode_task(reply(200, {"code": 0, "data": {"status": "success"}}), "ta-7").task_id == "ta-7"
+
+
+def test_an_error_quotes_the_service_at_a_bearable_length() -> None:
+    """Sixty megabytes of words have no place in a log."""
+    with pytest.raises(InvalidRequest) as caught:
+        codec.decode_balance(refused(400, 1, "x" * 100_000))
+    assert len(str(caught.value)) < 1100
+
+
+@pytest.mark.parametrize("depth", range(880, 1000, 7))
+def test_nesting_near_the_limit_of_the_stack_breaks_nothing(depth: int) -> None:
+    """It can be read, and not be written again."""
+    codec.read(WireReply(status=400, body=b'{"code":1,"detail":' + b"[" * depth + b"1" + b"]" * depth + b"}"))
 
 
 def test_an_answer_about_another_task_is_refused() -> None:

@@ -371,3 +371,12 @@ async def test_the_tls_context_is_made_once_and_off_the_loop(monkeypatch: pytest
         for _ in range(10):
             group.start_soon(transport._tls_context)
     assert len(made) == 1
+
+
+async def test_a_certificate_file_that_is_not_there_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was sent, and it will not get better."""
+    monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent.pem")
+    async with contextlib.aclosing(HttpTransport()) as transport:
+        with pytest.raises(ExchangeFailed, match="certificate file") as caught:
+            await transport.send(ask("https://127.0.0.1:9/", Errand.SUBMIT), timeout_s=5)
+    assert (caught.value.phase, caught.value.permanent) == (Phase.CONNECT, True)

@@ -19,6 +19,7 @@ DATE = "Sat, 21 Nov 2026 12:00:00 GMT"
         pytest.param("Sat, 21 Nov 2026 11:00:00 GMT", 0.0, id="past-date"),
         pytest.param("1000000000", 300.0, id="a-typing-error-of-thirty-years"),
         pytest.param("Sat, 21 Nov 2099 12:00:00 GMT", 300.0, id="far-date"),
+        pytest.param("Mon, 01 Jan 2026 00:00:00 +99999999999999999999", None, id="impossible-zone"),
         pytest.param("-5", None, id="negative"),
         pytest.param("nan", None, id="nan"),
         pytest.param("1e9", None, id="exponent"),
@@ -97,6 +98,18 @@ async def test_a_hush_also_reaches_those_already_in_line() -> None:
     assert times_s[:2] == pytest.approx([0, 0.1])
     assert min(times_s[2:]) >= 10.15 - 1e-6
     assert abs(times_s[3] - times_s[2]) == pytest.approx(0.1)
+
+
+@pytest.mark.anyio
+@pytest.mark.virtual_time
+async def test_those_who_leave_the_line_cost_the_others_nothing() -> None:
+    """A thousand impatient callers must not book the next hundred seconds."""
+    pacer = Pacer(10, 1)
+    await pacer.permit()
+    for _ in range(1000):
+        with anyio.move_on_after(0.00001):
+            await pacer.permit()
+    assert await departures(pacer, 2) == pytest.approx([0.09, 0.19])
 
 
 @pytest.mark.anyio

@@ -5,7 +5,9 @@ import contextlib
 import io
 import logging
 import pickle
+import time
 import traceback
+from pathlib import Path
 from urllib.parse import quote
 
 import anyio
@@ -17,6 +19,7 @@ from nanobanana_async.simulator import FAST_POLLING, VendorProfile
 from nanobanana_async.simulator.app import SimulatorServer
 from tests.faults.table import FAULTS
 from tests.faults.trial import DEADLINES, QUICK, fault_server
+from tests.raw_server import response, saying, serving
 
 SECRET = "CANARY5hJ2kQ9"
 KEY = f"dk-{SECRET}"
@@ -26,10 +29,11 @@ FORMS = (SECRET, base64.b64encode(SECRET.encode()).decode().rstrip("="), quote(S
 def shown(exc: BaseException) -> str:
     """Return everything that could be shown of an exception: itself, its facts, its chain, all local variables."""
     trace = traceback.TracebackException.from_exception(exc, capture_locals=True)
-    ours = [frame for frame in trace.stack if "nanobanana_async" in frame.filename]
+    ours = [frame for frame in trace.stack if "tests" not in Path(frame.filename).parts]
     text = [repr(exc), str(exc), repr(vars(exc)), repr(exc.__cause__), repr(exc.__context__)]
     text += [repr(frame.locals) for frame in ours]
-    text.append(pickle.dumps(exc).decode("latin-1"))
+    if isinstance(exc, NanoBananaError):
+        text.append(pickle.dumps(exc).decode("latin-1"))
     return "\n".join(text)
 
 
@@ -111,3 +115,45 @@ def test_the_canary_would_be_found() -> None:
         print(base64.b64encode(SECRET.encode()).decode())  # noqa: T201 - the test's subject
     with pytest.raises(AssertionError):
         assert_secret(out.getvalue())
+
+
+@pytest.mark.anyio
+async def test_a_key_that_the_server_quotes_back_is_struck_out() -> None:
+    """Some do, in the very error that people paste into a ticket; a task id beside it is kept."""
+    said = f'{{"code":401,"message":"Invalid API key: {KEY}","data":{{"task_id":"ta-1"}}}}'.encode()
+    with serving(saying(response(said, status="401 No"))) as server:
+        async with NanoBananaClient(KEY, base_url=server.url) as client:
+            assert (await client.submit("a fox")).task_id == "ta-1"
+            with pytest.raises(NanoBananaError, match=r"Invalid API key: \[API key\]") as caught:
+                await client.balance()
+    assert_secret(shown(caught.value))
+
+
+@pytest.mark.anyio
+async def test_a_timeout_around_a_call_shows_no_key_among_its_local_variables() -> None:
+    """`fail_after` raises from within a suspended exchange, whose frames are all in the traceback."""
+    with serving(lambda *_: time.sleep(0.5)) as server:
+        async with NanoBananaClient(KEY, base_url=server.url) as client:
+            for call in (client.balance, client.task("ta-1").query):
+                with pytest.raises(TimeoutError) as caught, anyio.fail_after(0.1):
+                    await call()
+                cause: BaseException | None = caught.value
+                while cause is not None:
+                    assert_secret(shown(cause))
+                    cause = cause.__context__
+
+
+@pytest.mark.parametrize("thing", ["client", "endpoint"])
+def test_what_holds_the_key_is_not_pickled(thing: str) -> None:
+    """It would stand in a queue or a cache, readable."""
+    client = NanoBananaClient(KEY)
+    with pytest.raises(TypeError):
+        pickle.dumps(client if thing == "client" else client._endpoint)
+
+
+@pytest.mark.parametrize("url", ["ftp://a.example", "http://a.example"])
+def test_a_refused_base_url_shows_no_key(url: str) -> None:
+    """Not among the local variables of the frames that refuse it."""
+    with pytest.raises(ConfigurationError) as caught:
+        NanoBananaClient(KEY, base_url=url)
+    assert_secret(shown(caught.value))

@@ -2,7 +2,9 @@
 
 import os
 import secrets
+import threading
 from collections.abc import Awaitable, Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -39,7 +41,8 @@ class _Target(Protocol):
         ...
 
 
-T = TypeVar("T", bound=_Target)
+T = TypeVar("T")
+Target = TypeVar("Target", bound=_Target)
 
 
 class _Judged:
@@ -103,6 +106,8 @@ class _PartFile:
         self._path = stem.with_name(f".{stem.name[:80]}.{secrets.token_hex(8)}.part")
         self._pending = bytearray()
         self._descriptor = -1
+        self._lock = threading.Lock()
+        self._discarded = False
 
     async def write(self, piece: bytes) -> None:
         self._pending += piece
@@ -111,7 +116,18 @@ class _PartFile:
 
     async def _flush(self) -> None:
         data, self._pending = bytes(self._pending), bytearray()
-        await anyio.to_thread.run_sync(self._write, data)
+        await anyio.to_thread.run_sync(self._exclusively, self._write, data)
+
+    def _exclusively(self, work: Callable[[T], None], argument: T) -> None:
+        """Do a step of disk work, in a thread, unless it is all over.
+
+        asyncio's own `task.cancel()` leaves a thread to itself: it may still be writing when `discard` is called.
+        """
+        with self._lock:
+            if not self._discarded:
+                work(argument)
+        if self._discarded:
+            self.discard()
 
     def _write(self, data: bytes) -> None:
         if self._descriptor < 0:
@@ -123,7 +139,7 @@ class _PartFile:
     async def publish(self, path: Path) -> None:
         """Put the whole file in its place, durably."""
         await self._flush()
-        await anyio.to_thread.run_sync(self._publish, path)
+        await anyio.to_thread.run_sync(self._exclusively, self._publish, path)
 
     def _publish(self, path: Path) -> None:
         os.fsync(self._descriptor)
@@ -131,8 +147,13 @@ class _PartFile:
         self._path.replace(path)
 
     def discard(self) -> None:
-        self._close()
-        self._path.unlink(missing_ok=True)
+        self._discarded = True
+        if self._lock.acquire(blocking=False):  # else the thread that has it comes here when it is done
+            try:
+                self._close()
+                self._path.unlink(missing_ok=True)
+            finally:
+                self._lock.release()
 
     def _close(self) -> None:
         if self._descriptor >= 0:
@@ -192,10 +213,10 @@ class Downloader:
             raise MediaError(f"{exc.filename or stem}: cannot be written: {exc.strerror or exc}") from exc
         return path
 
-    async def _receive(self, image: GeneratedImage, new_target: Callable[[], T]) -> tuple[T, PictureFormat]:
-        deadline_s = anyio.current_time() + self._timeouts.download_s
-        tries = 0
-        async with self._slots:
+    async def _receive(self, image: GeneratedImage, new_target: Callable[[], Target]) -> tuple[Target, PictureFormat]:
+        async with self._slots if image.data is None else nullcontext():
+            deadline_s = anyio.current_time() + self._timeouts.download_s
+            tries = 0
             while True:
                 tries += 1
                 try:
@@ -223,7 +244,10 @@ class Downloader:
             if reply.status not in (301, 302, 303, 307, 308) or not location:
                 passing = reply.status in (403, 404, 408, 425, 429) or reply.status >= 500
                 raise _Trouble(f"the file host answered HTTP {reply.status}", passing=passing)
-            target = urljoin(url, location)
+            try:
+                target = urljoin(url, location)
+            except ValueError:
+                raise _Trouble("the file host redirects to what is no URL") from None
             if url.startswith("https:") and not target.startswith("https:"):
                 raise _Trouble("the file host redirects from https to something less")
             url = target
@@ -252,8 +276,8 @@ class Downloader:
 
 
 async def _attempt(
-    new_target: Callable[[], T], deliver: Callable[[Sink], Awaitable[WireReply]]
-) -> tuple[T, PictureFormat]:
+    new_target: Callable[[], Target], deliver: Callable[[Sink], Awaitable[WireReply]]
+) -> tuple[Target, PictureFormat]:
     """Return a fresh target, filled and judged; whatever goes wrong, nothing of it stays behind."""
     target = new_target()
     judged = _Judged(target)

@@ -37,8 +37,8 @@ T = TypeVar("T")
 
 _log: Final = logging.getLogger("nanobanana_async")
 
-_INLINE_DECODE_BYTES: Final = 2**20
-"""Replies longer than this hold inline pictures; decoding them would stall the loop, so a thread does."""
+_LARGE_BYTES: Final = 2**20
+"""Requests and replies longer than this hold pictures; to encode or decode them would stall the loop."""
 
 
 @attrs.frozen
@@ -89,8 +89,10 @@ class Api:
             ApiError: The service said no.
             ConfigurationError: It can never work like this.
         """
-        wire = codec.encode_submit(self._endpoint.base_url, self._endpoint.headers, request)
         await self._host.ensure()
+        size_bytes = sum(len(image) for image in request.images if isinstance(image, str))
+        encode = partial(codec.encode_submit, self._endpoint.base_url, request)
+        wire = self._signed(await _where_it_fits(size_bytes, encode))
         tries, duplicates, done_by_s = 0, 0, math.inf
         error: NanoBananaError = NotSent("the time was up before the submit had its turn; nothing was sent")
         while await self._submit_turn(min(give_up_at_s, done_by_s)):
@@ -114,12 +116,12 @@ class Api:
             TransportError: No usable answer came.
             ApiError: The service said no; `TaskNotFound` also for a fresh id that is not visible yet.
         """
-        wire = codec.encode_query(self._endpoint.base_url, self._endpoint.headers, task_id)
+        wire = self._signed(codec.encode_query(self._endpoint.base_url, task_id))
         return await self._read(wire, partial(codec.decode_task, task_id=task_id))
 
     async def balance(self) -> Decimal:
         """Return the credits left, retrying within `Timeouts.query_s`. Raises as `query` does."""
-        wire = codec.encode_balance(self._endpoint.base_url, self._endpoint.headers)
+        wire = self._signed(codec.encode_balance(self._endpoint.base_url))
         return await self._read(wire, codec.decode_balance)
 
     async def take_turn(self) -> None:
@@ -132,10 +134,13 @@ class Api:
 
     async def look(self, task_id: str) -> Task:
         """Query once, after `take_turn`. Raises as `query` does."""
-        wire = codec.encode_query(self._endpoint.base_url, self._endpoint.headers, task_id)
+        wire = self._signed(codec.encode_query(self._endpoint.base_url, task_id))
         return await self._get(wire, partial(codec.decode_task, task_id=task_id), self._timeouts.query_s)
 
     # --- how they travel --------------------------------------------------------------------------------------------
+
+    def _signed(self, wire: WireRequest) -> WireRequest:
+        return attrs.evolve(wire, headers={**self._endpoint.headers, **wire.headers})
 
     async def _post(
         self, wire: WireRequest, request: GenerationRequest, *, give_up_at_s: float, done_by_s: float
@@ -153,11 +158,9 @@ class Api:
     async def _exchange(self, wire: WireRequest, done_by_s: float) -> Outcome:
         try:
             reply = await self._transport.send(wire, timeout_s=done_by_s - anyio.current_time())
-            outcome = Outcome(reply=reply, envelope=codec.read(reply))
-            self._heed(reply)
+            outcome = self._read_outcome(reply, None)
         except ExchangeFailed as exc:
-            envelope = codec.read(exc.reply) if exc.reply is not None else codec.Envelope()
-            outcome = Outcome(reply=exc.reply, envelope=envelope, failure=exc)
+            outcome = self._read_outcome(exc.reply, exc)
         except anyio.get_cancelled_exc_class():
             _log.warning("a submit was cut off when the client was closed; it may have been charged")
             raise
@@ -167,7 +170,15 @@ class Api:
         finally:
             self._submit_slots.release()
         self._note(outcome)
+        if outcome.reply is not None:
+            self._heed(outcome.reply)
         return outcome
+
+    def _read_outcome(self, reply: WireReply | None, failure: ExchangeFailed | None) -> Outcome:
+        if reply is None:
+            return Outcome(failure=failure)
+        reply = self._endpoint.without_key(reply)
+        return Outcome(reply=reply, envelope=codec.read(reply), failure=failure)
 
     def _note(self, outcome: Outcome) -> None:
         """Trip the breaker on an answer that every further submit would get; reset it when one is accepted."""
@@ -221,9 +232,7 @@ class Api:
         else:
             self._heed(reply)
             try:
-                if len(reply.body) > _INLINE_DECODE_BYTES:
-                    return await anyio.to_thread.run_sync(decode, reply)
-                return decode(reply)
+                return await _where_it_fits(len(reply.body), lambda: decode(self._endpoint.without_key(reply)))
             except ApiError as exc:
                 exc.retry_after_s = retry_after_s(reply.headers)
                 raise
@@ -241,8 +250,9 @@ class Api:
         if not await self._turn(self._submit_slots, deadline_s):
             return False
         try:
+            self._host.check_open()
             self._breaker.check()
-        except ApiError:
+        except NanoBananaError:
             self._submit_slots.release()
             raise
         return True
@@ -288,6 +298,11 @@ class Api:
             return False
         await anyio.sleep(pause_s)
         return True
+
+
+async def _where_it_fits(size_bytes: int, work: Callable[[], T]) -> T:
+    """Do *work* here, or in a thread if it is about a lot of bytes."""
+    return await anyio.to_thread.run_sync(work) if size_bytes > _LARGE_BYTES else work()
 
 
 def _accepted(outcome: Outcome, duplicates: int) -> Submitted:

@@ -6,7 +6,6 @@ they matter.
 """
 
 import base64
-import binascii
 import json
 import re
 from collections.abc import Mapping
@@ -38,6 +37,8 @@ QUERY_PATH: Final = "/api/task/query"
 BALANCE_PATH: Final = "/api/user"
 
 _MAX_DIGITS: Final = 64
+_MESSAGE: Final = 1000
+"""How many characters of the service's words an error quotes."""
 
 JSON_BYTES: Final = 2**20
 """Cap on a reply without pictures."""
@@ -48,7 +49,7 @@ QUERY_BYTES: Final = 64 * 2**20
 # --- out ------------------------------------------------------------------------------------------------------------
 
 
-def encode_submit(base_url: str, headers: Mapping[str, str], request: GenerationRequest) -> WireRequest:
+def encode_submit(base_url: str, request: GenerationRequest) -> WireRequest:
     """Return the POST that asks for *request*, whose images must be strings by now.
 
     Raises:
@@ -63,23 +64,21 @@ def encode_submit(base_url: str, headers: Mapping[str, str], request: Generation
         errand=Errand.SUBMIT,
         method="POST",
         url=base_url + SUBMIT_PATH,
-        headers={**headers, "Content-Type": "application/json"},
+        headers={"Content-Type": "application/json"},
         body=body,
         max_bytes=JSON_BYTES,
     )
 
 
-def encode_query(base_url: str, headers: Mapping[str, str], task_id: str) -> WireRequest:
+def encode_query(base_url: str, task_id: str) -> WireRequest:
     """Return the GET that asks how the task stands."""
     url = f"{base_url}{QUERY_PATH}?task_id={quote(task_id, safe='')}"
-    return WireRequest(errand=Errand.READ, method="GET", url=url, headers=headers, max_bytes=QUERY_BYTES)
+    return WireRequest(errand=Errand.READ, method="GET", url=url, max_bytes=QUERY_BYTES)
 
 
-def encode_balance(base_url: str, headers: Mapping[str, str]) -> WireRequest:
+def encode_balance(base_url: str) -> WireRequest:
     """Return the GET that asks for the credits left."""
-    return WireRequest(
-        errand=Errand.READ, method="GET", url=base_url + BALANCE_PATH, headers=headers, max_bytes=JSON_BYTES
-    )
+    return WireRequest(errand=Errand.READ, method="GET", url=base_url + BALANCE_PATH, max_bytes=JSON_BYTES)
 
 
 # --- in: the envelope -----------------------------------------------------------------------------------------------
@@ -118,7 +117,7 @@ def read(reply: WireReply) -> Envelope:
         is_vendor="code" in document,
         ok=(type(code) is int and code == 0) or code == "0",
         code=_code(code),
-        message=said or excerpt(body),
+        message=said[:_MESSAGE] or excerpt(body),
         data=fields,
         task_id=_id(fields.get("task_id")),
     )
@@ -179,7 +178,7 @@ def decode_task(reply: WireReply, task_id: str) -> Task:
         what = f"{type(exc).__name__}: {exc}"
     else:
         if wire.task_id in ("", task_id):
-            return wire.task()
+            return wire.task(task_id)
         what = f"it is about task {wire.task_id!r}"
     raise ProtocolError(f"the answer about task {task_id} cannot be used: {what}", task_id=task_id, status=reply.status)
 
@@ -239,9 +238,9 @@ class _TaskData:
     status_reason: _Reason = _Reason()
     raw: Mapping[str, JsonValue]
 
-    def task(self) -> Task:
+    def task(self, task_id: str) -> Task:
         return Task(
-            task_id=self.task_id,
+            task_id=task_id,
             status=self.status,
             images=tuple(item.image for item in self.result if item.image is not None),
             texts=tuple(item.text for item in self.result if item.text),
@@ -314,11 +313,14 @@ def inline_image(uri: str) -> GeneratedImage | None:
     head, comma, payload = uri.strip().partition(",")
     if not comma or not head.lower().startswith("data:") or not head.lower().endswith(";base64"):
         return None
-    standard = payload.translate(_TO_STANDARD_BASE64)
     try:
-        data = base64.b64decode(standard + "=" * (-len(standard) % 4), validate=True)
-    except (binascii.Error, ValueError):
-        return None
+        data = base64.b64decode(payload, validate=True)
+    except ValueError:  # another dialect, perhaps; translating megabytes is slow, so it is only tried then
+        standard = payload.translate(_TO_STANDARD_BASE64)
+        try:
+            data = base64.b64decode(standard + "=" * (-len(standard) % 4), validate=True)
+        except ValueError:
+            return None
     media_type = head[len("data:") :].partition(";")[0].lower()
     return GeneratedImage(data=data, media_type=media_type or None) if data else None
 
@@ -334,7 +336,10 @@ def _words(value: object) -> str:
     """Return what a field says in words: a string as it is, a list or an object as JSON, nothing for null."""
     if isinstance(value, str):
         return value.strip()
-    return "" if value in (None, [], {}) else json.dumps(value, default=str)[:1000]
+    try:
+        return "" if value in (None, [], {}) else json.dumps(value, default=str)[:1000]
+    except RecursionError:  # it could be read at one depth of the stack, and cannot be written at another
+        return ""
 
 
 def _code(value: object) -> int | None:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from ipaddress import ip_address
-from typing import Final
+from typing import Final, NoReturn
 from urllib.parse import urlsplit
 
 import attrs
@@ -13,6 +13,7 @@ import attrs
 from nanobanana_async.errors import ConfigurationError
 from nanobanana_async.models import http_url_fault
 from nanobanana_async.transport.addresses import is_public
+from nanobanana_async.transport.base import WireReply
 
 DEFAULT_BASE_URL: Final = "https://api.defapi.org"
 KEY_VARIABLES: Final = ("DEFAPI_API_KEY", "DEFAPI_KEY", "NANO_BANANA_API_KEY")
@@ -50,8 +51,7 @@ class Endpoint:
     """The service as this client sees it. The key is in no repr."""
 
     base_url: str
-    headers: Mapping[str, str] = attrs.field(repr=False)
-    """What every API request carries. Never sent anywhere but to `base_url`."""
+    _key: Key
 
     @classmethod
     def of(cls, api_key: Key | None, base_url: str | None) -> "Endpoint":
@@ -60,15 +60,28 @@ class Endpoint:
         Raises:
             ConfigurationError: There is no key, or the key or the URL cannot be used.
         """
+        url = _clean_url(base_url or os.getenv(BASE_URL_VARIABLE) or DEFAULT_BASE_URL)
         key = api_key or Key(next(filter(None, map(os.getenv, KEY_VARIABLES)), ""))
-        headers = {
-            "Authorization": f"Bearer {key.cleaned().text}",
+        return cls(url, key.cleaned())
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """What every API request carries. Never sent anywhere but to `base_url`."""
+        return {
+            "Authorization": f"Bearer {self._key.text}",
             "Accept": "application/json",
             # Never compressed: 235 bytes of gzip can cost 1.5 GiB (RELIABILITY, fact 4).
             "Accept-Encoding": "identity",
             "User-Agent": USER_AGENT,
         }
-        return cls(_clean_url(base_url or os.getenv(BASE_URL_VARIABLE) or DEFAULT_BASE_URL), headers)
+
+    def without_key(self, reply: WireReply) -> WireReply:
+        """Return *reply* with the key struck out: some servers quote it back, and errors quote what servers say."""
+        key = self._key.text.encode()
+        return attrs.evolve(reply, body=reply.body.replace(key, b"[API key]")) if key in reply.body else reply
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an endpoint holds the API key, and is not pickled; make a client in each process")
 
 
 def _clean_url(url: str) -> str:

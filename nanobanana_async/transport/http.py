@@ -92,6 +92,14 @@ class _Body(httpx.AsyncByteStream):
         raise StopAsyncIteration
 
 
+def _built(request: WireRequest, target: _Target, extensions: dict[str, object]) -> httpx.Request:
+    headers = {"Host": target.url.netloc.decode("ascii"), **target.headers}
+    if request.body is not None:
+        headers["Content-Length"] = str(len(request.body))
+    stream = _Body(request.body)
+    return httpx.Request(request.method, target.url, headers=headers, stream=stream, extensions=extensions)
+
+
 @attrs.frozen
 class _OwnLane:
     """One connection of ours."""
@@ -99,12 +107,8 @@ class _OwnLane:
     transport: httpx.AsyncHTTPTransport
 
     async def open(self, request: WireRequest, target: _Target, extensions: dict[str, object]) -> httpx.Response:
-        headers = {"Host": target.url.netloc.decode("ascii"), **target.headers}
-        if request.body is not None:
-            headers["Content-Length"] = str(len(request.body))
-        stream = _Body(request.body)
-        built = httpx.Request(request.method, target.url, headers=headers, stream=stream, extensions=extensions)
-        return await self.transport.handle_async_request(built)
+        # Built in a call of its own, so that no frame of a suspended exchange has the headers among its variables.
+        return await self.transport.handle_async_request(_built(request, target, extensions))
 
     async def aclose(self) -> None:
         with anyio.CancelScope(shield=True), anyio.move_on_after(_GOODBYE_S):
@@ -245,11 +249,11 @@ class HttpTransport:
 
     async def _new_lane(self, url: str) -> _OwnLane:
         proxy = self._proxy_for(url)
-        tls = _NO_TLS if proxy is None and url.startswith("http://") else await self._tls_context()
         try:
+            tls = _NO_TLS if proxy is None and url.startswith("http://") else await self._tls_context()
             return _OwnLane(httpx.AsyncHTTPTransport(verify=tls, limits=_ONE, proxy=proxy))
-        except (ImportError, ValueError) as exc:
-            reason = f"the proxy named in the environment cannot be used: {exc}"
+        except (ImportError, ValueError, OSError) as exc:
+            reason = f"a proxy or certificate file named in the environment cannot be used: {exc}"
         raise ExchangeFailed(reason, phase=Phase.CONNECT, permanent=True)
 
     def _proxy_for(self, url: str) -> str | None:

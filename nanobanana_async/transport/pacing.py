@@ -3,8 +3,9 @@
 import copy
 import math
 import re
+import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Final
 
@@ -27,23 +28,22 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
     then, now = _date(value), _date(headers.get("date", ""))
     if then is None:
         return None
-    wait_s = (then - (now or datetime.now(UTC))).total_seconds()
-    return min(max(wait_s, 0.0), MAX_WAIT_S)
+    return min(max(then - (time.time() if now is None else now), 0.0), MAX_WAIT_S)
 
 
-def _date(text: str) -> datetime | None:
+def _date(text: str) -> float | None:
     try:
         parsed = parsedate_to_datetime(text)
-    except (ValueError, TypeError, IndexError):
+        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, TypeError, IndexError, OverflowError, OSError):
         return None
-    return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
 
 
 class Pacer:
     """Lets *rate* requests per second through, at most *burst* at once, and none while the service wants quiet.
 
-    First come, first served. The bucket is one number, the time at which it will be full again (the generic cell rate
-    algorithm, as in ITU-T I.371), so ten thousand waiters cost ten thousand sleeps and nothing else.
+    First come, first served: the first in line sleeps, the others wait for it. The bucket is one number, the time at
+    which it will be full again (the generic cell rate algorithm, as in ITU-T I.371).
     """
 
     def __init__(self, rate: float, burst: int) -> None:
@@ -51,27 +51,20 @@ class Pacer:
         self._slack_s = (burst - 1) / rate
         self._full_at_s = -math.inf
         self._quiet_until_s = -math.inf
+        self._line = anyio.Lock(fast_acquire=True)
 
     async def permit(self) -> None:
-        """Return when one request may leave. Cancelling gives up the place in the line, which then goes unused."""
-        while True:
-            send_at_s = self._take_place()
-            if (wait_s := send_at_s - anyio.current_time()) > 0:
+        """Return when one request may leave. Cancelling gives up the place in the line, at no cost to the others."""
+        async with self._line:
+            # Asked again after each sleep, for a hush may have begun meanwhile.
+            while (wait_s := self._full_at_s - self._slack_s - anyio.current_time()) > 0:  # noqa: ASYNC110 - time passes by itself
                 await anyio.sleep(wait_s)
-            if self.quiet_s == 0:
-                return
-            # A hush began while we slept: back in line behind its end, one gap apart, so that nothing bursts then.
+            self._full_at_s = max(self._full_at_s, anyio.current_time()) + self._gap_s
 
     def hush(self, seconds: float) -> None:
         """Let nobody through for *seconds* from now, and no burst after that: one 429 slows everyone."""
         self._quiet_until_s = max(self._quiet_until_s, anyio.current_time() + seconds)
         self._full_at_s = max(self._full_at_s, self._quiet_until_s + self._slack_s)
-
-    def _take_place(self) -> float:
-        self._full_at_s = max(self._full_at_s, anyio.current_time())
-        send_at_s = self._full_at_s - self._slack_s
-        self._full_at_s += self._gap_s
-        return send_at_s
 
     @property
     def quiet_s(self) -> float:

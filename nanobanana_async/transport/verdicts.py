@@ -93,6 +93,11 @@ def _refused(outcome: Outcome) -> bool:
     return outcome.failure is None and outcome.envelope.is_vendor and not outcome.envelope.ok
 
 
+def _own_error(outcome: Outcome) -> bool:
+    """The vendor's application itself, and not a gateway that speaks JSON: its statuses, its numeric code."""
+    return outcome.status in (500, 503) and _refused(outcome) and outcome.envelope.code is not None
+
+
 def _no_access_or_credit(outcome: Outcome) -> bool:
     return outcome.reply is not None and isinstance(
         refusal(outcome.reply, outcome.envelope), AuthenticationError | InsufficientCredits
@@ -108,7 +113,7 @@ TABLE: Final = (
     # RFC 9110 (408, 421) and RFC 8470 (425): the server says that it did not process the request.
     Row("not processed", Verdict.NOT_SENT, Repeat.ONCE, lambda o: o.status in (408, 421, 425)),
     Row("slow down", Verdict.REJECTED, Repeat.AFTER_WAIT, lambda o: o.status == 429),
-    Row("vendor's own 5xx", Verdict.REJECTED, Repeat.ENVELOPE, lambda o: o.status >= 500 and _refused(o)),
+    Row("vendor's own 5xx", Verdict.REJECTED, Repeat.ENVELOPE, _own_error),
     Row("gateway", Verdict.UNKNOWN, Repeat.SERVER_ERRORS, lambda o: o.status >= 500),
     Row("redirect or 4xx", Verdict.REJECTED, Repeat.NO, lambda o: o.status >= 300),
     Row("code says no", Verdict.REJECTED, Repeat.NO, _refused),
