@@ -19,6 +19,7 @@ from PIL import Image
 from nanobanana_async import NanoBananaClient
 from nanobanana_async.simulator import FAST, VendorProfile
 from nanobanana_async.simulator.app import SimulatorServer
+from tests.raw_server import response, saying, serving
 
 pytestmark = pytest.mark.other_clients
 
@@ -176,6 +177,36 @@ def test_an_interrupt_leaves_no_traceback_and_says_how_to_go_on(
         assert "Traceback" not in errors
         waited = nanobanana("wait", task_id, "-o", "fox.png", cwd=tmp_path)
         assert (waited.returncode, waited.stdout, len(server.vendor.charges)) == (0, "fox.png\n", 1)
+
+
+def test_a_reader_that_goes_away_does_not_keep_paid_pictures_from_the_disk(
+    nanobanana_server: SimulatorServer, tmp_path: Path
+) -> None:
+    """`nanobanana generate ... | head -1`."""
+    with started("generate", "a", "b", cwd=tmp_path) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait(30) == 0
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert len(list(tmp_path.glob("*.png"))) == len(nanobanana_server.vendor.charges) == 2
+
+
+def test_what_the_service_says_cannot_drive_the_terminal() -> None:
+    """Escape sequences in an error are not obeyed, and it stays one line."""
+    said = json.dumps({"code": 1, "message": "failed", "detail": "\x1b[2J\x1b]0;owned\x07no\nsuch\nthing"}).encode()
+    with serving(saying(response(said, status="400 Bad"))) as server:
+        ended = nanobanana("balance", DEFAPI_BASE_URL=server.url, DEFAPI_API_KEY="dk-test")
+    assert ended.stderr == "nanobanana: [2J ]0;owned no such thing (HTTP 400, code 1)\n"
+
+
+def test_a_terminal_without_umlauts_shows_them_in_escapes() -> None:
+    """An odd locale must not end in a traceback after the money is out."""
+    with serving(saying(response('{"code":1,"detail":"für immer"}'.encode(), status="400 Bad"))) as server:
+        ended = nanobanana(
+            "balance", DEFAPI_BASE_URL=server.url, DEFAPI_API_KEY="dk-test", PYTHONIOENCODING="ascii:strict"
+        )
+    assert ended.stderr == "nanobanana: f\\xfcr immer (HTTP 400, code 1)\n"
 
 
 def test_status_and_balance_tell_how_things_stand(nanobanana_server: SimulatorServer) -> None:

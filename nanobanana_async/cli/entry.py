@@ -1,5 +1,6 @@
 """Where `nanobanana` starts: says what is missing instead of showing a traceback."""
 
+import io
 import sys
 from typing import NoReturn
 
@@ -12,5 +13,8 @@ def main() -> NoReturn:
         if exc.name not in ("click", "rich"):
             raise
         sys.exit("nanobanana: the command line needs more packages: pip install 'nanobanana-async[cli]'")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a letter must not cost a paid picture
+            stream.reconfigure(errors="backslashreplace")
     cli()
     sys.exit(0)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from nanobanana_async.cli.jobs import Job, make, report_failures
-from nanobanana_async.cli.runtime import Session, emit, run
+from nanobanana_async.cli.runtime import Session, emit, run, say
 from nanobanana_async.cli.screen import Board
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.media.formats import SUFFIXES
@@ -81,7 +81,7 @@ def _show(job: Job, *, as_json: bool) -> None:
         emit(job.record())
     else:
         for file in job.files:
-            click.echo(file)
+            say(file)
 
 
 def check_writable(where: Path) -> None:

@@ -1,6 +1,7 @@
 """How every command runs and ends: the event loop, signals, exit codes, one line per error."""
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
@@ -14,6 +15,7 @@ import click
 
 from nanobanana_async.errors import NanoBananaError, SubmissionUnknown
 from nanobanana_async.models import Task
+from nanobanana_async.transport.bodies import printable
 
 DONE: Final = 0
 FAILED: Final = 1
@@ -63,7 +65,7 @@ def fail(exc: Exception) -> int:
 def one_line(exc: Exception) -> str:
     """Return what *exc* says, on one line, with the path if it is about a file."""
     text = f"{exc.filename}: {exc.strerror}" if isinstance(exc, OSError) and exc.filename else str(exc)
-    return " ".join(text.split()) or type(exc).__name__
+    return printable(text) or type(exc).__name__
 
 
 def task_record(task: Task) -> dict[str, object]:
@@ -78,9 +80,17 @@ def task_record(task: Task) -> dict[str, object]:
     }
 
 
+def say(line: object) -> None:
+    """Print a result. When nobody reads any more (`| head`), go on in silence: what is paid is still to be saved."""
+    try:
+        click.echo(line)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def emit(record: dict[str, object]) -> None:
     """Print one JSON object on a line of its own."""
-    click.echo(json.dumps(record, default=_plain, ensure_ascii=False))
+    say(json.dumps(record, default=_plain, ensure_ascii=False))
 
 
 def _plain(value: object) -> str:

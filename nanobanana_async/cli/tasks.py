@@ -5,10 +5,11 @@ from pathlib import Path
 import click
 
 from nanobanana_async.cli.generate import check_writable, json_option, timeout_option
-from nanobanana_async.cli.runtime import DONE, FAILED, Session, emit, run, task_record
+from nanobanana_async.cli.runtime import DONE, FAILED, Session, emit, run, say, task_record
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NoImage, TaskFailed
 from nanobanana_async.models import Task, TaskStatus
+from nanobanana_async.transport.bodies import printable
 
 
 @click.command()
@@ -62,7 +63,7 @@ def balance(*, as_json: bool) -> None:
         if as_json:
             emit({"credits": credit})
         else:
-            click.echo(f"{credit:f} credits")
+            say(f"{credit:f} credits")
         return DONE
 
     run(work)
@@ -73,9 +74,9 @@ def _show(task: Task, *, as_json: bool, files: list[Path] | None = None) -> None
         emit({**task_record(task), "files": [str(file) for file in files or ()]})
     elif files:
         for file in files:
-            click.echo(file)
+            say(file)
     else:
         facts = [task.task_id, task.status.value]
         facts += [image.url or "inline picture" for image in task.images]
         facts += [f"{task.consumed:f} credits"] if task.consumed is not None else []
-        click.echo("  ".join([*facts, *task.texts]))
+        say("  ".join(map(printable, [*facts, *task.texts])))

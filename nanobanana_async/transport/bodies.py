@@ -64,8 +64,13 @@ def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def printable(text: str) -> str:
+    """Return *text* as one line that does nothing to a terminal: control characters and newlines are blanks."""
+    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
+
+
 def excerpt(body: bytes) -> str:
     """Return the start of a body as one safe line: tags and control characters gone."""
     text = re.sub(r"<[^>]*>?", " ", body[:2000].decode("utf-8", "replace"))
-    line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
+    line = printable(text)
     return line if len(line) <= _EXCERPT else f"{line[:_EXCERPT]}..."

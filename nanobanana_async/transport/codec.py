@@ -30,7 +30,7 @@ from nanobanana_async.errors import (
 )
 from nanobanana_async.models import GeneratedImage, GenerationRequest, JsonValue, Task, TaskStatus
 from nanobanana_async.transport.base import Errand, WireReply, WireRequest
-from nanobanana_async.transport.bodies import excerpt, parse, plain
+from nanobanana_async.transport.bodies import excerpt, parse, plain, printable
 
 SUBMIT_PATH: Final = "/api/image/gen"
 QUERY_PATH: Final = "/api/task/query"
@@ -117,7 +117,7 @@ def read(reply: WireReply) -> Envelope:
         is_vendor="code" in document,
         ok=(type(code) is int and code == 0) or code == "0",
         code=_code(code),
-        message=said[:_MESSAGE] or excerpt(body),
+        message=printable(said[:_MESSAGE]) or excerpt(body),
         data=fields,
         task_id=_id(fields.get("task_id")),
     )
