@@ -1,6 +1,8 @@
 """A raw-socket server for tests: says exactly the bytes it is told to, and remembers what it heard."""
 
+import contextlib
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Callable, Iterator
@@ -13,9 +15,10 @@ Handler: TypeAlias = Callable[[socket.socket, bytes], None]
 class RawServer:
     """One thread per connection; *handle* gets the socket and the request it read."""
 
-    def __init__(self, handle: Handler, *, reads: bool) -> None:
+    def __init__(self, handle: Handler, *, reads: bool, tls: ssl.SSLContext | None) -> None:
         self._handle = handle
         self._reads = reads
+        self._tls = tls
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: Final[int] = self._listener.getsockname()[1]
         self.url: Final = f"http://127.0.0.1:{self.port}"
@@ -37,18 +40,22 @@ class RawServer:
             thread.start()
 
     def _serve(self, peer: socket.socket) -> None:
-        with peer:
-            peer.settimeout(5)
-            try:
-                if not self._reads:
-                    self._handle(peer, b"")
-                    peer.recv(65536)
-                    return
-                while request := read_request(peer):
-                    self.requests.append(request)
-                    self._handle(peer, request)
-            except OSError:
-                pass
+        peer.settimeout(5)
+        with contextlib.suppress(OSError), peer:
+            if self._tls is None:
+                self._talk(peer)
+            else:
+                with self._tls.wrap_socket(peer, server_side=True) as secure:
+                    self._talk(secure)
+
+    def _talk(self, peer: socket.socket) -> None:
+        if not self._reads:
+            self._handle(peer, b"")
+            peer.recv(65536)
+            return
+        while request := read_request(peer):
+            self.requests.append(request)
+            self._handle(peer, request)
 
     def close(self) -> None:
         """Stop listening and wait for the connections to end."""
@@ -90,9 +97,9 @@ def reset(peer: socket.socket) -> None:
 
 
 @contextmanager
-def serving(handle: Handler, *, reads: bool = True) -> Iterator[RawServer]:
+def serving(handle: Handler, *, reads: bool = True, tls: ssl.SSLContext | None = None) -> Iterator[RawServer]:
     """Run a server whose connections are handled by *handle*: after each request, or at once if it never *reads*."""
-    server = RawServer(handle, reads=reads)
+    server = RawServer(handle, reads=reads, tls=tls)
     thread = threading.Thread(target=server.accept_forever, daemon=True)
     thread.start()
     try:

@@ -6,11 +6,14 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from pathlib import Path
 
 import anyio
 import httpx
 import httpx2
 import pytest
+import trustme
 
 from nanobanana_async import ConfigurationError, Errand, ExchangeFailed, HttpTransport, Phase, WireRequest
 from nanobanana_async.transport import addresses, http
@@ -380,3 +383,27 @@ async def test_a_certificate_file_that_is_not_there_is_a_configuration_error(mon
         with pytest.raises(ExchangeFailed, match="certificate file") as caught:
             await transport.send(ask("https://127.0.0.1:9/", Errand.SUBMIT), timeout_s=5)
     assert (caught.value.phase, caught.value.permanent) == (Phase.CONNECT, True)
+
+
+@pytest.mark.parametrize("flaw", ["none", "wrong-host", "expired", "unknown-authority"])
+async def test_a_certificate_that_does_not_fit_is_a_configuration_error(
+    flaw: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, without a retry, and the request stays here. One that fits is taken from SSL_CERT_FILE."""
+    authority = trustme.CA()
+    if flaw != "unknown-authority":
+        authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    name = "other.example" if flaw == "wrong-host" else "127.0.0.1"
+    past = datetime(2020, 1, 1, tzinfo=UTC) if flaw == "expired" else None
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(name, not_after=past).configure_cert(tls)
+    with serving(saying(response(b"{}")), tls=tls) as server:
+        async with contextlib.aclosing(HttpTransport()) as transport:
+            request = ask(server.url.replace("http:", "https:"), Errand.SUBMIT)
+            if flaw == "none":
+                assert (await transport.send(request, timeout_s=5)).status == 200
+            else:
+                with pytest.raises(ExchangeFailed, match="CERTIFICATE_VERIFY_FAILED") as caught:
+                    await transport.send(request, timeout_s=5)
+                assert (caught.value.phase, caught.value.permanent, server.requests) == (Phase.CONNECT, True, [])
