@@ -311,7 +311,7 @@ class TaskHandle:
             raise TaskFailed(f"task {task.task_id} failed: {task.reason or 'the service gave no reason'}", task=task)
         if not task.images:
             said = " ".join(task.texts) or task.reason or "no words either"
-            raise NoImage(f"task {task.task_id} succeeded without a picture ({said[:500]})", task=task)
+            raise NoImage(f"task {task.task_id} was paid, and brought no picture ({said[:500]})", task=task)
         return task
 
     async def updates(self, *, timeout_s: float | None = None) -> AsyncGenerator[Task]:

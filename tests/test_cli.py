@@ -41,11 +41,17 @@ def nanobanana(*arguments: str, cwd: Path | None = None, **variables: str) -> su
 
 
 @contextmanager
-def started(*arguments: str, cwd: Path | None = None) -> Iterator["subprocess.Popen[str]"]:
-    """Start a command, and see to it that it ends."""
+def started(*arguments: str, cwd: Path | None = None, first: str = ":") -> Iterator["subprocess.Popen[str]"]:
+    """Start a command, from a shell that has done *first*, and see to it that it ends."""
     pipe = subprocess.PIPE
     with subprocess.Popen(  # noqa: S603 - our own command line
-        [*COMMAND, *arguments], cwd=cwd, env=environment(), stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        ["/bin/sh", "-c", f'{first}; exec "$@"', "_", *COMMAND, *arguments],
+        cwd=cwd,
+        env=environment(),
+        stdin=pipe,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
     ) as process:
         try:
             yield process
@@ -110,6 +116,19 @@ def test_several_prompts_are_one_json_line_each(ended: dict[str, Ended]) -> None
     assert all((two.folder / line["files"][0]).is_file() and line["consumed"] == "0.500000" for line in lines)
 
 
+def test_a_disk_that_is_full_after_the_money_is_out_names_what_to_do(
+    nanobanana_server: SimulatorServer, tmp_path: Path
+) -> None:
+    """The picture can still be fetched, to somewhere else."""
+    with started("generate", "a fox", "-o", "fox.png", cwd=tmp_path, first="ulimit -f 8") as process:
+        _, errors = process.communicate(timeout=30)
+    (charge,) = nanobanana_server.vendor.charges
+    assert process.returncode == 1
+    assert "fox.png: cannot be written" in errors
+    assert f"nanobanana wait {charge.task_id} -o fox.png" in errors
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_demo_makes_24_pictures_and_a_gallery(ended: dict[str, Ended]) -> None:
     """No key, no network, and plain lines where there is no terminal."""
     demo = ended["demo"]
@@ -135,6 +154,8 @@ def test_the_demo_makes_24_pictures_and_a_gallery(ended: dict[str, Ended]) -> No
         pytest.param(["generate"], {}, 2, "Missing argument", id="no-prompt"),
         pytest.param(["generate", ""], {}, 2, "prompt: must not be empty", id="empty-prompt"),
         pytest.param(["generate", "x", "--aspect-ratio", "wide"], {}, 2, "such as '16:9'", id="bad-ratio"),
+        pytest.param(["generate", "x", "-o", "-"], {}, 2, "not written to stdout", id="to-stdout"),
+        pytest.param(["generate", "x", "-o", "file/x.png"], {}, 1, "file: is a file, and not a folder", id="no-folder"),
         pytest.param(["generate", "a", "b", "-o", "c.png"], {}, 2, "names one file", id="two-into-one"),
         pytest.param(["simulate", "--faults", "fire=1"], {}, 2, "'fire' is not one of", id="bad-fault"),
     ],
@@ -148,6 +169,7 @@ def test_what_goes_wrong_is_one_clear_line_and_an_exit_code(
     says: str,
 ) -> None:
     """1 for what failed, 2 for what was typed wrong; never a traceback, never the key, nothing paid."""
+    (tmp_path / "file").touch()
     ended = nanobanana(*arguments, cwd=tmp_path, **variables)
     assert ended.returncode == code
     last = ended.stderr.strip().splitlines()[-1]
@@ -158,22 +180,30 @@ def test_what_goes_wrong_is_one_clear_line_and_an_exit_code(
     assert nanobanana_server.vendor.charges == []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code", "first"),
+    [
+        pytest.param(signal.SIGINT, 130, ":", id="ctrl-c"),
+        pytest.param(signal.SIGTERM, 143, ":", id="terminate"),
+        pytest.param(signal.SIGTERM, 143, "trap '' INT", id="terminate-in-the-background-of-a-script"),
+        pytest.param(signal.SIGHUP, 129, ":", id="terminal-closed"),
+    ],
+)
 def test_an_interrupt_leaves_no_traceback_and_says_how_to_go_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, code: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, code: int, first: str
 ) -> None:
     """What is paid is named, with the command that fetches it; and that command works."""
     with SimulatorServer(VendorProfile(median_s=2, sigma=0, invisible_s=0)) as server:
         monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
         monkeypatch.setenv("DEFAPI_API_KEY", "dk-test")
-        with started("generate", "a fox", cwd=tmp_path) as process:
+        with started("generate", "a fox", "-o", "my pictures", cwd=tmp_path, first=first) as process:
             wait_for(lambda: server.vendor.charges)
             time.sleep(0.3)
             process.send_signal(number)
             _, errors = process.communicate(timeout=20)
         task_id = server.vendor.charges[0].task_id
         assert process.returncode == code
-        assert f"nanobanana wait {task_id} -o ." in errors
+        assert f"paid, and not saved: 'a fox'; to fetch it: nanobanana wait {task_id} -o 'my pictures'" in errors
         assert "Traceback" not in errors
         waited = nanobanana("wait", task_id, "-o", "fox.png", cwd=tmp_path)
         assert (waited.returncode, waited.stdout, len(server.vendor.charges)) == (0, "fox.png\n", 1)
@@ -213,6 +243,14 @@ def test_status_and_balance_tell_how_things_stand(nanobanana_server: SimulatorSe
     """For people and for machines."""
     assert nanobanana("balance").stdout == "100000 credits\n"
     assert json.loads(nanobanana("balance", "--json").stdout) == {"credits": "100000"}
+
+
+def test_errors_are_json_too_when_json_is_asked_for(nanobanana_server: SimulatorServer) -> None:
+    """On stdout, with the kind of error, so that nobody parses sentences."""
+    ended = nanobanana("wait", "ta-none", "--json")
+    record = json.loads(ended.stdout)
+    assert (ended.returncode, ended.stderr) == (1, "")
+    assert (record["task_id"], record["error_type"]) == ("ta-none", "TaskNotFound")
 
 
 def test_a_failed_task_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,6 +206,16 @@ async def test_a_passing_trouble_is_a_late_answer(trouble: Exception) -> None:
         assert (await tracker.wait("ta-1", timeout_s=60)).is_final
 
 
+async def test_an_outage_is_said_once_and_not_mistaken_for_slow_pictures(caplog: pytest.LogCaptureFixture) -> None:
+    """After three looks in a row without an answer, whichever tasks they were about."""
+    trouble = ServiceUnavailable("Bad gateway (HTTP 502)")
+    service = Service(lambda task_id, now_s: trouble if now_s < 20 else task("success", task_id))
+    async with tracking(service) as tracker, anyio.create_task_group() as group:
+        for number in range(10):
+            group.start_soon(partial(tracker.wait, f"ta-{number}", timeout_s=600))
+    assert caplog.text.count("brought no answer; looking on: Bad gateway") == 1
+
+
 async def test_a_bad_task_does_not_stop_the_others() -> None:
     """Not even one that makes the transport raise what it must not."""
     answers = {"ta-bad": RuntimeError("boom"), "ta-wrong": InvalidRequest("bad id", status=400, code=1)}

@@ -1,5 +1,6 @@
 """`nanobanana generate`: prompts in, pictures on disk."""
 
+import errno
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,11 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @click.command()
 @click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
 @click.option(
-    "-o", "--output", default=".", metavar="PATH", help="A file such as fox.png, or a folder.  [default: here]"
+    "-o",
+    "--output",
+    default=".",
+    metavar="PATH",
+    help="A file, if it ends like a picture (fox.png); else a folder, made if missing.  [default: here]",
 )
 @click.option("--image", "images", multiple=True, metavar="PATH|URL", help="A reference image; up to four.")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="MODEL", help="Which model paints.")
@@ -45,6 +50,8 @@ def generate(
 ) -> None:
     """Make one picture for each PROMPT."""
     where = Path(output)
+    if output == "-":
+        raise click.UsageError("-o -: pictures are not written to stdout; name a file or a folder.")
     if len(prompts) > 1 and where.suffix.lower() in SUFFIXES:
         raise click.UsageError(f"-o {output} names one file, but there are {len(prompts)} prompts; name a folder.")
     references = [_reference(image) for image in images]
@@ -69,7 +76,7 @@ def generate(
         report_failures([] if as_json else jobs)
         return code
 
-    run(work)
+    run(work, as_json=as_json)
 
 
 def _reference(text: str) -> ImageSource:
@@ -91,8 +98,13 @@ def check_writable(where: Path) -> None:
         OSError: They could not.
     """
     folder = where.parent if where.suffix.lower() in SUFFIXES else where
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, "is a file, and not a folder", str(folder)) from None
+    except OSError as exc:
+        raise OSError(exc.errno, exc.strerror, str(folder)) from None
     if where != folder and where.is_dir():
-        raise IsADirectoryError(21, "Is a directory", str(where))
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+        raise IsADirectoryError(errno.EISDIR, "is a folder, and not a file", str(where))

@@ -1,6 +1,5 @@
 """Pictures being made: each job from prompt to file, all at once, none able to stop another."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -9,11 +8,12 @@ import anyio
 import attrs
 import click
 
-from nanobanana_async.cli.runtime import DONE, FAILED, UNKNOWN, Session, one_line, task_record
+from nanobanana_async.cli.runtime import DONE, FAILED, UNKNOWN, Session, error_record, one_line, task_record
 from nanobanana_async.cli.screen import Board
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import MediaError, NanoBananaError, SubmissionUnknown, TaskUnfinished
 from nanobanana_async.models import GenerationRequest, Task
+from nanobanana_async.transport.bodies import printable
 
 
 @attrs.define(kw_only=True)
@@ -40,9 +40,9 @@ class Job:
 
     def record(self) -> dict[str, object]:
         """Return what `--json` shows of it."""
-        about = {"prompt": self.request.prompt, "files": [str(file) for file in self.files]}
-        facts = task_record(self.task) if self.task is not None else {"task_id": getattr(self.error, "task_id", None)}
-        return {**about, **facts, "error": None if self.error is None else one_line(self.error)}
+        record = {"prompt": self.request.prompt, "files": [str(file) for file in self.files], **task_record(self.task)}
+        error = error_record(self.error) if self.error is not None else {"error": None, "error_type": None}
+        return {**record, **error, "task_id": error.get("task_id") or record["task_id"]}
 
 
 async def make(
@@ -76,7 +76,8 @@ async def _make_one(
     started_s = anyio.current_time()
     move("submitting")
     handle = await client.submit(job.request)
-    session.unfinished[handle.task_id] = job.request.prompt
+    session.unfinished[handle.task_id] = (job.request.prompt, str(job.where))
+    move("submitted")
     try:
         async with aclosing(handle.updates(timeout_s=timeout_s)) as updates:
             async for job.task in updates:
@@ -94,7 +95,12 @@ async def _make_one(
 
 
 def report_failures(jobs: Sequence[Job]) -> None:
-    """Print each distinct error once, as one line, with how often it came."""
-    lines = Counter(one_line(job.error) for job in jobs if job.error is not None)
-    for line, times in lines.items():
-        click.echo(f"nanobanana: {line}" + (f" ({times} times)" if times > 1 else ""), err=True)
+    """Print each distinct error once, as one line, with the prompt it is about or how often it came."""
+    failed: dict[str, list[Job]] = {}
+    for job in jobs:
+        if job.error is not None:
+            failed.setdefault(one_line(job.error), []).append(job)
+    for line, about in failed.items():
+        prompt = printable(about[0].request.prompt)[:60]
+        note = f" ({len(about)} times)" if len(about) > 1 else f" (prompt: {prompt!r})" if len(jobs) > 1 else ""
+        click.echo(f"nanobanana: {line}{note}", err=True)

@@ -2,11 +2,11 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Awaitable, Callable
 from decimal import Decimal
-from types import FrameType
 from typing import Final, NoReturn
 
 import anyio
@@ -24,42 +24,79 @@ UNKNOWN: Final = 3
 
 @attrs.define
 class Session:
-    """What a command leaves behind if it is interrupted."""
+    """What a command leaves behind when it ends before its time."""
 
-    unfinished: dict[str, str] = attrs.field(factory=dict)
-    """Task id to prompt: paid, and not on disk yet."""
-    terminated: bool = False
+    unfinished: dict[str, tuple[str, str]] = attrs.field(factory=dict)
+    """Task id to prompt and output path: paid, and not on disk yet."""
+    ended_by: int | None = None
+    """The signal that ended it, Ctrl-C aside."""
+
+    def say_how_to_go_on(self) -> None:
+        """Print the command that picks up each paid task. On stderr, whatever else went wrong."""
+        for task_id, (prompt, output) in self.unfinished.items():
+            about = prompt if len(prompt) <= 40 else f"{prompt[:37]}..."
+            command = f"nanobanana wait {task_id} -o {shlex.quote(output)}"
+            click.echo(f"paid, and not saved: {printable(about)!r}; to fetch it: {command}", err=True)
 
 
-def run(work: Callable[[Session], Awaitable[int]]) -> NoReturn:
+def run(work: Callable[[Session], Awaitable[int]], *, as_json: bool = False) -> NoReturn:
     """Run *work* and exit with the code it returns: 0 all done, 1 something failed, 3 something is unknown.
 
-    Interrupted, it exits with 130 (143 after SIGTERM) and says how to go on; what is on the wire is settled first, and
-    a second Ctrl-C does not wait for that.
+    Interrupted, it exits with 130 (129 and 143 after SIGHUP and SIGTERM): what is on the wire is settled first, and a
+    second Ctrl-C does not wait for that. However it ends, tasks that are paid and not saved are named.
     """
     session = Session()
-
-    def terminate(_: int, __: FrameType | None) -> None:
-        session.terminated = True
-        signal.raise_signal(signal.SIGINT)
-
-    signal.signal(signal.SIGTERM, terminate)
     try:
-        code = anyio.run(work, session)
+        code = anyio.run(_until_signalled, work, session)
     except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
-        for task_id in session.unfinished:
-            click.echo(f"task {task_id} is paid and runs on: nanobanana wait {task_id} -o .", err=True)
-        sys.exit(143 if session.terminated else 130)
+        code = 128 + signal.SIGINT
     except (NanoBananaError, ValueError, OSError) as exc:
-        sys.exit(fail(exc))
+        code = fail(exc, as_json=as_json)
+    finally:
+        session.say_how_to_go_on()
+    if code > 128:
+        click.echo("interrupted", err=True)
     sys.exit(code)
 
 
-def fail(exc: Exception) -> int:
+async def _until_signalled(work: Callable[[Session], Awaitable[int]], session: Session) -> int:
+    """Run *work* until it ends, or SIGTERM or SIGHUP cancels it; Ctrl-C is seen to by asyncio itself."""
+    code, error = FAILED, None
+    with anyio.CancelScope() as scope:
+        async with anyio.create_task_group() as group:
+            if sys.platform != "win32":
+                group.start_soon(_cancel_when_told, scope, session)
+            try:
+                code = await work(session)
+            except Exception as exc:  # noqa: BLE001 - raised below: the group would wrap it
+                error = exc
+            group.cancel_scope.cancel()
+    if error is not None:
+        raise error
+    return code if session.ended_by is None else 128 + session.ended_by
+
+
+async def _cancel_when_told(scope: anyio.CancelScope, session: Session) -> None:
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP) as signals:
+        async for number in signals:
+            session.ended_by = number
+            scope.cancel()
+            return
+
+
+def fail(exc: Exception, *, as_json: bool = False) -> int:
     """Print one line that says what is wrong; return the exit code that goes with it."""
-    click.echo(f"nanobanana: {one_line(exc)}", err=True)
+    if as_json:
+        emit(error_record(exc))
+    else:
+        click.echo(f"nanobanana: {one_line(exc)}", err=True)
     return UNKNOWN if isinstance(exc, SubmissionUnknown) else FAILED
+
+
+def error_record(exc: Exception) -> dict[str, object]:
+    """Return what `--json` shows of an error."""
+    kind = type(exc).__name__
+    return {"task_id": getattr(exc, "task_id", None), "error": one_line(exc), "error_type": kind}
 
 
 def one_line(exc: Exception) -> str:
@@ -68,8 +105,10 @@ def one_line(exc: Exception) -> str:
     return printable(text) or type(exc).__name__
 
 
-def task_record(task: Task) -> dict[str, object]:
-    """Return what `--json` shows of a task."""
+def task_record(task: Task | None) -> dict[str, object]:
+    """Return what `--json` shows of a task; the same names when none is known."""
+    if task is None:
+        return {"task_id": None, "status": None, "images": [], "texts": [], "consumed": None, "reason": None}
     return {
         "task_id": task.task_id,
         "status": task.status.value,

@@ -1,6 +1,6 @@
 """`nanobanana simulate`: the service, played, on a local port."""
 
-import os
+import errno
 import sys
 import threading
 from typing import TYPE_CHECKING
@@ -64,8 +64,8 @@ def _make_server(faults: str, median_s: float, key: str, *, seed: int, address: 
     try:
         return SimulatorServer(profile, seed=seed, host=address[0], port=address[1])
     except OSError as exc:
-        reason = os.strerror(exc.errno) if exc.errno else str(exc)
-        sys.exit(f"nanobanana: cannot listen on {address[0]}:{address[1]}: {reason}; try --port 0")
+        hint = "; --port 0 picks a free one" if exc.errno == errno.EADDRINUSE else ""
+        sys.exit(f"nanobanana: cannot listen on {address[0]}:{address[1]}: {exc.strerror or exc}{hint}")
 
 
 def _stop_at_eof(server: "SimulatorServer") -> None:

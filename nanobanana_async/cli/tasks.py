@@ -24,7 +24,7 @@ def status(task_id: str, *, as_json: bool) -> None:
         _show(task, as_json=as_json)
         return FAILED if task.status is TaskStatus.FAILED else DONE
 
-    run(work)
+    run(work, as_json=as_json)
 
 
 @click.command()
@@ -43,13 +43,14 @@ def wait(task_id: str, output: str | None, timeout_s: float | None, *, as_json: 
             try:
                 task = await handle.result(timeout_s=timeout_s)
             except (TaskFailed, NoImage):
-                _show(await handle.wait(), as_json=as_json)
+                if not as_json:
+                    _show(await handle.wait(), as_json=False)
                 raise
             files = await client.save(task, output) if output is not None else []
         _show(task, as_json=as_json, files=files)
         return DONE
 
-    run(work)
+    run(work, as_json=as_json)
 
 
 @click.command()
@@ -66,7 +67,7 @@ def balance(*, as_json: bool) -> None:
             say(f"{credit:f} credits")
         return DONE
 
-    run(work)
+    run(work, as_json=as_json)
 
 
 def _show(task: Task, *, as_json: bool, files: list[Path] | None = None) -> None:

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from nanobanana_async.simulator.painter import paint
-from nanobanana_async.simulator.vendor import PlayedTask, Vendor, VendorProfile
+from nanobanana_async.simulator.vendor import Charge, PlayedTask, Vendor, VendorProfile
 from nanobanana_async.transport.base import Errand, ExchangeFailed, WireRequest
 from nanobanana_async.transport.http import HttpTransport
 
@@ -94,7 +94,7 @@ def _listen(host: str, port: int) -> socket.socket:
 class SimulatorServer:
     """The service on a real port, in a thread: for tests of programs that take a base URL.
 
-    Use it with `with`; `url` is the base URL, `vendor.charges` the truth about what was paid.
+    Use it with `with`; `url` is the base URL, `charges` the truth about what was paid.
 
     Raises:
         OSError: The port is taken.
@@ -108,6 +108,11 @@ class SimulatorServer:
         config = uvicorn.Config(make_app(self.vendor), log_level="error", access_log=False, backlog=2048)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self.run, name="nanobanana-simulator", daemon=True)
+
+    @property
+    def charges(self) -> list[Charge]:
+        """What was paid for, in order: the truth to compare a program's belief with."""
+        return self.vendor.charges
 
     def run(self) -> None:
         """Serve in this thread until it is told to stop."""

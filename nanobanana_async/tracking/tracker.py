@@ -30,6 +30,8 @@ from nanobanana_async.tracking.schedule import NOT_FOUND_GRACE_S, Schedule, has_
 
 _log: Final = logging.getLogger("nanobanana_async")
 
+_WARN_AFTER: Final = 3
+
 
 class Source(Protocol):
     """Where the tracker asks."""
@@ -97,6 +99,7 @@ class TaskTracker:
         self._ticket = itertools.count()
         self._wake = anyio.Event()
         self._running = False
+        self._failures = 0
 
     async def wait(self, task_id: str, *, timeout_s: float, origin: Origin = Origin()) -> Task:
         """Return the task once its status is final, whether it succeeded or failed.
@@ -247,6 +250,7 @@ class TaskTracker:
             if isinstance(exc, InvalidRequest) and exc.status in (400, 422) and exc.code is not None:
                 self._end(entry, exc)
             else:
+                self._note_trouble(exc)
                 entry.trouble = exc
                 self._plan(entry)
         except Exception as exc:  # noqa: BLE001 - a handed-in transport may raise anything, and must not stop the others
@@ -257,7 +261,14 @@ class TaskTracker:
         else:
             self._saw(entry, task)
 
+    def _note_trouble(self, exc: NanoBananaError) -> None:
+        """Say once, for all tasks together, that answers stay away: silence would look like a slow picture."""
+        self._failures += 1
+        if self._failures == _WARN_AFTER:
+            _log.warning("%d looks in a row brought no answer; looking on: %s", self._failures, exc)
+
     def _saw(self, entry: _Entry, task: Task) -> None:
+        self._failures = 0
         entry.there_s, entry.late_since_s, entry.late_looks, entry.trouble = anyio.current_time(), None, 0, None
         known = entry.task
         if known is None or newer(known.status, task.status) is task.status:

@@ -310,7 +310,7 @@ def _accepted(outcome: Outcome, duplicates: int) -> Submitted:
     if outcome.failure is not None or not outcome.envelope.ok:
         _log.warning("task %s was accepted, though the answer was odd: %s", task_id, _story(outcome))
     if duplicates:
-        _log.warning("task %s: %d earlier tries may have been charged as well", task_id, duplicates)
+        _log.warning("task %s: earlier tries that may have been charged as well: %d", task_id, duplicates)
     return Submitted(task_id, duplicates)
 
 
@@ -336,4 +336,4 @@ def _submit_error(outcome: Outcome, row: Row, duplicates: int, base_url: str) ->
 
 def _story(outcome: Outcome) -> str:
     said = "" if outcome.reply is None else f"HTTP {outcome.reply.status} {outcome.envelope.message}".strip()
-    return "; ".join(filter(None, (str(outcome.failure or ""), said)))
+    return "; ".join(filter(None, (str(outcome.failure or "").rstrip("."), said)))

@@ -129,7 +129,9 @@ def refusal(reply: WireReply, envelope: Envelope, *, task_id: str | None = None)
     code = "" if envelope.code is None else f", code {envelope.code}"
     about = f"task {task_id}: " if task_id else ""
     said = f"{about}{envelope.message or 'refused'}{_redirection(reply)}"
-    what = f"{said} (HTTP {reply.status}{code}){_ADVICE.get(kind, '')}"
+    lost = reply.status in (404, 405) and not envelope.is_vendor
+    advice = "; check the base URL" if lost else _ADVICE.get(kind, "")
+    what = f"{said} (HTTP {reply.status}{code}){advice}"
     return kind(what, status=reply.status, code=envelope.code, task_id=task_id)
 
 

@@ -38,7 +38,7 @@ class Key:
         """
         clean = Key(re.sub(r"^bearer(\s+|$)", "", self.text.strip(), flags=re.IGNORECASE).strip())
         if not clean.text:
-            raise ConfigurationError(f"no API key: pass api_key=... or set {KEY_VARIABLES[0]}")
+            raise ConfigurationError(f"no API key: set {KEY_VARIABLES[0]}, or pass api_key=...")
         if not re.fullmatch(r"[!-~]+", clean.text):
             raise ConfigurationError(
                 "api_key: holds blanks, control or non-ASCII characters inside (it is not shown here); copy it again"
@@ -60,7 +60,8 @@ class Endpoint:
         Raises:
             ConfigurationError: There is no key, or the key or the URL cannot be used.
         """
-        url = _clean_url(base_url or os.getenv(BASE_URL_VARIABLE) or DEFAULT_BASE_URL)
+        name = "base_url" if base_url else BASE_URL_VARIABLE
+        url = _clean_url(base_url or os.getenv(BASE_URL_VARIABLE) or DEFAULT_BASE_URL, name)
         key = api_key or Key(next(filter(None, map(os.getenv, KEY_VARIABLES)), ""))
         return cls(url, key.cleaned())
 
@@ -84,15 +85,15 @@ class Endpoint:
         raise TypeError("an endpoint holds the API key, and is not pickled; make a client in each process")
 
 
-def _clean_url(url: str) -> str:
+def _clean_url(url: str, name: str) -> str:
     cleaned = url.strip().rstrip("/")
     if fault := http_url_fault(cleaned):
-        raise ConfigurationError(f"base_url: {cleaned!r} {fault}")
+        raise ConfigurationError(f"{name}: {cleaned!r} {fault}")
     parts = urlsplit(cleaned)
     if parts.query or parts.fragment:
-        raise ConfigurationError(f"base_url: {cleaned!r} has a query or a fragment; leave it out")
+        raise ConfigurationError(f"{name}: {cleaned!r} has a query or a fragment; leave it out")
     if parts.scheme == "http" and not _stays_inside(parts.hostname or ""):
-        raise ConfigurationError(f"base_url: {cleaned!r} would send the API key in the clear; use https://")
+        raise ConfigurationError(f"{name}: {cleaned!r} would send the API key in the clear; use https://")
     return cleaned
 
 
