@@ -1,10 +1,10 @@
 """`NanoBananaClient` and `TaskHandle`: the face. Owns transport, tracker and host; decides nothing itself."""
 
+import contextlib
 import logging
 import os
 import warnings
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -16,7 +16,7 @@ import anyio
 import attrs
 
 from nanobanana_async._host import Host
-from nanobanana_async.errors import NanoBananaError, NoImage, TaskFailed, TaskNotFound
+from nanobanana_async.errors import MediaError, NanoBananaError, NoImage, TaskFailed, TaskNotFound
 from nanobanana_async.media.download import Downloader
 from nanobanana_async.media.formats import SUFFIXES
 from nanobanana_async.media.names import safe_name
@@ -167,7 +167,11 @@ class NanoBananaClient:
         for number, image in enumerate(task.images, start=1):
             tail = (f"-{number}" if number > 1 else "") + (path.suffix if exact else "")
             stem = base.with_name(base.name + tail)
-            paths.append(await self._downloader.save(image, stem, exact=exact))
+            try:
+                paths.append(await self._downloader.save(image, stem, exact=exact))
+            except MediaError as exc:
+                exc.task_id = task.task_id
+                raise
         return paths
 
     async def aclose(self) -> None:
@@ -178,9 +182,11 @@ class NanoBananaClient:
         self._tracker.close()
         bound_s = self._timeouts.submit_s + self._timeouts.close_s
         with anyio.CancelScope(shield=True), anyio.move_on_after(bound_s):
-            await self._host.aclose(drain_s=self._timeouts.submit_s)
-            if self._owned is not None:
-                await self._owned.aclose()
+            try:
+                await self._host.aclose(drain_s=self._timeouts.submit_s)
+            finally:
+                if self._owned is not None:
+                    await self._owned.aclose()
 
     async def __aenter__(self) -> Self:
         return self
@@ -230,12 +236,10 @@ class NanoBananaClient:
         if self._endpoint.base_url == DEFAULT_BASE_URL:
             return True
         if self._service_is_public is None:
-            try:
+            with contextlib.suppress(OSError, UnicodeError), anyio.move_on_after(self._timeouts.connect_s):
                 addresses = await resolve(urlsplit(self._endpoint.base_url).hostname or "", 443)
-            except OSError:
-                return True
-            self._service_is_public = all(map(is_public, addresses))
-        return self._service_is_public
+                self._service_is_public = all(map(is_public, addresses))
+        return self._service_is_public is not False
 
 
 class TaskHandle:
@@ -321,7 +325,7 @@ class TaskHandle:
             return
         tracker = self._client._tracker  # noqa: SLF001 - a handle is a part of its client
         news = tracker.updates(self.task_id, timeout_s=self._timeout_s(timeout_s), origin=self._origin)
-        async with aclosing(news):
+        async with contextlib.aclosing(news):
             async for task in news:
                 yield self._keep(task)
 

@@ -415,3 +415,32 @@ async def test_a_submit_cut_off_by_closing_is_logged(caplog: pytest.LogCaptureFi
         await api.submit(FOX, give_up_at_s=math.inf)
     await host.aclose(drain_s=1)
     assert "may have been charged" in caplog.text
+
+
+async def test_a_submit_cancelled_between_two_tries_leaves_a_record(caplog: pytest.LogCaptureFixture) -> None:
+    """The first one may have been charged, and nobody else will tell."""
+    async with running(script(refused(500)), limits=Limits(requests_per_s=0.1, burst=1)) as api:
+        with anyio.move_on_after(5):
+            await api.submit(FOX, give_up_at_s=math.inf)
+    assert "cancelled between two tries; the last one ended so: no (HTTP 500, code 1)" in caplog.text
+
+
+async def test_closing_between_two_tries_tells_how_the_last_one_ended() -> None:
+    """Not only that the client is closed."""
+    host = Host()
+    endpoint = Endpoint.of(Key("dk-test"), "https://api.example")
+    limits = Limits(requests_per_s=0.1, burst=1)
+    api = Api(script(refused(500)), host, endpoint, limits=limits, retry=RetryPolicy(), timeouts=Timeouts())
+    errors: list[type[NanoBananaError]] = []
+
+    async def caller() -> None:
+        try:
+            await api.submit(FOX, give_up_at_s=math.inf)
+        except NanoBananaError as exc:
+            errors.append(type(exc))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(caller)
+        await anyio.sleep(5)
+        await host.aclose(drain_s=1)
+    assert errors == [ServiceUnavailable]

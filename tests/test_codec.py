@@ -278,6 +278,7 @@ def test_nothing_else_is_success(code: object) -> None:
         pytest.param(accepted().body + b"<html>", id="garbage-behind"),
         pytest.param(gzip.compress(accepted().body), id="gzip"),
         pytest.param(gzip.compress(accepted().body + bytes(50))[:-12], id="cut-gzip"),
+        pytest.param(gzip.compress(accepted().body + bytes(50))[:-8] + b"damaged!", id="gzip-with-a-bad-checksum"),
     ],
 )
 def test_a_task_id_is_salvaged_from_what_arrived(body: bytes) -> None:

@@ -101,6 +101,13 @@ async def test_only_http_urls_are_fetched(url: str) -> None:
     assert transport.requests == []
 
 
+async def test_https_is_https_however_it_is_spelled() -> None:
+    """The scheme's letters do not matter, and a downgrade is one all the same."""
+    transport = script(reply(302, body=b"", location="http://files.example/"))
+    with pytest.raises(MediaError, match="from https to"):
+        await downloader(transport).read(GeneratedImage(url="HTTPS://files.example/fox.png"))
+
+
 async def test_each_redirect_is_judged_like_the_first_request() -> None:
     """Relative ones too, each guarded."""
     transport = script(

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,13 @@ async def test_a_file_that_will_not_do_is_named(tmp_path: Path, name: str, conte
     with pytest.raises(MediaError, match=says) as caught:
         await as_references((path,), max_bytes=MIB)
     assert str(path) in str(caught.value)
+
+
+async def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    """Opening one waits for somebody to write, without end."""
+    os.mkfifo(tmp_path / "fox.png")
+    with pytest.raises(MediaError, match="not a file"):
+        await as_references((tmp_path / "fox.png",), max_bytes=MIB)
 
 
 async def test_a_data_uri_has_the_same_limit() -> None:

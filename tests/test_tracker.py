@@ -292,6 +292,33 @@ async def test_updates_show_each_status_once_and_never_backwards() -> None:
     assert seen == ["pending", "in_progress", "success"]
 
 
+async def test_those_who_leave_early_leave_nothing_in_the_plan() -> None:
+    """Twenty thousand short waits do not become twenty thousand items that nobody looks at."""
+    service = Service(finished_after(1e6))
+    async with tracking(service, first_s=1000.0, cap_s=1000.0) as tracker:
+        for _ in range(20_000):
+            with anyio.move_on_after(0):
+                await tracker.wait("ta-1", timeout_s=600, origin=Origin(submitted_at_s=anyio.current_time()))
+        assert len(tracker._due) < 200
+
+
+async def test_a_refused_key_names_each_task_in_its_own_error() -> None:
+    """In the sentence as well as in the attribute."""
+    service = Service(lambda *_: AuthenticationError("task ta-0: Invalid API key", status=401, task_id="ta-0"))
+    texts: list[str] = []
+
+    async def one(task_id: str) -> None:
+        try:
+            await tracker.wait(task_id, timeout_s=600)
+        except AuthenticationError as exc:
+            texts.append(str(exc))
+
+    async with tracking(service) as tracker, anyio.create_task_group() as group:
+        for number in range(3):
+            group.start_soon(one, f"ta-{number}")
+    assert sorted(texts) == [f"task ta-{number}: Invalid API key" for number in range(3)]
+
+
 async def test_leaving_updates_half_way_ends_the_looking() -> None:
     """Breaking out of the loop is leaving."""
     async with tracking(Service(finished_after(100))) as tracker:

@@ -10,7 +10,7 @@ import click
 from nanobanana_async.cli.jobs import Job, make, report_failures
 from nanobanana_async.cli.runtime import Session, emit, run, say
 from nanobanana_async.cli.screen import Board
-from nanobanana_async.client import NanoBananaClient
+from nanobanana_async.client import NanoBananaClient, TaskHandle
 from nanobanana_async.media.formats import SUFFIXES
 from nanobanana_async.models import DEFAULT_MODEL, GenerationRequest, ImageSource
 
@@ -62,7 +62,10 @@ def generate(
     jobs = [Job(request=request, where=where) for request in requests]
 
     async def work(session: Session) -> int:
-        async with NanoBananaClient() as client:
+        def keep(handle: TaskHandle) -> None:
+            session.unfinished.setdefault(handle.task_id, ("accepted while this was interrupted", output))
+
+        async with NanoBananaClient(on_orphan=keep) as client:
             check_writable(where)
             with Board(len(jobs), quiet=as_json) as board:
                 code = await make(

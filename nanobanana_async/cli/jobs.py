@@ -11,7 +11,7 @@ import click
 from nanobanana_async.cli.runtime import DONE, FAILED, UNKNOWN, Session, error_record, one_line, task_record
 from nanobanana_async.cli.screen import Board
 from nanobanana_async.client import NanoBananaClient
-from nanobanana_async.errors import MediaError, NanoBananaError, SubmissionUnknown, TaskUnfinished
+from nanobanana_async.errors import NanoBananaError, NoImage, SubmissionUnknown, TaskFailed, TaskNotFound
 from nanobanana_async.models import GenerationRequest, Task
 from nanobanana_async.transport.bodies import printable
 
@@ -85,9 +85,7 @@ async def _make_one(
         task = await handle.result()
         name = job.name or f"{job.request.prompt[:40]}-{handle.task_id[-6:]}"
         job.files = await client.save(task, job.where, name=name)
-    except (MediaError, TaskUnfinished):
-        raise
-    except NanoBananaError:
+    except (TaskFailed, NoImage, TaskNotFound):
         del session.unfinished[handle.task_id]  # it has ended, and there is nothing to come back for
         raise
     del session.unfinished[handle.task_id]

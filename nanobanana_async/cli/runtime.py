@@ -35,7 +35,7 @@ class Session:
         """Print the command that picks up each paid task. On stderr, whatever else went wrong."""
         for task_id, (prompt, output) in self.unfinished.items():
             about = prompt if len(prompt) <= 40 else f"{prompt[:37]}..."
-            command = f"nanobanana wait {task_id} -o {shlex.quote(output)}"
+            command = f"nanobanana wait {shlex.quote(printable(task_id))} -o {shlex.quote(output)}"
             click.echo(f"paid, and not saved: {printable(about)!r}; to fetch it: {command}", err=True)
 
 

@@ -75,7 +75,7 @@ class _Judged:
     def _sniffed(self) -> PictureFormat:
         picture = sniff(self._head)
         if picture is None:
-            raise _Trouble(f"not a PNG, JPEG, WebP or GIF (it starts with {self._head[:HEAD_BYTES]!r})")
+            raise _Trouble("not a PNG, JPEG, WebP or GIF")
         return picture
 
 
@@ -103,7 +103,7 @@ class _PartFile:
 
     def __init__(self, stem: Path) -> None:
         self._stem = stem
-        self._path = stem.with_name(f".{stem.name[:80]}.{secrets.token_hex(8)}.part")
+        self._path = stem.with_name(f".{secrets.token_hex(8)}.part")
         self._pending = bytearray()
         self._descriptor = -1
         self._lock = threading.Lock()
@@ -145,6 +145,12 @@ class _PartFile:
         os.fsync(self._descriptor)
         self._close()
         self._path.replace(path)
+        if os.name == "posix":  # the name itself is durable only when the folder is
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
     def discard(self) -> None:
         self._discarded = True
@@ -248,7 +254,7 @@ class Downloader:
                 target = urljoin(url, location)
             except ValueError:
                 raise _Trouble("the file host redirects to what is no URL") from None
-            if url.startswith("https:") and not target.startswith("https:"):
+            if url.lower().startswith("https:") and not target.lower().startswith("https:"):
                 raise _Trouble("the file host redirects from https to something less")
             url = target
         raise _Trouble(f"the file host redirects more than {_MAX_REDIRECTS} times")

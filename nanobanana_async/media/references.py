@@ -3,6 +3,7 @@
 import base64
 import io
 import os
+import stat
 from pathlib import Path
 
 import anyio.to_thread
@@ -45,6 +46,8 @@ def _as_data_uri(image: Path | bytes | SupportsSave, max_bytes: int) -> str:
 
 def _read(path: Path, max_bytes: int) -> bytes:
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for without end
+            raise MediaError(f"{path}: cannot be read: it is not a file")
         with path.open("rb") as file:
             # Judged before reading: somebody will point this at a film.
             _check_size(str(path), os.fstat(file.fileno()).st_size, max_bytes)

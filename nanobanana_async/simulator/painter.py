@@ -71,7 +71,7 @@ def _add_caption(picture: Image.Image, prompt: str) -> None:
     width, height = picture.size
     size = max(14, round(min(width, height) * 0.042))
     font = ImageFont.load_default(size)
-    lines = _wrapped(" ".join(prompt.split()), font, width * 0.84)
+    lines = _wrapped(" ".join(prompt.split())[:300], font, width * 0.84)
     line_height = round(size * 1.35)
     top = height - round(height * 0.05) - line_height * len(lines)
     band = Image.new("L", picture.size)

@@ -203,6 +203,9 @@ class TaskTracker:
         if not self._due or entry.due_s < self._due[0][0]:
             self._wake.set()
         heapq.heappush(self._due, (entry.due_s, next(self._ticket), entry))
+        if len(self._due) > 2 * len(self._watched) + 100:  # mostly of those who left early: amortised, this is free
+            self._due = [item for item in self._due if item[0] == item[2].due_s]
+            heapq.heapify(self._due)
 
     async def _run(self) -> None:
         try:
@@ -298,5 +301,6 @@ class TaskTracker:
 
 def _about(exc: NanoBananaError, task_id: str) -> NanoBananaError:
     mine = copy.copy(exc)
+    mine.args = (str(exc).replace(exc.task_id or task_id, task_id),)
     mine.task_id = task_id
     return mine

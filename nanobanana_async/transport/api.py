@@ -95,7 +95,7 @@ class Api:
         wire = self._signed(await _where_it_fits(size_bytes, encode))
         tries, duplicates, done_by_s = 0, 0, math.inf
         error: NanoBananaError = NotSent("the time was up before the submit had its turn; nothing was sent")
-        while await self._submit_turn(min(give_up_at_s, done_by_s)):
+        while await self._next_try(error, tries, min(give_up_at_s, done_by_s)):
             tries += 1
             done_by_s = min(done_by_s, anyio.current_time() + self._timeouts.submit_s)
             outcome = await self._post(wire, request, give_up_at_s=give_up_at_s, done_by_s=done_by_s)
@@ -103,7 +103,7 @@ class Api:
             if row.verdict is Verdict.ACCEPTED:
                 return _accepted(outcome, duplicates)
             error = _submit_error(outcome, row, duplicates, self._endpoint.base_url)
-            if not (self._may_repeat(row, tries) and await self._pause(tries, min(give_up_at_s, done_by_s))):
+            if not self._may_repeat(row, tries):
                 break
             duplicates += row.repeat.may_pay_twice
             _log.info("submit: try %d ended as %r (%s); trying again", tries, row.name, row.verdict.value)
@@ -245,8 +245,20 @@ class Api:
 
     # --- who may send, and when ---------------------------------------------------------------------------------
 
+    async def _next_try(self, error: NanoBananaError, tries: int, deadline_s: float) -> bool:
+        """Pause after a failed try and take the next turn; False when *error*, what is known so far, has to stand."""
+        if not tries:
+            return await self._submit_turn(deadline_s)
+        try:
+            return await self._pause(tries, deadline_s) and await self._submit_turn(deadline_s)
+        except NanoBananaError:
+            return False  # closed, or refused for good: but a try before this one may have been charged
+        except BaseException:
+            _log.warning("a submit was cancelled between two tries; the last one ended so: %s", error)
+            raise
+
     async def _submit_turn(self, deadline_s: float) -> bool:
-        """Take a turn for a submit, unless it is known that the service would refuse it."""
+        """Take a turn for a submit, unless it is known that it would be refused."""
         if not await self._turn(self._submit_slots, deadline_s):
             return False
         try:

@@ -1,15 +1,20 @@
 """Bodies from the network as JSON or as safe text. Knows nothing of what the service says, only how bodies go wrong."""
 
+import contextlib
 import json
 import re
 import zlib
 from decimal import Decimal, InvalidOperation
+from itertools import pairwise
 from typing import Final
 
 from nanobanana_async.models import JsonValue
 from nanobanana_async.transport.base import WireReply
 
 _EXCERPT: Final = 200
+_PIECE: Final = 1024
+_TRAILER: Final = 8
+"""The checksum and length at the end of gzip: a piece of their own, for they may be all that is damaged."""
 
 
 def plain(reply: WireReply, max_bytes: int) -> bytes:
@@ -21,10 +26,14 @@ def plain(reply: WireReply, max_bytes: int) -> bytes:
     coding = reply.headers.get("content-encoding", "").strip().lower()
     if coding not in ("gzip", "x-gzip", "deflate"):
         return reply.body
-    try:
-        return zlib.decompressobj(wbits=47).decompress(reply.body, max_bytes)  # 47: gzip or zlib, told by the header
-    except zlib.error:
-        return reply.body
+    inflater, inflated = zlib.decompressobj(wbits=47), bytearray()  # 47: gzip or zlib, told by the header
+    bounds = [*range(0, len(reply.body) - _TRAILER, _PIECE), len(reply.body) - _TRAILER, len(reply.body)]
+    with contextlib.suppress(zlib.error):  # what came before the damage may hold a task id
+        for start, end in pairwise(bounds):
+            inflated += inflater.decompress(reply.body[start:end], max_bytes - len(inflated))
+            if len(inflated) >= max_bytes:
+                break
+    return bytes(inflated) or reply.body
 
 
 def parse(body: bytes) -> JsonValue:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from urllib.request import getproxies, proxy_bypass
 
 import anyio
+import anyio.lowlevel
 import anyio.to_thread
 import attrs
 import httpx
@@ -32,6 +33,8 @@ _ERROR_BYTES: Final = 2**20
 """Cap on the body of anything but a 200: nobody needs fifty megabytes of error page."""
 _GOODBYE_S: Final = 2.0
 """Bound on closing one connection, which TLS peers may drag out."""
+_YIELD_AFTER: Final = 256
+"""Pieces of a body after which others get their turn: a peer may send one byte at a time, thousands at once."""
 _ONE: Final = httpx.Limits(max_connections=1, max_keepalive_connections=1)
 _NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """Trusts no certificate at all: for lanes to plain http, which must have a context and never use it."""
@@ -138,7 +141,9 @@ class HttpTransport:
             It carries the API calls, stays yours to close, and its own pool decides what a submit rides on: leave it
             at least as many connections as `Limits` allows, and prefer no keep-alive. Pictures never travel by it.
         connect_s: How long making one connection may take, in seconds.
-        trust_env: Whether proxies and certificates named in the environment are used (not for *client*).
+        trust_env: Whether proxies and certificates named in the environment are used (not for *client*). Behind a
+            proxy it is the proxy that resolves names and connects: a picture's URL whose name does not resolve here is
+            left to its judgement, so give it rules of its own about private addresses.
     """
 
     def __init__(
@@ -232,6 +237,8 @@ class HttpTransport:
     async def _lane(self, request: WireRequest) -> AsyncGenerator[_OwnLane | _LentLane]:
         """Lend a lane; it comes back to the stack only if the exchange came to its end."""
         if self._client is not None and request.errand is not Errand.FETCH:
+            if self._client.is_closed:
+                raise ExchangeFailed("the handed-in client is closed", phase=Phase.CONNECT, permanent=True)
             yield _LentLane(self._client)
             return
         reuse = request.errand is Errand.READ
@@ -259,7 +266,7 @@ class HttpTransport:
     def _proxy_for(self, url: str) -> str | None:
         if not self._proxies:
             return None
-        scheme, _, rest = url.partition("://")
+        scheme, _, rest = url.lower().partition("://")
         if proxy_bypass(rest.partition("/")[0]):
             return None
         return self._proxies.get(scheme) or self._proxies.get("all")
@@ -331,9 +338,12 @@ async def _drain(
     When we are the ones to stop, the connection is closed and the iteration goes on to its end, which is near: left
     half way, the libraries' nested generators would be finalised by the garbage collector, and trio complains.
     """
-    size, stopped = 0, None
+    size, pieces, stopped = 0, 0, None
     try:
         async for piece in response.aiter_raw():
+            pieces += 1
+            if pieces % _YIELD_AFTER == 0:
+                await anyio.lowlevel.checkpoint()
             if stopped is not None:
                 continue
             size += len(piece)
