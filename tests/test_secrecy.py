@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import anyio
+import attrs
 import httpx
 import pytest
 
@@ -23,6 +24,7 @@ from tests.raw_server import response, saying, serving
 
 SECRET = "CANARY5hJ2kQ9"
 KEY = f"dk-{SECRET}"
+BRISK = attrs.evolve(DEADLINES, submit_s=0.8, query_s=1.2)
 FORMS = (SECRET, base64.b64encode(SECRET.encode()).decode().rstrip("="), quote(SECRET))
 
 
@@ -54,7 +56,7 @@ async def test_no_fault_makes_the_key_appear_anywhere(
 
     async def one(index: int) -> None:
         url = server.url(FAULTS[index], times=99, nonce=f"secret{index}")
-        async with slots, NanoBananaClient(KEY, base_url=url, retry=QUICK, timeouts=DEADLINES) as client:
+        async with slots, NanoBananaClient(KEY, base_url=url, retry=QUICK, timeouts=BRISK) as client:
             texts.append(repr(client) + repr(vars(client)) + repr(vars(client._api)))
             for call in (client.submit("a fox"), client.balance()):
                 try:
