@@ -1,4 +1,4 @@
-"""The table that decides who pays twice, row by row (RELIABILITY, section 2)."""
+"""The table that decides who pays twice, row by row."""
 
 import pytest
 from hypothesis import given

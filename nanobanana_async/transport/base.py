@@ -14,7 +14,7 @@ class Errand(enum.Enum):
     """What a request is for, which decides how it may travel."""
 
     SUBMIT = enum.auto()
-    """Costs money. A fresh connection: on a reused one, 20 of 4800 failed ambiguously (RELIABILITY, fact 5)."""
+    """Costs money. A fresh connection: on a reused one, 20 of 4800 failed ambiguously (measured)."""
     READ = enum.auto()
     """An API call that is safe to repeat. Reuses connections."""
     FETCH = enum.auto()

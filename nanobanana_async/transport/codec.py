@@ -1,7 +1,7 @@
 """Models to bytes and back: the one file with cattrs and with the JSON names of the wire.
 
 Total in both directions: every request that could be built can be encoded, and no byte sequence makes `read` or the
-functions after it raise anything but the errors of this package. Sources of the wire facts: WIRE notes, quoted where
+functions after it raise anything but the errors of this package. Sources of the wire facts are named where
 they matter.
 """
 

@@ -71,7 +71,7 @@ class Endpoint:
         return {
             "Authorization": f"Bearer {self._key.text}",
             "Accept": "application/json",
-            # Never compressed: 235 bytes of gzip can cost 1.5 GiB (RELIABILITY, fact 4).
+            # Never compressed: 235 bytes of gzip can cost 1.5 GiB (measured).
             "Accept-Encoding": "identity",
             "User-Agent": USER_AGENT,
         }

@@ -75,7 +75,7 @@ class Pacer:
 class Breaker:
     """Stops new submits after an answer that every further one would get: a refused key, an empty account.
 
-    Only for definite causes; for passing trouble a breaker trips early and a quota does better (RELIABILITY, P13).
+    Only for definite causes; for passing trouble a breaker trips early and a quota does better.
     Every `PAUSE_S` one submit is let through to see whether the cause is gone, for a refusal costs nothing.
     """
 

@@ -1,7 +1,7 @@
 """What the outcome of a submit means: one table, read from the top. Pure.
 
 A submit costs money and has no idempotency key, so this table decides who pays twice. It rests on measurement, not on
-exception names: only failures up to the connect phase prove that the service saw nothing (RELIABILITY, section 2).
+exception names: only failures up to the connect phase prove that the service saw nothing.
 """
 
 import enum

@@ -1,4 +1,4 @@
-"""The faults F1 to F21 (RELIABILITY, section 3) as data: what the peer does, and what has to come of it."""
+"""The faults F1 to F21 as data: what the peer does, and what has to come of it."""
 
 import gzip
 import json
