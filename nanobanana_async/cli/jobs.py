@@ -8,10 +8,10 @@ import anyio
 import attrs
 import click
 
-from nanobanana_async.cli.runtime import DONE, FAILED, UNKNOWN, Session, error_record, one_line, task_record
+from nanobanana_async.cli.runtime import DONE, FAILED, UNKNOWN, Session, error_record, exit_code, one_line, task_record
 from nanobanana_async.cli.screen import Board
 from nanobanana_async.client import NanoBananaClient
-from nanobanana_async.errors import NanoBananaError, NoImage, SubmissionUnknown, TaskFailed, TaskNotFound
+from nanobanana_async.errors import NanoBananaError, NoImage, TaskFailed, TaskNotFound
 from nanobanana_async.models import GenerationRequest, Task
 from nanobanana_async.transport.bodies import printable
 
@@ -34,9 +34,7 @@ class Job:
     @property
     def exit_code(self) -> int:
         """What this job adds to the exit code of the whole command."""
-        if self.error is None:
-            return DONE
-        return UNKNOWN if isinstance(self.error, SubmissionUnknown) else FAILED
+        return exit_code(self.error)
 
     def record(self) -> dict[str, object]:
         """Return what `--json` shows of it."""
@@ -61,7 +59,7 @@ async def make(
             await _make_one(client, job, session, timeout_s, lambda state: board.move(number, state))
         except (NanoBananaError, OSError, ValueError) as exc:
             job.error = exc
-        board.move(number, ("done", "failed", "", "unknown")[job.exit_code])
+        board.move(number, {DONE: "done", FAILED: "failed", UNKNOWN: "unknown"}[job.exit_code])
         finished(job)
 
     async with anyio.create_task_group() as group:

@@ -90,6 +90,13 @@ def fail(exc: Exception, *, as_json: bool = False) -> int:
         emit(error_record(exc))
     else:
         click.echo(f"nanobanana: {one_line(exc)}", err=True)
+    return exit_code(exc)
+
+
+def exit_code(exc: Exception | None) -> int:
+    """Return what *exc* makes of a command: 0 for none, 3 when something may have been paid, else 1."""
+    if exc is None:
+        return DONE
     return UNKNOWN if isinstance(exc, SubmissionUnknown) else FAILED
 
 
