@@ -26,6 +26,7 @@ from nanobanana_async.errors import (
 )
 from nanobanana_async.models import GeneratedImage, GenerationRequest, ImageSource, RequestOptions, Task, TaskStatus
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
+from nanobanana_async.tracking.watch import Statistics
 from nanobanana_async.transport.base import (
     Errand,
     ExchangeFailed,
@@ -63,6 +64,7 @@ __all__ = [
     "RetryPolicy",
     "ServiceUnavailable",
     "Sink",
+    "Statistics",
     "SubmissionUnknown",
     "Task",
     "TaskError",

@@ -23,8 +23,9 @@ from nanobanana_async.media.names import safe_name
 from nanobanana_async.media.references import as_references
 from nanobanana_async.models import GeneratedImage, GenerationRequest, RequestOptions, Task, TaskStatus
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
-from nanobanana_async.tracking.schedule import NOT_FOUND_GRACE_S, BackoffSchedule
-from nanobanana_async.tracking.tracker import Origin, TaskTracker
+from nanobanana_async.tracking.schedule import NOT_FOUND_GRACE_S, Schedule
+from nanobanana_async.tracking.tracker import TaskTracker
+from nanobanana_async.tracking.watch import Origin, Statistics
 from nanobanana_async.transport.addresses import is_public, resolve
 from nanobanana_async.transport.api import Api, Submitted
 from nanobanana_async.transport.base import Transport
@@ -45,7 +46,7 @@ class NanoBananaClient:
         base_url: Where the service is. None takes DEFAPI_BASE_URL, else the public service.
         limits: How much is on the wire at once, and how fast it goes out.
         retry: How often something is tried again, and which unanswered submits are.
-        polling: How often an unfinished task is asked about.
+        polling: When unfinished tasks are looked at; learned, unless it says otherwise.
         timeouts: How long things may take.
         transport: What carries the requests; None makes an `HttpTransport`. One that is handed in stays open.
         on_orphan: Called with the handle of a task that was accepted after its caller had gone (cancelled, or out of
@@ -78,7 +79,7 @@ class NanoBananaClient:
         self._api = Api(carrier, self._host, self._endpoint, limits=limits, retry=retry, timeouts=timeouts)
         if on_orphan is not None:
             self._api.on_orphan = lambda done, request: on_orphan(self._handle(done, request))
-        self._tracker = TaskTracker(self._api, BackoffSchedule(polling), self._host)
+        self._tracker = TaskTracker(self._api, Schedule(polling), self._host)
         self._host.at_end = self._tracker.close
         self._downloader = Downloader(
             carrier, limits=limits, retry=retry, timeouts=timeouts, public_only=self._is_public
@@ -173,6 +174,10 @@ class NanoBananaClient:
                 exc.task_id = task.task_id
                 raise
         return paths
+
+    def statistics(self) -> Statistics:
+        """Return how the tracker stands: what it watches, what it has learned, what it has cost. No network."""
+        return self._tracker.statistics()
 
     async def aclose(self) -> None:
         """End every wait, let submits on the wire end within `Timeouts.submit_s`, close what is ours.

@@ -1,7 +1,8 @@
 """Frozen policy values and their arithmetic. Seconds throughout. No I/O, no clock of their own."""
 
+from collections.abc import Mapping, Sequence
 from random import Random
-from typing import Final, Literal, TypeAlias
+from typing import Final, Literal, Self, TypeAlias
 
 import attrs
 from attrs.validators import ge, gt, in_, le, lt
@@ -43,19 +44,63 @@ class RetryPolicy:
 
 
 @attrs.frozen(kw_only=True)
+class Ladder:
+    """Pauses that do not depend on what was seen: a first one, and then ever longer ones."""
+
+    first_s: float = attrs.field(validator=gt(0))
+    pause_s: float = attrs.field(validator=gt(0))
+    factor: float = attrs.field(validator=[ge(1), le(10)])
+
+
+@attrs.frozen(kw_only=True)
 class PollPolicy:
     """How often one unfinished task is asked about.
 
-    The first look comes `first_s` after the submit; the pauses after it start at `pause_s`, grow by `factor`, and
-    end at `cap_s`. Pictures usually take 8 to 60 seconds.
+    As it stands, the schedule is learned: how long pictures take is noted for each model, and a task is looked at when
+    that is worth a request. Pictures usually take 8 to 60 seconds. `fixed` and `backoff` give schedules that do not
+    learn.
     """
 
-    first_s: float = attrs.field(default=8.0, validator=gt(0))
-    pause_s: float = attrs.field(default=2.5, validator=gt(0))
-    factor: float = attrs.field(default=1.3, validator=[ge(1), le(10)])
-    cap_s: float = attrs.field(default=10.0, validator=gt(0))
-    jitter: float = attrs.field(default=0.2, validator=[ge(0), lt(1)])
-    """Largest deviation as a share of the pause: 0.2 means +/-20 %."""
+    look_price_s: float = attrs.field(default=0.35, validator=gt(0))
+    """What one look is worth: it is taken when the seconds that the picture may have been waiting, times the chance
+    that it is, add up to this. Four times the price halves the looks and doubles the delay."""
+    min_s: float = attrs.field(default=0.5, validator=gt(0))
+    """Shortest pause between two looks at one task."""
+    max_s: float = attrs.field(default=15.0, validator=gt(0))
+    """Longest pause, whatever was learned and however many tasks there are."""
+    jitter: float = attrs.field(default=0.1, validator=[ge(0), lt(1)])
+    """Largest deviation as a share of the pause: 0.1 means +/-10 %."""
+    curves: Mapping[str, Sequence[float]] = attrs.field(factory=dict, repr=False)
+    """What an earlier client has learned, by model: `client.statistics().curves`. None of it has to be there."""
+    ladder: Ladder | None = None
+    """Pauses that are not learned; see `fixed` and `backoff`."""
+
+    @max_s.validator
+    def _check_max(self, _: object, value: float) -> None:
+        if value < self.min_s:
+            raise ValueError(f"max_s: must not be less than min_s ({self.min_s:g}), got {value:g}")
+
+    @classmethod
+    def fixed(cls, pause_s: float, *, jitter: float = 0.1) -> Self:
+        """Return a policy that looks every *pause_s* seconds, the first time so long after the submit."""
+        return cls.backoff(first_s=pause_s, pause_s=pause_s, factor=1.0, cap_s=pause_s, jitter=jitter)
+
+    @classmethod
+    def backoff(
+        cls,
+        *,
+        first_s: float = 8.0,
+        pause_s: float = 2.5,
+        factor: float = 1.3,
+        cap_s: float = 10.0,
+        jitter: float = 0.2,
+    ) -> Self:
+        """Return a policy whose first look comes *first_s* after the submit.
+
+        The pauses after it start at *pause_s*, grow by *factor* and end at *cap_s*.
+        """
+        ladder = Ladder(first_s=first_s, pause_s=pause_s, factor=factor)
+        return cls(min_s=min(pause_s, cap_s), max_s=cap_s, jitter=jitter, ladder=ladder)
 
 
 @attrs.frozen(kw_only=True)

@@ -12,7 +12,7 @@ from tests.fakes import PNG, accepted, done
 
 pytestmark = pytest.mark.anyio
 
-QUICK = PollPolicy(first_s=0.01, pause_s=0.01, cap_s=0.01)
+QUICK = PollPolicy.backoff(first_s=0.01, pause_s=0.01, cap_s=0.01)
 API = "https://api.defapi.org"
 
 

@@ -27,8 +27,9 @@ from nanobanana_async import (
     TransportError,
 )
 from nanobanana_async._host import Host
-from nanobanana_async.tracking.schedule import BackoffSchedule, has_vanished, newer
-from nanobanana_async.tracking.tracker import Origin, TaskTracker
+from nanobanana_async.tracking.schedule import Schedule, has_vanished, newer
+from nanobanana_async.tracking.tracker import TaskTracker
+from nanobanana_async.tracking.watch import Origin
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
@@ -48,6 +49,7 @@ class Service:
     looks: list[tuple[float, str]] = attrs.field(factory=list)
     in_flight: int = 0
     most_in_flight: int = 0
+    polls_per_s: float = 1e6
     _semaphore: anyio.Semaphore = attrs.field(init=False)
     _start_s: float = attrs.field(init=False)
 
@@ -84,7 +86,7 @@ async def tracking(service: Service, **policy: float) -> AsyncIterator[TaskTrack
     """Run a tracker over *service*."""
     host = Host()
     settings = {"first_s": 1.0, "pause_s": 1.0, "factor": 1.0, "cap_s": 1.0, "jitter": 0.0, **policy}
-    tracker = TaskTracker(service, BackoffSchedule(PollPolicy(**settings)), host)
+    tracker = TaskTracker(service, Schedule(PollPolicy.backoff(**settings)), host)
     try:
         yield tracker
     finally:
@@ -299,7 +301,7 @@ async def test_those_who_leave_early_leave_nothing_in_the_plan() -> None:
         for _ in range(20_000):
             with anyio.move_on_after(0):
                 await tracker.wait("ta-1", timeout_s=600, origin=Origin(submitted_at_s=anyio.current_time()))
-        assert len(tracker._due) < 200
+        assert len(tracker._looks) < 200
 
 
 async def test_a_refused_key_names_each_task_in_its_own_error() -> None:
@@ -378,16 +380,17 @@ async def test_news_never_moves_a_task_backwards(first: TaskStatus, second: Task
 
 def test_the_first_look_comes_when_pictures_may_be_ready() -> None:
     """Counted from the submit, not from the wait."""
-    schedule = BackoffSchedule(PollPolicy(first_s=8, jitter=0))
+    schedule = Schedule(PollPolicy.backoff(first_s=8))
     assert [schedule.pause_s(None, age_s, 0) for age_s in (0.0, 5.0, 60.0)] == [8.0, 3.0, 0.0]
 
 
 @given(looks=st.integers(0, 10_000), age_s=st.floats(0, 1e6), seed=st.integers())
 def test_pauses_stay_between_nothing_and_the_jittered_cap(looks: int, age_s: float, seed: int) -> None:
     """No overflow, no negative sleep, no look that never comes."""
-    policy = PollPolicy()
-    pause_s = BackoffSchedule(policy, Random(seed)).pause_s("m", age_s, looks)
-    assert 0 <= pause_s <= policy.cap_s * (1 + policy.jitter)
+    for policy in (PollPolicy(), PollPolicy.backoff()):
+        schedule = Schedule(policy, Random(seed))
+        pause_s = schedule.jittered_s(schedule.pause_s("m", age_s, looks))
+        assert 0 <= pause_s <= policy.max_s * (1 + policy.jitter)
 
 
 @pytest.mark.parametrize(("looks", "seconds", "gone"), [(2, 1e6, False), (3, 299, False), (3, 300, True)])

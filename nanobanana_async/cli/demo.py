@@ -17,7 +17,7 @@ from nanobanana_async.policies import PollPolicy
 from nanobanana_async.simulator.process import simulator_process
 
 _LATENCY_S: Final = 3.0
-_POLLING: Final = PollPolicy(first_s=0.8, pause_s=0.4, factor=1.2, cap_s=1.5)
+_POLLING: Final = PollPolicy.backoff(first_s=0.8, pause_s=0.4, factor=1.2, cap_s=1.5)
 """The default schedule, scaled to pictures that take three seconds."""
 _SUBJECTS: Final = (
     ("a fox in snow", "16:9"),

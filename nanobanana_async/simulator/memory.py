@@ -14,7 +14,7 @@ from nanobanana_async.transport.base import ExchangeFailed, Phase, Sink, WireRep
 
 FAST: Final = VendorProfile(median_s=0.02, sigma=0.3, invisible_s=0.0)
 """Pictures in a fiftieth of a second: for tests in real time."""
-FAST_POLLING: Final = PollPolicy(first_s=0.01, pause_s=0.01, factor=1.2, cap_s=0.2)
+FAST_POLLING: Final = PollPolicy.backoff(first_s=0.01, pause_s=0.01, factor=1.2, cap_s=0.2)
 FAST_LIMITS: Final = Limits(requests_per_s=10_000, burst=1_000)
 
 

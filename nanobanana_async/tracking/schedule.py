@@ -1,12 +1,12 @@
 """When to look at an unfinished task, and what its statuses and its absences mean. Pure."""
 
+from collections.abc import Mapping
 from random import Random
-from typing import Final, Protocol
-
-import attrs
+from typing import Final
 
 from nanobanana_async.models import TaskStatus
 from nanobanana_async.policies import PollPolicy
+from nanobanana_async.tracking.curve import PRIOR_MEDIAN_S, CompletionCurve
 
 # A fresh id may answer 404 for 25-30 s, longer with reference images (several public clients allow for it).
 NOT_FOUND_GRACE_S: Final = 60.0
@@ -15,6 +15,11 @@ VANISHED_LOOKS: Final = 3
 VANISHED_AFTER_S: Final = 300.0
 """After the grace, a task is gone when so many looks over so long a time all answered 404. Not endless: an id that the
 service has lost would be asked about until the deadline."""
+FOREIGN_AGE_S: Final = PRIOR_MEDIAN_S
+"""How old a task submitted elsewhere is taken to be when we first hear of it: in the thick of it."""
+
+_MOST_MODELS: Final = 64
+"""Model names are free strings, and may come from a web form."""
 
 _RANK: Final = {
     TaskStatus.UNKNOWN: -1,
@@ -31,37 +36,65 @@ def newer(known: TaskStatus, seen: TaskStatus) -> TaskStatus:
     return max(known, seen, key=_RANK.__getitem__)
 
 
-class Schedule(Protocol):
-    """When to look at one unfinished task next."""
-
-    def pause_s(self, model: str | None, age_s: float, looks: int) -> float:
-        """Return the seconds from now to the next look.
-
-        Args:
-            model: What paints it; None when the task was submitted elsewhere.
-            age_s: Seconds since the submit; infinity when it was submitted elsewhere and may have ended long ago.
-            looks: Looks already taken.
-        """
-        ...
-
-
-@attrs.frozen
-class BackoffSchedule:
-    """The pauses of a `PollPolicy`: a first look when pictures may be ready, then ever longer pauses, jittered."""
-
-    policy: PollPolicy
-    rng: Random = attrs.field(factory=Random)
-
-    def pause_s(self, model: str | None, age_s: float, looks: int) -> float:  # noqa: ARG002 - the schedule's interface
-        """Return `min(cap, pause * factor^(looks-1))` with jitter; before the first look, what is left of `first_s`."""
-        policy = self.policy
-        if looks == 0:
-            pause_s = max(policy.first_s - age_s, 0.0)
-        else:
-            pause_s = min(policy.cap_s, policy.pause_s * policy.factor ** min(looks - 1, 64))
-        return pause_s * self.rng.uniform(1 - policy.jitter, 1 + policy.jitter)
-
-
 def has_vanished(late_looks: int, late_for_s: float) -> bool:
     """Tell whether a task is lost that answered 404 to *late_looks* looks over *late_for_s* seconds after the grace."""
     return late_looks >= VANISHED_LOOKS and late_for_s >= VANISHED_AFTER_S
+
+
+class Schedule:
+    """The pauses of a `PollPolicy`, learned or laid down, and what is learned meanwhile."""
+
+    def __init__(self, policy: PollPolicy, rng: Random | None = None) -> None:
+        self.policy: Final = policy
+        self._rng = rng or Random()
+        self._prior = CompletionCurve()
+        self._curves = {model: CompletionCurve.load(numbers) for model, numbers in policy.curves.items()}
+
+    def pause_s(self, model: str | None, age_s: float, looks: int, pressure: float = 1.0) -> float:
+        """Return the seconds from now to the next look, before jitter.
+
+        Args:
+            model: What paints it; None when nobody here knows.
+            age_s: Seconds since the submit.
+            looks: Looks already taken.
+            pressure: How many times more looks are wanted than may be sent. A learned schedule raises the price of a
+                look with its square, which lengthens pauses in proportion and keeps them at their best. One laid
+                down is kept, and its looks queue.
+        """
+        policy = self.policy
+        if policy.ladder is None:
+            price_s = policy.look_price_s * pressure * pressure
+            pause_s = self._curves.get(model or "", self._prior).pause_s(age_s, price_s, policy.max_s)
+            return max(pause_s, policy.min_s)
+        if looks == 0:
+            return max(policy.ladder.first_s - age_s, 0.0)
+        return min(policy.max_s, policy.ladder.pause_s * policy.ladder.factor ** min(looks - 1, 64))
+
+    def jittered_s(self, pause_s: float) -> float:
+        """Return *pause_s* spread by `PollPolicy.jitter`, so that what began together does not stay together."""
+        return pause_s * self._rng.uniform(1 - self.policy.jitter, 1 + self.policy.jitter)
+
+    def retry_s(self, failures: int) -> float:
+        """Return the pause after *failures* looks in a row, at whatever tasks, that brought no answer.
+
+        Doubles up to `max_s`, and the upper half of it is left to chance: nobody comes back together.
+        """
+        policy = self.policy
+        return self._rng.uniform(0.5, 1.0) * min(policy.max_s, policy.min_s * 2.0 ** min(failures, 32))
+
+    def learn(self, model: str, since_s: float, age_s: float, *, done: bool) -> None:
+        """Note that a task unfinished at age *since_s* was looked at again at *age_s*, and whether it was done."""
+        curve = self._curves.get(model)
+        if curve is None:
+            if len(self._curves) >= _MOST_MODELS:
+                del self._curves[next(iter(self._curves))]
+            curve = self._curves[model] = CompletionCurve()
+        curve.learn(since_s, age_s, done=done)
+
+    def medians_s(self) -> Mapping[str, float]:
+        """Return the age at which half of the pictures are done, by model."""
+        return {model: curve.median_s() for model, curve in self._curves.items()}
+
+    def curves(self) -> Mapping[str, tuple[float, ...]]:
+        """Return what was learned, by model, for `PollPolicy.curves` of a later client."""
+        return {model: curve.dump() for model, curve in self._curves.items()}

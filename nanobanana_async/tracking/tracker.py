@@ -5,8 +5,6 @@ and not a timer. All who wait for one id share its entry and its polls; when the
 """
 
 import copy
-import heapq
-import itertools
 import logging
 import math
 from collections.abc import AsyncGenerator
@@ -14,7 +12,6 @@ from functools import partial
 from typing import Final, Protocol
 
 import anyio
-import attrs
 
 from nanobanana_async._host import Host
 from nanobanana_async.errors import (
@@ -26,15 +23,24 @@ from nanobanana_async.errors import (
     TransportError,
 )
 from nanobanana_async.models import Task, TaskStatus
-from nanobanana_async.tracking.schedule import NOT_FOUND_GRACE_S, Schedule, has_vanished, newer
+from nanobanana_async.tracking.agenda import Agenda
+from nanobanana_async.tracking.schedule import FOREIGN_AGE_S, NOT_FOUND_GRACE_S, Schedule, has_vanished, newer
+from nanobanana_async.tracking.watch import Entry, Origin, Statistics, Watch
 
 _log: Final = logging.getLogger("nanobanana_async")
 
 _WARN_AFTER: Final = 3
+_FINALS: Final = 1024
+"""Finished tasks that are remembered, for those who ask late. Ones that carry their picture inline are not."""
 
 
 class Source(Protocol):
     """Where the tracker asks."""
+
+    @property
+    def polls_per_s(self) -> float:
+        """How many queries may leave per second, as things stand."""
+        ...
 
     async def take_turn(self) -> None:
         """Return when one more query may leave: a slot is taken, and the pacer has agreed."""
@@ -49,41 +55,6 @@ class Source(Protocol):
         ...
 
 
-@attrs.frozen(kw_only=True)
-class Origin:
-    """What is known of a task before it is first looked at."""
-
-    submitted_at_s: float | None = None
-    """When this client's submit was accepted, on the event loop's clock; None when it was submitted elsewhere."""
-    model: str | None = None
-
-
-@attrs.define(eq=False)
-class _Entry:
-    """One watched task."""
-
-    task_id: str
-    origin: Origin
-    born_s: float
-    """When it was submitted; minus infinity when nobody here knows, for it may have ended long ago."""
-    waiters: int = 0
-    looks: int = 0
-    due_s: float = math.inf
-    """When it is next looked at; infinity while a look is under way. A heap item with another time is stale."""
-    task: Task | None = None
-    """The last snapshot, never older in status than the one before."""
-    error: NanoBananaError | None = None
-    """What ended the watching, for all who wait."""
-    trouble: NanoBananaError | None = None
-    """What the last look met instead of an answer."""
-    there_s: float = -math.inf
-    """When it was last seen at the service, on the event loop's clock."""
-    late_since_s: float | None = None
-    """Since when it has answered 404 although it should be there; None while it has not."""
-    late_looks: int = 0
-    changed: anyio.Event = attrs.field(factory=anyio.Event)
-
-
 class TaskTracker:
     """Watches task ids for as long as somebody waits for them.
 
@@ -94,12 +65,17 @@ class TaskTracker:
         self._source = source
         self._schedule = schedule
         self._host = host
-        self._watched: dict[str, _Entry] = {}
-        self._due: list[tuple[float, int, _Entry]] = []
-        self._ticket = itertools.count()
-        self._wake = anyio.Event()
+        self._watched: dict[str, Entry] = {}
+        self._finals: dict[str, Task] = {}
+        self._looks: Agenda[Entry] = Agenda()
+        self._deadlines: Agenda[Watch] = Agenda()
+        self._waiting = 0
+        self._wanted_per_s = 0.0
         self._running = False
         self._failures = 0
+        self._in_flight = 0
+        self._polls = 0
+        self._warned_of_status = False
 
     async def wait(self, task_id: str, *, timeout_s: float, origin: Origin = Origin()) -> Task:
         """Return the task once its status is final, whether it succeeded or failed.
@@ -113,30 +89,83 @@ class TaskTracker:
             InvalidRequest: The service does not accept the id.
         """
         await self._host.ensure()
+        if (final := self._finals.get(task_id)) is not None:
+            return final
         deadline_s = anyio.current_time() + timeout_s
-        entry = self._join(task_id, origin)
+        watch = self.watch(task_id, origin)
         try:
-            while entry.task is None or not entry.task.is_final:
-                await self._change(entry, deadline_s, timeout_s)
-            return entry.task
+            while watch.entry.task is None or not watch.entry.is_final:
+                await self._news(watch, deadline_s, timeout_s)
+            return watch.entry.task
         finally:
-            self._leave(entry)
+            self.leave(watch)
 
     async def updates(self, task_id: str, *, timeout_s: float, origin: Origin = Origin()) -> AsyncGenerator[Task]:
         """Yield a snapshot at each change of status, the final one last. Raises as `wait` does."""
         await self._host.ensure()
+        if (final := self._finals.get(task_id)) is not None:
+            yield final
+            return
         deadline_s = anyio.current_time() + timeout_s
-        entry = self._join(task_id, origin)
-        shown: TaskStatus | None = None
+        watch = self.watch(task_id, origin)
+        entry, shown = watch.entry, None
         try:
             while shown is None or not shown.is_final:
                 if entry.task is None or entry.task.status is shown:
-                    await self._change(entry, deadline_s, timeout_s)
+                    await self._news(watch, deadline_s, timeout_s)
                 else:
                     shown = entry.task.status
                     yield entry.task
         finally:
-            self._leave(entry)
+            self.leave(watch)
+
+    def watch(self, task_id: str, origin: Origin = Origin()) -> Watch:
+        """Have *task_id* looked at until it is final, or until `leave`. The host must be running."""
+        entry = self._watched.get(task_id)
+        if entry is None:
+            now_s = anyio.current_time()
+            born_s = now_s - FOREIGN_AGE_S if origin.submitted_at_s is None else origin.submitted_at_s
+            entry = self._watched[task_id] = Entry(task_id, origin, born_s)
+            self._plan(entry)
+            if not self._running:
+                self._running = True
+                self._host.start_soon(self._run)
+        watch = Watch(entry)
+        entry.watches.append(watch)
+        return watch
+
+    def leave(self, watch: Watch) -> None:
+        """End *watch*; the last to leave ends the looking."""
+        watch.due_s = math.inf
+        watch.entry.watches.remove(watch)
+        if not watch.entry.watches:
+            self._drop(watch.entry)
+
+    def notify(self, task_id: str) -> None:
+        """Take the hint that there is news of *task_id*: it is looked at, at once if that did not just happen.
+
+        Anybody may send a hint, so it buys at most one look per task in ten seconds, and none at ids nobody waits for.
+        """
+        entry = self._watched.get(task_id)
+        if entry is None or not entry.plan_confirmation(anyio.current_time()):
+            return
+        if entry.confirm_s < entry.due_s < math.inf:  # with a look under way, `_plan` will see to it
+            self._looks.plan(entry, entry.confirm_s, live=len(self._watched))
+
+    def statistics(self) -> Statistics:
+        """Return how things stand. O(watched)."""
+        now_s = anyio.current_time()
+        return Statistics(
+            watched=len(self._watched),
+            in_flight=self._in_flight,
+            overdue=self._looks.late(now_s),
+            overdue_s=max(0.0, now_s - self._looks.next_s()),
+            pressure=self._pressure(),
+            polls=self._polls,
+            wakes=self._looks.wakes,
+            median_s=self._schedule.medians_s(),
+            curves=self._schedule.curves(),
+        )
 
     def close(self) -> None:
         """End every wait; the tasks themselves run on at the service."""
@@ -146,32 +175,21 @@ class TaskTracker:
 
     # --- who waits --------------------------------------------------------------------------------------------------
 
-    def _join(self, task_id: str, origin: Origin) -> _Entry:
-        entry = self._watched.get(task_id)
-        if entry is None:
-            born_s = -math.inf if origin.submitted_at_s is None else origin.submitted_at_s
-            entry = self._watched[task_id] = _Entry(task_id, origin, born_s)
-            self._plan(entry)
-            if not self._running:
-                self._running = True
-                self._host.start_soon(self._run)
-        entry.waiters += 1
-        return entry
-
-    def _leave(self, entry: _Entry) -> None:
-        entry.waiters -= 1
-        if not entry.waiters and self._watched.get(entry.task_id) is entry:
-            del self._watched[entry.task_id]
-            entry.due_s = math.inf
-
-    async def _change(self, entry: _Entry, deadline_s: float, timeout_s: float) -> None:
-        """Return when there is news of *entry*; raise what ended the watching, or that the time is up."""
-        if entry.error is None:
-            with anyio.CancelScope(deadline=deadline_s):
-                await entry.changed.wait()
-                return
+    async def _news(self, watch: Watch, deadline_s: float, timeout_s: float) -> None:
+        """Return when there may be news; raise what ended the watching, or that the time is up."""
+        entry = watch.entry
         if entry.error is not None:
             raise copy.copy(entry.error)  # each waiter its own: a shared one would collect everybody's traceback
+        if anyio.current_time() < deadline_s:
+            if watch.due_s != deadline_s:
+                self._deadlines.plan(watch, deadline_s, live=self._waiting)
+            watch.bell = anyio.Event()
+            self._waiting += 1
+            try:
+                await watch.bell.wait()
+            finally:
+                self._waiting -= 1
+            return
         last = "nothing was heard of it" if entry.task is None else f"it was {entry.task.status}"
         trouble = "" if entry.trouble is None else f" (the last look met: {entry.trouble})"
         raise TaskUnfinished(
@@ -180,36 +198,64 @@ class TaskTracker:
             task_id=entry.task_id,
         )
 
-    def _announce(self, entry: _Entry) -> None:
-        entry.changed.set()
-        entry.changed = anyio.Event()
+    async def _end_patience(self) -> None:
+        """Wake each waiter whose time is up: one timer for all of them."""
+        while True:
+            await self._deadlines.until_due()
+            self._deadlines.pop().ring()
 
-    def _end(self, entry: _Entry, error: NanoBananaError | None = None) -> None:
-        """Stop watching: the task is final, or *error* is what every waiter gets."""
-        entry.error = error
+    def _drop(self, entry: Entry) -> None:
         entry.due_s = math.inf
+        self._wanted_per_s -= entry.wanted_per_s
+        entry.wanted_per_s = 0.0
         if self._watched.get(entry.task_id) is entry:
             del self._watched[entry.task_id]
-        self._announce(entry)
+        if not self._watched:
+            self._wanted_per_s = 0.0  # so that rounding errors do not add up over years
+
+    def _end(self, entry: Entry, error: NanoBananaError | None = None) -> None:
+        """Stop watching: the task is final, or *error* is what every waiter gets."""
+        entry.error = error
+        self._drop(entry)
+        entry.ring()
 
     # --- the scheduler ----------------------------------------------------------------------------------------------
 
-    def _plan(self, entry: _Entry) -> None:
+    def _pressure(self) -> float:
+        return max(1.0, self._wanted_per_s / self._source.polls_per_s)
+
+    def _plan(self, entry: Entry, *, failures: int = 0) -> None:
+        """Choose when to look next, after *failures* looks in a row that brought no answer."""
         if self._watched.get(entry.task_id) is not entry:
             return  # everybody who waited has gone while a look was under way
         now_s = anyio.current_time()
-        pause_s = self._schedule.pause_s(entry.origin.model, now_s - entry.born_s, entry.looks)
-        entry.due_s = now_s + pause_s
-        if not self._due or entry.due_s < self._due[0][0]:
-            self._wake.set()
-        heapq.heappush(self._due, (entry.due_s, next(self._ticket), entry))
-        if len(self._due) > 2 * len(self._watched) + 100:  # mostly of those who left early: amortised, this is free
-            self._due = [item for item in self._due if item[0] == item[2].due_s]
-            heapq.heapify(self._due)
+        due_s = now_s + self._pause_s(entry, now_s, failures)
+        if entry.confirm_s > entry.asked_s:
+            due_s = min(due_s, max(now_s, entry.confirm_s))
+        self._looks.plan(entry, due_s, live=len(self._watched))
+
+    def _pause_s(self, entry: Entry, now_s: float, failures: int) -> float:
+        if failures:
+            return self._schedule.retry_s(failures)
+        if not entry.looks and not entry.is_ours:
+            return 0.0  # it may have ended long ago
+        schedule = self._schedule
+        if entry.task is not None and entry.task.status is TaskStatus.UNKNOWN:
+            return schedule.jittered_s(schedule.policy.max_s)
+        model, age_s = entry.origin.model, now_s - entry.born_s
+        pause_s = schedule.pause_s(model, age_s, entry.looks)
+        self._wanted_per_s -= entry.wanted_per_s
+        entry.wanted_per_s = 1 / max(pause_s, schedule.policy.min_s)
+        self._wanted_per_s += entry.wanted_per_s
+        if (pressure := self._pressure()) > 1:
+            pause_s = schedule.pause_s(model, age_s, entry.looks, pressure)
+        return schedule.jittered_s(pause_s)
 
     async def _run(self) -> None:
         try:
-            await self._serve()
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._end_patience)
+                group.start_soon(self._serve)
         except Exception as exc:  # noqa: BLE001 - a bug; nobody may be left waiting for a scheduler that is gone
             _log.exception("the tracker failed")
             self._running = False
@@ -219,28 +265,21 @@ class TaskTracker:
     async def _serve(self) -> None:
         """Look at whatever is due, the longest overdue first, for as long as the client lives."""
         while True:
-            if (wait_s := self._until_due_s()) > 0:
-                self._wake = anyio.Event()
-                with anyio.move_on_after(wait_s):
-                    await self._wake.wait()
-                continue
+            await self._looks.until_due()
             # The turn comes before the task: what is due queues in the heap, and not as coroutines.
             await self._source.take_turn()
-            if self._until_due_s() > 0:
+            now_s = anyio.current_time()
+            if self._looks.next_s() > now_s:
                 self._source.drop_turn()  # whoever was due has gone while we queued
                 continue
-            entry = heapq.heappop(self._due)[2]
-            entry.due_s = math.inf
+            entry = self._looks.pop()
+            entry.asked_s = now_s
+            entry.looks += 1
+            self._polls += 1
+            self._in_flight += 1
             self._host.start_soon(partial(self._look, entry))
 
-    def _until_due_s(self) -> float:
-        """Return the seconds to the next look, infinity when nothing is planned, and drop stale items on the way."""
-        while self._due and self._due[0][0] != self._due[0][2].due_s:
-            heapq.heappop(self._due)
-        return self._due[0][0] - anyio.current_time() if self._due else math.inf
-
-    async def _look(self, entry: _Entry) -> None:
-        entry.looks += 1
+    async def _look(self, entry: Entry) -> None:
         try:
             task = await self._source.look(entry.task_id)
         except AuthenticationError as exc:
@@ -253,9 +292,7 @@ class TaskTracker:
             if isinstance(exc, InvalidRequest) and exc.status in (400, 422) and exc.code is not None:
                 self._end(entry, exc)
             else:
-                self._note_trouble(exc)
-                entry.trouble = exc
-                self._plan(entry)
+                self._failed(entry, exc)
         except Exception as exc:  # noqa: BLE001 - a handed-in transport may raise anything, and must not stop the others
             _log.exception("task %s: the look failed in a way it must not", entry.task_id)
             self._end(
@@ -263,34 +300,56 @@ class TaskTracker:
             )
         else:
             self._saw(entry, task)
+        finally:
+            self._in_flight -= 1
 
-    def _note_trouble(self, exc: NanoBananaError) -> None:
-        """Say once, for all tasks together, that answers stay away: silence would look like a slow picture."""
+    def _failed(self, entry: Entry, exc: NanoBananaError) -> None:
+        """Back off, the longer the more looks failed in a row, whichever tasks they were about."""
         self._failures += 1
-        if self._failures == _WARN_AFTER:
+        if self._failures == _WARN_AFTER:  # once for all: silence would look like a slow picture
             _log.warning("%d looks in a row brought no answer; looking on: %s", self._failures, exc)
+        entry.trouble = exc
+        self._plan(entry, failures=self._failures)
 
-    def _saw(self, entry: _Entry, task: Task) -> None:
+    def _saw(self, entry: Entry, task: Task) -> None:
+        now_s = anyio.current_time()
         self._failures = 0
-        entry.there_s, entry.late_since_s, entry.late_looks, entry.trouble = anyio.current_time(), None, 0, None
+        entry.there_s, entry.late_since_s, entry.late_looks, entry.trouble = now_s, math.inf, 0, None
+        if entry.is_ours and entry.origin.model is not None:
+            age_s = now_s - entry.born_s
+            self._schedule.learn(entry.origin.model, entry.unfinished_s, age_s, done=task.is_final)
+            entry.unfinished_s = age_s
         known = entry.task
         if known is None or newer(known.status, task.status) is task.status:
             entry.task = task
+        else:
+            _log.debug("task %s was %s and is now said to be %s", task.task_id, known.status, task.status)
         if task.is_final:
+            self._remember(task)
             self._end(entry)
             return
+        if task.status is TaskStatus.UNKNOWN and not self._warned_of_status:
+            self._warned_of_status = True
+            _log.warning("task %s has a status that is not known here; it counts as running", task.task_id)
         self._plan(entry)
         if known is None or entry.task is not known:
-            self._announce(entry)
+            entry.ring()
 
-    def _missed(self, entry: _Entry, exc: TaskNotFound) -> None:
+    def _remember(self, task: Task) -> None:
+        if any(image.data is not None for image in task.images):
+            return
+        if len(self._finals) >= _FINALS:
+            del self._finals[next(iter(self._finals))]
+        self._finals[task.task_id] = task
+
+    def _missed(self, entry: Entry, exc: TaskNotFound) -> None:
         """Judge a 404: fresh ids are invisible for a while, foreign ones never seen do not exist."""
         now_s = anyio.current_time()
-        if entry.origin.submitted_at_s is None and entry.task is None:
+        if not entry.is_ours and entry.task is None:
             self._end(entry, exc)
             return
         if now_s - max(entry.born_s, entry.there_s) > NOT_FOUND_GRACE_S:
-            entry.late_since_s = now_s if entry.late_since_s is None else entry.late_since_s
+            entry.late_since_s = min(entry.late_since_s, now_s)
             entry.late_looks += 1
             if has_vanished(entry.late_looks, now_s - entry.late_since_s):
                 self._end(entry, exc)

@@ -1,5 +1,6 @@
 """The service's operations, one awaitable each: encode, pace, send, judge, and try again where that is safe."""
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable
@@ -36,6 +37,9 @@ from nanobanana_async.transport.verdicts import Outcome, Repeat, Row, Verdict, j
 T = TypeVar("T")
 
 _log: Final = logging.getLogger("nanobanana_async")
+
+_OUTAGE: Final = 3
+"""So many requests in a row that bring no answer are trouble of the service, not of one task."""
 
 _LARGE_BYTES: Final = 2**20
 """Requests and replies longer than this hold pictures; to encode or decode them would stall the loop."""
@@ -74,6 +78,8 @@ class Api:
         self.on_orphan: Callable[[Submitted, GenerationRequest], None] | None = None
         """Told of each task that was accepted after its caller had gone."""
         self._hushes = 0
+        self._failures = 0
+        self._submit_gate = anyio.Lock(fast_acquire=True)
         self._submit_slots = anyio.Semaphore(limits.submits)
         self._poll_slots = anyio.Semaphore(limits.polls)
 
@@ -124,6 +130,11 @@ class Api:
         wire = self._signed(codec.encode_balance(self._endpoint.base_url))
         return await self._read(wire, codec.decode_balance)
 
+    @property
+    def polls_per_s(self) -> float:
+        """How many queries may leave per second: what the pacer allows, or half of it while submits queue."""
+        return self._pacer.rate * (0.5 if self._submit_gate.locked() else 1.0)
+
     async def take_turn(self) -> None:
         """Wait for a poll slot and for the pacer. `look` gives the slot back, or else `drop_turn`."""
         await self._turn(self._poll_slots, math.inf)
@@ -156,8 +167,9 @@ class Api:
         return Outcome(failure=ExchangeFailed(reason, phase=Phase.SEND))
 
     async def _exchange(self, wire: WireRequest, done_by_s: float) -> Outcome:
+        sent_s = anyio.current_time()
         try:
-            reply = await self._transport.send(wire, timeout_s=done_by_s - anyio.current_time())
+            reply = await self._transport.send(wire, timeout_s=done_by_s - sent_s)
             outcome = self._read_outcome(reply, None)
         except ExchangeFailed as exc:
             outcome = self._read_outcome(exc.reply, exc)
@@ -170,8 +182,7 @@ class Api:
         finally:
             self._submit_slots.release()
         self._note(outcome)
-        if outcome.reply is not None:
-            self._heed(outcome.reply)
+        self._heed(outcome.reply, sent_s)
         return outcome
 
     def _read_outcome(self, reply: WireReply | None, failure: ExchangeFailed | None) -> Outcome:
@@ -225,12 +236,14 @@ class Api:
 
     async def _get(self, wire: WireRequest, decode: Callable[[WireReply], T], timeout_s: float) -> T:
         """Send once and decode; gives the poll slot back."""
+        sent_s = anyio.current_time()
         try:
             reply = await self._transport.send(wire, timeout_s=timeout_s)
         except ExchangeFailed as exc:
+            self._heed(None, sent_s)
             failure = exc
         else:
-            self._heed(reply)
+            self._heed(reply, sent_s)
             try:
                 return await _where_it_fits(len(reply.body), lambda: decode(self._endpoint.without_key(reply)))
             except ApiError as exc:
@@ -259,7 +272,7 @@ class Api:
 
     async def _submit_turn(self, deadline_s: float) -> bool:
         """Take a turn for a submit, unless it is known that it would be refused."""
-        if not await self._turn(self._submit_slots, deadline_s):
+        if not await self._turn(self._submit_slots, deadline_s, self._submit_gate):
             return False
         try:
             self._host.check_open()
@@ -269,27 +282,40 @@ class Api:
             raise
         return True
 
-    async def _turn(self, slots: anyio.Semaphore, deadline_s: float) -> bool:
-        """Take a slot, then a permit; False when the deadline came first, and then nothing is held."""
+    async def _turn(self, slots: anyio.Semaphore, deadline_s: float, gate: anyio.Lock | None = None) -> bool:
+        """Take a slot, then a permit; False when the deadline came first, and then nothing is held.
+
+        With a *gate*, those behind it stand in the pacer's line one at a time: the tracker, who stands there alone
+        for all tasks, would otherwise get one turn in seventeen while submits queue.
+        """
         with anyio.CancelScope(deadline=deadline_s):
             await slots.acquire()
             try:
-                await self._pacer.permit()
+                async with gate or contextlib.nullcontext():
+                    await self._pacer.permit()
             except BaseException:
                 slots.release()
                 raise
             return True
         return False
 
-    def _heed(self, reply: WireReply) -> None:
-        """Learn from a reply how the service fares: one that asks for quiet slows everyone."""
-        asked_s = retry_after_s(reply.headers)
-        if reply.status == 429 or (reply.status == 503 and asked_s is not None):
-            self._hushes += 1
+    def _heed(self, reply: WireReply | None, sent_s: float) -> None:
+        """Learn from a reply, or from its absence, how the service fares: its trouble slows everyone."""
+        asked_s = None if reply is None else retry_after_s(reply.headers)
+        if reply is not None and (reply.status == 429 or (reply.status == 503 and asked_s is not None)):
+            if self._pacer.slow(sent_s):
+                self._hushes += 1
             self._pacer.hush(asked_s or self._retry.first_s + self._retry.pause_s(self._hushes, self._rng))
-        elif reply.status < 400:
-            self._hushes = 0
-            self._quota.earn()
+        elif reply is None or reply.status >= 500:
+            self._failures += 1
+            if self._failures >= _OUTAGE:
+                self._pacer.slow(sent_s)
+        else:
+            self._failures = 0
+            if reply.status < 400:
+                self._hushes = 0
+                self._quota.earn()
+                self._pacer.quicken()
 
     def _may_repeat(self, row: Row, tries: int) -> bool:
         match row.repeat:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
+from random import Random
 from typing import Final
 
 import anyio
@@ -44,14 +45,24 @@ class Pacer:
 
     First come, first served: the first in line sleeps, the others wait for it. The bucket is one number, the time at
     which it will be full again (the generic cell rate algorithm, as in ITU-T I.371).
+
+    The rate gives way to trouble: `slow` halves it, down to one request per second, and each success gives a little
+    back, so that it recovers by a factor of e in ten seconds (additive increase, multiplicative decrease, as in TCP's
+    congestion control: Jacobson 1988). While it is below its best, the gaps are left to chance by half, so that many
+    clients that met the same trouble do not march in step.
     """
 
-    def __init__(self, rate: float, burst: int) -> None:
-        self._gap_s = 1.0 / rate
+    def __init__(self, rate: float, burst: int, rng: Random | None = None) -> None:
+        self._best = rate
+        self._floor = min(rate, _SLOWEST)
         self._slack_s = (burst - 1) / rate
+        self._rng = rng or Random()
         self._full_at_s = -math.inf
         self._quiet_until_s = -math.inf
+        self._slowed_s = -math.inf
         self._line = anyio.Lock(fast_acquire=True)
+        self.rate = rate
+        """Requests per second, as things stand."""
 
     async def permit(self) -> None:
         """Return when one request may leave. Cancelling gives up the place in the line, at no cost to the others."""
@@ -59,17 +70,40 @@ class Pacer:
             # Asked again after each sleep, for a hush may have begun meanwhile.
             while (wait_s := self._full_at_s - self._slack_s - anyio.current_time()) > 0:  # noqa: ASYNC110 - time passes by itself
                 await anyio.sleep(wait_s)
-            self._full_at_s = max(self._full_at_s, anyio.current_time()) + self._gap_s
+            gap_s = 1 / self.rate
+            if self.rate < self._best:
+                gap_s *= self._rng.uniform(0.5, 1.5)
+            self._full_at_s = max(self._full_at_s, anyio.current_time()) + gap_s
 
     def hush(self, seconds: float) -> None:
         """Let nobody through for *seconds* from now, and no burst after that: one 429 slows everyone."""
         self._quiet_until_s = max(self._quiet_until_s, anyio.current_time() + seconds)
         self._full_at_s = max(self._full_at_s, self._quiet_until_s + self._slack_s)
 
+    def slow(self, sent_s: float) -> bool:
+        """Halve the rate, unless a request that left before *sent_s* has: the same trouble counts once.
+
+        Returns whether it did.
+        """
+        if sent_s <= self._slowed_s:
+            return False
+        self._slowed_s = anyio.current_time()
+        self.rate = max(self._floor, self.rate / 2)
+        return True
+
+    def quicken(self) -> None:
+        """Note a success."""
+        self.rate = min(self._best, self.rate + _REGAIN)
+
     @property
     def quiet_s(self) -> float:
         """How long the hush still lasts, in seconds; 0.0 when there is none."""
         return max(0.0, self._quiet_until_s - anyio.current_time())
+
+
+_SLOWEST: Final = 1.0
+_REGAIN: Final = 0.1
+"""Requests per second that a success gives back."""
 
 
 class Breaker:

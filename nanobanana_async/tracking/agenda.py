@@ -1,0 +1,74 @@
+"""`Agenda`: what is due when, for one coroutine to sleep on, whatever the number of items."""
+
+import heapq
+import itertools
+import math
+from typing import Final, Generic, Protocol, TypeVar
+
+import anyio
+
+
+class Timed(Protocol):
+    """Something that is due."""
+
+    due_s: float
+    """When, on the event loop's clock; infinity for never."""
+
+
+T = TypeVar("T", bound=Timed)
+
+
+class Agenda(Generic[T]):
+    """What is due, the earliest first. Setting `due_s` of an item to infinity takes it out.
+
+    Deletion is lazy: an item whose time is no longer its own is stale, and is dropped when it is met, or when stale
+    items are most of the heap. So everything costs O(log n), whoever leaves.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, T]] = []
+        self._tickets = itertools.count()
+        self._moved = anyio.Event()
+        self.wakes = 0
+        """Times that `until_due` woke up."""
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def plan(self, item: T, due_s: float, *, live: int) -> None:
+        """Put *item* in, or move it. *live* is how many items are in, for those who left to be swept out in time."""
+        item.due_s = due_s
+        heapq.heappush(self._heap, (due_s, next(self._tickets), item))
+        if self._heap[0][2] is item:
+            self._moved.set()
+        if len(self._heap) > 2 * live + _SWEEP:
+            self._heap = [entry for entry in self._heap if entry[0] == entry[2].due_s]
+            heapq.heapify(self._heap)
+
+    def next_s(self) -> float:
+        """Return when the first item is due; infinity when there is none."""
+        while self._heap and self._heap[0][0] != self._heap[0][2].due_s:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else math.inf
+
+    def pop(self) -> T:
+        """Take out the first item. Only right after `until_due` or `next_s`, for it must not be stale."""
+        item = heapq.heappop(self._heap)[2]
+        item.due_s = math.inf
+        return item
+
+    def late(self, now_s: float) -> int:
+        """Count the items that are overdue at *now_s*. O(n): for statistics only."""
+        return sum(due_s < now_s and due_s == item.due_s for due_s, _, item in self._heap)
+
+    async def until_due(self) -> None:
+        """Return when the first item is due."""
+        while (wait_s := self.next_s() - anyio.current_time()) > 0:
+            self._moved = anyio.Event()
+            with anyio.move_on_after(wait_s):
+                await self._moved.wait()
+            self.wakes += 1
+
+
+_SWEEP: Final = 100
+"""Stale items that are not worth a sweep."""

@@ -1,0 +1,171 @@
+"""`CompletionCurve`: what is known of how long pictures take, and when a look at an unfinished one pays. Pure.
+
+The method. Time since the submit is cut into bins, and each bin has a rate of completion: events over time at risk, as
+in a life table. Every look adds what it saw. Looks only bracket the end of a task, so one that ended between two looks
+is spread over the bins between them in proportion to what is expected there (one step of Turnbull's self-consistency,
+JRSS B 1976); one that is unfinished counts as time at risk and nothing else, so those who leave early, and the slow
+ones still running, do not bias the rest. A gamma prior per bin (pseudo-events over pseudo-time, the conjugate of a
+constant rate) stands in until there is data, and older observations fade.
+
+When to look: at the moment when the waiting that a look could end, weighted with the chance that there is any, has
+added up to the price of a look: the least t with  integral from a to t of P(done by s | unfinished at a) ds = price.
+For a constant rate h that is a pause of sqrt(2 price / h), the law of optimum checking schedules (Keller, Management
+Science 21, 1974; Barlow, Hunter and Proschan, J. SIAM 11, 1963), which spends the fewest looks for a given mean delay.
+Looking whenever P(done) has grown by a fixed share, the obvious rule, is as good where completion times have one peak,
+and needs a fifth more looks where they have two (`benchmarks/schedule.py`).
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Final, Self
+
+_GROWTH: Final = 1.15
+"""Bins widen with age: what matters at 10 s does not at 100 s."""
+_FIRST_S: Final = 1.0
+_LAST_S: Final = 1800.0
+_EDGES: Final = (
+    0.0,
+    *(_FIRST_S * _GROWTH**k for k in range(math.ceil(math.log(_LAST_S / _FIRST_S, _GROWTH)) + 1)),
+    math.inf,
+)
+BINS: Final = len(_EDGES) - 1
+
+# The prior: 8 to 60 seconds are usual and minutes possible, says everybody who uses the service.
+PRIOR_MEDIAN_S: Final = 20.0
+_PRIOR_SIGMA: Final = 0.8
+_PRIOR_TASKS: Final = 4.0
+"""How many observed tasks the prior weighs as much as."""
+_MEMORY_TASKS: Final = 512.0
+"""After so many further tasks an observation has faded to 1/e."""
+
+
+def _prior() -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def unfinished(age_s: float) -> float:
+        return 0.5 * math.erfc(math.log(age_s / PRIOR_MEDIAN_S) / _PRIOR_SIGMA / math.sqrt(2)) if age_s else 1.0
+
+    events, at_risk_s = [], []
+    for start_s, end_s in pairwise(_EDGES[:-1]):
+        before, after = unfinished(start_s), unfinished(end_s)
+        events.append(_PRIOR_TASKS * (before - after))
+        at_risk_s.append(_PRIOR_TASKS * (before + after) / 2 * (end_s - start_s))
+    # Beyond the last bin: as in it. A rate of exactly zero would be sure of something.
+    return (*events, events[-1]), (*at_risk_s, at_risk_s[-1])
+
+
+_PRIOR_EVENTS, _PRIOR_AT_RISK_S = _prior()
+
+
+class CompletionCurve:
+    """Learns from looks, at a cost of a few bins per look."""
+
+    def __init__(self) -> None:
+        self._events = [0.0] * BINS
+        self._at_risk_s = [0.0] * BINS
+        self._weight = 1.0
+        """What the next observation counts; growing it fades all earlier ones at once."""
+
+    def pause_s(self, age_s: float, price_s: float, max_s: float) -> float:
+        """Return the seconds until a look at a task unfinished at *age_s* is worth *price_s*; at most *max_s*."""
+        unfinished, waited_s = 1.0, 0.0
+        for k, start_s, end_s in _bins(age_s, age_s + max_s):
+            rate, length_s = self._rate(k), end_s - start_s
+            after = unfinished * math.exp(-rate * length_s)
+            waits_s = length_s - (unfinished - after) / rate
+            if waited_s + waits_s >= price_s:
+                return start_s - age_s + _solve(rate, unfinished, price_s - waited_s, length_s)
+            unfinished, waited_s = after, waited_s + waits_s
+        return max_s
+
+    def learn(self, since_s: float, age_s: float, *, done: bool) -> None:
+        """Note that a task unfinished at *since_s* was looked at again at *age_s*, and whether it was done by then."""
+        if done:
+            self._spread(list(_bins(since_s, age_s)))
+            self._fade()
+        else:
+            for k, start_s, end_s in _bins(since_s, age_s):
+                self._at_risk_s[k] += self._weight * (end_s - start_s)
+
+    def median_s(self) -> float:
+        """Return the age at which half of the tasks are done."""
+        left = math.log(2)
+        for k, (start_s, end_s) in enumerate(pairwise(_EDGES)):
+            rate = self._rate(k)
+            if left <= rate * (end_s - start_s):
+                return start_s + left / rate
+            left -= rate * (end_s - start_s)
+        raise AssertionError("the last bin has no end")
+
+    def dump(self) -> tuple[float, ...]:
+        """Return what was learned, as `2 * BINS` numbers."""
+        return tuple(value / self._weight for value in (*self._events, *self._at_risk_s))
+
+    @classmethod
+    def load(cls, numbers: Sequence[float]) -> Self:
+        """Return the curve that `dump` gave.
+
+        Raises:
+            ValueError: These are not such numbers.
+        """
+        if len(numbers) != 2 * BINS or not all(math.isfinite(value) and value >= 0 for value in numbers):
+            raise ValueError(f"curve: expected {2 * BINS} finite numbers that are not negative")
+        curve = cls()
+        curve._events, curve._at_risk_s = list(numbers[:BINS]), list(numbers[BINS:])
+        return curve
+
+    def _rate(self, k: int) -> float:
+        """Completions per second at risk in bin *k*; never zero."""
+        events = _PRIOR_EVENTS[k] * self._weight + self._events[k]
+        return (events / (_PRIOR_AT_RISK_S[k] * self._weight + self._at_risk_s[k])) or 1e-12
+
+    def _spread(self, bins: list[tuple[int, float, float]]) -> None:
+        """Add one completion somewhere in *bins*, as much to each as was to be expected."""
+        chances, unfinished = [], 1.0
+        for k, start_s, end_s in bins:
+            after = unfinished * math.exp(-self._rate(k) * (end_s - start_s))
+            chances.append(unfinished - after)
+            unfinished = after
+        total = math.fsum(chances)
+        if not total:
+            return  # two looks at the same moment
+        left = 1.0
+        for (k, start_s, end_s), chance in zip(bins, chances, strict=True):
+            share = chance / total
+            self._events[k] += self._weight * share
+            self._at_risk_s[k] += self._weight * (end_s - start_s) * (left - share / 2)
+            left -= share
+
+    def _fade(self) -> None:
+        self._weight *= 1 + 1 / _MEMORY_TASKS
+        if self._weight > 1e100:
+            self._events = [value / self._weight for value in self._events]
+            self._at_risk_s = [value / self._weight for value in self._at_risk_s]
+            self._weight = 1.0
+
+
+def _bins(start_s: float, end_s: float) -> Iterator[tuple[int, float, float]]:
+    """Yield the pieces of the time from *start_s* to *end_s*, each with the number of the bin it lies in."""
+    k = bisect_right(_EDGES, start_s) - 1
+    while start_s < end_s:
+        stop_s = min(_EDGES[k + 1], end_s)
+        yield k, start_s, stop_s
+        start_s, k = stop_s, k + 1
+
+
+def _solve(rate: float, unfinished: float, waits_s: float, length_s: float) -> float:
+    """Return the t in [0, *length_s*] with  t - unfinished * (1 - exp(-rate t)) / rate = *waits_s*.
+
+    The left side is convex and grows, so Newton's method from the right end comes down to it without overshooting.
+    """
+    time_s = length_s
+    for _ in range(8):
+        left = math.exp(-rate * time_s)
+        slope = 1 - unfinished * left
+        if slope < 1e-9:
+            break
+        step_s = (time_s - unfinished * (1 - left) / rate - waits_s) / slope
+        time_s -= step_s
+        if abs(step_s) < 1e-3:
+            break
+    return min(max(time_s, 0.0), length_s)
