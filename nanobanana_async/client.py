@@ -186,7 +186,7 @@ class NanoBananaClient:
         """
         self._tracker.close()
         bound_s = self._timeouts.submit_s + self._timeouts.close_s
-        with anyio.CancelScope(shield=True), anyio.move_on_after(bound_s):
+        with anyio.move_on_after(bound_s, shield=True):
             try:
                 await self._host.aclose(drain_s=self._timeouts.submit_s)
             finally:
@@ -223,8 +223,8 @@ class NanoBananaClient:
             request = GenerationRequest(prompt, **options)
         await self._host.ensure()
         images = await as_references(request.images, max_bytes=self._limits.reference_bytes)
-        done = await self._api.submit(attrs.evolve(request, images=images), give_up_at_s=give_up_at_s)
-        return self._handle(done, request)
+        ready = request if images == request.images else attrs.evolve(request, images=images)
+        return self._handle(await self._api.submit(ready, give_up_at_s=give_up_at_s), request)
 
     def _handle(self, done: Submitted, request: GenerationRequest) -> "TaskHandle":
         origin = Origin(submitted_at_s=anyio.current_time(), model=request.model)

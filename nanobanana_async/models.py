@@ -112,6 +112,8 @@ def _check_extra(request: "GenerationRequest", _: object, extra: Mapping[str, Js
 
 
 def _as_images(images: ImageSource | Iterable[ImageSource]) -> tuple[ImageSource, ...]:
+    if isinstance(images, tuple | list):  # the rule; the question below is a slow one
+        return tuple(images)
     if isinstance(images, str | bytes | Path | SupportsSave):
         return (images,)  # a lone image is a natural slip, and a str would otherwise fall apart into letters
     return tuple(images)

@@ -119,8 +119,8 @@ MUTANTS: Final = (
     Mutant(
         "a submit rides on a reused connection",
         "transport/http.py",
-        "        reuse = request.errand is Errand.READ\n",
-        "        reuse = True\n",
+        "        limits = _REUSED if request.errand is Errand.READ else _FRESH\n",
+        "        limits = _REUSED\n",
         "test_http_transport.py",
     ),
     Mutant(

@@ -10,6 +10,7 @@ import ssl
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 from urllib.request import getproxies, proxy_bypass
 
@@ -35,7 +36,9 @@ _GOODBYE_S: Final = 2.0
 """Bound on closing one connection, which TLS peers may drag out."""
 _YIELD_AFTER: Final = 256
 """Pieces of a body after which others get their turn: a peer may send one byte at a time, thousands at once."""
-_ONE: Final = httpx.Limits(max_connections=1, max_keepalive_connections=1)
+_REUSED: Final = httpx.Limits(max_connections=1, max_keepalive_connections=1)
+_FRESH: Final = httpx.Limits(max_connections=1, max_keepalive_connections=0)
+"""A lane that connects anew for each request."""
 _NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """Trusts no certificate at all: for lanes to plain http, which must have a context and never use it."""
 _NEVER_SENT: Final = (
@@ -95,6 +98,17 @@ class _Body(httpx.AsyncByteStream):
         raise StopAsyncIteration
 
 
+@lru_cache(4096)  # a task is asked about several times, and parsing costs a tenth of a request
+def _parsed(text: str) -> httpx.URL | str:
+    """Return the URL, or what is wrong with it."""
+    if fault := http_url_fault(text):
+        return f"the URL {fault}"
+    try:
+        return httpx.URL(text)
+    except httpx.InvalidURL as exc:
+        return f"not a URL: {exc}"
+
+
 def _built(request: WireRequest, target: _Target, extensions: dict[str, object]) -> httpx.Request:
     headers = {"Host": target.url.netloc.decode("ascii"), **target.headers}
     if request.body is not None:
@@ -114,7 +128,7 @@ class _OwnLane:
         return await self.transport.handle_async_request(_built(request, target, extensions))
 
     async def aclose(self) -> None:
-        with anyio.CancelScope(shield=True), anyio.move_on_after(_GOODBYE_S):
+        with anyio.move_on_after(_GOODBYE_S, shield=True):
             await self.transport.aclose()
 
 
@@ -158,8 +172,8 @@ class HttpTransport:
         self._connect_s = connect_s
         self._trust_env = trust_env
         self._proxies = getproxies() if trust_env else {}
-        self._idle: defaultdict[str, list[_OwnLane]] = defaultdict(list)
-        """Lanes at rest, by origin: another origin may need another proxy."""
+        self._idle: defaultdict[tuple[str, Errand], list[_OwnLane]] = defaultdict(list)
+        """Lanes at rest, by origin, for another one may need another proxy, and by what they are for."""
         self._tls: ssl.SSLContext | None = None
         self._tls_lock = anyio.Lock()
         self._closed = False
@@ -229,8 +243,9 @@ class HttpTransport:
             cap = request.max_bytes if response.status_code == 200 else min(request.max_bytes, _ERROR_BYTES)
             await _drain(response, cap, progress, streamed)
         finally:
-            with anyio.CancelScope(shield=True), anyio.move_on_after(_GOODBYE_S):
-                await response.aclose()
+            if not response.is_closed:
+                with anyio.move_on_after(_GOODBYE_S, shield=True):
+                    await response.aclose()
         return attrs.evolve(progress.reply, body=bytes(progress.received))
 
     @asynccontextmanager
@@ -241,24 +256,25 @@ class HttpTransport:
                 raise ExchangeFailed("the handed-in client is closed", phase=Phase.CONNECT, permanent=True)
             yield _LentLane(self._client)
             return
-        reuse = request.errand is Errand.READ
-        idle = self._idle["/".join(request.url.split("/", 3)[:3])] if reuse else []
-        lane = idle.pop() if idle else await self._new_lane(request.url)
+        origin = "/".join(request.url.split("/", 3)[:3])
+        idle = self._idle[origin, request.errand] if request.errand is not Errand.FETCH else []
+        lane = idle.pop() if idle else await self._new_lane(request)
         keep = False
         try:
             yield lane
-            keep = reuse and not self._closed
+            keep = request.errand is not Errand.FETCH and not self._closed
         finally:
             if keep:
                 idle.append(lane)
             else:
                 await lane.aclose()
 
-    async def _new_lane(self, url: str) -> _OwnLane:
-        proxy = self._proxy_for(url)
+    async def _new_lane(self, request: WireRequest) -> _OwnLane:
+        proxy = self._proxy_for(request.url)
+        limits = _REUSED if request.errand is Errand.READ else _FRESH
         try:
-            tls = _NO_TLS if proxy is None and url.startswith("http://") else await self._tls_context()
-            return _OwnLane(httpx.AsyncHTTPTransport(verify=tls, limits=_ONE, proxy=proxy))
+            tls = _NO_TLS if proxy is None and request.url.startswith("http://") else await self._tls_context()
+            return _OwnLane(httpx.AsyncHTTPTransport(verify=tls, limits=limits, proxy=proxy))
         except (ImportError, ValueError, OSError) as exc:
             reason = f"a proxy or certificate file named in the environment cannot be used: {exc}"
         raise ExchangeFailed(reason, phase=Phase.CONNECT, permanent=True)
@@ -280,17 +296,12 @@ class HttpTransport:
 
     async def _targets(self, request: WireRequest, timeout_s: float) -> list[_Target]:
         """Return where to connect, in order. A guarded request dials the very address that was judged."""
-        if fault := http_url_fault(request.url):
-            raise ExchangeFailed(f"the URL {fault}", phase=Phase.CONNECT, permanent=True)
-        try:
-            url = httpx.URL(request.url)
-        except httpx.InvalidURL as exc:
-            reason = f"not a URL: {exc}"
-        else:
-            if request.public_only:
-                return await self._guarded(url, request.headers, timeout_s)
-            return [_Target(url, request.headers, {})]
-        raise ExchangeFailed(reason, phase=Phase.CONNECT, permanent=True)
+        url = _parsed(request.url)
+        if isinstance(url, str):
+            raise ExchangeFailed(url, phase=Phase.CONNECT, permanent=True)
+        if request.public_only:
+            return await self._guarded(url, request.headers, timeout_s)
+        return [_Target(url, request.headers, {})]
 
     async def _guarded(self, url: httpx.URL, headers: Mapping[str, str], timeout_s: float) -> list[_Target]:
         host = url.raw_host.decode("ascii")
