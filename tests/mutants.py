@@ -119,8 +119,8 @@ MUTANTS: Final = (
     Mutant(
         "a submit rides on a reused connection",
         "transport/http.py",
-        "        limits = _REUSED if request.errand is Errand.READ else _FRESH\n",
-        "        limits = _REUSED\n",
+        "                    keep = request.errand is Errand.READ and not self._closed\n",
+        "                    keep = True\n",
         "test_http_transport.py",
     ),
     Mutant(

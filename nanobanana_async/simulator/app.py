@@ -1,6 +1,7 @@
 """The played service over real sockets: an ASGI app around the vendor, and uvicorn to serve it."""
 
 import contextlib
+import itertools
 import socket
 import threading
 import time
@@ -41,7 +42,7 @@ def make_app(vendor: Vendor) -> Starlette:
         handle = partial(vendor.handle, request.method, str(request.url), dict(request.headers), body)
         # Painting takes tens of milliseconds; everything else is quicker than a thread.
         reply = await anyio.to_thread.run_sync(handle) if request.url.path.startswith("/files/") else handle()
-        for task in list(vendor.tasks.values())[known:]:
+        for task in itertools.islice(reversed(vendor.tasks.values()), len(vendor.tasks) - known):
             if task.callback_url is not None and background:
                 background[0].start_soon(_call_back, vendor, task, str(request.base_url).rstrip("/"), posts)
         return Response(reply.body, reply.status, dict(reply.headers), reply.media_type)
@@ -74,7 +75,7 @@ async def _call_back(vendor: Vendor, task: PlayedTask, files_url: str, posts: Ht
         await anyio.sleep(1)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """Return a listening socket that asyncio recognises as TCP.
 
     `socket.create_server` leaves the protocol at 0, asyncio then leaves Nagle on, and each answer takes 40 ms.
@@ -102,7 +103,7 @@ class SimulatorServer:
 
     def __init__(self, profile: VendorProfile, *, seed: int = 0, host: str = "127.0.0.1", port: int = 0) -> None:
         self.vendor: Final = make_vendor(profile, seed=seed)
-        self._socket = _listen(host, port)
+        self._socket = listen(host, port)
         name = f"[{host}]" if ":" in host else host
         self.url: Final = f"http://{name}:{self._socket.getsockname()[1]}"
         config = uvicorn.Config(make_app(self.vendor), log_level="error", access_log=False, backlog=2048)

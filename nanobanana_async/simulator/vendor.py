@@ -141,6 +141,7 @@ class Vendor:
         """Every request as `"POST /api/image/gen"`, in order of arrival."""
         self.leaks: list[str] = []
         """File requests that came with credentials. Must stay empty."""
+        self._spent = Decimal(0)
         self._rng = Random(seed)
         self._now_s = now_s
         self._paint = paint
@@ -148,7 +149,7 @@ class Vendor:
     @property
     def balance(self) -> Decimal:
         """Credits left on the account."""
-        return self.profile.balance - sum((charge.credits for charge in self.charges), Decimal(0))
+        return self.profile.balance - self._spent
 
     def handle(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
         """Answer one HTTP request. *url* is absolute; header names are lower case."""
@@ -204,6 +205,7 @@ class Vendor:
         self.tasks[task_id] = task
         charge = Charge(task_id=task_id, prompt=task.order.prompt, credits=profile.price, at_s=task.accepted_s)
         self.charges.append(charge)
+        self._spent += charge.credits
         return _json(200, {"code": 0, "message": "ok", "data": {"task_id": task_id}})
 
     def _ending(self, dice: float) -> str:

@@ -29,7 +29,7 @@ from nanobanana_async.tracking.watch import Entry, Origin, Statistics, Watch
 
 _log: Final = logging.getLogger("nanobanana_async")
 
-_GRAIN_S: Final = 0.05
+_GRAIN_S: Final = 0.2
 _WARN_AFTER: Final = 3
 _FINALS: Final = 1024
 """Finished tasks that are remembered, for those who ask late. Ones that carry their picture inline are not."""
@@ -68,7 +68,7 @@ class TaskTracker:
         self._host = host
         self._watched: dict[str, Entry] = {}
         self._finals: dict[str, Task] = {}
-        grain_s = min(_GRAIN_S, schedule.policy.min_s / 10)
+        grain_s = min(_GRAIN_S, schedule.policy.min_s / 2)
         self._looks: Agenda[Entry] = Agenda(grain_s)
         self._deadlines: Agenda[Watch] = Agenda(grain_s)
         self._waiting = 0

@@ -1,0 +1,133 @@
+"""One client of `outstanding.py`: so many jobs at once through one package with its stock settings.
+
+    python benchmarks/contestant.py NAME PORT JOBS LIMIT_S
+
+Prints one JSON object: when each job was noticed to be finished (by the machine's clock), what was raised
+instead, and what it cost. After LIMIT_S seconds it prints what it has, and ends.
+"""
+
+import asyncio
+import json
+import os
+import resource
+import sys
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
+
+from benchmarks.server import KEY
+from benchmarks.stall import StallMeter
+
+Job: TypeAlias = Callable[[], Awaitable[str]]
+
+
+def nanobanana_async(url: str) -> Job:
+    """Ours."""
+    from nanobanana_async import NanoBananaClient
+
+    client = NanoBananaClient(KEY, base_url=url)
+
+    async def job() -> str:
+        return (await client.generate("a job", timeout_s=3600)).task_id
+
+    return job
+
+
+def fal_client(url: str) -> Job:
+    """`AsyncClient.subscribe`: submit, then poll. The https:// of the queue is a constant, and the one thing patched."""
+    import fal_client
+    import fal_client.client
+
+    fal_client.client.QUEUE_URL_FORMAT = f"{url}/"
+    client = fal_client.AsyncClient(key="id:secret")
+
+    async def job() -> str:
+        return str((await client.subscribe("fal-ai/model", arguments={"prompt": "a job"}))["job"])
+
+    return job
+
+
+def replicate(url: str) -> Job:
+    """`predictions.async_create`, then `async_wait`."""
+    from replicate.client import Client
+
+    client = Client(api_token="x", base_url=url)  # noqa: S106 - a fake
+
+    async def job() -> str:
+        prediction = await client.predictions.async_create(model="o/m", input={"prompt": "a job"})
+        await prediction.async_wait()
+        return str(prediction.id)
+
+    return job
+
+
+def runwayml(url: str) -> Job:
+    """`text_to_image.create`, then `wait_for_task_output`."""
+    from runwayml import AsyncRunwayML
+
+    client = AsyncRunwayML(api_key="x", base_url=url)
+
+    async def job() -> str:
+        task = await client.text_to_image.create(model="gen4_image", prompt_text="a job", ratio="1920:1080")
+        return str((await task.wait_for_task_output()).id)
+
+    return job
+
+
+def openai(url: str) -> Job:
+    """`videos.create_and_poll`, its one way to submit and wait."""
+    from openai import AsyncOpenAI
+
+    client = AsyncOpenAI(api_key="x", base_url=f"{url}/v1")
+
+    async def job() -> str:
+        return str((await client.videos.create_and_poll(model="sora-2", prompt="a job")).id)
+
+    return job
+
+
+CLIENTS = {client.__name__: client for client in (nanobanana_async, openai, runwayml, replicate, fal_client)}
+
+
+async def compete(name: str, url: str, jobs: int, limit_s: float) -> None:
+    """Run all jobs at once, print the record, and leave."""
+    one = CLIENTS[name](url)
+    noticed_s: dict[str, float] = {}
+    errors: Counter[str] = Counter()
+    stalls = StallMeter()
+    cpu_s, wall_s = time.process_time(), time.monotonic()
+
+    async def run() -> None:
+        try:
+            task_id = await one()
+            noticed_s[task_id] = time.time()
+        except Exception as exc:  # noqa: BLE001 - whatever it is, it is counted
+            errors[type(exc).__name__] += 1
+
+    def report() -> None:
+        record = {
+            "noticed_s": noticed_s.copy(),
+            "errors": dict(errors),
+            "cpu_s": time.process_time() - cpu_s,
+            "wall_s": time.monotonic() - wall_s,
+            "rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "stall_s": stalls.longest_s,
+        }
+        print(json.dumps(record), flush=True)
+        os._exit(0)  # without a thousand goodbyes
+
+    timer = threading.Timer(limit_s, report)
+    timer.start()
+    meter = asyncio.ensure_future(stalls.run())
+    await asyncio.gather(*(run() for _ in range(jobs)))
+    meter.cancel()
+    report()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    contestant, port, many, limit = sys.argv[1:]
+    asyncio.run(compete(contestant, f"http://127.0.0.1:{port}", int(many), float(limit)))

@@ -1,0 +1,109 @@
+"""A thousand and ten thousand outstanding tasks over real sockets: ours, and what else there is, in one run.
+
+    python benchmarks/outstanding.py [--jobs 1000 10000] [--clients ...] [--latency 12] [--limit 300]
+
+Each client is a process of its own with its package's stock settings, and so is the server, which is made anew for
+each and gives the nth job the same time whoever sends it (lognormal, sigma 0.5). Needs the extra `bench`.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import urllib.request
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from benchmarks.contestant import CLIENTS
+
+ROOT: Final = Path(__file__).parent.parent
+
+
+@attrs.frozen(kw_only=True)
+class Result:
+    """What became of one client."""
+
+    name: str
+    jobs: int
+    finished: int
+    errors: dict[str, int]
+    cpu_s: float
+    wall_s: float
+    rss_mib: float
+    stall_s: float
+    delays_s: list[float]
+    """Sorted: how long after a job was final its caller knew."""
+    requests: float
+    """Polls per finished job."""
+
+
+def measure(name: str, jobs: int, latency_s: float, limit_s: float) -> Result:
+    """Run one client against a server of its own."""
+    python = [sys.executable, "-m"]
+    server = subprocess.Popen(
+        [*python, "benchmarks.server", "--latency", str(latency_s)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert server.stdout is not None  # noqa: S101 - it is a pipe
+    port = server.stdout.readline().strip()
+    try:
+        client = subprocess.run(
+            [*python, "benchmarks.contestant", name, port, str(jobs), str(limit_s)],
+            cwd=ROOT, check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/truth", timeout=60) as reply:
+            truth = json.load(reply)
+    finally:
+        server.communicate()
+    record = json.loads(client.stdout.splitlines()[-1])
+    noticed_s = record.pop("noticed_s")
+    polls = sum(polls for _, _, polls in truth.values()) / max(len(noticed_s), 1)
+    delays_s = sorted(at_s - truth[job][1] for job, at_s in noticed_s.items())
+    return Result(name=name, jobs=jobs, finished=len(noticed_s), delays_s=delays_s, requests=polls, **record)
+
+
+def show(result: Result, ours: Result | None) -> None:
+    """Print a line."""
+    try:
+        release = version(result.name.replace("_", "-"))
+    except PackageNotFoundError:
+        release = "?"
+    delays_s = result.delays_s or [float("nan")]
+    errors = ", ".join(f"{count} {name}" for name, count in result.errors.items())
+    ratio = "" if ours is None else f"{result.cpu_s / ours.cpu_s:6.1f}x"
+    print(
+        f"{result.name + ' ' + release:24} {result.finished:6d}/{result.jobs:<6d} {result.cpu_s:8.2f} {ratio:>7}"
+        f" {result.rss_mib:7.0f} {result.stall_s * 1e3:8.0f} {result.requests:6.2f}"
+        f" {statistics.median(delays_s):8.2f} {delays_s[int(0.95 * (len(delays_s) - 1))]:7.2f} {result.wall_s:7.0f}"
+        f"  {errors}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, nargs="+", default=[1000, 10_000])
+    parser.add_argument("--clients", nargs="+", choices=CLIENTS, default=list(CLIENTS))
+    parser.add_argument("--latency", type=float, default=12.0, help="median seconds per job")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds after which a client is stopped")
+    options = parser.parse_args()
+    for jobs in options.jobs:
+        print(f"\n{jobs} jobs at once, {options.latency:g} s each in the median, at most {options.limit:g} s in all")
+        print(
+            f"{'client':24} {'finished':>13} {'CPU s':>8} {'':>7} {'RSS MiB':>7} {'stall ms':>8} {'polls':>6}"
+            f" {'median s':>8} {'p95 s':>7} {'wall s':>7}  raised"
+        )
+        ours = None
+        for name in options.clients:
+            result = measure(name, jobs, options.latency, options.limit)
+            ours = ours or (result if name == "nanobanana_async" else None)
+            show(result, ours)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""What all clients of `outstanding.py` talk to: our simulator, which speaks four other vendors' protocols as well.
+
+    python benchmarks/server.py --latency 12 --seed 0
+
+One vendor draws the times for all of them, so the nth submit takes equally long whoever sends it. `GET /truth` says
+when each task was accepted and final, by the machine's clock, and how often it was asked about. Prints the
+port, and serves until its input ends.
+"""
+
+import argparse
+import json
+import sys
+import threading
+import time
+from collections import Counter
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount, Route
+
+from nanobanana_async.simulator import VendorProfile
+from nanobanana_async.simulator.app import listen, make_app, make_vendor
+from nanobanana_async.simulator.vendor import Vendor
+
+KEY = "dk-test"
+
+
+class Protocols:
+    """Submit and poll as fal, Replicate, Runway and OpenAI spell them, with the fields their packages insist on."""
+
+    def __init__(self, vendor: Vendor) -> None:
+        self.vendor = vendor
+        self.polls: Counter[str] = Counter()
+
+    def routes(self) -> list[Route]:
+        """Return the other vendors' paths."""
+        return [
+            Route("/truth", self.truth),
+            Route("/fal-ai/model", self.fal_submit, methods=["POST"]),
+            Route("/fal-ai/model/requests/{id}/status", self.fal_status),
+            Route("/fal-ai/model/requests/{id}", self.fal_result),
+            Route("/v1/models/{owner}/{name}/predictions", self.replicate_submit, methods=["POST"]),
+            Route("/v1/predictions/{id}", self.replicate_query),
+            Route("/v1/text_to_image", self.runway_submit, methods=["POST"]),
+            Route("/v1/tasks/{id}", self.runway_query),
+            Route("/v1/videos", self.openai_submit, methods=["POST"]),
+            Route("/v1/videos/{id}", self.openai_query),
+        ]
+
+    async def truth(self, _: Request) -> Response:
+        """Say what happened."""
+        began_s = time.time() - time.monotonic()  # a process of its own may have a monotonic clock of its own
+        return JSONResponse(
+            {
+                task.task_id: [began_s + task.accepted_s, began_s + task.final_s, self.polls[task.task_id]]
+                for task in self.vendor.tasks.values()
+            }
+        )
+
+    def accept(self) -> str:
+        """Take a job as the vendor would, and return its id."""
+        body = json.dumps({"prompt": "a job", "model": "m"}).encode()
+        answer = self.vendor.handle("POST", "http://x/api/image/gen", {"authorization": f"Bearer {KEY}"}, body)
+        return str(json.loads(answer.body)["data"]["task_id"])
+
+    def is_done(self, request: Request, *, poll: bool = True) -> tuple[str, bool]:
+        """Return the id asked about, and whether it is final."""
+        task = self.vendor.tasks[request.path_params["id"]]
+        self.polls[task.task_id] += poll
+        return task.task_id, time.monotonic() >= task.final_s
+
+    async def fal_submit(self, request: Request) -> Response:
+        """POST to the queue."""
+        job = self.accept()
+        url = f"{str(request.base_url).rstrip('/')}/fal-ai/model/requests/{job}"
+        urls = {"response_url": url, "status_url": f"{url}/status", "cancel_url": f"{url}/cancel"}
+        return JSONResponse({"status": "IN_QUEUE", "request_id": job, "queue_position": 0, **urls})
+
+    async def fal_status(self, request: Request) -> Response:
+        """GET the status."""
+        job, done = self.is_done(request)
+        return JSONResponse({"status": "COMPLETED" if done else "IN_PROGRESS", "request_id": job, "logs": None})
+
+    async def fal_result(self, request: Request) -> Response:
+        """GET the result."""
+        return JSONResponse({"job": self.is_done(request, poll=False)[0], "images": []})
+
+    async def replicate_submit(self, _: Request) -> Response:
+        """POST a prediction."""
+        return JSONResponse(self.prediction(self.accept(), done=False), 201)
+
+    async def replicate_query(self, request: Request) -> Response:
+        """GET a prediction."""
+        job, done = self.is_done(request)
+        return JSONResponse(self.prediction(job, done=done))
+
+    @staticmethod
+    def prediction(job: str, *, done: bool) -> dict[str, object]:
+        """Return a prediction."""
+        status = "succeeded" if done else "processing"
+        return {"id": job, "model": "o/m", "version": "v", "input": {}, "output": [] if done else None, "status": status}
+
+    async def runway_submit(self, _: Request) -> Response:
+        """POST a task."""
+        return JSONResponse({"id": self.accept(), "estimatedCost": {"credits": 5}})
+
+    async def runway_query(self, request: Request) -> Response:
+        """GET a task."""
+        job, done = self.is_done(request)
+        state: dict[str, object] = {"status": "RUNNING", "progress": 0.5}
+        if done:
+            state = {"status": "SUCCEEDED", "output": ["https://files.example/x.png"], "cost": {"credits": 5}}
+        return JSONResponse({"id": job, "createdAt": "2026-01-01T00:00:00.000Z", **state})
+
+    async def openai_submit(self, request: Request) -> Response:
+        """POST a video, as multipart form data."""
+        await request.body()
+        return JSONResponse(self.video(self.accept(), "queued"))
+
+    async def openai_query(self, request: Request) -> Response:
+        """GET a video."""
+        job, done = self.is_done(request)
+        return JSONResponse(self.video(job, "completed" if done else "in_progress"))
+
+    @staticmethod
+    def video(job: str, status: str) -> dict[str, object]:
+        """Return a video."""
+        fixed = {"object": "video", "created_at": 0, "model": "sora-2", "seconds": "4", "size": "720x1280"}
+        return {"id": job, "status": status, "progress": 0, "prompt": "p", **fixed}
+
+
+def counted(app: Starlette, protocols: Protocols) -> Starlette:
+    """Return an app with all protocols, that counts our own polls too."""
+
+    async def query(request: Request) -> Response:
+        protocols.polls[request.query_params["task_id"]] += 1
+        handle = protocols.vendor.handle("GET", str(request.url), dict(request.headers), b"")
+        return Response(handle.body, handle.status, dict(handle.headers), handle.media_type)
+
+    return Starlette(routes=[*protocols.routes(), Route("/api/task/query", query), Mount("/", app)])
+
+
+def main() -> None:
+    """Parse and serve."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--latency", type=float, default=12.0)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    vendor = make_vendor(VendorProfile(median_s=options.latency), seed=options.seed)
+    socket = listen("127.0.0.1", 0)
+    # Idle connections are kept for longer than any client keeps them, or the two race.
+    config = uvicorn.Config(
+        counted(make_app(vendor), Protocols(vendor)), log_level="error", access_log=False, backlog=4096,
+        timeout_keep_alive=75, lifespan="off",
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    print(socket.getsockname()[1], flush=True)
+
+    def until_eof() -> None:
+        sys.stdin.read()
+        server.should_exit = True
+
+    threading.Thread(target=until_eof, daemon=True).start()
+    server.run(sockets=[socket])
+
+
+if __name__ == "__main__":
+    main()
