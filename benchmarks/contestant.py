@@ -37,7 +37,7 @@ def nanobanana_async(url: str) -> Job:
 
 
 def fal_client(url: str) -> Job:
-    """`AsyncClient.subscribe`: submit, then poll. The https:// of the queue is a constant, and the one thing patched."""
+    """`AsyncClient.subscribe`: submit, then poll. Its https:// is a constant, and the one thing that is patched."""
     import fal_client
     import fal_client.client
 
@@ -122,7 +122,12 @@ async def compete(name: str, url: str, jobs: int, limit_s: float) -> None:
     timer = threading.Timer(limit_s, report)
     timer.start()
     meter = asyncio.ensure_future(stalls.run())
-    await asyncio.gather(*(run() for _ in range(jobs)))
+    started = []
+    for number in range(jobs):
+        started.append(asyncio.ensure_future(run()))
+        if number % 100 == 99:  # a loop of ten thousand would be a stall of our own making
+            await asyncio.sleep(0)
+    await asyncio.gather(*started)
     meter.cancel()
     report()
 

@@ -100,7 +100,14 @@ class Protocols:
     def prediction(job: str, *, done: bool) -> dict[str, object]:
         """Return a prediction."""
         status = "succeeded" if done else "processing"
-        return {"id": job, "model": "o/m", "version": "v", "input": {}, "output": [] if done else None, "status": status}
+        return {
+            "id": job,
+            "model": "o/m",
+            "version": "v",
+            "input": {},
+            "output": [] if done else None,
+            "status": status,
+        }
 
     async def runway_submit(self, _: Request) -> Response:
         """POST a task."""

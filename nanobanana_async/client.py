@@ -221,10 +221,12 @@ class NanoBananaClient:
             request = attrs.evolve(prompt, **options)
         else:
             request = GenerationRequest(prompt, **options)
-        await self._host.ensure()
+        done = await self._api.submit(request, self._with_references, give_up_at_s=give_up_at_s)
+        return self._handle(done, request)
+
+    async def _with_references(self, request: GenerationRequest) -> GenerationRequest:
         images = await as_references(request.images, max_bytes=self._limits.reference_bytes)
-        ready = request if images == request.images else attrs.evolve(request, images=images)
-        return self._handle(await self._api.submit(ready, give_up_at_s=give_up_at_s), request)
+        return request if images == request.images else attrs.evolve(request, images=images)
 
     def _handle(self, done: Submitted, request: GenerationRequest) -> "TaskHandle":
         origin = Origin(submitted_at_s=anyio.current_time(), model=request.model)

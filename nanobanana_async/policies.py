@@ -61,7 +61,7 @@ class PollPolicy:
     learn.
     """
 
-    look_price_s: float = attrs.field(default=0.22, validator=gt(0))
+    look_price_s: float = attrs.field(default=0.24, validator=gt(0))
     """What one look is worth: it is taken when the seconds that the picture may have been waiting, times the chance
     that it is, add up to this. Four times the price halves the looks and doubles the delay."""
     min_s: float = attrs.field(default=0.5, validator=gt(0))
@@ -115,7 +115,7 @@ class Limits:
     """Pictures on their way to memory or disk."""
     requests_per_s: float = attrs.field(default=300.0, validator=gt(0))
     """API requests (submits and queries together) per second, averaged."""
-    burst: int = attrs.field(default=20, validator=ge(1))
+    burst: int = attrs.field(default=30, validator=ge(1))
     """API requests that may leave at once after a quiet time."""
     image_bytes: int = attrs.field(default=50 * 2**20, validator=ge(1))
     """Largest picture that is downloaded."""

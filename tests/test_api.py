@@ -58,10 +58,15 @@ async def running(
             await host.aclose(drain_s=100)
 
 
+async def as_it_is(request: GenerationRequest) -> GenerationRequest:
+    """Prepare nothing: there are no images."""
+    return request
+
+
 async def submit(transport: ScriptedTransport, *, resubmit: Resubmit = "envelope") -> Submitted:
     """Submit one request and return what came of it."""
     async with running(transport, retry=RetryPolicy(resubmit=resubmit)) as api:
-        return await api.submit(FOX, give_up_at_s=math.inf)
+        return await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
 
 
 async def test_an_accepted_submit_returns_its_task_id() -> None:
@@ -158,7 +163,7 @@ async def test_a_wait_that_exceeds_the_time_left_is_raised_at_once() -> None:
     async with running(script(refused(429, retry_after="200")), timeouts=Timeouts(submit_s=30)) as api:
         start_s = anyio.current_time()
         with pytest.raises(RateLimited) as caught:
-            await api.submit(FOX, give_up_at_s=math.inf)
+            await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
         assert anyio.current_time() - start_s < 1
         assert caught.value.retry_after_s == 200
 
@@ -174,7 +179,7 @@ async def test_submits_in_flight_are_bounded() -> None:
     limits = Limits(submits=3, requests_per_s=1000, burst=100)
     async with running(transport, limits=limits) as api, anyio.create_task_group() as group:
         for _ in range(20):
-            group.start_soon(lambda: api.submit(FOX, give_up_at_s=math.inf))
+            group.start_soon(lambda: api.submit(FOX, as_it_is, give_up_at_s=math.inf))
     assert (transport.most_in_flight, submits(transport.requests)) == (3, 20)
 
 
@@ -193,7 +198,7 @@ async def test_cancelling_the_caller_does_not_tear_a_post_on_the_wire(caplog: py
     transport = script(slow_answer(5))
     async with running(transport) as api:
         with anyio.move_on_after(1):
-            await api.submit(FOX, give_up_at_s=math.inf)
+            await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
         assert transport.in_flight == 1
         await anyio.sleep(10)
         assert transport.in_flight == 0
@@ -205,21 +210,21 @@ async def test_a_caller_cancelled_while_queueing_has_paid_nothing() -> None:
     transport = script(slow_answer(5))
     async with running(transport, limits=Limits(submits=1)) as api:
         async with anyio.create_task_group() as group:
-            group.start_soon(lambda: api.submit(FOX, give_up_at_s=math.inf))
+            group.start_soon(lambda: api.submit(FOX, as_it_is, give_up_at_s=math.inf))
             await anyio.sleep(1)
             with anyio.move_on_after(1):
-                await api.submit(FOX, give_up_at_s=math.inf)
+                await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
         assert submits(transport.requests) == 1
-        await api.submit(FOX, give_up_at_s=math.inf)
+        await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
 
 
 async def test_giving_up_while_queueing_says_that_nothing_was_sent() -> None:
     """The caller's time ended before its turn."""
     async with running(script(slow_answer(50)), limits=Limits(submits=1)) as api, anyio.create_task_group() as group:
-        group.start_soon(lambda: api.submit(FOX, give_up_at_s=math.inf))
+        group.start_soon(lambda: api.submit(FOX, as_it_is, give_up_at_s=math.inf))
         await anyio.sleep(1)
         with pytest.raises(NotSent, match="nothing was sent"):
-            await api.submit(FOX, give_up_at_s=anyio.current_time() + 2)
+            await api.submit(FOX, as_it_is, give_up_at_s=anyio.current_time() + 2)
         group.cancel_scope.cancel()
 
 
@@ -227,7 +232,7 @@ async def test_giving_up_on_a_post_on_the_wire_is_unknown(caplog: pytest.LogCapt
     """It may be paid, and it runs on."""
     async with running(script(slow_answer(5))) as api:
         with pytest.raises(SubmissionUnknown, match="it runs on"):
-            await api.submit(FOX, give_up_at_s=anyio.current_time() + 1)
+            await api.submit(FOX, as_it_is, give_up_at_s=anyio.current_time() + 1)
     assert "ta-late" in caplog.text
 
 
@@ -239,7 +244,7 @@ async def test_closing_waits_for_the_post_on_the_wire() -> None:
     ids = []
 
     async def caller() -> None:
-        ids.append((await api.submit(FOX, give_up_at_s=math.inf)).task_id)
+        ids.append((await api.submit(FOX, as_it_is, give_up_at_s=math.inf)).task_id)
 
     async with anyio.create_task_group() as group:
         group.start_soon(caller)
@@ -257,7 +262,7 @@ async def test_closing_does_not_wait_for_ever() -> None:
 
     async def caller() -> None:
         try:
-            await api.submit(FOX, give_up_at_s=math.inf)
+            await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
         except NanoBananaError as exc:
             errors.append(exc)
 
@@ -340,7 +345,7 @@ async def test_a_definite_refusal_stops_further_submits_at_once(step: WireReply)
 
         async def one() -> None:
             try:
-                await api.submit(FOX, give_up_at_s=math.inf)
+                await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
             except NanoBananaError as exc:
                 errors.append(type(exc))
 
@@ -359,18 +364,18 @@ async def test_a_refused_account_is_tried_again_every_half_minute_and_recovers()
         for pause_s, posts in ((0, 1), (1, 1), (30, 2), (1, 2)):
             await anyio.sleep(pause_s)
             with pytest.raises(InsufficientCredits):
-                await api.submit(FOX, give_up_at_s=math.inf)
+                await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
             assert submits(transport.requests) == posts
         await anyio.sleep(30)
         for _ in range(3):
-            assert (await api.submit(FOX, give_up_at_s=math.inf)).task_id == "ta-1"
+            assert (await api.submit(FOX, as_it_is, give_up_at_s=math.inf)).task_id == "ta-1"
 
 
 async def test_polls_go_on_while_submits_are_stopped() -> None:
     """What is paid is fetched."""
     async with running(script(refused(402), done())) as api:
         with pytest.raises(InsufficientCredits):
-            await api.submit(FOX, give_up_at_s=math.inf)
+            await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
         assert (await api.query("ta-1")).is_final
 
 
@@ -388,7 +393,7 @@ async def test_running_out_of_time_after_a_possible_charge_is_not_called_unsent(
     """The vendor's 500 may have been charged; the second try never had its turn."""
     async with running(script(refused(500), slow_answer(50)), limits=Limits(submits=1, burst=1)) as api:
         with pytest.raises((ServiceUnavailable, SubmissionUnknown)):
-            await api.submit(FOX, give_up_at_s=anyio.current_time() + 3)
+            await api.submit(FOX, as_it_is, give_up_at_s=anyio.current_time() + 3)
 
 
 async def test_a_hook_that_fails_does_not_stop_the_client(caplog: pytest.LogCaptureFixture) -> None:
@@ -400,9 +405,9 @@ async def test_a_hook_that_fails_does_not_stop_the_client(caplog: pytest.LogCapt
 
         api.on_orphan = hook
         with anyio.move_on_after(0.5):
-            await api.submit(FOX, give_up_at_s=math.inf)
+            await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
         await anyio.sleep(1)
-        assert (await api.submit(FOX, give_up_at_s=math.inf)).task_id == "ta-late"
+        assert (await api.submit(FOX, as_it_is, give_up_at_s=math.inf)).task_id == "ta-late"
     assert caplog.text.count("on_orphan failed for task ta-late") == 1
 
 
@@ -412,7 +417,7 @@ async def test_a_submit_cut_off_by_closing_is_logged(caplog: pytest.LogCaptureFi
     endpoint = Endpoint.of(Key("dk-test"), "https://api.example")
     api = Api(script(slow_answer(500)), host, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts())
     with anyio.move_on_after(1):
-        await api.submit(FOX, give_up_at_s=math.inf)
+        await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
     await host.aclose(drain_s=1)
     assert "may have been charged" in caplog.text
 
@@ -421,7 +426,7 @@ async def test_a_submit_cancelled_between_two_tries_leaves_a_record(caplog: pyte
     """The first one may have been charged, and nobody else will tell."""
     async with running(script(refused(500)), limits=Limits(requests_per_s=0.1, burst=1)) as api:
         with anyio.move_on_after(5):
-            await api.submit(FOX, give_up_at_s=math.inf)
+            await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
     assert "cancelled between two tries; the last one ended so: no (HTTP 500, code 1)" in caplog.text
 
 
@@ -435,7 +440,7 @@ async def test_closing_between_two_tries_tells_how_the_last_one_ended() -> None:
 
     async def caller() -> None:
         try:
-            await api.submit(FOX, give_up_at_s=math.inf)
+            await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
         except NanoBananaError as exc:
             errors.append(type(exc))
 

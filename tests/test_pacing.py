@@ -1,5 +1,7 @@
 """Who may send, and when: the bucket, the hush, the quota, and every spelling of Retry-After."""
 
+from random import Random
+
 import anyio
 import pytest
 from hypothesis import given
@@ -57,9 +59,16 @@ async def departures(pacer: Pacer, count: int) -> list[float]:
 @pytest.mark.anyio
 @pytest.mark.virtual_time
 async def test_a_burst_leaves_at_once_and_the_rest_at_the_rate() -> None:
-    """Ten per second, three at once: 0, 0, 0, then one every tenth of a second."""
+    """Ten per second, three at once: 0, 0, 0, then ten a second in company, at most half a burst of it."""
     times_s = await departures(Pacer(10, 3), 8)
-    assert times_s == pytest.approx([0, 0, 0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    assert times_s == pytest.approx([0, 0, 0, 0.2, 0.2, 0.4, 0.4, 0.6])
+
+
+@pytest.mark.anyio
+@pytest.mark.virtual_time
+async def test_without_a_burst_they_leave_one_by_one() -> None:
+    """Company is a use of the burst, not an addition to it."""
+    assert await departures(Pacer(10, 1), 4) == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
 @pytest.mark.anyio
@@ -69,16 +78,71 @@ async def test_quiet_time_is_saved_up_to_the_burst_and_no_further() -> None:
     pacer = Pacer(10, 3)
     await departures(pacer, 5)
     await anyio.sleep(3600)
-    assert await departures(pacer, 5) == pytest.approx([0, 0, 0, 0.1, 0.2])
+    assert await departures(pacer, 5) == pytest.approx([0, 0, 0, 0.2, 0.2])
 
 
 @pytest.mark.anyio
 @pytest.mark.virtual_time
 async def test_a_hush_stops_everyone_and_ends_without_a_herd() -> None:
-    """After a 429, those who waited go out one gap apart."""
+    """After a 429, those who waited go out at the rate, not in a burst."""
     pacer = Pacer(10, 3)
     pacer.hush(5)
-    assert await departures(pacer, 6) == pytest.approx([5.0, 5.1, 5.2, 5.3, 5.4, 5.5])
+    assert await departures(pacer, 6) == pytest.approx([5.1, 5.1, 5.3, 5.3, 5.5, 5.5])
+
+
+@pytest.mark.anyio
+@pytest.mark.virtual_time
+async def test_trouble_halves_the_rate_once_however_many_requests_met_it() -> None:
+    """Sixty-four answers of 429 to requests sent together are one piece of news."""
+    pacer = Pacer(64, 8)
+    sent_s = anyio.current_time()
+    await anyio.sleep(1)
+    assert [pacer.slow(sent_s) for _ in range(64)].count(True) == 1
+    assert pacer.rate == 32
+
+
+@pytest.mark.anyio
+@pytest.mark.virtual_time
+async def test_under_lasting_trouble_the_rate_ends_at_one_request_a_second_and_not_at_none() -> None:
+    """Somebody has to find out that it is over."""
+    pacer = Pacer(64, 8)
+    for _ in range(20):
+        await anyio.sleep(1)
+        pacer.slow(anyio.current_time())
+    assert pacer.rate == 1
+    await pacer.permit()
+    times_s = await departures(pacer, 60)
+    assert 40 <= times_s[-1] <= 80
+
+
+@pytest.mark.anyio
+@pytest.mark.virtual_time
+async def test_after_trouble_the_rate_comes_back_by_a_factor_of_e_in_ten_seconds() -> None:
+    """Successes give it back, so a service that stays away gets no more requests."""
+    pacer = Pacer(100, 8)
+    for _ in range(20):
+        await anyio.sleep(1)
+        pacer.slow(anyio.current_time())
+    start_s, rates = anyio.current_time(), []
+    while pacer.rate < 100:
+        await pacer.permit()
+        pacer.quicken()
+        rates.append((anyio.current_time() - start_s, pacer.rate))
+    at_ten = min(rates, key=lambda point: abs(point[0] - 10))[1]
+    assert 2 <= at_ten <= 4
+    assert 35 <= rates[-1][0] <= 60
+
+
+@pytest.mark.anyio
+@pytest.mark.virtual_time
+async def test_clients_that_met_the_same_trouble_do_not_march_in_step() -> None:
+    """Gaps are left to chance while the rate is below its best."""
+    gaps: list[set[float]] = []
+    for seed in (1, 2):
+        pacer = Pacer(10, 1, Random(seed))
+        pacer.slow(anyio.current_time())
+        gaps.append({round(time_s, 3) for time_s in await departures(pacer, 20)})
+    assert len(gaps[0] & gaps[1]) <= 3
 
 
 @pytest.mark.anyio

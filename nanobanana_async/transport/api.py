@@ -3,11 +3,11 @@
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from decimal import Decimal
 from functools import partial
 from random import Random
-from typing import Final, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -23,7 +23,6 @@ from nanobanana_async.errors import (
     NotSent,
     RateLimited,
     ServiceUnavailable,
-    SubmissionUnknown,
     TransportError,
 )
 from nanobanana_async.models import GenerationRequest, Task
@@ -32,12 +31,14 @@ from nanobanana_async.transport import codec
 from nanobanana_async.transport.base import ExchangeFailed, Phase, Transport, WireReply, WireRequest
 from nanobanana_async.transport.endpoint import Endpoint
 from nanobanana_async.transport.pacing import Breaker, Pacer, RetryQuota, retry_after_s
-from nanobanana_async.transport.verdicts import Outcome, Repeat, Row, Verdict, judge
+from nanobanana_async.transport.verdicts import Outcome, Repeat, Row, Verdict, judge, story, submit_error
 
 T = TypeVar("T")
+Prepare: TypeAlias = Callable[[GenerationRequest], Awaitable[GenerationRequest]]
 
 _log: Final = logging.getLogger("nanobanana_async")
 
+_NO_TURN: Final = "the time was up before the submit had its turn; nothing was sent"
 _OUTAGE: Final = 3
 """So many requests in a row that bring no answer are trouble of the service, not of one task."""
 
@@ -80,14 +81,18 @@ class Api:
         self._hushes = 0
         self._failures = 0
         self._submit_gate = anyio.Lock(fast_acquire=True)
+        self._admissions = anyio.Semaphore(limits.submits)
+        """For submits from preparing to outcome. A slot, below, is for the exchange, which may outlive its caller."""
         self._submit_slots = anyio.Semaphore(limits.submits)
         self._poll_slots = anyio.Semaphore(limits.polls)
 
-    async def submit(self, request: GenerationRequest, *, give_up_at_s: float) -> Submitted:
+    async def submit(self, request: GenerationRequest, prepare: Prepare, *, give_up_at_s: float) -> Submitted:
         """Ask for one picture and return its task id.
 
-        *give_up_at_s* (on the event loop's clock) bounds the waiting. Cancelling, or giving up, while the POST is on
-        the wire does not tear it: it runs to its end in the background, and an id it brings is logged.
+        *prepare* makes the images of *request* strings. It is called when the submit is let in, so that those who
+        queue cost little, however large their images. *give_up_at_s* (on the event loop's clock) bounds the waiting.
+        Cancelling, or giving up, while the POST is on the wire does not tear it: it runs to its end in the background,
+        and an id it brings is logged.
 
         Raises:
             NotSent: Nothing was charged: no connection, or no turn by *give_up_at_s*.
@@ -96,24 +101,16 @@ class Api:
             ConfigurationError: It can never work like this.
         """
         await self._host.ensure()
-        size_bytes = sum(len(image) for image in request.images if isinstance(image, str))
-        encode = partial(codec.encode_submit, self._endpoint.base_url, request)
-        wire = self._signed(await _where_it_fits(size_bytes, encode))
-        tries, duplicates, done_by_s = 0, 0, math.inf
-        error: NanoBananaError = NotSent("the time was up before the submit had its turn; nothing was sent")
-        while await self._next_try(error, tries, min(give_up_at_s, done_by_s)):
-            tries += 1
-            done_by_s = min(done_by_s, anyio.current_time() + self._timeouts.submit_s)
-            outcome = await self._post(wire, request, give_up_at_s=give_up_at_s, done_by_s=done_by_s)
-            row = judge(outcome)
-            if row.verdict is Verdict.ACCEPTED:
-                return _accepted(outcome, duplicates)
-            error = _submit_error(outcome, row, duplicates, self._endpoint.base_url)
-            if not self._may_repeat(row, tries):
-                break
-            duplicates += row.repeat.may_pay_twice
-            _log.info("submit: try %d ended as %r (%s); trying again", tries, row.name, row.verdict.value)
-        raise error
+        if not await _acquired(self._admissions, give_up_at_s):
+            raise NotSent(_NO_TURN)
+        try:
+            ready = await prepare(request)
+            size_bytes = sum(len(image) for image in ready.images if isinstance(image, str))
+            encode = partial(codec.encode_submit, self._endpoint.base_url, ready)
+            wire = self._signed(await _where_it_fits(size_bytes, encode))
+            return await self._submit(wire, request, give_up_at_s)
+        finally:
+            self._admissions.release()
 
     async def query(self, task_id: str) -> Task:
         """Return how the task stands, retrying within `Timeouts.query_s`.
@@ -137,7 +134,12 @@ class Api:
 
     async def take_turn(self) -> None:
         """Wait for a poll slot and for the pacer. `look` gives the slot back, or else `drop_turn`."""
-        await self._turn(self._poll_slots, math.inf)
+        await self._poll_slots.acquire()
+        try:
+            await self._pacer.permit()
+        except BaseException:
+            self._poll_slots.release()
+            raise
 
     def drop_turn(self) -> None:
         """Give the poll slot back unused."""
@@ -149,6 +151,25 @@ class Api:
         return await self._get(wire, partial(codec.decode_task, task_id=task_id), self._timeouts.query_s)
 
     # --- how they travel --------------------------------------------------------------------------------------------
+
+    async def _submit(self, wire: WireRequest, request: GenerationRequest, give_up_at_s: float) -> Submitted:
+        tries, duplicates, done_by_s = 0, 0, math.inf
+        error: NanoBananaError = NotSent(_NO_TURN)
+        while await self._next_try(error, tries, min(give_up_at_s, done_by_s)):
+            tries += 1
+            done_by_s = min(done_by_s, anyio.current_time() + self._timeouts.submit_s)
+            outcome = await self._post(wire, request, give_up_at_s=give_up_at_s, done_by_s=done_by_s)
+            row = judge(outcome)
+            if row.verdict is Verdict.ACCEPTED:
+                return _accepted(outcome, duplicates)
+            error = submit_error(outcome, row, duplicates, self._endpoint.base_url)
+            if isinstance(error, ApiError) and outcome.reply is not None:
+                error.retry_after_s = retry_after_s(outcome.reply.headers)
+            if not self._may_repeat(row, tries):
+                break
+            duplicates += row.repeat.may_pay_twice
+            _log.info("submit: try %d ended as %r (%s); trying again", tries, row.name, row.verdict.value)
+        raise error
 
     def _signed(self, wire: WireRequest) -> WireRequest:
         return attrs.evolve(wire, headers={**self._endpoint.headers, **wire.headers})
@@ -205,7 +226,7 @@ class Api:
         """Keep a paid id from being lost with its caller: the log is the last place that can hold it."""
         row = judge(outcome)
         if row.verdict is Verdict.UNKNOWN:
-            _log.warning("a submit whose caller had gone may have been charged: %s", _story(outcome))
+            _log.warning("a submit whose caller had gone may have been charged: %s", story(outcome))
         if row.verdict is not Verdict.ACCEPTED:
             return
         submitted = _accepted(outcome, 0)
@@ -338,6 +359,14 @@ class Api:
         return True
 
 
+async def _acquired(slots: anyio.Semaphore, deadline_s: float) -> bool:
+    """Take a slot; False when the deadline came first."""
+    with anyio.CancelScope(deadline=deadline_s):
+        await slots.acquire()
+        return True
+    return False
+
+
 async def _where_it_fits(size_bytes: int, work: Callable[[], T]) -> T:
     """Do *work* here, or in a thread if it is about a lot of bytes."""
     return await anyio.to_thread.run_sync(work) if size_bytes > _LARGE_BYTES else work()
@@ -346,32 +375,7 @@ async def _where_it_fits(size_bytes: int, work: Callable[[], T]) -> T:
 def _accepted(outcome: Outcome, duplicates: int) -> Submitted:
     task_id = outcome.envelope.task_id or ""  # the row guarantees one
     if outcome.failure is not None or not outcome.envelope.ok:
-        _log.warning("task %s was accepted, though the answer was odd: %s", task_id, _story(outcome))
+        _log.warning("task %s was accepted, though the answer was odd: %s", task_id, story(outcome))
     if duplicates:
         _log.warning("task %s: earlier tries that may have been charged as well: %d", task_id, duplicates)
     return Submitted(task_id, duplicates)
-
-
-def _submit_error(outcome: Outcome, row: Row, duplicates: int, base_url: str) -> NanoBananaError:
-    """Return the public error for a submit that brought no task id."""
-    story = _story(outcome)
-    if row.verdict is Verdict.REJECTED and outcome.reply is not None:
-        error = codec.refusal(outcome.reply, outcome.envelope)
-        error.retry_after_s = retry_after_s(outcome.reply.headers)
-        error.possible_duplicates = duplicates
-        return error
-    if row.verdict is Verdict.NOT_SENT and not duplicates:
-        if outcome.permanent:
-            return ConfigurationError(f"{base_url} cannot be reached like this: {story}")
-        return NotSent(f"the submit did not reach {base_url}, and nothing was charged: {story}")
-    return SubmissionUnknown(
-        f"the submit may have been charged, and no task id is known: {story}. Sending it again may pay twice; "
-        "the balance before and after tells whether it was charged",
-        status=outcome.reply.status if outcome.reply is not None else None,
-        sent_again=duplicates,
-    )
-
-
-def _story(outcome: Outcome) -> str:
-    said = "" if outcome.reply is None else f"HTTP {outcome.reply.status} {outcome.envelope.message}".strip()
-    return "; ".join(filter(None, (str(outcome.failure or "").rstrip("."), said)))

@@ -70,14 +70,14 @@ class Pacer:
         """Return when one request may leave. Cancelling gives up the place in the line, at no cost to the others."""
         async with self._line:
             # Asked again after each sleep, for a hush may have begun meanwhile.
-            while (wait_s := self._full_at_s - self._slack_s - anyio.current_time()) > 0:  # noqa: ASYNC110 - time passes by itself
+            while (wait_s := self._full_at_s - self._slack_s - anyio.current_time()) > _ROUNDING_S:  # noqa: ASYNC110 - time passes by itself
                 await anyio.sleep(wait_s + self._group_s)
             self._full_at_s = max(self._full_at_s, anyio.current_time()) + self._gap_s()
 
     @property
     def _group_s(self) -> float:
         """How long permits pile up before they are given out together: company saves CPU, see `Agenda`."""
-        return min(_GROUP_S, self._slack_s) if self.rate == self._best else 0.0
+        return min(_GROUP_S, self._slack_s / 2) if self.rate == self._best else 0.0
 
     def _gap_s(self) -> float:
         return 1 / self.rate if self.rate == self._best else self._rng.uniform(0.5, 1.5) / self.rate
@@ -108,6 +108,7 @@ class Pacer:
         return max(0.0, self._quiet_until_s - anyio.current_time())
 
 
+_ROUNDING_S: Final = 1e-6
 _GROUP_S: Final = 0.1
 _SLOWEST: Final = 1.0
 _REGAIN: Final = 0.1

@@ -10,7 +10,14 @@ from typing import Final, TypeAlias
 
 import attrs
 
-from nanobanana_async.errors import AuthenticationError, InsufficientCredits
+from nanobanana_async.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    InsufficientCredits,
+    NanoBananaError,
+    NotSent,
+    SubmissionUnknown,
+)
 from nanobanana_async.transport.base import ExchangeFailed, Phase, WireReply
 from nanobanana_async.transport.codec import Envelope, refusal
 
@@ -125,3 +132,28 @@ TABLE: Final = (
 def judge(outcome: Outcome) -> Row:
     """Return the row that decides about *outcome*; the table is total."""
     return next(row for row in TABLE if row.test(outcome))
+
+
+def submit_error(outcome: Outcome, row: Row, duplicates: int, base_url: str) -> NanoBananaError:
+    """Return the public error for a submit that brought no task id."""
+    told = story(outcome)
+    if row.verdict is Verdict.REJECTED and outcome.reply is not None:
+        error = refusal(outcome.reply, outcome.envelope)
+        error.possible_duplicates = duplicates
+        return error
+    if row.verdict is Verdict.NOT_SENT and not duplicates:
+        if outcome.permanent:
+            return ConfigurationError(f"{base_url} cannot be reached like this: {told}")
+        return NotSent(f"the submit did not reach {base_url}, and nothing was charged: {told}")
+    return SubmissionUnknown(
+        f"the submit may have been charged, and no task id is known: {told}. Sending it again may pay twice; "
+        "the balance before and after tells whether it was charged",
+        status=outcome.reply.status if outcome.reply is not None else None,
+        sent_again=duplicates,
+    )
+
+
+def story(outcome: Outcome) -> str:
+    """Return what is known of *outcome*, in words."""
+    said = "" if outcome.reply is None else f"HTTP {outcome.reply.status} {outcome.envelope.message}".strip()
+    return "; ".join(filter(None, (str(outcome.failure or "").rstrip("."), said)))
