@@ -22,7 +22,16 @@ import httpx
 from nanobanana_async.models import http_url_fault
 from nanobanana_async.transport.addresses import is_public, resolve
 from nanobanana_async.transport.base import Errand, ExchangeFailed, Phase, Sink, WireReply, WireRequest
-from nanobanana_async.transport.lanes import DirectLane, Lane, LentLane, Opened, ProxyLane, Target, check_client
+from nanobanana_async.transport.lanes import (
+    DirectLane,
+    Lane,
+    LentLane,
+    Opened,
+    ProxyLane,
+    Target,
+    check_client,
+    load_engine,
+)
 
 if TYPE_CHECKING:
     import httpx2
@@ -197,6 +206,7 @@ class HttpTransport:
                 return lane
             await lane.aclose()
         proxy = self._proxy_for(request.url)
+        await load_engine()
         try:
             tls = _NO_TLS if proxy is None and request.url.startswith("http://") else await self._tls_context()
             return DirectLane(target.url, tls) if proxy is None else ProxyLane(proxy, tls)

@@ -6,18 +6,21 @@ and so is a client that was handed in.
 """
 
 import ssl
+import sys
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from importlib import import_module
 from typing import TYPE_CHECKING, Final, Protocol
 
 import anyio
+import anyio.to_thread
 import attrs
-import httpcore
 import httpx
 
 from nanobanana_async.errors import ConfigurationError
 from nanobanana_async.transport.base import WireRequest
 
 if TYPE_CHECKING:
+    import httpcore
     import httpx2
 
 _GOODBYE_S: Final = 2.0
@@ -96,12 +99,22 @@ def _headers(request: WireRequest, target: Target) -> dict[str, str]:
     return headers
 
 
-def _core_url(url: httpx.URL) -> httpcore.URL:
+async def load_engine() -> None:
+    """Import httpcore off the loop. It takes a tenth of a second, most of it trio's, so nobody does it in passing."""
+    if "httpcore" not in sys.modules:
+        await anyio.to_thread.run_sync(import_module, "httpcore")
+
+
+def _core_url(url: httpx.URL) -> "httpcore.URL":
+    import httpcore  # noqa: PLC0415 - see `load_engine`
+
     return httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
 
 
-def _core_request(request: WireRequest, target: Target, extensions: dict[str, object]) -> httpcore.Request:
+def _core_request(request: WireRequest, target: Target, extensions: dict[str, object]) -> "httpcore.Request":
     # Built in a call of its own, so that no frame of a suspended exchange has the headers among its variables.
+    import httpcore  # noqa: PLC0415 - the same
+
     headers = [(name.encode("ascii"), value.encode("ascii")) for name, value in _headers(request, target).items()]
     return httpcore.Request(
         request.method, _core_url(target.url), headers=headers, content=_Body(request.body), extensions=extensions
@@ -109,9 +122,11 @@ def _core_request(request: WireRequest, target: Target, extensions: dict[str, ob
 
 
 class DirectLane:
-    """One connection of ours."""
+    """One connection of ours. Only after `load_engine`."""
 
     def __init__(self, url: httpx.URL, tls: ssl.SSLContext) -> None:
+        import httpcore  # noqa: PLC0415 - the same
+
         origin = _core_url(url).origin
         self._connection = httpcore.AsyncHTTPConnection(origin, ssl_context=tls, keepalive_expiry=_KEEP_ALIVE_S)
 
