@@ -12,7 +12,7 @@ added up to the price of a look: the least t with  integral from a to t of P(don
 For a constant rate h that is a pause of sqrt(2 price / h), the law of optimum checking schedules (Keller, Management
 Science 21, 1974; Barlow, Hunter and Proschan, J. SIAM 11, 1963), which spends the fewest looks for a given mean delay.
 Looking whenever P(done) has grown by a fixed share, the obvious rule, is as good where completion times have one peak,
-and needs a fifth more looks where they have two (`benchmarks/schedule.py`).
+and needs a tenth more looks where they have two (`benchmarks/schedule.py`).
 """
 
 import math

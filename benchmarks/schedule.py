@@ -1,0 +1,219 @@
+"""When to look: polls per picture against notice delay, learned against fixed intervals and back-off.
+
+    python -m benchmarks.schedule [--tasks 4000] [--plot benchmarks/schedule.svg]
+
+Pure arithmetic over the schedule that the tracker uses, two hundred tasks at a time, from a cold start. "x fixed" is
+how many times more requests the best fixed interval needs for the same mean delay, read off the curve of all fixed
+intervals at the same latencies. Two schedules know the latencies beforehand: one looks whenever the chance that a
+task is done has grown by a fifth, the other is the optimum, by dynamic programming over looks at multiples of 0.1 s.
+"""
+
+import argparse
+import heapq
+import math
+import statistics
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Final, TypeAlias
+
+import attrs
+
+from nanobanana_async import PollPolicy
+from nanobanana_async.tracking.schedule import Schedule
+
+Draw: TypeAlias = Callable[[Random], float]
+
+MODEL: Final = "m"
+AT_ONCE: Final = 200
+GRAIN_S: Final = 0.1
+PRICES_S: Final = (0.06, 0.12, 0.24, 0.5, 1.0, 2.0)
+INTERVALS_S: Final = tuple(0.25 * 1.25**k for k in range(24))
+
+
+def lognormal(median_s: float, sigma: float) -> Draw:
+    """Return draws from one peak."""
+    return lambda rng: median_s * math.exp(sigma * rng.gauss(0, 1))
+
+
+def bimodal(rng: Random) -> float:
+    """Draw from two peaks: most pictures quick, some queued."""
+    return lognormal(12, 0.2)(rng) if rng.random() < 0.7 else lognormal(60, 0.25)(rng)
+
+
+LATENCIES: Final = {"lognormal, median 20 s": lognormal(20, 0.5), "bimodal, 12 s and 60 s": bimodal}
+
+
+@attrs.frozen
+class Outcome:
+    """What a schedule came to."""
+
+    looks: float
+    mean_s: float
+    p95_s: float
+
+    @classmethod
+    def of(cls, looks: Sequence[int], delays_s: Sequence[float]) -> "Outcome":
+        """Summarise one run."""
+        return cls(statistics.fmean(looks), statistics.fmean(delays_s), sorted(delays_s)[int(0.95 * len(delays_s))])
+
+
+def simulate(policy: PollPolicy, draw: Draw, tasks: int, *, seed: int) -> Outcome:
+    """Watch *tasks* tasks, `AT_ONCE` at a time, each started when another has ended."""
+    rng = Random(seed)
+    schedule = Schedule(policy, Random(seed + 1))
+    due: list[tuple[float, int, float, float, float, int]] = []
+    looks: list[int] = []
+    delays_s: list[float] = []
+    started = 0
+
+    def start(now_s: float) -> None:
+        nonlocal started
+        pause_s = schedule.jittered_s(schedule.pause_s(MODEL, 0.0, 0))
+        heapq.heappush(due, (now_s + pause_s, started, now_s, draw(rng), 0.0, 0))
+        started += 1
+
+    for number in range(min(AT_ONCE, tasks)):
+        start(number * 0.02)
+    while due:
+        now_s, number, born_s, latency_s, last_s, taken = heapq.heappop(due)
+        age_s, taken = now_s - born_s, taken + 1
+        done = age_s >= latency_s
+        schedule.learn(MODEL, last_s, age_s, done=done)
+        if done:
+            looks.append(taken)
+            delays_s.append(age_s - latency_s)
+            if started < tasks:
+                start(now_s)
+        else:
+            pause_s = schedule.jittered_s(schedule.pause_s(MODEL, age_s, taken))
+            heapq.heappush(due, (now_s + pause_s, number, born_s, latency_s, age_s, taken))
+    return Outcome.of(looks, delays_s)
+
+
+def known(draw: Draw) -> list[float]:
+    """Return the share of tasks that are done, at multiples of `GRAIN_S`."""
+    rng = Random(9)
+    sample = sorted(draw(rng) for _ in range(20_000))
+    return [bisect_left(sample, k * GRAIN_S) / len(sample) for k in range(int(sample[-1] / GRAIN_S) + 2)]
+
+
+def score(looks_at: Sequence[float], draw: Draw) -> Outcome:
+    """Return what looks at the same ages of every task come to."""
+    rng = Random(5)
+    ages = [draw(rng) for _ in range(20_000)]
+    index = [min(bisect_left(looks_at, age), len(looks_at) - 1) for age in ages]
+    return Outcome.of([i + 1 for i in index], [looks_at[i] - age for i, age in zip(index, ages, strict=True)])
+
+
+def optimum(draw: Draw, price_s: float) -> Outcome:
+    """Return the schedule with the least price * looks + delay, if the latencies are known."""
+    done = known(draw)
+    size, reach = len(done), int(PollPolicy().max_s / GRAIN_S)
+    done += [1.0] * reach
+    summed = [0.0]
+    for share in done:
+        summed.append(summed[-1] + share * GRAIN_S)
+    cost, following = [0.0] * (size + reach), [0] * size
+    for k in range(size - 1, -1, -1):
+        cost[k], following[k] = min(
+            (price_s * (1 - done[k]) + summed[j] - summed[k] - done[k] * (j - k) * GRAIN_S + cost[j], j)
+            for j in range(k + 1, k + reach)
+        )
+    looks_at, k = [], 0
+    while k < size:
+        k = following[k]
+        looks_at.append(k * GRAIN_S)
+    return score(looks_at, draw)
+
+
+def by_share(draw: Draw, share: float) -> Outcome:
+    """Return the schedule that looks whenever *share* of what was unfinished should be done, for known latencies."""
+    done = known(draw)
+    reach = int(PollPolicy().max_s / GRAIN_S)
+    looks_at, k = [], 0
+    while k < len(done):
+        k = min(max(bisect_left(done, done[k] + share * (1 - done[k])), k + 5), k + reach)
+        looks_at.append(k * GRAIN_S)
+    return score(looks_at, draw)
+
+
+def fixed_looks(curve: Sequence[Outcome], mean_s: float) -> float:
+    """Return the looks of the fixed interval with that mean delay, between the measured ones on logarithmic scales."""
+    for one, other in pairwise(curve):
+        if one.mean_s <= mean_s <= other.mean_s:
+            share = math.log(mean_s / one.mean_s) / math.log(other.mean_s / one.mean_s)
+            return math.exp((1 - share) * math.log(one.looks) + share * math.log(other.looks))
+    raise ValueError(f"no fixed interval was measured near a mean delay of {mean_s:.2f} s")
+
+
+def first_fifty(draw: Draw, curve: Sequence[Outcome]) -> float:
+    """Return how many times more requests the best fixed interval needs for the very first fifty tasks."""
+    runs = [simulate(PollPolicy(), draw, 50, seed=seed) for seed in range(100, 200)]
+    mean_s = statistics.fmean(run.mean_s for run in runs)
+    return fixed_looks(curve, mean_s) / statistics.fmean(run.looks for run in runs)
+
+
+def plot(points: dict[str, dict[str, list[Outcome]]], file: Path) -> None:
+    """Draw polls against delay, one panel per distribution."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "nanobanana"  # the same picture each time
+    import matplotlib.pyplot as plt
+
+    styles = {"fixed": "o-", "back-off": "s", "learned": "D-", "optimum": "--"}
+    colours = {"fixed": "#8a8f98", "back-off": "#c2762b", "learned": "#1769aa", "optimum": "#3c9d5b"}
+    figure, panels = plt.subplots(1, len(points), figsize=(10, 4.2), sharey=True)
+    for panel, (name, series) in zip(panels, points.items(), strict=True):
+        for label, outcomes in series.items():
+            ordered = sorted(outcomes, key=lambda outcome: outcome.mean_s)
+            x, y = [o.mean_s for o in ordered], [o.looks for o in ordered]
+            panel.plot(x, y, styles[label], label=label, color=colours[label], markersize=4)
+        panel.set(xscale="log", yscale="log", xlim=(0.4, 6), ylim=(2, 30), xlabel="mean notice delay, s", title=name)
+        panel.set_xticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
+        panel.set_yticks([2, 3, 5, 10, 20, 30], ["2", "3", "5", "10", "20", "30"])
+        panel.minorticks_off()
+        panel.grid(color="#dddddd", linewidth=0.6)
+    panels[0].set_ylabel("polls per picture")
+    panels[-1].legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(file, metadata={"Date": None})
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", type=int, default=4000)
+    parser.add_argument("--plot", type=Path, help="an SVG to write; needs the extra `bench`")
+    options = parser.parse_args()
+    points: dict[str, dict[str, list[Outcome]]] = {}
+    for name, draw in LATENCIES.items():
+        print(f"\n{name:24} {'polls':>6} {'mean s':>7} {'p95 s':>6} {'x fixed':>8}")
+        curve = [simulate(PollPolicy.fixed(s, jitter=0), draw, options.tasks, seed=1) for s in INTERVALS_S]
+
+        def show(label: str, outcome: Outcome, curve: Sequence[Outcome] = curve) -> None:
+            ratio = fixed_looks(curve, outcome.mean_s) / outcome.looks
+            print(f"{label:24} {outcome.looks:6.2f} {outcome.mean_s:7.2f} {outcome.p95_s:6.2f} {ratio:7.2f}x")
+
+        for pause_s in (1.0, 2.0, 5.0):
+            show(f"fixed {pause_s:g} s", simulate(PollPolicy.fixed(pause_s, jitter=0), draw, options.tasks, seed=1))
+        backoff = simulate(PollPolicy.backoff(), draw, options.tasks, seed=1)
+        show("back-off 8, 2.5 x 1.3", backoff)
+        learned = [simulate(PollPolicy(look_price_s=p), draw, options.tasks, seed=1) for p in PRICES_S]
+        for price_s, outcome in zip(PRICES_S, learned, strict=True):
+            default = " (default)" if price_s == PollPolicy().look_price_s else ""
+            show(f"learned {price_s:g} s{default}", outcome)
+        show("0.2 likelier (known)", by_share(draw, 0.2))
+        best = [optimum(draw, price_s) for price_s in PRICES_S]
+        show("optimum (known)", best[2])
+        print(f"the very first 50 tasks: {first_fifty(draw, curve):.2f}x fixed")
+        points[name] = {"fixed": curve, "back-off": [backoff], "learned": learned, "optimum": best}
+    if options.plot:
+        plot(points, options.plot)
+
+
+if __name__ == "__main__":
+    main()
