@@ -1,10 +1,12 @@
 """What one poll costs: ours against plain httpx, aiohttp and a raw socket loop, with so many in flight.
 
-    python -m benchmarks.polls [--polls 4000] [--in-flight 64]
+    python -m benchmarks.polls [--polls 4000] [--in-flight 64] [--delays 0.1 0]
 
-All ask the same server, in a process of its own, about the same unfinished task; CPU seconds are the client's. Ours is
-the whole way: pacer, transport, decoding, snapshot. "In company" and "alone" are polls at two hundred per second that
-leave in groups of twenty, and one by one: why the tracker and the pacer let what is due wait for company.
+Once with a server that takes a tenth of a second to answer, as one across a network does, and once with one that
+answers at once, so that few of the requests are really in flight together. It is the same server for all, in a process
+of its own, and they ask about the same unfinished task; CPU is the client's. Ours is the whole way: pacer, transport,
+decoding, snapshot. "In company" and "alone" are polls at two hundred per second that leave in groups of twenty, and one
+by one: why the tracker and the pacer let what is due wait for company.
 """
 
 import argparse
@@ -128,17 +130,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--polls", type=int, default=4000)
     parser.add_argument("--in-flight", type=int, default=64)
+    parser.add_argument(
+        "--delays", type=float, nargs="+", default=[0.1, 0.0], help="seconds the server takes to answer"
+    )
     options = parser.parse_args()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.server", "--latency", "1e6"],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert server.stdout is not None  # noqa: S101 - it is a pipe
-    try:
-        port = server.stdout.readline().strip()
-        asyncio.run(measure(f"http://127.0.0.1:{port}", options.polls, options.in_flight))
-    finally:
-        server.communicate()
+    for delay_s in options.delays:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.server", "--latency", "1e6", "--delay", str(delay_s)],
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert server.stdout is not None  # noqa: S101 - it is a pipe
+        try:
+            port = server.stdout.readline().strip()
+            print(f"\nanswers take {delay_s:g} s")
+            asyncio.run(measure(f"http://127.0.0.1:{port}", options.polls, options.in_flight))
+        finally:
+            server.communicate()
 
 
 if __name__ == "__main__":

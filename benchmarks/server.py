@@ -14,6 +14,7 @@ import threading
 import time
 from collections import Counter
 
+import anyio
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -138,10 +139,11 @@ class Protocols:
         return {"id": job, "status": status, "progress": 0, "prompt": "p", **fixed}
 
 
-def counted(app: Starlette, protocols: Protocols) -> Starlette:
+def counted(app: Starlette, protocols: Protocols, delay_s: float) -> Starlette:
     """Return an app with all protocols, that counts our own polls too."""
 
     async def query(request: Request) -> Response:
+        await anyio.sleep(delay_s)
         protocols.polls[request.query_params["task_id"]] += 1
         handle = protocols.vendor.handle("GET", str(request.url), dict(request.headers), b"")
         return Response(handle.body, handle.status, dict(handle.headers), handle.media_type)
@@ -153,13 +155,14 @@ def main() -> None:
     """Parse and serve."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latency", type=float, default=12.0)
+    parser.add_argument("--delay", type=float, default=0.0, help="seconds our own queries take to be answered")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     vendor = make_vendor(VendorProfile(median_s=options.latency), seed=options.seed)
     socket = listen("127.0.0.1", 0)
     # Idle connections are kept for longer than any client keeps them, or the two race.
     config = uvicorn.Config(
-        counted(make_app(vendor), Protocols(vendor)), log_level="error", access_log=False, backlog=4096,
+        counted(make_app(vendor), Protocols(vendor), options.delay), log_level="error", access_log=False, backlog=4096,
         timeout_keep_alive=75, lifespan="off",
     )  # fmt: skip
     server = uvicorn.Server(config)

@@ -126,20 +126,21 @@ class TaskTracker:
         entry = self._watched.get(task_id)
         if entry is None:
             now_s = anyio.current_time()
+            is_ours = origin.submitted_at_s is not None
             born_s = now_s - FOREIGN_AGE_S if origin.submitted_at_s is None else origin.submitted_at_s
-            entry = self._watched[task_id] = Entry(task_id, origin, born_s)
+            entry = self._watched[task_id] = Entry(task_id, origin.model, born_s, is_ours)
             self._plan(entry)
             if not self._running:
                 self._running = True
                 self._host.start_soon(self._run)
         watch = Watch(entry)
-        entry.watches.append(watch)
+        entry.watches += (watch,)
         return watch
 
     def leave(self, watch: Watch) -> None:
         """End *watch*; the last to leave ends the looking."""
         watch.due_s = math.inf
-        watch.entry.watches.remove(watch)
+        watch.entry.watches = tuple(other for other in watch.entry.watches if other is not watch)
         if not watch.entry.watches:
             self._drop(watch.entry)
 
@@ -244,13 +245,13 @@ class TaskTracker:
         schedule = self._schedule
         if entry.task is not None and entry.task.status is TaskStatus.UNKNOWN:
             return schedule.jittered_s(schedule.policy.max_s)
-        model, age_s = entry.origin.model, now_s - entry.born_s
-        pause_s = schedule.pause_s(model, age_s, entry.looks)
+        age_s = now_s - entry.born_s
+        pause_s = schedule.pause_s(entry.model, age_s, entry.looks)
         self._wanted_per_s -= entry.wanted_per_s
         entry.wanted_per_s = 1 / max(pause_s, schedule.policy.min_s)
         self._wanted_per_s += entry.wanted_per_s
         if (pressure := self._pressure()) > 1:
-            pause_s = schedule.pause_s(model, age_s, entry.looks, pressure)
+            pause_s = schedule.pause_s(entry.model, age_s, entry.looks, pressure)
         return schedule.jittered_s(pause_s)
 
     async def _run(self) -> None:
@@ -317,9 +318,9 @@ class TaskTracker:
         now_s = anyio.current_time()
         self._failures = 0
         entry.there_s, entry.late_since_s, entry.late_looks, entry.trouble = now_s, math.inf, 0, None
-        if entry.is_ours and entry.origin.model is not None:
+        if entry.is_ours and entry.model is not None:
             age_s = now_s - entry.born_s
-            self._schedule.learn(entry.origin.model, entry.unfinished_s, age_s, done=task.is_final)
+            self._schedule.learn(entry.model, entry.unfinished_s, age_s, done=task.is_final)
             entry.unfinished_s = age_s
         known = entry.task
         if known is None or newer(known.status, task.status) is task.status:

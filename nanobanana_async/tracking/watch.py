@@ -23,15 +23,17 @@ class Origin:
     model: str | None = None
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, weakref_slot=False)
 class Entry:
-    """One watched task."""
+    """One watched task. There may be a million of them, so it holds no container that it need not."""
 
     task_id: str
-    origin: Origin
+    model: str | None
     born_s: float
     """When it was submitted; a guess when that was elsewhere."""
-    watches: "list[Watch]" = attrs.field(factory=list)
+    is_ours: bool
+    """Whether this client submitted it, so that its age is known."""
+    watches: "tuple[Watch, ...]" = ()
     due_s: float = math.inf
     """When it is next looked at; infinity while a look is under way."""
     wanted_per_s: float = 0.0
@@ -56,11 +58,6 @@ class Entry:
     late_looks: int = 0
 
     @property
-    def is_ours(self) -> bool:
-        """Whether this client submitted it, so that its age is known."""
-        return self.origin.submitted_at_s is not None
-
-    @property
     def is_final(self) -> bool:
         """Whether its last snapshot will never change again."""
         return self.task is not None and self.task.is_final
@@ -78,7 +75,7 @@ class Entry:
         return True
 
 
-@attrs.define(eq=False)
+@attrs.define(eq=False, weakref_slot=False)
 class Watch:
     """One who is interested in a task. Costs nothing but itself until `bell` is waited for."""
 

@@ -1,0 +1,99 @@
+"""What a watched task costs: memory and CPU per task, with so many watched at once.
+
+    python -m benchmarks.watched [--watched 1000 10000 100000 1000000]
+
+One tracker, in a process of its own for each number, watches tasks that have just been submitted; the clock jumps
+instead of waiting, and an in-memory source answers. Memory is what the process has grown by, garbage collected, per
+task, id included. Then a minute passes, in which looks fall due; CPU is per look and, all in all, per watched task.
+"""
+
+import argparse
+import asyncio
+import gc
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+import anyio
+
+from nanobanana_async import PollPolicy, Task, TaskStatus
+from nanobanana_async._host import Host
+from nanobanana_async.tracking.schedule import Schedule
+from nanobanana_async.tracking.tracker import TaskTracker
+from nanobanana_async.tracking.watch import Origin
+from tests.virtual_time import VirtualLoop
+
+ROOT: Final = Path(__file__).parent.parent
+POLLS_PER_S: Final = 1000.0
+MINUTE_S: Final = 60.0
+
+
+class Source:
+    """Answers at once that the task is still in progress, a thousand times a second."""
+
+    polls_per_s = POLLS_PER_S
+
+    async def take_turn(self) -> None:
+        """Wait for the next thousandth of a second."""
+        await anyio.sleep(1 / POLLS_PER_S)
+
+    def drop_turn(self) -> None:
+        """Do nothing."""
+
+    async def look(self, task_id: str) -> Task:
+        """Answer."""
+        return Task(task_id=task_id, status=TaskStatus.IN_PROGRESS)
+
+
+def resident_bytes() -> int:
+    """Return the process's resident memory now, as Linux tells it."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+async def measure(watched: int) -> None:
+    """Watch so many tasks and print a line."""
+    host = Host()
+    await host.ensure()
+    tracker = TaskTracker(Source(), Schedule(PollPolicy()), host)
+    gc.collect()
+    before = resident_bytes()
+    cpu_s = time.process_time()
+    now_s = anyio.current_time()
+    for number in range(watched):
+        tracker.watch(f"ta{number:08d}-1234-1234-1234-123456789abc", Origin(submitted_at_s=now_s, model="m"))
+    watch_us = (time.process_time() - cpu_s) / watched * 1e6
+    gc.collect()
+    size = (resident_bytes() - before) / watched
+    cpu_s = time.process_time()
+    await anyio.sleep(MINUTE_S)
+    cpu_s = time.process_time() - cpu_s
+    polls = tracker.statistics().polls
+    print(
+        f"{watched:9,d} {size:9.0f} {watch_us:10.1f} {polls:9,d} {cpu_s / max(polls, 1) * 1e6:12.0f}"
+        f" {cpu_s / watched * 1e6:14.1f}",
+        flush=True,
+    )
+    tracker.close()
+    await host.aclose(drain_s=1)
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--watched", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+            runner.run(measure(options.one))
+        return
+    print(f"{'watched':>9} {'bytes':>9} {'us to watch':>10} {'looks/min':>9} {'us per look':>12} {'us/task/min':>14}")
+    for watched in options.watched:
+        subprocess.run([sys.executable, "-m", "benchmarks.watched", "--one", str(watched)], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main()
