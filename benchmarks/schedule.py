@@ -9,38 +9,23 @@ task is done has grown by a fifth, the other is the optimum, by dynamic programm
 """
 
 import argparse
-import heapq
 import math
 import statistics
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from random import Random
-from typing import Final, TypeAlias
+from typing import Final
 
 import attrs
 
 from nanobanana_async import PollPolicy
-from nanobanana_async.tracking.schedule import Schedule
+from tests.learning import Draw, bimodal, lognormal, simulate
 
-Draw: TypeAlias = Callable[[Random], float]
-
-MODEL: Final = "m"
-AT_ONCE: Final = 200
 GRAIN_S: Final = 0.1
 PRICES_S: Final = (0.06, 0.12, 0.24, 0.5, 1.0, 2.0)
 INTERVALS_S: Final = tuple(0.25 * 1.25**k for k in range(24))
-
-
-def lognormal(median_s: float, sigma: float) -> Draw:
-    """Return draws from one peak."""
-    return lambda rng: median_s * math.exp(sigma * rng.gauss(0, 1))
-
-
-def bimodal(rng: Random) -> float:
-    """Draw from two peaks: most pictures quick, some queued."""
-    return lognormal(12, 0.2)(rng) if rng.random() < 0.7 else lognormal(60, 0.25)(rng)
 
 
 LATENCIES: Final = {"lognormal, median 20 s": lognormal(20, 0.5), "bimodal, 12 s and 60 s": bimodal}
@@ -60,37 +45,9 @@ class Outcome:
         return cls(statistics.fmean(looks), statistics.fmean(delays_s), sorted(delays_s)[int(0.95 * len(delays_s))])
 
 
-def simulate(policy: PollPolicy, draw: Draw, tasks: int, *, seed: int) -> Outcome:
-    """Watch *tasks* tasks, `AT_ONCE` at a time, each started when another has ended."""
-    rng = Random(seed)
-    schedule = Schedule(policy, Random(seed + 1))
-    due: list[tuple[float, int, float, float, float, int]] = []
-    looks: list[int] = []
-    delays_s: list[float] = []
-    started = 0
-
-    def start(now_s: float) -> None:
-        nonlocal started
-        pause_s = schedule.jittered_s(schedule.pause_s(MODEL, 0.0, 0))
-        heapq.heappush(due, (now_s + pause_s, started, now_s, draw(rng), 0.0, 0))
-        started += 1
-
-    for number in range(min(AT_ONCE, tasks)):
-        start(number * 0.02)
-    while due:
-        now_s, number, born_s, latency_s, last_s, taken = heapq.heappop(due)
-        age_s, taken = now_s - born_s, taken + 1
-        done = age_s >= latency_s
-        schedule.learn(MODEL, last_s, age_s, done=done)
-        if done:
-            looks.append(taken)
-            delays_s.append(age_s - latency_s)
-            if started < tasks:
-                start(now_s)
-        else:
-            pause_s = schedule.jittered_s(schedule.pause_s(MODEL, age_s, taken))
-            heapq.heappush(due, (now_s + pause_s, number, born_s, latency_s, age_s, taken))
-    return Outcome.of(looks, delays_s)
+def run(policy: PollPolicy, draw: Draw, tasks: int, *, seed: int = 1) -> Outcome:
+    """Watch *tasks* tasks, two hundred at a time."""
+    return Outcome.of(*simulate(policy, draw, tasks, seed=seed))
 
 
 def known(draw: Draw) -> list[float]:
@@ -151,7 +108,7 @@ def fixed_looks(curve: Sequence[Outcome], mean_s: float) -> float:
 
 def first_fifty(draw: Draw, curve: Sequence[Outcome]) -> float:
     """Return how many times more requests the best fixed interval needs for the very first fifty tasks."""
-    runs = [simulate(PollPolicy(), draw, 50, seed=seed) for seed in range(100, 200)]
+    runs = [run(PollPolicy(), draw, 50, seed=seed) for seed in range(100, 200)]
     mean_s = statistics.fmean(run.mean_s for run in runs)
     return fixed_looks(curve, mean_s) / statistics.fmean(run.looks for run in runs)
 
@@ -192,17 +149,17 @@ def main() -> None:
     points: dict[str, dict[str, list[Outcome]]] = {}
     for name, draw in LATENCIES.items():
         print(f"\n{name:24} {'polls':>6} {'mean s':>7} {'p95 s':>6} {'x fixed':>8}")
-        curve = [simulate(PollPolicy.fixed(s, jitter=0), draw, options.tasks, seed=1) for s in INTERVALS_S]
+        curve = [run(PollPolicy.fixed(s, jitter=0), draw, options.tasks) for s in INTERVALS_S]
 
         def show(label: str, outcome: Outcome, curve: Sequence[Outcome] = curve) -> None:
             ratio = fixed_looks(curve, outcome.mean_s) / outcome.looks
             print(f"{label:24} {outcome.looks:6.2f} {outcome.mean_s:7.2f} {outcome.p95_s:6.2f} {ratio:7.2f}x")
 
         for pause_s in (1.0, 2.0, 5.0):
-            show(f"fixed {pause_s:g} s", simulate(PollPolicy.fixed(pause_s, jitter=0), draw, options.tasks, seed=1))
-        backoff = simulate(PollPolicy.backoff(), draw, options.tasks, seed=1)
+            show(f"fixed {pause_s:g} s", run(PollPolicy.fixed(pause_s, jitter=0), draw, options.tasks))
+        backoff = run(PollPolicy.backoff(), draw, options.tasks)
         show("back-off 8, 2.5 x 1.3", backoff)
-        learned = [simulate(PollPolicy(look_price_s=p), draw, options.tasks, seed=1) for p in PRICES_S]
+        learned = [run(PollPolicy(look_price_s=p), draw, options.tasks) for p in PRICES_S]
         for price_s, outcome in zip(PRICES_S, learned, strict=True):
             default = " (default)" if price_s == PollPolicy().look_price_s else ""
             show(f"learned {price_s:g} s{default}", outcome)
