@@ -1,13 +1,11 @@
 """One coroutine watches any number of tasks within a bounded set of polls."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from functools import partial
 from itertools import pairwise
 from random import Random
 
 import anyio
-import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,78 +24,11 @@ from nanobanana_async import (
     TaskUnfinished,
     TransportError,
 )
-from nanobanana_async._host import Host
 from nanobanana_async.tracking.schedule import Schedule, has_vanished, newer
-from nanobanana_async.tracking.tracker import TaskTracker
 from nanobanana_async.tracking.watch import Origin
+from tests.tracking import Service, every, finished_after, task, tracking
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
-
-
-def task(status: TaskStatus | str, task_id: str = "ta-1") -> Task:
-    """Return a snapshot."""
-    return Task(task_id=task_id, status=TaskStatus(status))
-
-
-@attrs.define
-class Service:
-    """A source of snapshots: what it answers follows from the id and the time since it began."""
-
-    answer: Callable[[str, float], Task | Exception]
-    slots: int = 64
-    delay_s: float = 0.01
-    looks: list[tuple[float, str]] = attrs.field(factory=list)
-    in_flight: int = 0
-    most_in_flight: int = 0
-    polls_per_s: float = 1e6
-    _semaphore: anyio.Semaphore = attrs.field(init=False)
-    _start_s: float = attrs.field(init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self._semaphore = anyio.Semaphore(self.slots)
-        self._start_s = anyio.current_time()
-
-    async def take_turn(self) -> None:
-        """Wait for a slot."""
-        await self._semaphore.acquire()
-
-    def drop_turn(self) -> None:
-        """Give it back."""
-        self._semaphore.release()
-
-    async def look(self, task_id: str) -> Task:
-        """Answer after a while."""
-        self.looks.append((anyio.current_time() - self._start_s, task_id))
-        self.in_flight += 1
-        self.most_in_flight = max(self.most_in_flight, self.in_flight)
-        try:
-            await anyio.sleep(self.delay_s)
-            answer = self.answer(task_id, anyio.current_time() - self._start_s)
-        finally:
-            self.in_flight -= 1
-            self._semaphore.release()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
-@asynccontextmanager
-async def tracking(service: Service, **policy: float) -> AsyncIterator[TaskTracker]:
-    """Run a tracker over *service*."""
-    host = Host()
-    settings = {"first_s": 1.0, "pause_s": 1.0, "factor": 1.0, "cap_s": 1.0, "jitter": 0.0, **policy}
-    tracker = TaskTracker(service, Schedule(PollPolicy.backoff(**settings)), host)
-    try:
-        yield tracker
-    finally:
-        tracker.close()
-        with anyio.CancelScope(shield=True):
-            await host.aclose(drain_s=1)
-
-
-def finished_after(seconds: float) -> Callable[[str, float], Task]:
-    """Return an answer that is in progress for so long, and then a success."""
-    return lambda task_id, now_s: task("success" if now_s >= seconds else "in_progress", task_id)
 
 
 async def test_a_wait_ends_with_the_final_snapshot() -> None:
@@ -152,8 +83,7 @@ async def test_no_due_task_is_starved_by_the_others() -> None:
 async def test_ten_thousand_tasks_are_watched_without_ten_thousand_coroutines() -> None:
     """Waiters aside, the tracker is one coroutine and the looks that are under way."""
     service = Service(finished_after(30), slots=16, delay_s=0.001)
-    policy = {"pause_s": 30.0, "cap_s": 30.0}
-    async with tracking(service, **policy) as tracker, anyio.create_task_group() as group:
+    async with tracking(service, every(30.0, first_s=1.0)) as tracker, anyio.create_task_group() as group:
         for number in range(10_000):
             group.start_soon(partial(tracker.wait, f"ta-{number}", timeout_s=3600))
         await anyio.sleep(5)
@@ -257,7 +187,7 @@ async def test_our_own_fresh_task_may_be_invisible_for_a_while() -> None:
 
 async def test_our_own_task_that_stays_away_is_gone_after_minutes_not_at_once() -> None:
     """Three late 404s over five minutes."""
-    async with tracking(Service(lambda *_: TaskNotFound("task not found")), cap_s=30, pause_s=30) as tracker:
+    async with tracking(Service(lambda *_: TaskNotFound("task not found")), every(30.0, first_s=1.0)) as tracker:
         start_s = anyio.current_time()
         with pytest.raises(TaskNotFound):
             await tracker.wait("ta-1", timeout_s=3600, origin=Origin(submitted_at_s=start_s))
@@ -297,7 +227,7 @@ async def test_updates_show_each_status_once_and_never_backwards() -> None:
 async def test_those_who_leave_early_leave_nothing_in_the_plan() -> None:
     """Twenty thousand short waits do not become twenty thousand items that nobody looks at."""
     service = Service(finished_after(1e6))
-    async with tracking(service, first_s=1000.0, cap_s=1000.0) as tracker:
+    async with tracking(service, every(1000.0)) as tracker:
         for _ in range(20_000):
             with anyio.move_on_after(0):
                 await tracker.wait("ta-1", timeout_s=600, origin=Origin(submitted_at_s=anyio.current_time()))
@@ -333,7 +263,7 @@ async def test_leaving_updates_half_way_ends_the_looking() -> None:
 async def test_a_task_submitted_elsewhere_is_looked_at_at_once() -> None:
     """It may have been finished for hours."""
     service = Service(finished_after(0))
-    async with tracking(service, first_s=100.0) as tracker:
+    async with tracking(service, every(first_s=100.0)) as tracker:
         await tracker.wait("ta-1", timeout_s=600)
     assert service.looks == [(0.0, "ta-1")]
 
@@ -358,7 +288,7 @@ async def test_closing_ends_every_wait_with_the_task_id() -> None:
 async def test_a_task_due_earlier_than_all_others_wakes_the_scheduler() -> None:
     """A long sleep is cut short by whoever comes later and is due sooner."""
     service = Service(finished_after(0))
-    async with tracking(service, first_s=100.0) as tracker, anyio.create_task_group() as group:
+    async with tracking(service, every(first_s=100.0)) as tracker, anyio.create_task_group() as group:
         new = Origin(submitted_at_s=anyio.current_time())
         group.start_soon(partial(tracker.wait, "ta-late", timeout_s=600, origin=new))
         await anyio.sleep(10)

@@ -8,6 +8,8 @@ import selectors
 from collections.abc import Mapping
 from typing import Any
 
+import sniffio
+import trio.lowlevel
 import trio.testing
 
 
@@ -42,3 +44,15 @@ def backend_options(name: str) -> Mapping[str, Any]:
     if name == "trio":
         return {"clock": trio.testing.MockClock(autojump_threshold=0)}
     return {"loop_factory": VirtualLoop}
+
+
+def jump(seconds: float) -> None:
+    """Move the clock forward while the loop stands still, as a suspend or a blocked loop does."""
+    if sniffio.current_async_library() == "trio":
+        clock = trio.lowlevel.current_clock()
+        assert isinstance(clock, trio.testing.MockClock)
+        clock.jump(seconds)
+    else:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        loop.now_s += seconds

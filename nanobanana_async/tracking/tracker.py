@@ -355,7 +355,7 @@ class TaskTracker:
             entry.late_since_s = min(entry.late_since_s, now_s)
             entry.late_looks += 1
             if has_vanished(entry.late_looks, now_s - entry.late_since_s):
-                self._end(entry, exc)
+                self._end(entry, _vanished(entry, exc))
                 return
         entry.trouble = exc
         self._plan(entry)
@@ -366,3 +366,10 @@ def _about(exc: NanoBananaError, task_id: str) -> NanoBananaError:
     mine.args = (str(exc).replace(exc.task_id or task_id, task_id),)
     mine.task_id = task_id
     return mine
+
+
+def _vanished(entry: Entry, exc: TaskNotFound) -> TaskNotFound:
+    last = "it never showed" if entry.task is None else f"it was last {entry.task.status}"
+    was = "was accepted and may have been charged" if entry.is_ours else "was there"
+    what = f"task {entry.task_id} {was}, and the service no longer knows it ({last}): {exc}"
+    return TaskNotFound(what, status=exc.status, code=exc.code, task_id=entry.task_id)
