@@ -206,7 +206,7 @@ def test_an_interrupt_leaves_no_traceback_and_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, code: int, first: str
 ) -> None:
     """What is paid is named, with the command that fetches it; and that command works."""
-    with SimulatorServer(VendorProfile(median_s=0.8, sigma=0, invisible_s=0)) as server:
+    with SimulatorServer(VendorProfile(median_s=0.2, sigma=0, invisible_s=0)) as server:
         monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
         monkeypatch.setenv("DEFAPI_API_KEY", "dk-test")
         with started("generate", "a fox", "-o", "my pictures", cwd=tmp_path, first=first) as process:

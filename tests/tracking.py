@@ -10,7 +10,7 @@ import attrs
 from nanobanana_async import PollPolicy, Task, TaskStatus
 from nanobanana_async._host import Host
 from nanobanana_async.tracking.schedule import Schedule
-from nanobanana_async.tracking.tracker import TaskTracker
+from nanobanana_async.tracking.tracker import Source, TaskTracker
 
 
 def task(status: TaskStatus | str, task_id: str = "ta-1") -> Task:
@@ -67,7 +67,7 @@ def every(pause_s: float = 1.0, **settings: float) -> PollPolicy:
 
 
 @asynccontextmanager
-async def tracking(service: Service, policy: PollPolicy | None = None) -> AsyncIterator[TaskTracker]:
+async def tracking(service: Source, policy: PollPolicy | None = None) -> AsyncIterator[TaskTracker]:
     """Run a tracker over *service*, by default with a look a second."""
     host = Host()
     await host.ensure()

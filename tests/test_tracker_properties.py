@@ -1,0 +1,196 @@
+"""Whatever arrives, however long it takes, whatever goes wrong: the tracker's invariants, checked at every event."""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from random import Random
+
+import anyio
+import attrs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanobanana_async import (
+    PollPolicy,
+    RateLimited,
+    Task,
+    TaskNotFound,
+    TaskStatus,
+    TaskUnfinished,
+    TransportError,
+)
+from nanobanana_async.tracking.tracker import TaskTracker
+from nanobanana_async.tracking.watch import Origin
+from nanobanana_async.transport.pacing import Pacer
+from tests.learning import lognormal
+from tests.tracking import Service, every, task, tracking
+
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+ORDER = [TaskStatus.PENDING, TaskStatus.SUBMITTED, TaskStatus.IN_PROGRESS, TaskStatus.SUCCESS]
+
+
+@attrs.frozen
+class Job:
+    """One task and one who waits for it."""
+
+    arrives_s: float
+    latency_s: float
+    patience_s: float
+    leaves_s: float
+    """When the one who waits is cancelled."""
+    shares: bool
+    """Whether it is the task of the job before."""
+
+
+seconds = st.floats(0.0, 60.0, allow_nan=False)
+jobs = st.lists(
+    st.builds(Job, seconds, st.floats(0.1, 120.0), st.floats(0.0, 300.0), st.floats(1.0, 1000.0), st.booleans()),
+    min_size=1,
+    max_size=12,
+)
+
+
+@attrs.define
+class Watchful(Service):
+    """A service that checks the tracker at each event, and gets into trouble by a seeded dice."""
+
+    tracker: TaskTracker | None = None
+    trouble: float = 0.0
+    rng: Random = attrs.field(factory=Random)
+    under_way: set[str] = attrs.field(factory=set)
+
+    async def look(self, task_id: str) -> Task:
+        """Answer, or fail."""
+        assert task_id not in self.under_way, "two looks at one task at once"
+        self.under_way.add(task_id)
+        self.check()
+        try:
+            answer = await super().look(task_id)
+            self.check()
+        finally:
+            self.under_way.discard(task_id)
+        if self.rng.random() < self.trouble:
+            raise self.rng.choice([TransportError("gone"), RateLimited("slow down"), TaskNotFound("not yet")])
+        return answer
+
+    def check(self) -> None:
+        """Whatever else is true, this is."""
+        assert self.tracker is not None
+        tracker = self.tracker
+        assert self.in_flight <= self.slots
+        assert tracker._in_flight <= self.slots
+        assert all(entry.watches for entry in tracker._watched.values())
+        planned = {entry.task_id for due_s, _, entry in tracker._looks._heap if due_s == entry.due_s}
+        begun = tracker._in_flight - len(self.under_way)
+        assert len(set(tracker._watched) - planned - self.under_way) <= begun, "watched, and never looked at again"
+        wanted = math.fsum(entry.wanted_per_s for entry in tracker._watched.values())
+        assert tracker._wanted_per_s == pytest.approx(wanted, abs=1e-6)
+
+
+def truth(latencies_s: dict[str, tuple[float, float]]) -> "partial[Task]":
+    """Return an answer from when each task began and how long it takes."""
+
+    def answer(task_id: str, now_s: float) -> Task:
+        began_s, latency_s = latencies_s[task_id]
+        share = min((now_s - began_s) / latency_s, 1.0)
+        return task(ORDER[math.floor(share * 3)], task_id)
+
+    return partial(answer)
+
+
+@pytest.mark.parametrize("learned", [True, False], ids=["learned", "fixed"])
+@settings(max_examples=60, deadline=None)
+@given(jobs=jobs, slots=st.integers(1, 4), trouble=st.sampled_from([0.0, 0.2, 0.6]), seed=st.integers(0, 99))
+async def test_everybody_who_waits_gets_the_truth_or_an_error_in_time(
+    learned: bool,  # noqa: FBT001 - a parameter
+    jobs: list[Job],
+    slots: int,
+    trouble: float,
+    seed: int,
+) -> None:
+    """No lost waiter, no double answer, no end that is not one; the bound holds, and statuses only go forward."""
+    begun: dict[str, tuple[float, float]] = {}
+    service = Watchful(truth(begun), slots=slots, delay_s=0.2, trouble=trouble, rng=Random(seed))
+    start_s = anyio.current_time()
+    ends: list[bool] = []
+
+    async def one(number: int, job: Job) -> None:
+        await anyio.sleep(job.arrives_s)
+        shared = job.shares and number > 0 and f"ta-{number - 1}" in begun
+        task_id = f"ta-{number - 1 if shared else number}"
+        began_s, latency_s = begun.setdefault(task_id, (anyio.current_time() - start_s, job.latency_s))
+        origin = Origin(submitted_at_s=start_s + began_s, model="m")
+        asked_s, seen = anyio.current_time(), [-1]
+        with anyio.move_on_after(job.leaves_s) as scope:
+            try:
+                updates = tracker.updates(task_id, timeout_s=job.patience_s, origin=origin)
+                seen.extend([ORDER.index(snapshot.status) async for snapshot in updates])
+                assert seen[-1] == 3
+                assert anyio.current_time() - start_s >= began_s + latency_s - 1e-6
+            except TaskUnfinished:
+                pass
+        assert seen == sorted(set(seen))
+        assert anyio.current_time() - asked_s <= min(job.patience_s, job.leaves_s) + 1
+        ends.append(scope.cancelled_caught)
+
+    async with tracking(service, PollPolicy() if learned else every(2.0)) as tracker:
+        service.tracker = tracker
+        async with anyio.create_task_group() as group:
+            for number, job in enumerate(jobs):
+                group.start_soon(one, number, job)
+        assert len(ends) == len(jobs)
+        assert not tracker._watched
+        assert tracker._wanted_per_s == 0
+
+
+def arrivals(count: int, over_s: float) -> Iterator[tuple[float, float]]:
+    """Yield when tasks arrive, evenly, and how long they take."""
+    rng, draw = Random(7), lognormal(20, 0.5)
+    for number in range(count):
+        yield number * over_s / count, draw(rng)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
+async def test_a_hundred_thousand_tasks_in_an_hour_are_all_noticed() -> None:
+    """Twenty-eight new ones each second, with thirty-four looks a second for all of them, in seconds of real time."""
+    began: dict[str, tuple[float, float]] = {}
+    late_s: list[float] = []
+    start_s, rate, longest_s = anyio.current_time(), 34.0, 0.0
+
+    class Paced:
+        """Answers at once, so many times a second."""
+
+        polls_per_s = rate
+
+        def __init__(self) -> None:
+            self.pacer = Pacer(rate, burst=20)
+
+        async def take_turn(self) -> None:
+            await self.pacer.permit()
+
+        def drop_turn(self) -> None:
+            pass
+
+        async def look(self, task_id: str) -> Task:
+            began_s, latency_s = began[task_id]
+            over_s = anyio.current_time() - start_s - began_s - latency_s
+            if over_s >= 0:
+                late_s.append(over_s)
+            return Task(task_id=task_id, status=TaskStatus.SUCCESS if over_s >= 0 else TaskStatus.IN_PROGRESS)
+
+    async with tracking(Paced(), PollPolicy()) as tracker:
+        for number, (arrives_s, latency_s) in enumerate(arrivals(100_000, 3600.0)):
+            if start_s + arrives_s > anyio.current_time() + 0.5:
+                await anyio.sleep_until(start_s + arrives_s)
+                longest_s = max(longest_s, tracker.statistics().overdue_s) if number % 1000 == 0 else longest_s
+            now_s = anyio.current_time()
+            began[f"ta-{number}"] = (now_s - start_s, latency_s)
+            tracker.watch(f"ta-{number}", Origin(submitted_at_s=now_s, model="m"))
+        await anyio.sleep(300)
+        statistics = tracker.statistics()
+    assert len(late_s) == 100_000
+    assert statistics.watched == 0
+    assert statistics.median_s["m"] == pytest.approx(20, rel=0.1)
+    assert statistics.polls <= rate * 3900
