@@ -13,6 +13,7 @@ from typing import Final, Protocol
 
 import anyio
 
+from nanobanana_async._agenda import Agenda
 from nanobanana_async._host import Host
 from nanobanana_async.errors import (
     AuthenticationError,
@@ -23,7 +24,6 @@ from nanobanana_async.errors import (
     TransportError,
 )
 from nanobanana_async.models import Task, TaskStatus
-from nanobanana_async.tracking.agenda import Agenda
 from nanobanana_async.tracking.schedule import FOREIGN_AGE_S, NOT_FOUND_GRACE_S, Schedule, has_vanished, newer
 from nanobanana_async.tracking.watch import Entry, Origin, Statistics, Watch
 

@@ -28,6 +28,7 @@ from nanobanana_async.errors import (
 from nanobanana_async.models import GenerationRequest, Task
 from nanobanana_async.policies import Limits, RetryPolicy, Timeouts
 from nanobanana_async.transport import codec
+from nanobanana_async.transport.admission import Admission
 from nanobanana_async.transport.base import ExchangeFailed, Phase, Transport, WireReply, WireRequest
 from nanobanana_async.transport.endpoint import Endpoint
 from nanobanana_async.transport.pacing import Breaker, Pacer, RetryQuota, retry_after_s
@@ -81,7 +82,7 @@ class Api:
         self._hushes = 0
         self._failures = 0
         self._submit_gate = anyio.Lock(fast_acquire=True)
-        self._admissions = anyio.Semaphore(limits.submits)
+        self._admission = Admission(limits.submits)
         """For submits from preparing to outcome. A slot, below, is for the exchange, which may outlive its caller."""
         self._submit_slots = anyio.Semaphore(limits.submits)
         self._poll_slots = anyio.Semaphore(limits.polls)
@@ -101,7 +102,7 @@ class Api:
             ConfigurationError: It can never work like this.
         """
         await self._host.ensure()
-        if not await _acquired(self._admissions, give_up_at_s):
+        if not await self._admission.enter(give_up_at_s, self._host.start_soon):
             raise NotSent(_NO_TURN)
         try:
             ready = await prepare(request)
@@ -110,7 +111,7 @@ class Api:
             wire = self._signed(await _where_it_fits(size_bytes, encode))
             return await self._submit(wire, request, give_up_at_s)
         finally:
-            self._admissions.release()
+            self._admission.leave()
 
     async def query(self, task_id: str) -> Task:
         """Return how the task stands, retrying within `Timeouts.query_s`.
@@ -357,14 +358,6 @@ class Api:
             return False
         await anyio.sleep(pause_s)
         return True
-
-
-async def _acquired(slots: anyio.Semaphore, deadline_s: float) -> bool:
-    """Take a slot; False when the deadline came first."""
-    with anyio.CancelScope(deadline=deadline_s):
-        await slots.acquire()
-        return True
-    return False
 
 
 async def _where_it_fits(size_bytes: int, work: Callable[[], T]) -> T:
