@@ -19,18 +19,19 @@ T = TypeVar("T", bound=Timed)
 
 
 class Agenda(Generic[T]):
-    """What is due, the earliest first. Setting `due_s` of an item to infinity takes it out.
+    """What is due, the earliest first.
 
     Deletion is lazy: an item whose time is no longer its own is stale, and is dropped when it is met, or when stale
-    items are most of the heap. So everything costs O(log n), whoever leaves.
+    items are most of the heap. So everything costs O(log n), whoever leaves, and nobody is kept alive by it for long.
 
     Once asleep, it sleeps for *grain_s* seconds at least, and what falls due meanwhile is served together: a request
-    that leaves in company costs two thirds of the CPU of a lone one (`benchmarks/company.py`).
+    that leaves in company costs two thirds of the CPU of a lone one (`benchmarks/polls.py`).
     """
 
     def __init__(self, grain_s: float) -> None:
         self._grain_s = grain_s
         self._heap: list[tuple[float, int, T]] = []
+        self._live = 0
         self._tickets = itertools.count()
         self._moved = anyio.Event()
         self.wakes = 0
@@ -39,15 +40,21 @@ class Agenda(Generic[T]):
     def __len__(self) -> int:
         return len(self._heap)
 
-    def plan(self, item: T, due_s: float, *, live: int) -> None:
-        """Put *item* in, or move it. *live* is how many items are in, for those who left to be swept out in time."""
+    def plan(self, item: T, due_s: float) -> None:
+        """Put *item* in, or move it; with infinity, take it out."""
+        self._live += (due_s < math.inf) - (item.due_s < math.inf)
         item.due_s = due_s
-        heapq.heappush(self._heap, (due_s, next(self._tickets), item))
-        if self._heap[0][2] is item:
-            self._moved.set()
-        if len(self._heap) > 2 * live + _SWEEP:
+        if due_s < math.inf:
+            heapq.heappush(self._heap, (due_s, next(self._tickets), item))
+            if self._heap[0][2] is item:
+                self._moved.set()
+        if len(self._heap) > 2 * self._live + _SWEEP:
             self._heap = [entry for entry in self._heap if entry[0] == entry[2].due_s]
             heapq.heapify(self._heap)
+
+    def remove(self, item: T) -> None:
+        """Take *item* out, if it is in."""
+        self.plan(item, math.inf)
 
     def next_s(self) -> float:
         """Return when the first item is due; infinity when there is none."""
@@ -59,6 +66,7 @@ class Agenda(Generic[T]):
         """Take out the first item. Only right after `until_due` or `next_s`, for it must not be stale."""
         item = heapq.heappop(self._heap)[2]
         item.due_s = math.inf
+        self._live -= 1
         return item
 
     def late(self, now_s: float) -> int:

@@ -192,5 +192,6 @@ async def test_a_hundred_thousand_tasks_in_an_hour_are_all_noticed() -> None:
         statistics = tracker.statistics()
     assert len(late_s) == 100_000
     assert statistics.watched == 0
-    assert statistics.median_s["m"] == pytest.approx(20, rel=0.1)
+    assert statistics.median_s["m"] == pytest.approx(20, rel=0.25)  # from little more than a look at each
     assert statistics.polls <= rate * 3900
+    assert longest_s < 20

@@ -71,7 +71,6 @@ class TaskTracker:
         grain_s = min(_GRAIN_S, schedule.policy.min_s / 2)
         self._looks: Agenda[Entry] = Agenda(grain_s)
         self._deadlines: Agenda[Watch] = Agenda(grain_s)
-        self._waiting = 0
         self._wanted_per_s = 0.0
         self._running = False
         self._failures = 0
@@ -139,7 +138,7 @@ class TaskTracker:
 
     def leave(self, watch: Watch) -> None:
         """End *watch*; the last to leave ends the looking."""
-        watch.due_s = math.inf
+        self._deadlines.remove(watch)
         watch.entry.watches = tuple(other for other in watch.entry.watches if other is not watch)
         if not watch.entry.watches:
             self._drop(watch.entry)
@@ -153,7 +152,7 @@ class TaskTracker:
         if entry is None or not entry.plan_confirmation(anyio.current_time()):
             return
         if entry.confirm_s < entry.due_s < math.inf:  # with a look under way, `_plan` will see to it
-            self._looks.plan(entry, entry.confirm_s, live=len(self._watched))
+            self._looks.plan(entry, entry.confirm_s)
 
     def statistics(self) -> Statistics:
         """Return how things stand. O(watched)."""
@@ -185,13 +184,9 @@ class TaskTracker:
             raise copy.copy(entry.error)  # each waiter its own: a shared one would collect everybody's traceback
         if anyio.current_time() < deadline_s:
             if watch.due_s != deadline_s:
-                self._deadlines.plan(watch, deadline_s, live=self._waiting)
+                self._deadlines.plan(watch, deadline_s)
             watch.bell = anyio.Event()
-            self._waiting += 1
-            try:
-                await watch.bell.wait()
-            finally:
-                self._waiting -= 1
+            await watch.bell.wait()
             return
         last = "nothing was heard of it" if entry.task is None else f"it was {entry.task.status}"
         trouble = "" if entry.trouble is None else f" (the last look met: {entry.trouble})"
@@ -208,7 +203,7 @@ class TaskTracker:
             self._deadlines.pop().ring()
 
     def _drop(self, entry: Entry) -> None:
-        entry.due_s = math.inf
+        self._looks.remove(entry)
         self._wanted_per_s -= entry.wanted_per_s
         entry.wanted_per_s = 0.0
         if self._watched.get(entry.task_id) is entry:
@@ -235,7 +230,7 @@ class TaskTracker:
         due_s = now_s + self._pause_s(entry, now_s, failures)
         if entry.confirm_s > entry.asked_s:
             due_s = min(due_s, max(now_s, entry.confirm_s))
-        self._looks.plan(entry, due_s, live=len(self._watched))
+        self._looks.plan(entry, due_s)
 
     def _pause_s(self, entry: Entry, now_s: float, failures: int) -> float:
         if failures:

@@ -55,7 +55,7 @@ class Admission:
             start_soon(self._end_patience)
         waiter = _Waiter()
         self._line.append(waiter)
-        self._patience.plan(waiter, deadline_s, live=len(self._line))
+        self._patience.plan(waiter, deadline_s)
         try:
             await waiter.bell.wait()
         except BaseException:
@@ -63,7 +63,8 @@ class Admission:
                 self.leave()
             raise
         finally:
-            waiter.has_left, waiter.due_s = True, math.inf
+            waiter.has_left = True
+            self._patience.remove(waiter)
         return waiter.is_in
 
     def leave(self) -> None:
