@@ -96,7 +96,7 @@ class TaskTracker:
         watch = self.watch(task_id, origin)
         try:
             while watch.entry.task is None or not watch.entry.is_final:
-                await self._news(watch, deadline_s, timeout_s)
+                await self._bell(watch, deadline_s, timeout_s).wait()
             return watch.entry.task
         finally:
             self.leave(watch)
@@ -113,7 +113,7 @@ class TaskTracker:
         try:
             while shown is None or not shown.is_final:
                 if entry.task is None or entry.task.status is shown:
-                    await self._news(watch, deadline_s, timeout_s)
+                    await self._bell(watch, deadline_s, timeout_s).wait()
                 else:
                     shown = entry.task.status
                     yield entry.task
@@ -177,8 +177,8 @@ class TaskTracker:
 
     # --- who waits --------------------------------------------------------------------------------------------------
 
-    async def _news(self, watch: Watch, deadline_s: float, timeout_s: float) -> None:
-        """Return when there may be news; raise what ended the watching, or that the time is up."""
+    def _bell(self, watch: Watch, deadline_s: float, timeout_s: float) -> anyio.Event:
+        """Return what rings when there may be news; raise what ended the watching, or that the time is up."""
         entry = watch.entry
         if entry.error is not None:
             raise copy.copy(entry.error)  # each waiter its own: a shared one would collect everybody's traceback
@@ -186,8 +186,7 @@ class TaskTracker:
             if watch.due_s != deadline_s:
                 self._deadlines.plan(watch, deadline_s)
             watch.bell = anyio.Event()
-            await watch.bell.wait()
-            return
+            return watch.bell
         last = "nothing was heard of it" if entry.task is None else f"it was {entry.task.status}"
         trouble = "" if entry.trouble is None else f" (the last look met: {entry.trouble})"
         raise TaskUnfinished(
