@@ -127,9 +127,10 @@ class Host:
             raise ConfigurationError("the client belongs to another event loop; make one in each loop")
 
     def _launch(self) -> None:
-        trio = sys.modules.get("trio")
-        if trio is not None and trio.lowlevel.in_trio_run():
-            trio.lowlevel.spawn_system_task(self._run, name="nanobanana_async")
+        # Not there, or not whole: another thread may be half way through importing it.
+        lowlevel = getattr(sys.modules.get("trio"), "lowlevel", None)
+        if lowlevel is not None and lowlevel.in_trio_run():
+            lowlevel.spawn_system_task(self._run, name="nanobanana_async")
         else:
             self._root = asyncio.get_running_loop().create_task(self._run(), name="nanobanana_async")
 

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -303,10 +303,7 @@ class TaskHandle:
             TaskNotFound: The service does not know it.
             AuthenticationError: The service does not accept the key.
         """
-        if self._final is not None:
-            return self._final
-        tracker = self._client._tracker  # noqa: SLF001 - a handle is a part of its client
-        return self._keep(await tracker.wait(self.task_id, timeout_s=self._timeout_s(timeout_s), origin=self._origin))
+        return self._final or self._keep(await self._await_final(timeout_s))
 
     async def result(self, *, timeout_s: float | None = None) -> Task:
         """Return the task once it is a success with at least one image.
@@ -317,7 +314,7 @@ class TaskHandle:
             TaskFailed: It ended as failed.
             NoImage: It ended as success, was paid, and holds no picture; `exc.task.texts` may say why.
         """
-        task = await self.wait(timeout_s=timeout_s)
+        task = self._final or self._keep(await self._await_final(timeout_s))
         if task.status is TaskStatus.FAILED:
             raise TaskFailed(f"task {task.task_id} failed: {task.reason or 'the service gave no reason'}", task=task)
         if not task.images:
@@ -335,6 +332,10 @@ class TaskHandle:
         async with contextlib.aclosing(news):
             async for task in news:
                 yield self._keep(task)
+
+    def _await_final(self, timeout_s: float | None) -> Coroutine[object, object, Task]:
+        tracker = self._client._tracker  # noqa: SLF001 - the same
+        return tracker.wait(self.task_id, timeout_s=self._timeout_s(timeout_s), origin=self._origin)
 
     def _timeout_s(self, timeout_s: float | None) -> float:
         return self._client._timeouts.task_s if timeout_s is None else timeout_s  # noqa: SLF001 - the same

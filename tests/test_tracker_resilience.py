@@ -110,7 +110,7 @@ async def test_who_asks_after_the_end_is_answered_without_a_look() -> None:
 
 
 async def test_what_is_remembered_is_bounded_and_holds_no_pictures() -> None:
-    """A thousand finished tasks, the latest ones, and none whose picture came inline."""
+    """A few hundred finished tasks, the latest ones, and none whose picture came inline."""
     image = GeneratedImage(data=b"x" * 1000)
     heavy = attrs.evolve(task("success", "ta-heavy"), images=(image,))
     service = Service(lambda task_id, _: heavy if task_id == "ta-heavy" else task("success", task_id))
@@ -118,7 +118,7 @@ async def test_what_is_remembered_is_bounded_and_holds_no_pictures() -> None:
         await tracker.wait("ta-heavy", timeout_s=60)
         for number in range(1100):
             await tracker.wait(f"ta-{number}", timeout_s=60)
-        assert len(tracker._finals) == 1024
+        assert len(tracker._finals) == 256
         assert "ta-1099" in tracker._finals
         assert "ta-heavy" not in tracker._finals
 

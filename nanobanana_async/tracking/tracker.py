@@ -14,6 +14,7 @@ from typing import Final, Protocol
 import anyio
 
 from nanobanana_async._agenda import Agenda
+from nanobanana_async._bell import Bell
 from nanobanana_async._host import Host
 from nanobanana_async.errors import (
     AuthenticationError,
@@ -31,7 +32,7 @@ _log: Final = logging.getLogger("nanobanana_async")
 
 _GRAIN_S: Final = 0.2
 _WARN_AFTER: Final = 3
-_FINALS: Final = 1024
+_FINALS: Final = 256
 """Finished tasks that are remembered, for those who ask late. Ones that carry their picture inline are not."""
 
 
@@ -177,7 +178,7 @@ class TaskTracker:
 
     # --- who waits --------------------------------------------------------------------------------------------------
 
-    def _bell(self, watch: Watch, deadline_s: float, timeout_s: float) -> anyio.Event:
+    def _bell(self, watch: Watch, deadline_s: float, timeout_s: float) -> Bell:
         """Return what rings when there may be news; raise what ended the watching, or that the time is up."""
         entry = watch.entry
         if entry.error is not None:
@@ -185,7 +186,7 @@ class TaskTracker:
         if anyio.current_time() < deadline_s:
             if watch.due_s != deadline_s:
                 self._deadlines.plan(watch, deadline_s)
-            watch.bell = anyio.Event()
+            watch.bell = Bell()
             return watch.bell
         last = "nothing was heard of it" if entry.task is None else f"it was {entry.task.status}"
         trouble = "" if entry.trouble is None else f" (the last look met: {entry.trouble})"

@@ -4,9 +4,9 @@ import math
 from collections.abc import Mapping
 from typing import Final
 
-import anyio
 import attrs
 
+from nanobanana_async._bell import Bell
 from nanobanana_async.errors import NanoBananaError
 from nanobanana_async.models import Task
 
@@ -82,12 +82,12 @@ class Watch:
     entry: Entry
     due_s: float = math.inf
     """When its patience ends."""
-    bell: anyio.Event | None = None
+    bell: Bell | None = None
 
     def ring(self) -> None:
         """Wake it."""
         if self.bell is not None:
-            self.bell.set()
+            self.bell.ring()
 
 
 @attrs.frozen(kw_only=True)

@@ -9,6 +9,7 @@ import anyio
 import attrs
 
 from nanobanana_async._agenda import Agenda
+from nanobanana_async._bell import Bell
 
 StartSoon: TypeAlias = Callable[[Callable[[], Coroutine[object, object, None]]], None]
 
@@ -21,7 +22,7 @@ class _Waiter:
 
     due_s: float = math.inf
     """When its patience ends."""
-    bell: anyio.Event = attrs.field(factory=anyio.Event)
+    bell: Bell = attrs.field(factory=Bell)
     is_in: bool = False
     has_left: bool = False
 
@@ -31,7 +32,7 @@ class Admission:
 
     A semaphore with a deadline per waiter would do, but a cancel scope and a timer for each of ten thousand callers
     are a quarter of a million objects, and the garbage collector stops the loop to look at them all. Here a waiter is
-    an event, and one timer serves the whole line.
+    a future, and one timer serves the whole line.
     """
 
     def __init__(self, places: int) -> None:
@@ -73,7 +74,7 @@ class Admission:
             waiter = self._line.popleft()
             if not waiter.has_left:
                 waiter.is_in = True
-                waiter.bell.set()
+                waiter.bell.ring()
                 return
         self._free += 1
 
@@ -83,4 +84,4 @@ class Admission:
             waiter = self._patience.pop()
             if not waiter.is_in:
                 waiter.has_left = True
-                waiter.bell.set()
+                waiter.bell.ring()

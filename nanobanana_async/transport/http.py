@@ -74,7 +74,7 @@ class _Progress:
         return ExchangeFailed(reason, phase=phase, permanent=permanent, reply=reply)
 
 
-@lru_cache(1024)  # a task is asked about several times, and parsing costs a tenth of a request
+@lru_cache(256)  # a task is asked about several times, and parsing costs a tenth of a request
 def _parsed(text: str) -> httpx.URL | str:
     """Return the URL, or what is wrong with it."""
     if fault := http_url_fault(text):
