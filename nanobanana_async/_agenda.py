@@ -25,7 +25,7 @@ class Agenda(Generic[T]):
     items are most of the heap. So everything costs O(log n), whoever leaves, and nobody is kept alive by it for long.
 
     Once asleep, it sleeps for *grain_s* seconds at least, and what falls due meanwhile is served together: a request
-    that leaves in company costs two thirds of the CPU of a lone one (`benchmarks/polls.py`).
+    that leaves in company costs a third of the CPU of a lone one (`benchmarks/polls.py`).
     """
 
     def __init__(self, grain_s: float) -> None:
