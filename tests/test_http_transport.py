@@ -230,6 +230,16 @@ async def test_reads_reuse_a_connection_and_submits_never_do() -> None:
             assert server.connections == 4
 
 
+async def test_a_client_that_was_handed_in_leaves_nothing_behind() -> None:
+    """Its own pool keeps the connections; what is kept here as well would grow with each poll of the night."""
+    with serving(saying(response(b"{}"))) as server:
+        async with httpx.AsyncClient() as client:
+            transport = HttpTransport(client)
+            for _ in range(4):
+                await transport.send(ask(server), timeout_s=5)
+            assert not any(transport._idle.values())
+
+
 async def test_a_lane_that_was_cut_off_is_not_used_again() -> None:
     """Its connection may still carry the end of somebody else's reply."""
     with serving(saying(response(b"{}", length=5))) as server:

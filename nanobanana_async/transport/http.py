@@ -150,7 +150,7 @@ class HttpTransport:
                 keep = False
                 try:
                     reply = await self._converse(lane, request, target, timeout_s, progress, sink)
-                    keep = request.errand is Errand.READ and not self._closed
+                    keep = request.errand is Errand.READ and self._client is None and not self._closed
                     return reply
                 finally:
                     if keep:
