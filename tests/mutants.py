@@ -210,8 +210,8 @@ MUTANTS: Final = (
     Mutant(
         "a cancelled turn keeps its slot",
         "transport/api.py",
-        "            except BaseException:\n                slots.release()\n                raise\n",
-        "            except ZeroDivisionError:\n                raise\n",
+        "        except BaseException:\n            slots.release()\n            raise\n",
+        "        except ZeroDivisionError:\n            raise\n",
         "test_cancellation.py",
     ),
     Mutant(

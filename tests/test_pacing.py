@@ -90,6 +90,13 @@ async def test_a_hush_stops_everyone_and_ends_without_a_herd() -> None:
     assert await departures(pacer, 6) == pytest.approx([5.1, 5.1, 5.3, 5.3, 5.5, 5.5])
 
 
+async def wear_down(pacer: Pacer) -> None:
+    """Bring the rate to its lowest."""
+    for _ in range(20):
+        await anyio.sleep(1)
+        pacer.slow(anyio.current_time())
+
+
 @pytest.mark.anyio
 @pytest.mark.virtual_time
 async def test_trouble_halves_the_rate_once_however_many_requests_met_it() -> None:
@@ -106,9 +113,7 @@ async def test_trouble_halves_the_rate_once_however_many_requests_met_it() -> No
 async def test_under_lasting_trouble_the_rate_ends_at_one_request_a_second_and_not_at_none() -> None:
     """Somebody has to find out that it is over."""
     pacer = Pacer(64, 8)
-    for _ in range(20):
-        await anyio.sleep(1)
-        pacer.slow(anyio.current_time())
+    await wear_down(pacer)
     assert pacer.rate == 1
     await pacer.permit()
     times_s = await departures(pacer, 60)
@@ -120,9 +125,7 @@ async def test_under_lasting_trouble_the_rate_ends_at_one_request_a_second_and_n
 async def test_after_trouble_the_rate_comes_back_by_a_factor_of_e_in_ten_seconds() -> None:
     """Successes give it back, so a service that stays away gets no more requests."""
     pacer = Pacer(100, 8)
-    for _ in range(20):
-        await anyio.sleep(1)
-        pacer.slow(anyio.current_time())
+    await wear_down(pacer)
     start_s, rates = anyio.current_time(), []
     while pacer.rate < 100:
         await pacer.permit()

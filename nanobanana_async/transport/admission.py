@@ -46,7 +46,7 @@ class Admission:
 
         *start_soon* starts the line's timer, once. Cancelling gives up the place in the line.
         """
-        if self._free and not self._line:
+        if self._free:
             self._free -= 1
             return True
         if anyio.current_time() >= deadline_s:

@@ -135,12 +135,7 @@ class Api:
 
     async def take_turn(self) -> None:
         """Wait for a poll slot and for the pacer. `look` gives the slot back, or else `drop_turn`."""
-        await self._poll_slots.acquire()
-        try:
-            await self._pacer.permit()
-        except BaseException:
-            self._poll_slots.release()
-            raise
+        await self._slot_and_permit(self._poll_slots, None)
 
     def drop_turn(self) -> None:
         """Give the poll slot back unused."""
@@ -311,15 +306,18 @@ class Api:
         for all tasks, would otherwise get one turn in seventeen while submits queue.
         """
         with anyio.CancelScope(deadline=deadline_s):
-            await slots.acquire()
-            try:
-                async with gate or contextlib.nullcontext():
-                    await self._pacer.permit()
-            except BaseException:
-                slots.release()
-                raise
+            await self._slot_and_permit(slots, gate)
             return True
         return False
+
+    async def _slot_and_permit(self, slots: anyio.Semaphore, gate: anyio.Lock | None) -> None:
+        await slots.acquire()
+        try:
+            async with gate or contextlib.nullcontext():
+                await self._pacer.permit()
+        except BaseException:
+            slots.release()
+            raise
 
     def _heed(self, reply: WireReply | None, sent_s: float) -> None:
         """Learn from a reply, or from its absence, how the service fares: its trouble slows everyone."""
