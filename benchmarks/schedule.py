@@ -24,7 +24,7 @@ from nanobanana_async import PollPolicy
 from tests.learning import Draw, bimodal, lognormal, simulate
 
 GRAIN_S: Final = 0.1
-PRICES_S: Final = (0.06, 0.12, 0.24, 0.5, 1.0, 2.0)
+PRICES_S: Final = (0.05, 0.1, 0.21, 0.5, 1.0, 2.0)
 INTERVALS_S: Final = tuple(0.25 * 1.25**k for k in range(24))
 
 

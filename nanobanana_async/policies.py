@@ -61,7 +61,7 @@ class PollPolicy:
     learn.
     """
 
-    look_price_s: float = attrs.field(default=0.24, validator=gt(0))
+    look_price_s: float = attrs.field(default=0.21, validator=gt(0))
     """What one look is worth: it is taken when the seconds that the picture may have been waiting, times the chance
     that it is, add up to this. Four times the price halves the looks and doubles the delay."""
     min_s: float = attrs.field(default=0.5, validator=gt(0))
