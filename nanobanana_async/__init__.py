@@ -3,13 +3,34 @@
 What is listed here is public; what is not is private, `nanobanana_async.simulator` aside.
 """
 
-from nanobanana_async.client import NanoBananaClient, TaskHandle
+from nanobanana_async.batch.account import (
+    Funds,
+)
+from nanobanana_async.batch.entries import (
+    RowRecord,
+    RowState,
+)
+from nanobanana_async.batch.rows import (
+    Row,
+    read_rows,
+)
+from nanobanana_async.batch.runner import (
+    Batch,
+    Fetcher,
+    Progress,
+)
+from nanobanana_async.client import (
+    NanoBananaClient,
+)
 from nanobanana_async.errors import (
     ApiError,
     AuthenticationError,
+    BudgetExceeded,
     ConfigurationError,
     InsufficientCredits,
     InvalidRequest,
+    InvalidRows,
+    LedgerError,
     MediaError,
     NanoBananaError,
     NoImage,
@@ -24,9 +45,33 @@ from nanobanana_async.errors import (
     TaskUnfinished,
     TransportError,
 )
-from nanobanana_async.models import GeneratedImage, GenerationRequest, ImageSource, RequestOptions, Task, TaskStatus
-from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
-from nanobanana_async.tracking.watch import Statistics
+from nanobanana_async.handle import (
+    TaskHandle,
+)
+from nanobanana_async.models import (
+    GeneratedImage,
+    GenerationRequest,
+    ImageSource,
+    RequestOptions,
+    SavedPicture,
+    Task,
+    TaskStatus,
+)
+from nanobanana_async.outcomes import (
+    Done,
+    Failed,
+    Outcome,
+    Unknown,
+)
+from nanobanana_async.policies import (
+    Limits,
+    PollPolicy,
+    RetryPolicy,
+    Timeouts,
+)
+from nanobanana_async.tracking.watch import (
+    Statistics,
+)
 from nanobanana_async.transport.base import (
     Errand,
     ExchangeFailed,
@@ -36,32 +81,48 @@ from nanobanana_async.transport.base import (
     WireReply,
     WireRequest,
 )
-from nanobanana_async.transport.http import HttpTransport
+from nanobanana_async.transport.http import (
+    HttpTransport,
+)
 
 __all__ = [
     "ApiError",
     "AuthenticationError",
+    "Batch",
+    "BudgetExceeded",
     "ConfigurationError",
+    "Done",
     "Errand",
     "ExchangeFailed",
+    "Failed",
+    "Fetcher",
+    "Funds",
     "GeneratedImage",
     "GenerationRequest",
     "HttpTransport",
     "ImageSource",
     "InsufficientCredits",
     "InvalidRequest",
+    "InvalidRows",
+    "LedgerError",
     "Limits",
     "MediaError",
     "NanoBananaClient",
     "NanoBananaError",
     "NoImage",
     "NotSent",
+    "Outcome",
     "Phase",
     "PollPolicy",
+    "Progress",
     "ProtocolError",
     "RateLimited",
     "RequestOptions",
     "RetryPolicy",
+    "Row",
+    "RowRecord",
+    "RowState",
+    "SavedPicture",
     "ServiceUnavailable",
     "Sink",
     "Statistics",
@@ -76,6 +137,8 @@ __all__ = [
     "Timeouts",
     "Transport",
     "TransportError",
+    "Unknown",
     "WireReply",
     "WireRequest",
+    "read_rows",
 ]

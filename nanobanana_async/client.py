@@ -1,10 +1,10 @@
-"""`NanoBananaClient` and `TaskHandle`: the face. Owns transport, tracker and host; decides nothing itself."""
+"""`NanoBananaClient`: the face. Owns transport, tracker and host; decides nothing itself."""
 
 import contextlib
 import logging
 import os
 import warnings
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -15,15 +15,18 @@ from urllib.parse import urlsplit
 import anyio
 import attrs
 
+from nanobanana_async._flow import each, flow
 from nanobanana_async._host import Host
-from nanobanana_async.errors import MediaError, NanoBananaError, NoImage, TaskFailed, TaskNotFound
+from nanobanana_async.errors import ConfigurationError, MediaError, NanoBananaError, SubmissionUnknown
+from nanobanana_async.handle import TaskHandle
 from nanobanana_async.media.download import Downloader
 from nanobanana_async.media.formats import SUFFIXES
 from nanobanana_async.media.names import safe_name
 from nanobanana_async.media.references import as_references
-from nanobanana_async.models import GeneratedImage, GenerationRequest, RequestOptions, Task, TaskStatus
+from nanobanana_async.models import GeneratedImage, GenerationRequest, RequestOptions, SavedPicture, Task
+from nanobanana_async.outcomes import Done, Failed, Outcome, Unknown
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
-from nanobanana_async.tracking.schedule import NOT_FOUND_GRACE_S, Schedule
+from nanobanana_async.tracking.schedule import Schedule
 from nanobanana_async.tracking.tracker import TaskTracker
 from nanobanana_async.tracking.watch import Origin, Statistics
 from nanobanana_async.transport.addresses import is_public, resolve
@@ -66,19 +69,19 @@ class NanoBananaClient:
         polling: PollPolicy = PollPolicy(),
         timeouts: Timeouts = Timeouts(),
         transport: Transport | None = None,
-        on_orphan: "Callable[[TaskHandle], None] | None" = None,
+        on_orphan: Callable[[TaskHandle], None] | None = None,
     ) -> None:
         self._host = Host()  # first: `__del__` asks it
         key = None if api_key is None else Key(api_key)
         del api_key  # a traceback with local variables must not show it
         self._endpoint = Endpoint.of(key, base_url)
-        self._limits = limits
-        self._timeouts = timeouts
+        self.limits: Final = limits
+        self.timeouts: Final = timeouts
         self._owned = HttpTransport(connect_s=timeouts.connect_s) if transport is None else None
         carrier: Transport = self._owned or transport  # type: ignore[assignment]  # one of the two is there
         self._api = Api(carrier, self._host, self._endpoint, limits=limits, retry=retry, timeouts=timeouts)
         if on_orphan is not None:
-            self._api.on_orphan = lambda done, request: on_orphan(self._handle(done, request))
+            self._api.on_orphan = lambda done, request: on_orphan(self._submitted(done, request))
         self._tracker = TaskTracker(self._api, Schedule(polling), self._host)
         self._host.at_end = self._tracker.close
         self._downloader = Downloader(
@@ -112,7 +115,7 @@ class NanoBananaClient:
             ApiError: The service said no.
             MediaError: A reference image cannot be used.
         """
-        wait_s = self._timeouts.task_s if timeout_s is None else timeout_s
+        wait_s = self.timeouts.task_s if timeout_s is None else timeout_s
         deadline_s = anyio.current_time() + wait_s
         handle = await self._submit(prompt, options, give_up_at_s=deadline_s)
         try:
@@ -124,18 +127,82 @@ class NanoBananaClient:
             exc.task_id = exc.task_id or handle.task_id  # a paid id is never lost, whatever went wrong
             raise
 
-    async def submit(self, prompt: str | GenerationRequest, **options: Unpack[RequestOptions]) -> "TaskHandle":
+    async def generate_many(
+        self,
+        requests: Iterable[str | GenerationRequest] | AsyncIterable[str | GenerationRequest],
+        *,
+        max_in_flight: int = 200,
+        timeout_s: float | None = None,
+    ) -> AsyncGenerator[Outcome]:
+        """Yield what becomes of each of *requests*, as each ends; nothing a request meets ends the others.
+
+        Requests are taken as there is room: not more than *max_in_flight* are under way or finished and not yet
+        yielded, so a slow consumer slows the submits. Ended early, it takes no more requests and stops waiting; what
+        is paid runs on, and its ids are logged. For runs that survive the process, see `Batch`.
+
+        Args:
+            requests: Prompts or whole requests, from any iterable, async ones included.
+            max_in_flight: As above.
+            timeout_s: Seconds for each; None takes `Timeouts.task_s`.
+
+        Raises:
+            ValueError: A prompt is empty, or the like. What was under way by then is yielded first.
+            ConfigurationError: The client was closed meanwhile.
+        """
+        await self._host.ensure()
+
+        async def keyed() -> AsyncGenerator[tuple[str, GenerationRequest]]:
+            number = 0
+            async with contextlib.aclosing(each(requests)) as wanted:
+                async for request in wanted:
+                    yield str(number), request if isinstance(request, GenerationRequest) else GenerationRequest(request)
+                    number += 1
+
+        async def one(row: tuple[str, GenerationRequest]) -> Outcome:
+            key, request = row
+            try:
+                task = await self.generate(request, timeout_s=timeout_s)
+            except SubmissionUnknown as exc:
+                return Unknown(key=key, request=request, error=exc)
+            except NanoBananaError as exc:
+                return Failed(key=key, request=request, error=exc)
+            except ValueError as exc:  # `extra` holds what JSON cannot
+                return Failed(key=key, request=request, error=ConfigurationError(str(exc)))
+            return Done(key=key, request=request, task=task)
+
+        outcomes: AsyncGenerator[Outcome] = flow(self._host, keyed(), one, at_once=max_in_flight, unread=_log_unread)
+        async with contextlib.aclosing(outcomes):
+            async for outcome in outcomes:
+                yield outcome
+
+    async def submit(
+        self,
+        prompt: str | GenerationRequest,
+        *,
+        before_send: Callable[[], Awaitable[None]] | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> TaskHandle:
         """Submit and return as soon as the task id is known. Arguments, cancelling and errors as for `generate`.
 
-        Waits for its turn (`Limits`) for at most `Timeouts.task_s`.
+        Waits for its turn (`Limits`) for at most `Timeouts.task_s`. *before_send* is awaited each time the request is
+        about to leave: what it writes down exists before anything can be paid, and if it raises, nothing is sent.
         """
-        return await self._submit(prompt, options, give_up_at_s=anyio.current_time() + self._timeouts.task_s)
+        give_up_at_s = anyio.current_time() + self.timeouts.task_s
+        return await self._submit(prompt, options, give_up_at_s=give_up_at_s, before_send=before_send)
 
-    def task(self, task_id: str) -> "TaskHandle":
-        """Return a handle on a task submitted before, in this process or another. No network."""
+    def task(self, task_id: str, *, submitted_at: datetime | None = None) -> TaskHandle:
+        """Return a handle on a task submitted before, in this process or another. No network.
+
+        *submitted_at* (with a time zone) is when, if you know: a fresh task may be invisible for a while, and then it
+        is not taken for one that does not exist.
+        """
         if not task_id.strip():
             raise ValueError(f"task_id: must not be empty, got {task_id!r}")
-        return TaskHandle(self, task_id.strip())
+        origin = Origin()
+        if submitted_at is not None:  # a wall clock may have been set meanwhile: nothing was submitted in the future
+            age_s = max(0.0, (datetime.now(UTC) - submitted_at).total_seconds())
+            origin = Origin(submitted_at_s=anyio.current_time() - age_s)
+        return self._handle(task_id.strip(), origin, submitted_at)
 
     async def balance(self) -> Decimal:
         """Return the credits left on the account."""
@@ -169,11 +236,20 @@ class NanoBananaClient:
             tail = (f"-{number}" if number > 1 else "") + (path.suffix if exact else "")
             stem = base.with_name(base.name + tail)
             try:
-                paths.append(await self._downloader.save(image, stem, exact=exact))
+                paths.append((await self._downloader.save(image, stem, exact=exact)).path)
             except MediaError as exc:
                 exc.task_id = task.task_id
                 raise
         return paths
+
+    async def save_picture(self, image: GeneratedImage, stem: Path) -> SavedPicture:
+        """Write one picture to *stem* plus the suffix of its true type, durably; replaces what had that name.
+
+        Raises:
+            MediaError: As `save`.
+        """
+        await self._host.ensure()
+        return await self._downloader.save(image, stem)
 
     def statistics(self) -> Statistics:
         """Return how the tracker stands: what it watches, what it has learned, what it has cost. No network."""
@@ -185,10 +261,10 @@ class NanoBananaClient:
         From any task of the client's event loop; twice is harmless.
         """
         self._tracker.close()
-        bound_s = self._timeouts.submit_s + self._timeouts.close_s
+        bound_s = self.timeouts.submit_s + self.timeouts.close_s
         with anyio.move_on_after(bound_s, shield=True):
             try:
-                await self._host.aclose(drain_s=self._timeouts.submit_s)
+                await self._host.aclose(drain_s=self.timeouts.submit_s)
             finally:
                 if self._owned is not None:
                     await self._owned.aclose()
@@ -215,27 +291,41 @@ class NanoBananaClient:
         return f"NanoBananaClient(base_url={endpoint and endpoint.base_url!r})"
 
     async def _submit(
-        self, prompt: str | GenerationRequest, options: RequestOptions, *, give_up_at_s: float
-    ) -> "TaskHandle":
+        self,
+        prompt: str | GenerationRequest,
+        options: RequestOptions,
+        *,
+        give_up_at_s: float,
+        before_send: Callable[[], Awaitable[None]] | None = None,
+    ) -> TaskHandle:
         if isinstance(prompt, GenerationRequest):
             request = attrs.evolve(prompt, **options)
         else:
             request = GenerationRequest(prompt, **options)
-        done = await self._api.submit(request, self._with_references, give_up_at_s=give_up_at_s)
-        return self._handle(done, request)
+        done = await self._api.submit(
+            request, self._with_references, give_up_at_s=give_up_at_s, before_send=before_send
+        )
+        return self._submitted(done, request)
 
     async def _with_references(self, request: GenerationRequest) -> GenerationRequest:
-        images = await as_references(request.images, max_bytes=self._limits.reference_bytes)
+        images = await as_references(request.images, max_bytes=self.limits.reference_bytes)
         return request if images == request.images else attrs.evolve(request, images=images)
 
-    def _handle(self, done: Submitted, request: GenerationRequest) -> "TaskHandle":
+    def _submitted(self, done: Submitted, request: GenerationRequest) -> TaskHandle:
         origin = Origin(submitted_at_s=anyio.current_time(), model=request.model)
+        return self._handle(done.task_id, origin, datetime.now(UTC), done.possible_duplicates)
+
+    def _handle(
+        self, task_id: str, origin: Origin, submitted_at: datetime | None, possible_duplicates: int = 0
+    ) -> TaskHandle:
         return TaskHandle(
-            self,
-            done.task_id,
+            self._api,
+            self._tracker,
+            task_id,
+            patience_s=self.timeouts.task_s,
             origin=origin,
-            submitted_at=datetime.now(UTC),
-            possible_duplicates=done.possible_duplicates,
+            submitted_at=submitted_at,
+            possible_duplicates=possible_duplicates,
         )
 
     async def _is_public(self) -> bool:
@@ -243,104 +333,15 @@ class NanoBananaClient:
         if self._endpoint.base_url == DEFAULT_BASE_URL:
             return True
         if self._service_is_public is None:
-            with contextlib.suppress(OSError, UnicodeError), anyio.move_on_after(self._timeouts.connect_s):
+            with contextlib.suppress(OSError, UnicodeError), anyio.move_on_after(self.timeouts.connect_s):
                 addresses = await resolve(urlsplit(self._endpoint.base_url).hostname or "", 443)
                 self._service_is_public = all(map(is_public, addresses))
         return self._service_is_public is not False
 
 
-class TaskHandle:
-    """One task at the service. Holds no resources: keep it, drop it, make it again from its `task_id`."""
-
-    def __init__(
-        self,
-        client: NanoBananaClient,
-        task_id: str,
-        *,
-        origin: Origin = Origin(),
-        submitted_at: datetime | None = None,
-        possible_duplicates: int = 0,
-    ) -> None:
-        self._client = client
-        self._origin = origin
-        self._final: Task | None = None
-        self.task_id: Final = task_id
-        self.submitted_at: Final = submitted_at
-        """When the submit was accepted, by this machine's clock; None when it was submitted elsewhere."""
-        self.possible_duplicates: Final = possible_duplicates
-        """Re-sends under the retry policy after which an earlier try may have been charged as well."""
-
-    def __repr__(self) -> str:
-        return f"TaskHandle({self.task_id!r})"
-
-    async def query(self) -> Task:
-        """Return how the task stands now, with one query.
-
-        A task submitted by this client that the service does not show yet is pending. Raises as `wait` does, and
-        `TransportError` when no answer came.
-        """
-        if self._final is not None:
-            return self._final
-        try:
-            task = await self._client._api.query(self.task_id)  # noqa: SLF001 - a handle is a part of its client
-        except TaskNotFound:
-            since_s = self._origin.submitted_at_s
-            if since_s is None or anyio.current_time() - since_s > NOT_FOUND_GRACE_S:
-                raise
-            return Task(task_id=self.task_id, status=TaskStatus.PENDING)
-        return self._keep(task)
-
-    async def wait(self, *, timeout_s: float | None = None) -> Task:
-        """Return the task once it is final, whether it succeeded or failed.
-
-        Shares polls with everybody who waits for the same task. Cancelling stops the waiting, not the task.
-
-        Args:
-            timeout_s: Seconds to wait; None takes `Timeouts.task_s`.
-
-        Raises:
-            TaskUnfinished: The time passed; `exc.task` is the last snapshot. It runs on and can be awaited again.
-            TaskNotFound: The service does not know it.
-            AuthenticationError: The service does not accept the key.
-        """
-        return self._final or self._keep(await self._await_final(timeout_s))
-
-    async def result(self, *, timeout_s: float | None = None) -> Task:
-        """Return the task once it is a success with at least one image.
-
-        Waits as `wait` does, and raises what it raises, and besides:
-
-        Raises:
-            TaskFailed: It ended as failed.
-            NoImage: It ended as success, was paid, and holds no picture; `exc.task.texts` may say why.
-        """
-        task = self._final or self._keep(await self._await_final(timeout_s))
-        if task.status is TaskStatus.FAILED:
-            raise TaskFailed(f"task {task.task_id} failed: {task.reason or 'the service gave no reason'}", task=task)
-        if not task.images:
-            said = " ".join(task.texts) or task.reason or "no words either"
-            raise NoImage(f"task {task.task_id} was paid, and brought no picture ({said[:500]})", task=task)
-        return task
-
-    async def updates(self, *, timeout_s: float | None = None) -> AsyncGenerator[Task]:
-        """Yield a snapshot at each change of status, the final one last. Raises as `wait` does."""
-        if self._final is not None:
-            yield self._final
-            return
-        tracker = self._client._tracker  # noqa: SLF001 - a handle is a part of its client
-        news = tracker.updates(self.task_id, timeout_s=self._timeout_s(timeout_s), origin=self._origin)
-        async with contextlib.aclosing(news):
-            async for task in news:
-                yield self._keep(task)
-
-    def _await_final(self, timeout_s: float | None) -> Coroutine[object, object, Task]:
-        tracker = self._client._tracker  # noqa: SLF001 - the same
-        return tracker.wait(self.task_id, timeout_s=self._timeout_s(timeout_s), origin=self._origin)
-
-    def _timeout_s(self, timeout_s: float | None) -> float:
-        return self._client._timeouts.task_s if timeout_s is None else timeout_s  # noqa: SLF001 - the same
-
-    def _keep(self, task: Task) -> Task:
-        if task.is_final:
-            self._final = task
-        return task
+def _log_unread(outcome: Outcome) -> None:
+    task_id = outcome.task.task_id if isinstance(outcome, Done) else outcome.error.task_id
+    if task_id is not None:
+        _log.warning("task %s was paid for, and nobody read how it ended", task_id)
+    elif isinstance(outcome, Unknown):
+        _log.warning("a submit may have been charged, and nobody read that: %s", outcome.error)

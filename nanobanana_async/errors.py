@@ -2,6 +2,7 @@
 
 NanoBananaError
 |- ConfigurationError          set up or used in a way that cannot work; nothing was sent
+|  '- InvalidRows              rows of a batch that cannot be used
 |- TransportError              the service could not be reached, or not be understood
 |  |- NotSent                  proven: the service never had the request
 |  |- SubmissionUnknown        a submit may have been paid, and no answer says so
@@ -17,7 +18,9 @@ NanoBananaError
 |  |- TaskFailed               it ended as failed
 |  |- NoImage                  it ended as success, was paid, and holds no picture
 |  '- TaskUnfinished           it was not final in time; it runs on and can be awaited again
-'- MediaError                  a picture could not be read, fetched or written
+|- MediaError                  a picture could not be read, fetched or written
+|- LedgerError                 a batch cannot keep its books, and so must not go on
+'- BudgetExceeded              one more submit could cost more than was allowed
 """
 
 from nanobanana_async.models import Task
@@ -33,6 +36,17 @@ class NanoBananaError(Exception):
 
 class ConfigurationError(NanoBananaError):
     """The client was set up or used in a way that cannot work: key, URL, certificate, closed client, other loop."""
+
+
+class InvalidRows(ConfigurationError):  # noqa: N818 - the rows are what is wrong
+    """Rows of a batch that cannot be used. `faults` has a text for each: `"line 7: prompt: must not be empty"`."""
+
+    def __init__(self, message: str, *, faults: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.faults = faults
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.args[0]), *self.faults])
 
 
 class TransportError(NanoBananaError):
@@ -126,3 +140,18 @@ class TaskUnfinished(TaskError):  # noqa: N818 - the same
 
 class MediaError(NanoBananaError):
     """A picture could not be read, fetched or written. The task itself stays paid and done."""
+
+
+class LedgerError(NanoBananaError):
+    """A batch cannot keep its books: another process has them, they are damaged or too new, or the disk is full.
+
+    Nothing more is submitted after it. `pid` is the process that has it, None when that is not the trouble.
+    """
+
+    def __init__(self, message: str, *, task_id: str | None = None, pid: int | None = None) -> None:
+        super().__init__(message, task_id=task_id)
+        self.pid = pid
+
+
+class BudgetExceeded(NanoBananaError):  # noqa: N818 - read as `except BudgetExceeded`
+    """One more submit could cost more than was allowed; what is paid has been fetched."""

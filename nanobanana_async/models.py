@@ -191,3 +191,13 @@ class Task:
     def is_final(self) -> bool:
         """Whether `status` is success or failed."""
         return self.status.is_final
+
+
+@attrs.frozen(kw_only=True)
+class SavedPicture:
+    """A picture on disk: whole, type-checked, and durable."""
+
+    path: Path
+    sha256: str
+    """Of the file, in hex."""
+    size_bytes: int

@@ -1,6 +1,7 @@
 """Pictures come whole or not at all, from public places, and nobody is shown the key."""
 
 import errno
+import hashlib
 import os
 from pathlib import Path
 
@@ -143,13 +144,14 @@ async def test_downloads_in_flight_are_bounded() -> None:
 async def test_a_file_is_named_after_its_true_type(tmp_path: Path, content: bytes, suffix: str) -> None:
     """Whatever the URL says."""
     whole = reply(200, body=content, content_length=str(len(content)))
-    path = await downloader(script(whole)).save(FOX, tmp_path / "fox")
-    assert (path, path.read_bytes()) == (tmp_path / f"fox{suffix}", content)
+    saved = await downloader(script(whole)).save(FOX, tmp_path / "fox")
+    assert (saved.path, saved.path.read_bytes()) == (tmp_path / f"fox{suffix}", content)
+    assert (saved.sha256, saved.size_bytes) == (hashlib.sha256(content).hexdigest(), len(content))
 
 
 async def test_a_dot_in_a_name_is_not_taken_for_a_suffix(tmp_path: Path) -> None:
     """`v1.5` becomes `v1.5.png`."""
-    assert await downloader(script(WHOLE)).save(FOX, tmp_path / "v1.5") == tmp_path / "v1.5.png"
+    assert (await downloader(script(WHOLE)).save(FOX, tmp_path / "v1.5")).path == tmp_path / "v1.5.png"
 
 
 async def test_an_existing_file_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import click
 
+from nanobanana_async.cli.batch import batch
 from nanobanana_async.cli.demo import demo
 from nanobanana_async.cli.generate import generate
 from nanobanana_async.cli.simulate import simulate
@@ -18,5 +19,5 @@ def cli() -> None:
     """
 
 
-for command in (generate, status, wait, balance, simulate, demo):
+for command in (generate, batch, status, wait, balance, simulate, demo):
     cli.add_command(command)

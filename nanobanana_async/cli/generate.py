@@ -10,7 +10,8 @@ import click
 from nanobanana_async.cli.jobs import Job, make, report_failures
 from nanobanana_async.cli.runtime import Session, emit, run, say
 from nanobanana_async.cli.screen import Board
-from nanobanana_async.client import NanoBananaClient, TaskHandle
+from nanobanana_async.client import NanoBananaClient
+from nanobanana_async.handle import TaskHandle
 from nanobanana_async.media.formats import SUFFIXES
 from nanobanana_async.models import DEFAULT_MODEL, GenerationRequest, ImageSource
 

@@ -1,5 +1,6 @@
 """How every command runs and ends: the event loop, signals, exit codes, one line per error."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -13,13 +14,16 @@ import anyio
 import attrs
 import click
 
-from nanobanana_async.errors import NanoBananaError, SubmissionUnknown
+from nanobanana_async.errors import InvalidRows, NanoBananaError, SubmissionUnknown
 from nanobanana_async.models import Task
 from nanobanana_async.transport.bodies import printable
 
 DONE: Final = 0
 FAILED: Final = 1
 UNKNOWN: Final = 3
+
+_LINES: Final = 25
+"""Of a file whose rows are all wrong in the same way, nobody reads more."""
 
 
 @attrs.define
@@ -30,6 +34,8 @@ class Session:
     """Task id to prompt and output path: paid, and not on disk yet."""
     ended_by: int | None = None
     """The signal that ended it, Ctrl-C aside."""
+    last_words: Callable[[], Awaitable[None]] | None = None
+    """What there is to say at the end, however it comes, and when the event loop is gone."""
 
     def say_how_to_go_on(self) -> None:
         """Print the command that picks up each paid task. On stderr, whatever else went wrong."""
@@ -54,6 +60,9 @@ def run(work: Callable[[Session], Awaitable[int]], *, as_json: bool = False) -> 
         code = fail(exc, as_json=as_json)
     finally:
         session.say_how_to_go_on()
+    if session.last_words is not None:
+        with contextlib.suppress(NanoBananaError):
+            anyio.run(session.last_words)
     if code > 128:
         click.echo("interrupted", err=True)
     sys.exit(code)
@@ -89,7 +98,8 @@ def fail(exc: Exception, *, as_json: bool = False) -> int:
     if as_json:
         emit(error_record(exc))
     else:
-        click.echo(f"nanobanana: {one_line(exc)}", err=True)
+        lines = str(exc).splitlines() if isinstance(exc, InvalidRows) else [one_line(exc)]
+        click.echo("\n".join(f"nanobanana: {printable(line)}" for line in lines[:_LINES]), err=True)
     return exit_code(exc)
 
 

@@ -1,5 +1,6 @@
 """What a person sees while many tasks run: a live bar on a terminal, plain lines elsewhere. All of it on stderr."""
 
+import time
 from collections import Counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
@@ -12,13 +13,17 @@ if TYPE_CHECKING:
 _ORDER: Final = ("waiting", "submitting", "pending", "submitted", "in_progress", "saving", "done", "failed", "unknown")
 
 
-class Board:
-    """Counts jobs by where they stand. Use it with `with`; silent when *quiet*."""
+class Bar:
+    """So many of *total* have ended, and what there is to say about them. Use it with `with`; silent when *quiet*.
 
-    def __init__(self, total: int, *, quiet: bool = False) -> None:
+    Where there is no terminal, what `show` says is a line every *plain_every_s* seconds; None is never.
+    """
+
+    def __init__(self, total: int, *, quiet: bool = False, plain_every_s: float | None = None) -> None:
         self._total = total
         self._quiet = quiet
-        self._states: dict[int, str] = dict.fromkeys(range(total), "waiting")
+        self._plain_every_s = plain_every_s
+        self._shown_s = time.monotonic()
         self._progress: Progress | None = None
 
     def __enter__(self) -> Self:
@@ -26,7 +31,6 @@ class Board:
             self._progress = _live_progress(self._total)
         if self._progress is not None:
             self._progress.start()
-            self._show()
         return self
 
     def __exit__(
@@ -35,11 +39,15 @@ class Board:
         if self._progress is not None:
             self._progress.stop()
 
-    def move(self, job: int, state: str) -> None:
-        """Note that job number *job* now is in *state*."""
-        self._states[job] = state
+    def show(self, ended: int, words: str) -> None:
+        """Show that *ended* have ended, with *words* beside it."""
         if self._progress is not None:
-            self._show()
+            self._progress.update(self._progress.task_ids[0], completed=ended, words=words)
+        elif not self._quiet and self._plain_every_s is not None:
+            now_s = time.monotonic()
+            if now_s - self._shown_s >= self._plain_every_s:
+                self._shown_s = now_s
+                click.echo(f"{ended}/{self._total}  {words}", err=True)
 
     def say(self, line: str) -> None:
         """Print a line that stays, above the bar if there is one."""
@@ -48,16 +56,25 @@ class Board:
         elif not self._quiet:
             click.echo(line, err=True)
 
-    def _show(self) -> None:
-        assert self._progress is not None  # noqa: S101 - both callers looked
+
+class Board(Bar):
+    """Counts jobs by where they stand."""
+
+    def __init__(self, total: int, *, quiet: bool = False) -> None:
+        super().__init__(total, quiet=quiet)
+        self._states: dict[int, str] = dict.fromkeys(range(total), "waiting")
+
+    def move(self, job: int, state: str) -> None:
+        """Note that job number *job* now is in *state*."""
+        self._states[job] = state
         counts = Counter(self._states.values())
         ended = counts["done"] + counts["failed"] + counts["unknown"]
         words = "  ".join(f"{counts[state]} {state.replace('_', ' ')}" for state in _ORDER if counts[state])
-        self._progress.update(self._progress.task_ids[0], completed=ended, counts=words)
+        self.show(ended, words)
 
 
 def _live_progress(total: int) -> "Progress | None":
-    """Return a started bar with one task; None where nobody would see it move."""
+    """Return a bar with one task; None where nobody would see it move."""
     from rich.console import Console  # noqa: PLC0415 - costs 50 ms, and only commands that wait need it
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
 
@@ -68,8 +85,8 @@ def _live_progress(total: int) -> "Progress | None":
         BarColumn(bar_width=28),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[counts]}", markup=False),
+        TextColumn("{task.fields[words]}", markup=False),
         console=console,
     )
-    progress.add_task("", total=total, counts="")
+    progress.add_task("", total=total, words="")
     return progress

@@ -1,5 +1,6 @@
 """Pictures from wherever the service put them: whole, checked, and without ever showing the key to anybody."""
 
+import hashlib
 import os
 import secrets
 import threading
@@ -16,7 +17,7 @@ import anyio.to_thread
 
 from nanobanana_async.errors import MediaError
 from nanobanana_async.media.formats import HEAD_BYTES, PictureFormat, sniff
-from nanobanana_async.models import GeneratedImage, http_url_fault
+from nanobanana_async.models import GeneratedImage, SavedPicture, http_url_fault
 from nanobanana_async.policies import Limits, RetryPolicy, Timeouts
 from nanobanana_async.transport.base import Errand, ExchangeFailed, Sink, Transport, WireReply, WireRequest
 from nanobanana_async.transport.endpoint import USER_AGENT
@@ -27,6 +28,10 @@ _EXTRA_TRIES: Final = 2
 """On top of `RetryPolicy.attempts`: right after success a file may answer 404 or 403 for a moment."""
 _WRITE_BYTES: Final = 2**18
 """Pieces are gathered to this size before a thread writes them."""
+
+
+_PART_BYTES: Final = 8
+"""Of chance in the name of a file that is not whole."""
 
 
 class _Target(Protocol):
@@ -103,9 +108,11 @@ class _PartFile:
 
     def __init__(self, stem: Path) -> None:
         self._stem = stem
-        self._path = stem.with_name(f".{secrets.token_hex(8)}.part")
+        self._path = stem.with_name(f".{secrets.token_hex(_PART_BYTES)}.part")
         self._pending = bytearray()
         self._descriptor = -1
+        self._digest = hashlib.sha256()
+        self._size_bytes = 0
         self._lock = threading.Lock()
         self._discarded = False
 
@@ -133,13 +140,16 @@ class _PartFile:
         if self._descriptor < 0:
             self._stem.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        self._digest.update(data)
+        self._size_bytes += len(data)
         while data:
             data = data[os.write(self._descriptor, data) :]
 
-    async def publish(self, path: Path) -> None:
+    async def publish(self, path: Path) -> SavedPicture:
         """Put the whole file in its place, durably."""
         await self._flush()
         await anyio.to_thread.run_sync(self._exclusively, self._publish, path)
+        return SavedPicture(path=path, sha256=self._digest.hexdigest(), size_bytes=self._size_bytes)
 
     def _publish(self, path: Path) -> None:
         os.fsync(self._descriptor)
@@ -165,6 +175,12 @@ class _PartFile:
         if self._descriptor >= 0:
             descriptor, self._descriptor = self._descriptor, -1
             os.close(descriptor)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed has left half written in *folder*. Blocking; only where nobody writes."""
+    for part in folder.glob(f".{'[0-9a-f]' * 2 * _PART_BYTES}.part"):
+        part.unlink(missing_ok=True)
 
 
 class Downloader:
@@ -200,8 +216,8 @@ class Downloader:
         target, _ = await self._receive(image, _Memory)
         return bytes(target.data)
 
-    async def save(self, image: GeneratedImage, stem: Path, *, exact: bool = False) -> Path:
-        """Write the picture and return its path: *stem* plus the suffix of its true type, or *stem* itself if *exact*.
+    async def save(self, image: GeneratedImage, stem: Path, *, exact: bool = False) -> SavedPicture:
+        """Write the picture to *stem* plus the suffix of its true type, or to *stem* itself if *exact*.
 
         The name appears only when the file is whole; a file that had it is replaced. Missing folders are made.
 
@@ -212,12 +228,11 @@ class Downloader:
             file, picture = await self._receive(image, partial(_PartFile, stem))
             try:
                 path = stem if exact else stem.with_name(stem.name + picture.suffix)
-                await file.publish(path)
+                return await file.publish(path)
             finally:
                 file.discard()
         except OSError as exc:
             raise MediaError(f"{exc.filename or stem}: cannot be written: {exc.strerror or exc}") from exc
-        return path
 
     async def _receive(self, image: GeneratedImage, new_target: Callable[[], Target]) -> tuple[Target, PictureFormat]:
         async with self._slots if image.data is None else nullcontext():

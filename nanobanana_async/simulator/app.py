@@ -14,7 +14,7 @@ import anyio.to_thread
 import uvicorn
 from anyio.abc import TaskGroup
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -37,7 +37,10 @@ def make_app(vendor: Vendor) -> Starlette:
     background: list[TaskGroup] = []
 
     async def answer(request: Request) -> Response:
-        body = await request.body()
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            return Response()  # to nobody
         known = len(vendor.tasks)
         handle = partial(vendor.handle, request.method, str(request.url), dict(request.headers), body)
         # Painting takes tens of milliseconds; everything else is quicker than a thread.

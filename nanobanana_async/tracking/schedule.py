@@ -64,8 +64,10 @@ class Schedule:
         policy = self.policy
         if policy.ladder is None:
             price_s = policy.look_price_s * pressure * pressure
-            pause_s = self._curves.get(model or "", self._prior).pause_s(age_s, price_s, policy.max_s)
-            return max(pause_s, policy.min_s)
+            curve = self._curves.get(model or "", self._prior)
+            if looks == 0:  # nobody knows that it was unfinished later than at its birth
+                return max(curve.pause_s(0.0, price_s, policy.max_s) - age_s, 0.0)
+            return max(curve.pause_s(age_s, price_s, policy.max_s), policy.min_s)
         if looks == 0:
             return max(policy.ladder.first_s - age_s, 0.0)
         return min(policy.max_s, policy.ladder.pause_s * policy.ladder.factor ** min(looks - 1, 64))

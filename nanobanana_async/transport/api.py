@@ -36,6 +36,7 @@ from nanobanana_async.transport.verdicts import Outcome, Repeat, Row, Verdict, j
 
 T = TypeVar("T")
 Prepare: TypeAlias = Callable[[GenerationRequest], Awaitable[GenerationRequest]]
+Hook: TypeAlias = Callable[[], Awaitable[None]]
 
 _log: Final = logging.getLogger("nanobanana_async")
 
@@ -87,11 +88,14 @@ class Api:
         self._submit_slots = anyio.Semaphore(limits.submits)
         self._poll_slots = anyio.Semaphore(limits.polls)
 
-    async def submit(self, request: GenerationRequest, prepare: Prepare, *, give_up_at_s: float) -> Submitted:
+    async def submit(
+        self, request: GenerationRequest, prepare: Prepare, *, give_up_at_s: float, before_send: Hook | None = None
+    ) -> Submitted:
         """Ask for one picture and return its task id.
 
         *prepare* makes the images of *request* strings. It is called when the submit is let in, so that those who
-        queue cost little, however large their images. *give_up_at_s* (on the event loop's clock) bounds the waiting.
+        queue cost little, however large their images. *before_send* is awaited before each POST, when its turn has
+        come; if it raises, nothing is sent. *give_up_at_s* (on the event loop's clock) bounds the waiting.
         Cancelling, or giving up, while the POST is on the wire does not tear it: it runs to its end in the background,
         and an id it brings is logged.
 
@@ -109,7 +113,7 @@ class Api:
             size_bytes = sum(len(image) for image in ready.images if isinstance(image, str))
             encode = partial(codec.encode_submit, self._endpoint.base_url, ready)
             wire = self._signed(await _where_it_fits(size_bytes, encode))
-            return await self._submit(wire, request, give_up_at_s)
+            return await self._submit(wire, request, give_up_at_s, before_send)
         finally:
             self._admission.leave()
 
@@ -148,11 +152,15 @@ class Api:
 
     # --- how they travel --------------------------------------------------------------------------------------------
 
-    async def _submit(self, wire: WireRequest, request: GenerationRequest, give_up_at_s: float) -> Submitted:
+    async def _submit(
+        self, wire: WireRequest, request: GenerationRequest, give_up_at_s: float, before_send: Hook | None
+    ) -> Submitted:
         tries, duplicates, done_by_s = 0, 0, math.inf
         error: NanoBananaError = NotSent(_NO_TURN)
         while await self._next_try(error, tries, min(give_up_at_s, done_by_s)):
             tries += 1
+            if before_send is not None:
+                await self._hooked(before_send)
             done_by_s = min(done_by_s, anyio.current_time() + self._timeouts.submit_s)
             outcome = await self._post(wire, request, give_up_at_s=give_up_at_s, done_by_s=done_by_s)
             row = judge(outcome)
@@ -166,6 +174,13 @@ class Api:
             duplicates += row.repeat.may_pay_twice
             _log.info("submit: try %d ended as %r (%s); trying again", tries, row.name, row.verdict.value)
         raise error
+
+    async def _hooked(self, before_send: Hook) -> None:
+        try:
+            await before_send()
+        except BaseException:
+            self._submit_slots.release()
+            raise
 
     def _signed(self, wire: WireRequest) -> WireRequest:
         return attrs.evolve(wire, headers={**self._endpoint.headers, **wire.headers})

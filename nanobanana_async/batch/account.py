@@ -1,0 +1,77 @@
+"""`Account`: what a run has spent and may still come to cost. Pure; credits are Decimal, never float."""
+
+from collections import Counter
+from collections.abc import Iterable
+from decimal import Decimal
+from typing import Self
+
+import attrs
+
+
+@attrs.frozen(kw_only=True)
+class Funds:
+    """How the account stands. Credits."""
+
+    spent: Decimal
+    """What the service said it charged, in all runs of the batch."""
+    reserved: Decimal
+    """What submits may still come to cost, or may have cost: those in flight, and those nobody knows the end of."""
+    left: Decimal | None
+    """Of the budget; None without one."""
+
+
+class Account:
+    """Keeps what is spent and reserved at or below *budget*; None is no limit.
+
+    A submit is reserved at the largest price seen for its model. Until one is known, one at a time is let through.
+    """
+
+    def __init__(self, budget: Decimal | None = None) -> None:
+        self._budget = budget
+        self._spent = Decimal(0)
+        self._open: Counter[str] = Counter()
+        self._price: dict[str, Decimal] = {}
+
+    @classmethod
+    def of(cls, costs: Iterable[tuple[str, int, Decimal | None]], budget: Decimal | None = None) -> Self:
+        """Return the account of a ledger: model, submits that may yet cost something, and what it did cost."""
+        account = cls(budget)
+        for model, unsettled, consumed in costs:
+            account._open[model] += unsettled
+            if consumed is not None:
+                account.begin(model)
+                account.end(model, consumed)
+        return account
+
+    def allows(self, model: str) -> bool:
+        """Tell whether one more submit keeps within the budget, whatever becomes of those before it."""
+        if self._budget is None:
+            return True
+        price = self._price.get(model)
+        if price is None:
+            return not self._open[model] and self._spent + self._reserved() < self._budget
+        return self._spent + self._reserved() + price <= self._budget
+
+    def begin(self, model: str) -> None:
+        """Reserve for a submit that is about to leave."""
+        self._open[model] += 1
+
+    def end(self, model: str, consumed: Decimal | None) -> None:
+        """Settle one submit: it has cost *consumed*; None is nothing."""
+        self._open[model] -= 1
+        if consumed is not None:
+            self._spent += consumed
+            self._price[model] = max(consumed, self._price.get(model, consumed))
+
+    def price(self, model: str) -> Decimal | None:
+        """Return the largest price seen for *model*; None when none was."""
+        return self._price.get(model)
+
+    def funds(self) -> Funds:
+        """Return how it stands."""
+        reserved = self._reserved()
+        left = None if self._budget is None else self._budget - self._spent - reserved
+        return Funds(spent=self._spent, reserved=reserved, left=left)
+
+    def _reserved(self) -> Decimal:
+        return sum((self._price.get(model, Decimal(0)) * count for model, count in self._open.items()), Decimal(0))

@@ -1,0 +1,73 @@
+"""What a batch leaves for its readers: `index.html` for people, `manifest.jsonl` for machines. Made from the ledger."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Final
+
+from nanobanana_async.batch import gallery
+from nanobanana_async.batch.entries import RowRecord, RowState
+
+PAGE: Final = "index.html"
+MANIFEST: Final = "manifest.jsonl"
+
+_WORD: Final = {RowState.SAVED: "done", RowState.FAILED: "failed", RowState.UNKNOWN: "unknown"}
+
+
+def write(folder: Path, title: str, records: Iterable[RowRecord]) -> None:
+    """Write both, each whole or not at all. Blocking.
+
+    Raises:
+        OSError: The disk would not take it.
+    """
+    entries = []
+    lines = []
+    for record in records:
+        lines.append(json.dumps(_manifest_line(record), ensure_ascii=False))
+        if not record.state.is_open:
+            entries.append(_card(record))
+    _replace(folder / MANIFEST, "".join(f"{line}\n" for line in lines))
+    _replace(folder / PAGE, gallery.render(title, entries))
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)  # noqa: PTH105 - the same, and one line
+
+
+def _card(record: RowRecord) -> gallery.GalleryEntry:
+    is_done = record.state is RowState.SAVED
+    return gallery.GalleryEntry(
+        prompt=record.prompt,
+        status=_WORD.get(record.state, record.state.value),
+        file=record.files[0].path.name if is_done and record.files else None,
+        seconds=_seconds(record),
+        cost="" if record.consumed is None else f"{record.consumed.normalize():f}",
+        note="" if is_done else (record.reason or ""),
+    )
+
+
+def _manifest_line(record: RowRecord) -> dict[str, object]:
+    return {
+        "key": record.key,
+        "number": record.number,
+        "state": record.state.value,
+        "prompt": record.prompt,
+        "model": record.model,
+        "task_id": record.task_id,
+        "files": [
+            {"file": file.path.name, "sha256": file.sha256, "size_bytes": file.size_bytes} for file in record.files
+        ],
+        "consumed": None if record.consumed is None else f"{record.consumed:f}",
+        "possible_duplicates": max(0, record.sends - 1),
+        "seconds": _seconds(record),
+        "reason": record.reason,
+    }
+
+
+def _seconds(record: RowRecord) -> float | None:
+    if record.saved_at is None or record.intended_at is None:
+        return None
+    return round(max(0.0, record.saved_at - record.intended_at), 3)

@@ -1,0 +1,387 @@
+"""`Batch`: rows -> ledger -> client -> files. What it has begun it can go on with after anything."""
+
+import contextlib
+import os
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping
+from datetime import UTC, datetime
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+from typing import Final, Protocol, TypeAlias
+
+import anyio
+import anyio.to_thread
+import attrs
+
+from nanobanana_async._flow import each, flow
+from nanobanana_async._host import Host
+from nanobanana_async.batch import report
+from nanobanana_async.batch.account import Account, Funds
+from nanobanana_async.batch.entries import RowRecord, RowState
+from nanobanana_async.batch.ledger import Ledger
+from nanobanana_async.batch.rows import Keys, Row
+from nanobanana_async.batch.submitter import Submitter
+from nanobanana_async.batch.traffic import Stopped, Traffic
+from nanobanana_async.client import NanoBananaClient
+from nanobanana_async.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    LedgerError,
+    MediaError,
+    NanoBananaError,
+    NoImage,
+    SubmissionUnknown,
+    TaskError,
+    TaskFailed,
+    TaskNotFound,
+)
+from nanobanana_async.handle import TaskHandle
+from nanobanana_async.media.download import sweep
+from nanobanana_async.models import GeneratedImage, GenerationRequest, SavedPicture, Task, TaskStatus
+from nanobanana_async.outcomes import Done, Failed, Outcome, Unknown
+
+Rows: TypeAlias = Iterable[Row | GenerationRequest | str] | AsyncIterable[Row | GenerationRequest | str]
+
+_ENTERED_AT_ONCE: Final = 100
+
+
+class Fetcher(Protocol):
+    """Who writes the pictures: the client, or something that lets other machines do it."""
+
+    async def save_picture(self, image: GeneratedImage, stem: Path) -> SavedPicture:
+        """Write one picture, durably, to *stem* plus the suffix of its type. Raises `MediaError`."""
+        ...
+
+
+@attrs.frozen(kw_only=True)
+class Progress:
+    """How a run stands, at one moment."""
+
+    done: int
+    failed: int
+    unknown: int
+    earlier: int
+    """Those of the three above that an earlier run had come to."""
+    in_flight: int
+    """Submitted, and not on disk."""
+    funds: Funds
+
+
+class Batch:
+    """A folder of pictures in the making, and its ledger. Make it with `Batch.open`.
+
+    However a run ended, the next one over the same rows goes on: what is paid is fetched, what is unknown is left
+    alone, the rest is submitted. No key is kept in the folder.
+    """
+
+    def __init__(self, ledger: Ledger, client: NanoBananaClient, account: Account, fetcher: Fetcher | None) -> None:
+        self.folder: Final = ledger.folder
+        self._ledger = ledger
+        self._client = client
+        self._account = account
+        self._fetcher: Fetcher = fetcher or client
+        self._host = Host()
+        self._traffic = Traffic()
+        self._submitter = Submitter(ledger, client, account, self._traffic)
+        self._ended: Counter[type[Outcome] | str] = Counter()
+        self._under_way: set[str] = set()
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def open(
+        cls,
+        folder: str | os.PathLike[str],
+        client: NanoBananaClient,
+        *,
+        budget: Decimal | None = None,
+        fetcher: Fetcher | None = None,
+    ) -> AsyncGenerator["Batch"]:
+        """Open the batch in *folder*, made if missing. Leaving the block settles it: see `aclose`.
+
+        Args:
+            folder: Where pictures and ledger go. One process at a time.
+            client: What submits and waits. It stays open.
+            budget: Credits that may be spent here, by all runs together. New submits stop before what is spent and
+                what those in flight may cost (the largest price seen for their model) could exceed it.
+            fetcher: Who writes the pictures; None is the client.
+
+        Raises:
+            LedgerError: Another process has the folder (`exc.pid`), or its ledger cannot be used.
+        """
+        ledger = await Ledger.open(Path(folder))
+        try:
+            await anyio.to_thread.run_sync(sweep, ledger.folder)
+            batch = cls(ledger, client, Account.of(await ledger.costs(), budget), fetcher)
+        except BaseException:
+            await ledger.aclose()
+            raise
+        try:
+            yield batch
+        finally:
+            await batch.aclose()
+
+    async def run(
+        self, rows: Rows, *, max_in_flight: int = 200, retry_failed: bool = False, timeout_s: float | None = None
+    ) -> AsyncGenerator[Outcome]:
+        """Yield what becomes of each of *rows*, as each ends; nothing a row meets ends the run.
+
+        Rows that an earlier run had come to the end of are yielded again, marked `earlier`: a program that died
+        between a picture and its own use of it is told once more.
+
+        Args:
+            rows: `Row`s (from `read_rows`), requests or prompts. Taken as there is room.
+            max_in_flight: Rows under way, or ended and not yet yielded. A slow consumer slows the submits.
+            retry_failed: Submit failed rows once more; each may be paid again.
+            timeout_s: Seconds to wait for each picture; None takes `Timeouts.task_s`. One that is not final by then
+                is `Failed` with `TaskUnfinished`, and the next run goes on waiting.
+
+        Raises, after the last outcome, what keeps the run from submitting more:
+            AuthenticationError, InsufficientCredits: By the service.
+            BudgetExceeded: One more picture could cost too much.
+            LedgerError: The disk would not take what must be written.
+            MediaError: The disk would not take a picture.
+            NotSent, RateLimited, ServiceUnavailable, SubmissionUnknown: No submit has worked for an hour, or ever.
+        """
+        await self._host.ensure()
+
+        async def work(entered: tuple[Row, RowRecord]) -> Outcome | None:
+            row, record = entered
+            outcome: Outcome | None
+            if row.key in self._under_way:
+                error = ConfigurationError(f"row {row.key}: another row has this key, too")
+                outcome = Failed(key=row.key, request=row.request, error=error)
+            else:
+                self._under_way.add(row.key)
+                outcome = await self._tried(row, record, retry_failed=retry_failed, timeout_s=timeout_s)
+                self._under_way.discard(row.key)
+            if outcome is not None:
+                self._ended[type(outcome)] += 1
+                self._ended["earlier"] += outcome.earlier
+            return outcome
+
+        outcomes: AsyncGenerator[Outcome] = flow(
+            self._host, self._entered(rows), work, at_once=max_in_flight, unread=_in_the_ledger
+        )
+        async with contextlib.aclosing(outcomes):
+            async for outcome in outcomes:
+                yield outcome
+        if self._traffic.cause is not None:
+            raise self._traffic.cause
+
+    @property
+    def in_flight(self) -> Mapping[str, str]:
+        """Row key to task id of what is paid and not on disk. After a `LedgerError`, the last place that has them."""
+        return self._traffic.tasks
+
+    def progress(self) -> Progress:
+        """Return how it stands. No disk, no network."""
+        ended = self._ended
+        return Progress(
+            done=ended[Done],
+            failed=ended[Failed],
+            unknown=ended[Unknown],
+            earlier=ended["earlier"],
+            in_flight=len(self._traffic.tasks),
+            funds=self._account.funds(),
+        )
+
+    async def aclose(self) -> None:
+        """Settle and close: take no more rows, let submits on the wire end within `Timeouts.submit_s`, stop waiting.
+
+        What is paid and not on disk is fetched by the next run. `index.html` and `manifest.jsonl` are written.
+        From any task; twice is harmless.
+        """
+        timeouts = self._client.timeouts
+        self._traffic.stop(ConfigurationError("the batch was closed"))
+        with anyio.move_on_after(timeouts.submit_s + timeouts.close_s, shield=True):
+            try:
+                await self._host.aclose(drain_s=0)
+                with contextlib.suppress(LedgerError, OSError):  # both are made from the ledger, any time
+                    await self._ledger.read(partial(report.write, self.folder, self.folder.resolve().name))
+            finally:
+                await self._ledger.aclose()
+
+    # --- what nobody knows the end of -------------------------------------------------------------------------------
+
+    async def unknown(self) -> list[RowRecord]:
+        """Return the rows that may have been paid, and for which nothing says so."""
+        return await self._ledger.read(list, RowState.UNKNOWN)
+
+    async def resubmit(self, key: str) -> None:
+        """Have the next run submit this unknown row once more, though it may be paid twice then."""
+        await self._ledger.move(key, RowState.REOPENED)
+
+    async def abandon(self, key: str) -> None:
+        """Give this unknown row up: it counts as failed from now on, and is never submitted again."""
+        await self._ledger.move(key, RowState.ABANDONED)
+
+    async def bind(self, key: str, task_id: str) -> None:
+        """Tell which task this unknown row is, if you know: from a log, a callback, or the service's support."""
+        await self._ledger.move(key, RowState.SUBMITTED, task_id=task_id)
+
+    async def _entered(self, rows: Rows) -> AsyncGenerator[tuple[Row, RowRecord]]:
+        """Enter rows in the ledger, many in one transaction, until something stops the run."""
+        keys, waiting = Keys(), list[Row]()
+        most = 1 if isinstance(rows, AsyncIterable) else _ENTERED_AT_ONCE  # the next one may be long in coming
+        async with contextlib.aclosing(each(rows)) as all_rows:
+            is_last = False
+            while not is_last:
+                wanted = await anext(all_rows, None)
+                is_last = wanted is None
+                if isinstance(wanted, Row):
+                    waiting.append(wanted)
+                elif wanted is not None:
+                    request = wanted if isinstance(wanted, GenerationRequest) else GenerationRequest(wanted)
+                    waiting.append(keys.row(request))
+                if is_last or len(waiting) >= most:
+                    for pair in zip(waiting, await self._ledger.enter(waiting), strict=True):
+                        if self._traffic.cause is not None:
+                            return
+                        yield pair
+                    waiting.clear()
+
+    # --- one row ----------------------------------------------------------------------------------------------------
+
+    async def _tried(
+        self, row: Row, record: RowRecord, *, retry_failed: bool, timeout_s: float | None
+    ) -> Outcome | None:
+        """Return what became of the row; None when the run stopped before it came to anything."""
+        try:
+            return await self._advance(row, record, retry_failed=retry_failed, timeout_s=timeout_s)
+        except Stopped:
+            return None
+        except AuthenticationError as exc:
+            self._traffic.stop(exc)
+            return None
+        except LedgerError:  # ends the others, too: nothing that they come to can be written down
+            raise
+        except SubmissionUnknown as exc:
+            return Unknown(key=row.key, request=row.request, error=exc)
+        except NanoBananaError as exc:
+            return Failed(key=row.key, request=row.request, error=exc)
+        except ValueError as exc:  # `extra` holds what JSON cannot
+            return Failed(key=row.key, request=row.request, error=ConfigurationError(str(exc)))
+
+    async def _advance(self, row: Row, record: RowRecord, *, retry_failed: bool, timeout_s: float | None) -> Outcome:
+        if (outcome := _of_earlier_run(row, record, retry_failed=retry_failed)) is not None:
+            return outcome
+        if record.state is RowState.SAVED and await anyio.to_thread.run_sync(_are_there, record):
+            return Done(key=row.key, request=row.request, task=_as_task(record), files=record.files, earlier=True)
+        if record.state.is_open or record.state is RowState.FAILED:
+            handle = await self._submitter.submit(row)
+            record = attrs.evolve(record, state=RowState.SUBMITTED)
+        else:
+            self._traffic.pending += 1
+            handle = self._client.task(record.task_id or "", submitted_at=_moment(record.submitted_at))
+            self._traffic.tasks[row.key] = handle.task_id
+        try:
+            outcome = await self._finish(row, record, handle, timeout_s)
+        except NanoBananaError as exc:
+            exc.task_id = exc.task_id or handle.task_id
+            if not isinstance(exc, LedgerError):
+                del self._traffic.tasks[row.key]
+            raise
+        else:
+            del self._traffic.tasks[row.key]
+            return outcome
+        finally:
+            self._traffic.pending -= 1
+            self._traffic.change()
+
+    async def _finish(self, row: Row, record: RowRecord, handle: TaskHandle, timeout_s: float | None) -> Outcome:
+        """Wait for the task, write its end down, and have its picture on disk."""
+        try:
+            task = await handle.wait(timeout_s=timeout_s)
+        except TaskNotFound as exc:
+            if record.state in _ENDED_WELL:
+                raise
+            await self._ledger.move(row.key, RowState.UNKNOWN, reason=str(exc))
+            raise SubmissionUnknown(str(exc)) from exc  # paid, and gone: people must say what to do about it
+        if record.state not in _ENDED_WELL:
+            await self._settle(row, task)
+        if not task.images:
+            raise _without_picture(task)
+        files = await self._save(record.stem, task, handle.task_id)
+        await self._ledger.saved(row.key, files)
+        return Done(key=row.key, request=row.request, task=task, files=files)
+
+    async def _settle(self, row: Row, task: Task) -> None:
+        state = RowState.SUCCESS if task.images else RowState.FAILED
+        consumed = None if task.consumed is None else f"{task.consumed:f}"
+        reason = None if task.images else str(_without_picture(task))
+        await self._ledger.move(row.key, state, ended_at=time.time(), consumed=consumed, reason=reason)
+        if consumed is not None or state is RowState.FAILED:
+            self._account.end(row.request.model, task.consumed)
+
+    async def _save(self, stem: str, task: Task, task_id: str) -> tuple[SavedPicture, ...]:
+        self._traffic.saving += 1
+        try:
+            try:
+                return await self._write(stem, task)
+            except MediaError as exc:
+                if isinstance(exc.__cause__, OSError):  # the disk: no picture would fare better
+                    self._traffic.stop(exc)
+                    raise Stopped from None
+                fresh = await self._client.task(task_id).query()  # the link may have expired
+                if not fresh.images:
+                    raise
+                return await self._write(stem, fresh)
+        finally:
+            self._traffic.saving -= 1
+            self._traffic.change()
+
+    async def _write(self, stem: str, task: Task) -> tuple[SavedPicture, ...]:
+        names = [stem, *(f"{stem}.{number}" for number in range(2, len(task.images) + 1))]
+        return tuple(
+            [
+                await self._fetcher.save_picture(image, self.folder / name)
+                for name, image in zip(names, task.images, strict=True)
+            ]
+        )
+
+
+def _in_the_ledger(_: Outcome) -> None:
+    """Do nothing about an outcome that nobody took: the next run yields it again."""
+
+
+_ENDED_WELL: Final = (RowState.SUCCESS, RowState.SAVED)
+
+
+def _of_earlier_run(row: Row, record: RowRecord, *, retry_failed: bool) -> Outcome | None:
+    """Return what an earlier run has come to, when there is nothing more to do about it."""
+    error: NanoBananaError
+    if record.fingerprint != row.fingerprint:
+        error = ConfigurationError(f"key {row.key!r} was paid for with another prompt or other options; use a new key")
+    elif record.state is RowState.UNKNOWN:
+        unknown = SubmissionUnknown(record.reason or "")
+        unknown.task_id = record.task_id
+        return Unknown(key=row.key, request=row.request, error=unknown, earlier=True)
+    elif record.state is RowState.ABANDONED:
+        error = SubmissionUnknown(f"given up: {record.reason}")
+    elif record.state is RowState.FAILED and not retry_failed:
+        error = TaskFailed(record.reason or "it failed in an earlier run", task_id=record.task_id)
+    else:
+        return None
+    return Failed(key=row.key, request=row.request, error=error, earlier=True)
+
+
+def _without_picture(task: Task) -> TaskError:
+    said = " ".join(task.texts) or task.reason
+    if task.status is TaskStatus.FAILED:
+        return TaskFailed(f"task {task.task_id} failed: {task.reason or 'the service gave no reason'}", task=task)
+    words = (said or "no words either")[:500]
+    return NoImage(f"task {task.task_id} was paid, and brought no picture ({words})", task=task)
+
+
+def _are_there(record: RowRecord) -> bool:
+    return bool(record.files) and all(file.path.is_file() for file in record.files)
+
+
+def _as_task(record: RowRecord) -> Task:
+    return Task(task_id=record.task_id or "", status=TaskStatus.SUCCESS, consumed=record.consumed)
+
+
+def _moment(unix_s: float | None) -> datetime | None:
+    return None if unix_s is None else datetime.fromtimestamp(unix_s, UTC)

@@ -1,0 +1,167 @@
+"""`Submitter`: the step that costs money, by the book, and only when it is in order."""
+
+import logging
+import time
+from typing import Final
+
+import anyio
+
+from nanobanana_async.batch.account import Account
+from nanobanana_async.batch.caution import Caution
+from nanobanana_async.batch.entries import RowState
+from nanobanana_async.batch.ledger import Ledger
+from nanobanana_async.batch.rows import Row
+from nanobanana_async.batch.traffic import Stopped, Traffic
+from nanobanana_async.client import NanoBananaClient
+from nanobanana_async.errors import (
+    AuthenticationError,
+    BudgetExceeded,
+    ConfigurationError,
+    InsufficientCredits,
+    LedgerError,
+    NanoBananaError,
+    NotSent,
+    RateLimited,
+    ServiceUnavailable,
+    SubmissionUnknown,
+)
+from nanobanana_async.handle import TaskHandle
+
+_log: Final = logging.getLogger("nanobanana_async")
+
+_NOT_TAKEN: Final = (NotSent, RateLimited, AuthenticationError, InsufficientCredits, ConfigurationError)
+"""After these, nothing was charged, and the row is not what is wrong."""
+
+
+class Submitter:
+    """Submits rows: each has an intent in the ledger before its first byte leaves, and its task id there after it."""
+
+    def __init__(self, ledger: Ledger, client: NanoBananaClient, account: Account, traffic: Traffic) -> None:
+        self._ledger = ledger
+        self._client = client
+        self._account = account
+        self._traffic = traffic
+        self._caution = Caution()
+        self._alone = anyio.Lock()
+        self._few = anyio.Semaphore(client.limits.submits)
+
+    async def submit(self, row: Row) -> TaskHandle:
+        """Return the handle of the row's task, once its id is durable.
+
+        While the service is in trouble that charges nothing, waits. Cancelling is heeded up to the intent; from there
+        on the row has to come to a durable state, within `Timeouts.submit_s`.
+
+        Raises:
+            SubmissionUnknown: It may be paid.
+            NanoBananaError: The service, or a reference image, is against it.
+            Stopped: The run takes nothing more on.
+        """
+        handle = None
+        while handle is None:
+            if self._caution.is_needed:
+                async with self._alone:
+                    if self._caution.is_needed:  # and not only when it was this row's turn to ask
+                        handle = await self._try(row)
+                        continue
+            handle = await self._try(row)
+        return handle
+
+    async def _try(self, row: Row) -> TaskHandle | None:
+        """Submit once; None when nothing was charged, and it is to be tried again."""
+        try:
+            async with self._few:  # the others are judged when it is nearly their turn, and not before
+                await self._clearance(row.request.model)
+                handle = await self._reserved(row)
+        except (NotSent, RateLimited) as exc:
+            self._trouble(exc)
+            return None
+        except (SubmissionUnknown, ServiceUnavailable) as exc:
+            self._trouble(exc)
+            raise
+        except (AuthenticationError, InsufficientCredits, ConfigurationError) as exc:
+            self._traffic.stop(exc)
+            raise Stopped from None
+        self._caution.worked()
+        return handle
+
+    def _trouble(self, exc: NanoBananaError) -> None:
+        now_s = anyio.current_time()
+        self._caution.failed(now_s)
+        _log.info("a submit met trouble: %s", exc)
+        if self._caution.is_hopeless(now_s):
+            self._traffic.stop(exc)
+
+    async def _clearance(self, model: str) -> None:
+        """Wait until one more submit is in order: no trouble, no paid pictures that queue, and money for it."""
+        with anyio.move_on_after(self._caution.pause_s()):
+            while True:
+                await self._traffic.changed()
+        while True:
+            self._traffic.check()
+            affordable = self._account.allows(model)
+            if affordable and self._traffic.saving <= self._client.limits.downloads:
+                self._account.begin(model)  # here, for the next to ask must be told of this one
+                self._traffic.pending += 1
+                return
+            if not affordable and not self._traffic.pending:
+                self._traffic.stop(BudgetExceeded(self._poverty(model)))
+            await self._traffic.changed()
+
+    def _poverty(self, model: str) -> str:
+        funds, price = self._account.funds(), self._account.price(model)
+        next_one = "nobody knows what a picture costs" if price is None else f"one more may cost {price:f}"
+        return (
+            f"the budget does not allow another submit: {funds.spent:f} credits are spent, {funds.reserved:f} may "
+            f"have been charged for submits whose end is unknown, {funds.left:f} are left, and {next_one}"
+        )
+
+    async def _reserved(self, row: Row) -> TaskHandle:
+        """Submit what `_clearance` has counted in; on return it still counts."""
+        try:
+            return await self._post(row)
+        except BaseException:
+            self._traffic.pending -= 1
+            self._traffic.change()
+            raise
+
+    async def _post(self, row: Row) -> TaskHandle:
+        """Submit, by the book."""
+        model, sends = row.request.model, 0
+
+        async def intend() -> None:
+            nonlocal sends
+            self._traffic.check()
+            await self._ledger.intend(row.key, again=sends > 0)
+            if sends:
+                self._account.begin(model)  # the time before may be charged, too
+            sends += 1
+            scope.shield = True  # from here on it may be paid: its end must be written down, whoever cancels
+
+        with anyio.CancelScope() as scope:
+            try:
+                handle = await self._client.submit(row.request, before_send=intend)
+            except NanoBananaError as exc:
+                if sends:
+                    await self._close_books(row, exc)
+                raise
+            finally:
+                if not sends:
+                    self._account.end(model, None)
+            await self._keep_id(row, handle)
+        return handle
+
+    async def _close_books(self, row: Row, exc: NanoBananaError) -> None:
+        if isinstance(exc, SubmissionUnknown):
+            await self._ledger.move(row.key, RowState.UNKNOWN, reason=str(exc))
+            return
+        state = RowState.REFUSED if isinstance(exc, _NOT_TAKEN) else RowState.FAILED
+        await self._ledger.move(row.key, state, reason=str(exc), ended_at=time.time())
+        self._account.end(row.request.model, None)
+
+    async def _keep_id(self, row: Row, handle: TaskHandle) -> None:
+        self._traffic.tasks[row.key] = handle.task_id
+        try:
+            await self._ledger.move(row.key, RowState.SUBMITTED, task_id=handle.task_id, submitted_at=time.time())
+        except LedgerError as exc:
+            _log.error("task %s of row %s is paid, and not in the ledger: %s", handle.task_id, row.key, exc)
+            raise

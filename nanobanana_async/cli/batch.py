@@ -1,0 +1,241 @@
+"""`nanobanana batch`: a file of prompts in, a folder of pictures out. The same command goes on after anything."""
+
+import shlex
+import statistics
+import sys
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, asynccontextmanager
+from datetime import timedelta
+from decimal import Decimal, InvalidOperation
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import anyio
+import anyio.to_thread
+import click
+
+from nanobanana_async.batch import report
+from nanobanana_async.batch.rows import read_rows
+from nanobanana_async.batch.runner import Batch
+from nanobanana_async.cli.generate import check_writable, json_option, timeout_option
+from nanobanana_async.cli.resolve import closing_words, resolve
+from nanobanana_async.cli.runtime import (
+    DONE,
+    FAILED,
+    UNKNOWN,
+    Session,
+    emit,
+    error_record,
+    one_line,
+    run,
+    say,
+    task_record,
+)
+from nanobanana_async.cli.screen import Bar
+from nanobanana_async.client import NanoBananaClient
+from nanobanana_async.errors import LedgerError
+from nanobanana_async.outcomes import Done, Failed, Outcome, Unknown
+from nanobanana_async.transport.bodies import printable
+
+_REFRESH_S: Final = 0.5
+_PLAIN_EVERY_S: Final = 10.0
+_TOLD: Final = 20
+"""Failures that are told as they happen."""
+_FIRST_MEDIAN_S: Final = 20.0
+"""Of the schedule's prior: what a picture takes as long as nobody has seen one."""
+_EARLY: Final = 10
+"""Pictures after which the rate at which they come is worth more than the learned median."""
+
+
+class _BatchGroup(click.Group):
+    """`batch FILE` beside `batch resolve`: what is no command of the group is a file to run."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])
+
+
+class _Credits(click.ParamType[Decimal]):
+    name = "credits"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Decimal:  # noqa: ANN401 - click's signature
+        try:
+            amount = Decimal(value)
+        except InvalidOperation:
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        if not amount.is_finite() or amount <= 0:
+            self.fail(f"{value} is not more than 0.", param, ctx)
+        return amount
+
+
+@click.group(cls=_BatchGroup)
+def batch() -> None:
+    """Make a picture for each row of a file, durably."""
+
+
+batch.add_command(resolve)
+
+
+@batch.command(name="run")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("-o", "--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Made if missing.")
+@click.option(
+    "--max-in-flight",
+    default=200,
+    show_default=True,
+    type=click.IntRange(1, 100_000),
+    help="Pictures under way at once.",
+)
+@click.option("--budget", type=_Credits(), metavar="CREDITS", help="Stop before this could be exceeded.")
+@click.option("--retry-failed", is_flag=True, help="Submit failed rows once more; each may be paid again.")
+@click.option("--model", metavar="MODEL", help="For rows that name none.")
+@click.option("--aspect-ratio", metavar="N:M", help="The same.")
+@click.option("--image-size", metavar="SIZE", help="The same.")
+@timeout_option
+@json_option
+def run_batch(  # noqa: PLR0913 - one parameter per option
+    file: Path,
+    out: Path,
+    max_in_flight: int,
+    budget: Decimal | None,
+    *,
+    retry_failed: bool,
+    timeout_s: float | None,
+    as_json: bool,
+    **defaults: str | None,
+) -> None:
+    """Make a picture for each row of FILE, durably: nanobanana batch FILE --out DIR.
+
+    FILE is a .txt with a prompt a line, or a .csv or .jsonl with some of the columns prompt, images, model,
+    aspect_ratio, image_size, key, name.
+
+    Run the same command again to go on, whatever ended it: what is paid is fetched, what is done is left alone. Rows
+    that may have been paid, and for which nothing says so, are not submitted again: see `nanobanana batch resolve
+    --help`.
+    """
+    command = shlex.join(["nanobanana", *sys.argv[1:]])
+
+    async def work(session: Session) -> int:
+        rows = await anyio.to_thread.run_sync(lambda: read_rows(file, **defaults))
+        check_writable(out)
+        keys = {row.key for row in rows}
+        async with NanoBananaClient() as client, Batch.open(out, client, budget=budget) as batch:
+            if not as_json:
+                session.last_words = partial(closing_words, out, command, keys, budget)
+            outcomes = batch.run(rows, max_in_flight=max_in_flight, retry_failed=retry_failed, timeout_s=timeout_s)
+            watcher = _Watcher(batch, client, len(rows), max_in_flight, as_json=as_json)
+            try:
+                code = await watcher.watch(outcomes)
+            except LedgerError:
+                session.unfinished.update({task_id: (key, str(out)) for key, task_id in batch.in_flight.items()})
+                raise
+        if not as_json:
+            say(out / report.PAGE)
+        return code
+
+    run(work, as_json=as_json)
+
+
+class _Watcher:
+    """Shows a run while it goes on."""
+
+    def __init__(
+        self, batch: Batch, client: NanoBananaClient, total: int, max_in_flight: int, *, as_json: bool
+    ) -> None:
+        self._batch = batch
+        self._client = client
+        self._total = total
+        self._max_in_flight = max_in_flight
+        self._as_json = as_json
+        self._bar = Bar(total, quiet=as_json, plain_every_s=_PLAIN_EVERY_S)
+        self._started_s = anyio.current_time()
+        self._told = 0
+
+    async def watch(self, outcomes: AsyncGenerator[Outcome]) -> int:
+        """Show each of *outcomes*, and return the exit code they add up to."""
+        code = DONE
+        with self._bar:
+            async with _now_and_then(self._show), aclosing(outcomes):
+                try:
+                    async for outcome in outcomes:
+                        code = max(code, _exit_code(outcome))
+                        self._tell(outcome)
+                except anyio.get_cancelled_exc_class():
+                    self._bar.say("stopping: submits on the wire are waited for; Ctrl-C again does not wait")
+                    raise
+            self._show()
+        return code
+
+    def _tell(self, outcome: Outcome) -> None:
+        if self._as_json:
+            emit(_record(outcome))
+        elif not isinstance(outcome, Done) and not outcome.earlier:
+            self._told += 1
+            if self._told <= _TOLD:
+                self._bar.say(f"{printable(outcome.request.prompt)[:60]!r}: {one_line(outcome.error)}")
+            elif self._told == _TOLD + 1:
+                self._bar.say(f"further ones are in {report.MANIFEST}")
+
+    def _show(self) -> None:
+        progress = self._batch.progress()
+        ended = progress.done + progress.failed + progress.unknown
+        rate = (ended - progress.earlier) / max(anyio.current_time() - self._started_s, 1e-3)
+        median_s = statistics.median(self._client.statistics().median_s.values() or [_FIRST_MEDIAN_S])
+        left = self._total - ended
+        parts = [f"{progress.done} done", f"{progress.in_flight} in flight"]
+        parts += [f"{progress.failed} failed"] if progress.failed else []
+        parts += [f"{progress.unknown} unknown"] if progress.unknown else []
+        parts += [f"{progress.funds.spent.normalize():f} credits"] if progress.funds.spent else []
+        parts += [f"{rate * 60:.0f}/min"] if rate else []
+        is_early = ended - progress.earlier < _EARLY
+        left_s = eta_s(left, median_s, self._max_in_flight, None if is_early else rate)
+        self._bar.show(ended, "  ".join([*parts, f"{timedelta(seconds=round(left_s))} left"]))
+
+
+def eta_s(left: int, median_s: float, max_in_flight: int, rate_per_s: float | None) -> float:
+    """Return the seconds that *left* pictures still take.
+
+    Each place brings a picture in *median_s* (Little's law), until there is a rate to go by. The last one takes its
+    time, however few there are.
+    """
+    if not left:
+        return 0.0
+    return max(median_s, left / (rate_per_s or max_in_flight / median_s))
+
+
+@asynccontextmanager
+async def _now_and_then(show: Callable[[], None]) -> AsyncGenerator[None]:
+    async def tick() -> None:
+        while True:
+            show()
+            await anyio.sleep(_REFRESH_S)
+
+    error = None
+    async with anyio.create_task_group() as group:
+        group.start_soon(tick)
+        try:
+            yield
+        except Exception as exc:  # noqa: BLE001 - raised below: the group would wrap it
+            error = exc
+        group.cancel_scope.cancel()
+    if error is not None:
+        raise error
+
+
+def _exit_code(outcome: Outcome) -> int:
+    match outcome:
+        case Done():
+            return DONE
+        case Failed():
+            return FAILED
+        case Unknown():
+            return UNKNOWN
+
+
+def _record(outcome: Outcome) -> dict[str, object]:
+    record = {"key": outcome.key, "prompt": outcome.request.prompt, "earlier": outcome.earlier}
+    if isinstance(outcome, Done):
+        files = [str(file.path) for file in outcome.files]
+        return {**record, "outcome": "done", "files": files, **task_record(outcome.task), "error": None}
+    kind = "failed" if isinstance(outcome, Failed) else "unknown"
+    return {**record, "outcome": kind, "files": [], **task_record(None), **error_record(outcome.error)}

@@ -1,0 +1,128 @@
+"""`nanobanana batch resolve`: what to do about rows that may have been paid, and for which nothing says so."""
+
+import shlex
+from collections import Counter
+from collections.abc import Iterator
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
+
+import click
+
+from nanobanana_async.batch.account import Account
+from nanobanana_async.batch.entries import RowRecord, RowState
+from nanobanana_async.batch.ledger import Ledger
+from nanobanana_async.cli.generate import json_option
+from nanobanana_async.cli.runtime import DONE, Session, emit, run, say
+from nanobanana_async.transport.bodies import printable
+
+_DONE = (RowState.SAVED,)
+_FAILED = (RowState.FAILED, RowState.ABANDONED)
+
+
+@click.command()
+@click.argument("keys", metavar="[KEY]...", nargs=-1)
+@click.option("-o", "--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Of the batch.")
+@click.option("--list", "what", flag_value="list", default=True, help="Show them, and what they may cost. The default.")
+@click.option(
+    "--resubmit", "what", flag_value="resubmit", help="Have the next run submit them again: they may be paid twice."
+)
+@click.option("--abandon", "what", flag_value="abandon", help="Give them up; they count as failed.")
+@click.option("--bind", "task_id", metavar="TASK_ID", help="Tell which task the one KEY is; the next run fetches it.")
+@click.option("--all", "everything", is_flag=True, help="All unknown rows, instead of KEYs.")
+@click.option("--adopt", is_flag=True, help="Take a ledger that was copied or restored for the true one.")
+@json_option
+def resolve(  # noqa: PLR0913 - one parameter per option
+    keys: tuple[str, ...], out: Path, what: str, task_id: str | None, *, everything: bool, adopt: bool, as_json: bool
+) -> None:
+    """Decide about rows whose submit was sent, and never answered. Works without a key, and sends nothing."""
+    if task_id is not None and len(keys) != 1:
+        raise click.UsageError("--bind: name the one KEY that this task is.")
+    if task_id is None and what != "list" and bool(keys) is everything:
+        raise click.UsageError(f"--{what}: name KEYs (see --list), or say --all.")
+
+    async def work(_: Session) -> int:
+        ledger = await Ledger.open(out, adopt=adopt, create=False)
+        try:
+            unknown = await ledger.read(list, RowState.UNKNOWN)
+            account = Account.of(await ledger.costs())
+            chosen = keys or [record.key for record in unknown]
+            if task_id is not None:
+                await ledger.move(keys[0], RowState.SUBMITTED, task_id=task_id)
+            elif what != "list":
+                for key in chosen:
+                    await ledger.move(key, RowState.REOPENED if what == "resubmit" else RowState.ABANDONED)
+        finally:
+            await ledger.aclose()
+        if task_id is not None or what != "list":
+            click.echo(f"{len(chosen)} rows changed; the next run of the batch acts on it", err=True)
+        else:
+            _show(unknown, account, as_json=as_json)
+        return DONE
+
+    run(work, as_json=as_json)
+
+
+def _show(unknown: list[RowRecord], account: Account, *, as_json: bool) -> None:
+    for record in unknown:
+        price = account.price(record.model)
+        worst = None if price is None else price * record.sends
+        if as_json:
+            facts = {"key": record.key, "prompt": record.prompt, "task_id": record.task_id, "worst_case": worst}
+            emit({**facts, "reason": record.reason})
+        else:
+            cost = "price unknown" if worst is None else f"up to {worst.normalize():f} credits"
+            say(printable(f"{record.key}  {cost}  {record.prompt[:60]!r}  {record.reason or ''}"))
+    if not as_json:
+        worst_case = sum(((account.price(record.model) or Decimal(0)) * record.sends for record in unknown), Decimal(0))
+        click.echo(f"{len(unknown)} rows may have been paid: {worst_case.normalize():f} credits at worst", err=True)
+
+
+async def closing_words(out: Path, command: str, keys: set[str], budget: Decimal | None) -> None:
+    """Say on stderr how the batch in *out* stands, and what to type next. *keys* are those of the rows asked for.
+
+    Raises:
+        LedgerError: It cannot be read.
+    """
+    ledger = await Ledger.open(out, create=False)
+    try:
+        states, strangers = await ledger.read(partial(_count, keys))
+        funds = Account.of(await ledger.costs(), budget).funds()
+    finally:
+        await ledger.aclose()
+    done, failed = (sum(states[state] for state in group) for group in (_DONE, _FAILED))
+    unknown = states[RowState.UNKNOWN]
+    paid = states[RowState.SUBMITTED] + states[RowState.SUCCESS]
+    to_go = len(keys) - done - failed - unknown
+    parts = [f"{done} of {len(keys)} done"]
+    parts += [
+        f"{number} {word}" for number, word in ((failed, "failed"), (unknown, "unknown"), (to_go, "to go")) if number
+    ]
+    parts[-1] += f" ({paid} of them paid for)" if paid else ""
+    money = f"{funds.spent.normalize():f} credits spent"
+    money += f", up to {funds.reserved.normalize():f} more for what has no end yet" if funds.reserved else ""
+    money += "" if funds.left is None else f", {funds.left.normalize():f} of the budget left"
+    click.echo(f"{', '.join(parts)}; {money}", err=True)
+    place = shlex.quote(str(out))
+    if strangers:
+        click.echo(f"{strangers} more rows are of earlier runs: an edited row counts as a new one", err=True)
+    if unknown:
+        click.echo(
+            f"{unknown} may have been paid; to decide about them: nanobanana batch resolve --out {place}", err=True
+        )
+    if failed:
+        click.echo("to submit failed rows again, which may be paid again: add --retry-failed", err=True)
+    if to_go:
+        click.echo(f"to go on: {command}", err=True)
+
+
+def _count(keys: set[str], records: Iterator[RowRecord]) -> tuple[Counter[RowState], int]:
+    """Return how many of *keys* are in which state, and how many records have other keys."""
+    states: Counter[RowState] = Counter()
+    strangers = 0
+    for record in records:
+        if record.key in keys:
+            states[record.state] += 1
+        else:
+            strangers += 1
+    return states, strangers

@@ -1,0 +1,115 @@
+"""`TaskHandle`: one task, as its owner sees it."""
+
+import contextlib
+from collections.abc import AsyncGenerator, Coroutine
+from datetime import datetime
+from typing import Final
+
+import anyio
+
+from nanobanana_async.errors import NoImage, TaskFailed, TaskNotFound
+from nanobanana_async.models import Task, TaskStatus
+from nanobanana_async.tracking.schedule import NOT_FOUND_GRACE_S
+from nanobanana_async.tracking.tracker import TaskTracker
+from nanobanana_async.tracking.watch import Origin
+from nanobanana_async.transport.api import Api
+
+
+class TaskHandle:
+    """One task at the service. Holds no resources: keep it, drop it, make it again from its `task_id`."""
+
+    def __init__(  # noqa: PLR0913 - clients make it, users do not
+        self,
+        api: Api,
+        tracker: TaskTracker,
+        task_id: str,
+        *,
+        patience_s: float,
+        origin: Origin = Origin(),
+        submitted_at: datetime | None = None,
+        possible_duplicates: int = 0,
+    ) -> None:
+        self._api = api
+        self._tracker = tracker
+        self._patience_s = patience_s
+        self._origin = origin
+        self._final: Task | None = None
+        self.task_id: Final = task_id
+        self.submitted_at: Final = submitted_at
+        """When the submit was accepted, by this machine's clock; None when it was submitted elsewhere."""
+        self.possible_duplicates: Final = possible_duplicates
+        """Re-sends under the retry policy after which an earlier try may have been charged as well."""
+
+    def __repr__(self) -> str:
+        return f"TaskHandle({self.task_id!r})"
+
+    async def query(self) -> Task:
+        """Return how the task stands now, with one query.
+
+        A task submitted by this client that the service does not show yet is pending. Raises as `wait` does, and
+        `TransportError` when no answer came.
+        """
+        if self._final is not None:
+            return self._final
+        try:
+            task = await self._api.query(self.task_id)
+        except TaskNotFound:
+            since_s = self._origin.submitted_at_s
+            if since_s is None or anyio.current_time() - since_s > NOT_FOUND_GRACE_S:
+                raise
+            return Task(task_id=self.task_id, status=TaskStatus.PENDING)
+        return self._keep(task)
+
+    async def wait(self, *, timeout_s: float | None = None) -> Task:
+        """Return the task once it is final, whether it succeeded or failed.
+
+        Shares polls with everybody who waits for the same task. Cancelling stops the waiting, not the task.
+
+        Args:
+            timeout_s: Seconds to wait; None takes `Timeouts.task_s`.
+
+        Raises:
+            TaskUnfinished: The time passed; `exc.task` is the last snapshot. It runs on and can be awaited again.
+            TaskNotFound: The service does not know it.
+            AuthenticationError: The service does not accept the key.
+        """
+        return self._final or self._keep(await self._await_final(timeout_s))
+
+    async def result(self, *, timeout_s: float | None = None) -> Task:
+        """Return the task once it is a success with at least one image.
+
+        Waits as `wait` does, and raises what it raises, and besides:
+
+        Raises:
+            TaskFailed: It ended as failed.
+            NoImage: It ended as success, was paid, and holds no picture; `exc.task.texts` may say why.
+        """
+        task = self._final or self._keep(await self._await_final(timeout_s))
+        if task.status is TaskStatus.FAILED:
+            raise TaskFailed(f"task {task.task_id} failed: {task.reason or 'the service gave no reason'}", task=task)
+        if not task.images:
+            said = " ".join(task.texts) or task.reason or "no words either"
+            raise NoImage(f"task {task.task_id} was paid, and brought no picture ({said[:500]})", task=task)
+        return task
+
+    async def updates(self, *, timeout_s: float | None = None) -> AsyncGenerator[Task]:
+        """Yield a snapshot at each change of status, the final one last. Raises as `wait` does."""
+        if self._final is not None:
+            yield self._final
+            return
+        news = self._tracker.updates(self.task_id, timeout_s=self._timeout_s(timeout_s), origin=self._origin)
+        async with contextlib.aclosing(news):
+            async for task in news:
+                yield self._keep(task)
+
+    def _await_final(self, timeout_s: float | None) -> Coroutine[object, object, Task]:
+        # Not async: among ten thousand waiters, one more frame each shows.
+        return self._tracker.wait(self.task_id, timeout_s=self._timeout_s(timeout_s), origin=self._origin)
+
+    def _timeout_s(self, timeout_s: float | None) -> float:
+        return self._patience_s if timeout_s is None else timeout_s
+
+    def _keep(self, task: Task) -> Task:
+        if task.is_final:
+            self._final = task
+        return task

@@ -1,0 +1,28 @@
+"""`python -m tests.kills [--kills 200] [--seed 0]`: prints the points hit, and what was paid twice or lost."""
+
+import argparse
+import sys
+
+from tests.kills.harness import run_trials
+
+
+def main() -> int:
+    """Parse, kill, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    tally = run_trials(options.kills, options.seed)
+    for point, times in sorted(tally.points.items()):
+        print(f"{times:5} {point}")
+    for line in tally.duplicates + tally.lost:
+        print(f"WRONG {line}")
+    print(
+        f"{tally.kills} kills, {tally.charges} charges: {len(tally.duplicates)} undeclared duplicates,"
+        f" {len(tally.lost)} lost, {tally.unknown} rows unknown"
+    )
+    return 1 if tally.duplicates or tally.lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

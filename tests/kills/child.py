@@ -1,0 +1,129 @@
+"""One run of a batch in a process of its own, that kills itself when it has passed a given number of crash points."""
+
+import os
+import signal
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import attrs
+
+from nanobanana_async import Batch, NanoBananaClient, WireRequest
+from nanobanana_async.media.download import _PartFile
+from nanobanana_async.simulator import FAST_LIMITS, FAST_POLLING
+from nanobanana_async.transport.http import HttpTransport
+
+NEVER = 10**9
+
+
+@attrs.frozen
+class Plan:
+    """What a child is to do."""
+
+    url: str
+    folder: Path
+    prompts: tuple[str, ...]
+    kill_at: int
+    """The crash point, counted from 0."""
+    log: Path
+    """Where the names of the points go, a line each as it is passed."""
+
+
+def run(plan: Plan) -> None:
+    """Run the batch to its end, or to the point where it dies."""
+    with plan.log.open("ab", buffering=0) as log:
+        _arm(plan, log.write)
+        anyio.run(_batch, plan)
+
+
+async def _batch(plan: Plan) -> None:
+    async with (
+        NanoBananaClient("dk-test", base_url=plan.url, limits=FAST_LIMITS, polling=FAST_POLLING) as client,
+        Batch.open(plan.folder, client) as batch,
+    ):
+        async for _ in batch.run(plan.prompts, max_in_flight=4):
+            pass
+
+
+def _arm(plan: Plan, write: Callable[[bytes], object]) -> None:
+    """Put crash points around each step that leaves something behind."""
+    passed = 0
+
+    def point(name: str) -> None:
+        nonlocal passed
+        write(f"{name}\n".encode())
+        if passed == plan.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        passed += 1
+
+    _around_commits(point)
+    _around_posts(point)
+    _around_files(point)
+
+
+class _Connection(sqlite3.Connection):
+    """Notices what a transaction is about, and when it is written and durable."""
+
+    point: Callable[[str], None]
+    about: set[str]
+
+    def execute(self, sql: str, values: Any = ()) -> sqlite3.Cursor:  # noqa: ANN401 - sqlite's own
+        if sql.startswith("BEGIN"):
+            self.about = set()
+        elif sql.startswith("INSERT INTO attempts"):
+            self.about.add("intent")
+        elif sql.startswith("UPDATE attempts SET state = ?"):
+            self.about.add(str(values[0]))
+        elif sql.startswith("INSERT INTO rows"):
+            self.about.add("entry")
+        if sql != "COMMIT":
+            return super().execute(sql, values)
+        for name in sorted(self.about):
+            self.point(f"{name} written")
+        done = super().execute(sql)
+        for name in sorted(self.about):
+            self.point(f"{name} durable")
+        return done
+
+
+def _around_commits(point: Callable[[str], None]) -> None:
+    connect = sqlite3.connect
+
+    def connected(*args: Any, **options: Any) -> sqlite3.Connection:  # noqa: ANN401 - sqlite's own
+        connection = connect(*args, factory=_Connection, **options)
+        connection.about = set()
+        connection.point = point
+        return connection
+
+    sqlite3.connect = connected  # type: ignore[assignment]
+
+
+def _around_posts(point: Callable[[str], None]) -> None:
+    send = HttpTransport.send
+
+    async def watched(self: HttpTransport, request: WireRequest, **options: Any) -> Any:  # noqa: ANN401 - the same
+        if request.method == "POST":
+            point("POST leaves")
+        reply = await send(self, request, **options)
+        if request.method == "POST":
+            point("POST answered")
+        return reply
+
+    HttpTransport.send = watched  # type: ignore[method-assign]
+
+
+def _around_files(point: Callable[[str], None]) -> None:
+    write, publish = _PartFile._write, _PartFile._publish
+
+    def watched_write(self: _PartFile, data: bytes) -> None:
+        write(self, data)
+        point("picture half written")
+
+    def watched_publish(self: _PartFile, path: Path) -> None:
+        point("picture written")
+        publish(self, path)
+        point("picture in its place")
+
+    _PartFile._write, _PartFile._publish = watched_write, watched_publish  # type: ignore[method-assign]

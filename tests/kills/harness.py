@@ -1,0 +1,164 @@
+"""Trials: a batch that is killed, perhaps again, and then left alone; and what became of every credit."""
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import anyio
+import attrs
+
+from nanobanana_async.batch.entries import RowRecord, RowState
+from nanobanana_async.batch.ledger import Ledger
+from nanobanana_async.simulator import VendorProfile
+from nanobanana_async.simulator.app import SimulatorServer
+from nanobanana_async.simulator.memory import tiny_png
+from nanobanana_async.simulator.vendor import Answer, PictureOrder
+from tests.kills import child
+
+ROWS = 8
+PROFILE = VendorProfile(median_s=0.03, sigma=0.5, invisible_s=0.0)
+_LONGEST_S = 60
+
+
+@attrs.define
+class Tally:
+    """What all trials together came to."""
+
+    kills: int = 0
+    charges: int = 0
+    unknown: int = 0
+    duplicates: list[str] = attrs.field(factory=list)
+    lost: list[str] = attrs.field(factory=list)
+    points: Counter[str] = attrs.field(factory=Counter)
+    """Where the kills hit."""
+
+
+class Harness:
+    """Kills children that work on batches against one simulator."""
+
+    def __init__(self, server: SimulatorServer, seed: int) -> None:
+        self._server = server
+        self._rng = Random(seed)
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["tests.kills.child"])
+        self._posts_to_live: int | None = None
+        self._victim: multiprocessing.process.BaseProcess | None = None
+        self._points = 0
+        self.tally = Tally()
+        server.vendor._paint = tiny_png
+        handle = server.vendor.handle
+
+        def watched(method: str, *rest: object) -> Answer:
+            answer = handle(method, *rest)  # type: ignore[arg-type]
+            if method == "POST":
+                self._posted()
+            return answer
+
+        server.vendor.handle = watched  # type: ignore[assignment]
+
+    def _posted(self) -> None:
+        """Kill the child while its submit is charged, and its answer on the way."""
+        if self._posts_to_live is None or self._victim is None or self._victim.pid is None:
+            return
+        self._posts_to_live -= 1
+        if self._posts_to_live < 0:
+            self._posts_to_live = None
+            os.kill(self._victim.pid, signal.SIGKILL)
+
+    def trial(self, name: str, kills: int) -> None:
+        """Start a batch and kill it *kills* times; let it end; settle the account."""
+        with tempfile.TemporaryDirectory() as folder:
+            prompts = tuple(f"{name}, row {number}" for number in range(ROWS))
+            plan = child.Plan(self._server.url, Path(folder, "run"), prompts, child.NEVER, Path(folder, "points"))
+            for _ in range(kills):
+                self._killed_run(plan)
+            assert self._run(plan) == 0, "a run that nobody killed failed"
+            self._judge(plan)
+
+    def _killed_run(self, plan: child.Plan) -> None:
+        """Kill a run at a point by its index, or with a submit in flight, or at any time."""
+        plan.log.write_bytes(b"")
+        dice = self._rng.random()
+        if dice < 0.15:
+            self._posts_to_live = self._rng.randrange(ROWS)
+            code = self._run(plan)
+            self._posts_to_live = None
+            where = "POST charged, answer on its way"
+        elif dice < 0.3:
+            code = self._run(plan, kill_after_s=self._rng.uniform(0.02, 0.5))
+            where = "any time"
+        else:
+            code = self._run(attrs.evolve(plan, kill_at=self._rng.randrange(max(self._points, 1))))
+            where = (plan.log.read_text().splitlines() or ["?"])[-1]
+        self._points = max(self._points, len(plan.log.read_text().splitlines()))
+        if code == -signal.SIGKILL:
+            self.tally.kills += 1
+            self.tally.points[where] += 1
+
+    def _run(self, plan: child.Plan, kill_after_s: float | None = None) -> int | None:
+        process = self._context.Process(target=child.run, args=(plan,))
+        process.start()
+        self._victim = process
+        timer = threading.Timer(_LONGEST_S if kill_after_s is None else kill_after_s, process.kill)
+        timer.start()
+        process.join()
+        timer.cancel()
+        self._victim = None
+        return process.exitcode
+
+    def learn_points(self, name: str) -> None:
+        """Run a batch unharmed, to learn how many points there are."""
+        with tempfile.TemporaryDirectory() as folder:
+            prompts = tuple(f"{name}, row {number}" for number in range(ROWS))
+            plan = child.Plan(self._server.url, Path(folder, "run"), prompts, child.NEVER, Path(folder, "points"))
+            assert self._run(plan) == 0
+            self._points = len(plan.log.read_text().splitlines())
+
+    def _judge(self, plan: child.Plan) -> None:
+        """Each charge is bound to its row, or its row is unknown; none came twice; every picture is whole."""
+        records = {record.prompt: record for record in anyio.run(_records, plan.folder)}
+        charged = [charge for charge in self._server.charges if charge.prompt in plan.prompts]
+        tally = self.tally
+        tally.charges += len(charged)
+        tally.unknown += sum(record.state is RowState.UNKNOWN for record in records.values())
+        tally.duplicates += [prompt for prompt, times in Counter(c.prompt for c in charged).items() if times > 1]
+        for charge in charged:
+            record = records[charge.prompt]
+            if record.state is not RowState.UNKNOWN and record.task_id != charge.task_id:
+                tally.lost.append(f"{charge.prompt}: {charge.task_id} is not known")
+        for prompt in plan.prompts:
+            record = records[prompt]
+            if record.state is not RowState.UNKNOWN and not _is_whole(record):
+                tally.lost.append(f"{prompt}: {record.state}, and no whole picture")
+        if stray := [path.name for path in plan.folder.iterdir() if path.name.endswith(".part")]:
+            tally.lost.append(f"left behind: {stray}")
+
+
+def _is_whole(record: RowRecord) -> bool:
+    picture = tiny_png(PictureOrder(prompt=record.prompt, width=8, height=8))
+    return record.state is RowState.SAVED and [file.path.read_bytes() for file in record.files] == [picture]
+
+
+async def _records(folder: Path) -> list[RowRecord]:
+    ledger = await Ledger.open(folder, create=False)
+    try:
+        return await ledger.read(list)
+    finally:
+        await ledger.aclose()
+
+
+def run_trials(kills: int, seed: int) -> Tally:
+    """Kill batches until *kills* kills have hit, and return what came of it."""
+    with SimulatorServer(PROFILE, seed=seed) as server:
+        harness = Harness(server, seed)
+        harness.learn_points("a rehearsal")
+        number = 0
+        while harness.tally.kills < kills:
+            number += 1
+            harness.trial(f"trial {number} of {seed}", kills=1 + (number % 4 == 0))
+        return harness.tally

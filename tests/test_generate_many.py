@@ -1,0 +1,161 @@
+"""`generate_many`: what becomes of each, as each ends; bounded, back-pressured, and nothing lost without a word."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import anyio
+import pytest
+
+from nanobanana_async import (
+    ConfigurationError,
+    Done,
+    Failed,
+    GenerationRequest,
+    NanoBananaClient,
+    NoImage,
+    Outcome,
+    SubmissionUnknown,
+    TaskFailed,
+    Unknown,
+)
+from nanobanana_async.simulator import FAST, Simulator, VendorProfile
+from tests.fakes import PNG, lost, script
+
+pytestmark = pytest.mark.anyio
+
+
+def prompt_of(outcome: Outcome) -> str:
+    """Return the prompt."""
+    return outcome.request.prompt
+
+
+async def test_each_request_comes_to_one_outcome() -> None:
+    """Done with its task, or failed with its error; the keys are the positions."""
+    simulator = Simulator(VendorProfile(median_s=0.02, invisible_s=0, failed=0.2, text_only=0.2), seed=3)
+    async with simulator.client() as client:
+        outcomes = [outcome async for outcome in client.generate_many(f"fox {n}" for n in range(40))]
+    assert sorted(int(outcome.key) for outcome in outcomes) == list(range(40))
+    assert sorted(map(prompt_of, outcomes)) == sorted(charge.prompt for charge in simulator.charges)
+    kinds = {type(outcome.error) for outcome in outcomes if isinstance(outcome, Failed)}
+    assert kinds == {TaskFailed, NoImage}
+    assert all(outcome.task.images for outcome in outcomes if isinstance(outcome, Done))
+    assert all(outcome.error.task_id for outcome in outcomes if isinstance(outcome, Failed))
+
+
+async def test_what_ends_first_comes_first() -> None:
+    """Whatever the order in which they were asked for."""
+    simulator = Simulator(VendorProfile(median_s=0.1, sigma=1.5, invisible_s=0), seed=1)
+    async with simulator.client() as client:
+        keys = [outcome.key async for outcome in client.generate_many(map(str, range(30)))]
+    assert sorted(keys, key=int) != keys
+
+
+async def test_a_slow_consumer_stops_the_submits() -> None:
+    """Not more than `max_in_flight` are under way or wait to be read."""
+    simulator = Simulator(FAST)
+    most = 0
+    async with simulator.client() as client:
+        read = 0
+        async for _ in client.generate_many(map(str, range(40)), max_in_flight=5):
+            await anyio.sleep(0.01)
+            most = max(most, len(simulator.charges) - read)
+            read += 1
+    assert read == len(simulator.charges) == 40
+    assert most <= 5
+
+
+async def test_requests_may_come_from_anywhere_and_are_taken_when_there_is_room() -> None:
+    """An async generator that never ends, for one."""
+    taken = 0
+
+    async def endless() -> AsyncIterator[GenerationRequest]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield GenerationRequest(f"fox {taken}", images=[PNG])
+            await anyio.lowlevel.checkpoint()
+
+    simulator = Simulator(FAST)
+    async with simulator.client() as client:
+        outcomes = client.generate_many(endless(), max_in_flight=3)
+        done = [await anext(outcomes) for _ in range(9)]
+        await outcomes.aclose()
+    assert all(isinstance(outcome, Done) for outcome in done)
+    assert taken <= 9 + 3
+
+
+async def test_ending_early_names_what_is_paid(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing that was paid for disappears without a line in the log."""
+    simulator = Simulator(VendorProfile(median_s=0.2, sigma=1, invisible_s=0), seed=2)
+    async with (
+        simulator.client() as client,
+        aclosing(client.generate_many(map(str, range(50)), max_in_flight=10)) as outcomes,
+    ):
+        first = await anext(outcomes)
+        await anyio.sleep(0.2)  # some of the others end, and are not read
+    assert isinstance(first, Done)
+    named = {charge.task_id for charge in simulator.charges if charge.task_id in caplog.text}
+    assert named | {first.task.task_id} == {charge.task_id for charge in simulator.charges}
+    assert "nobody read how it ended" in caplog.text
+    assert "its caller was cancelled" in caplog.text
+
+
+async def test_an_unanswered_submit_is_unknown_and_the_others_go_on() -> None:
+    """Never sent again, never mistaken for a failure."""
+    transport = script(lost())
+    async with Simulator(FAST).client() as client:
+        client._api._transport = transport
+        outcomes = [outcome async for outcome in client.generate_many(["a", "b"])]
+    assert all(isinstance(outcome, Unknown) and isinstance(outcome.error, SubmissionUnknown) for outcome in outcomes)
+    assert len(transport.requests) == 2
+
+
+async def test_a_bad_prompt_is_raised_after_the_others() -> None:
+    """It is the caller's mistake; what was under way is not lost to it."""
+    simulator = Simulator(FAST)
+    async with simulator.client() as client:
+        outcomes = client.generate_many(["a", "b", "", "c"])
+        done = [prompt_of(await anext(outcomes)) for _ in range(2)]
+        with pytest.raises(ValueError, match="prompt: must not be empty"):
+            await anext(outcomes)
+    assert sorted(done) == ["a", "b"]
+
+
+async def test_what_json_cannot_carry_fails_alone() -> None:
+    """`extra` is checked when it is sent."""
+    requests = [GenerationRequest("a", extra={"x": float("nan")}), GenerationRequest("b")]
+    async with Simulator(FAST).client() as client:
+        outcomes = {prompt_of(outcome): outcome async for outcome in client.generate_many(requests)}
+    assert isinstance(outcomes["b"], Done)
+    assert isinstance(outcomes["a"], Failed)
+    assert isinstance(outcomes["a"].error, ConfigurationError)
+
+
+async def test_closing_the_client_meanwhile_is_told() -> None:
+    """A loop that ends quietly would look like success."""
+    simulator = Simulator(VendorProfile(median_s=30, invisible_s=0))
+    client = simulator.client()
+
+    outcomes = client.generate_many(map(str, range(9)), max_in_flight=2)
+    async with anyio.create_task_group() as group:
+        group.start_soon(_close_after, client, simulator, 2)
+        with pytest.raises(ConfigurationError, match="closed"):
+            await _exhaust(outcomes)
+
+
+async def _close_after(client: NanoBananaClient, simulator: Simulator, charges: int) -> None:
+    while len(simulator.charges) < charges:
+        await anyio.sleep(0.01)
+    await client.aclose()
+
+
+async def _exhaust(outcomes: AsyncIterator[Outcome]) -> None:
+    async for outcome in outcomes:
+        assert isinstance(outcome, Failed)
+
+
+async def test_nothing_in_flight_is_refused() -> None:
+    """Zero would wait for ever."""
+    async with Simulator(FAST).client() as client:
+        with pytest.raises(ValueError, match="max_in_flight: must be at least 1"):
+            await anext(client.generate_many(["a"], max_in_flight=0))

@@ -1,0 +1,337 @@
+"""The ledger of a batch: what is durable, who may write, and what it refuses to believe."""
+
+import os
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+
+from nanobanana_async import GenerationRequest, LedgerError, Row, RowRecord, RowState, SavedPicture
+from nanobanana_async.batch.ledger import Ledger
+from nanobanana_async.batch.rows import Keys
+
+pytestmark = pytest.mark.anyio
+
+
+def row(key: str = "k", prompt: str = "a fox", name: str | None = None) -> Row:
+    """Return a row."""
+    return Keys().row(GenerationRequest(prompt), key=key, name=name)
+
+
+@asynccontextmanager
+async def opened(folder: Path, **options: bool) -> AsyncIterator[Ledger]:
+    """Open a ledger for a while."""
+    ledger = await Ledger.open(folder, **options)
+    try:
+        yield ledger
+    finally:
+        await ledger.aclose()
+
+
+async def record_of(ledger: Ledger, key: str = "k") -> RowRecord:
+    """Return one record."""
+    return next(record for record in await ledger.read(list) if record.key == key)
+
+
+async def test_a_row_goes_from_intent_to_file(tmp_path: Path) -> None:
+    """Each step is there when the ledger is opened again."""
+    async with opened(tmp_path) as ledger:
+        (record,) = await ledger.enter([row()])
+        assert (record.state, record.number, record.stem) == (RowState.OPEN, 1, "0001-a-fox")
+        await ledger.intend("k")
+        await ledger.move("k", RowState.SUBMITTED, task_id="ta-1", submitted_at=1.0)
+        await ledger.move("k", RowState.SUCCESS, consumed="0.50", ended_at=2.0)
+    async with opened(tmp_path) as ledger:
+        record = await record_of(ledger)
+        assert (record.state, record.task_id, str(record.consumed)) == (RowState.SUCCESS, "ta-1", "0.50")
+        await ledger.saved("k", [SavedPicture(path=tmp_path / "0001-a-fox.png", sha256="ab", size_bytes=3)])
+    async with opened(tmp_path) as ledger:
+        record = await record_of(ledger)
+        assert record.state is RowState.SAVED
+        assert record.files == (SavedPicture(path=tmp_path / "0001-a-fox.png", sha256="ab", size_bytes=3),)
+
+
+async def test_an_intent_that_nobody_closed_is_unknown(tmp_path: Path) -> None:
+    """The program ended before an answer came: it may be paid."""
+    async with opened(tmp_path) as ledger:
+        await ledger.enter([row()])
+        await ledger.intend("k")
+    async with opened(tmp_path) as ledger:
+        record = await record_of(ledger)
+        assert (record.state, record.reason) == (RowState.UNKNOWN, "the program ended before an answer came")
+        with pytest.raises(LedgerError):
+            await ledger.intend("k")
+
+
+@pytest.mark.parametrize(
+    ("steps", "refused"),
+    [
+        pytest.param([], RowState.SUBMITTED, id="no-intent"),
+        pytest.param([RowState.REFUSED], RowState.SUBMITTED, id="refused-then-submitted"),
+        pytest.param([RowState.SUBMITTED], RowState.REFUSED, id="paid-then-refused"),
+        pytest.param([RowState.SUBMITTED], RowState.SAVED, id="saved-without-an-end"),
+        pytest.param([RowState.SUBMITTED], RowState.REOPENED, id="paid-then-reopened"),
+        pytest.param([RowState.SUBMITTED, RowState.SUCCESS], RowState.FAILED, id="success-then-failed"),
+        pytest.param([RowState.SUBMITTED, RowState.FAILED], RowState.SUCCESS, id="failed-then-success"),
+        pytest.param([RowState.SUBMITTED, RowState.SUCCESS, RowState.SAVED], RowState.UNKNOWN, id="saved-then-unknown"),
+        pytest.param([RowState.UNKNOWN, RowState.ABANDONED], RowState.REOPENED, id="abandoned-then-reopened"),
+    ],
+)
+async def test_a_row_never_goes_back(tmp_path: Path, steps: list[RowState], refused: RowState) -> None:
+    """Whoever asks: what is paid does not become open by mistake."""
+    async with opened(tmp_path) as ledger:
+        await ledger.enter([row()])
+        if steps:
+            await ledger.intend("k")
+        for state in steps:
+            await ledger.move("k", state)
+        before = await record_of(ledger)
+        with pytest.raises(LedgerError, match="not in a state"):
+            await ledger.move("k", refused)
+        assert await record_of(ledger) == before
+
+
+@pytest.mark.parametrize("state", [RowState.SUBMITTED, RowState.UNKNOWN, RowState.INTENT])
+async def test_what_may_be_paid_is_not_submitted_again(tmp_path: Path, state: RowState) -> None:
+    """Not by a second intent."""
+    async with opened(tmp_path) as ledger:
+        await ledger.enter([row()])
+        await ledger.intend("k")
+        if state is not RowState.INTENT:
+            await ledger.move("k", state)
+        with pytest.raises(LedgerError):
+            await ledger.intend("k")
+
+
+@pytest.mark.parametrize("path", [[RowState.REFUSED], [RowState.FAILED], [RowState.UNKNOWN, RowState.REOPENED]])
+async def test_what_is_open_again_gets_an_attempt_of_its_own(tmp_path: Path, path: list[RowState]) -> None:
+    """The one before stays on the books, with what it may have cost."""
+    async with opened(tmp_path) as ledger:
+        await ledger.enter([row()])
+        await ledger.intend("k")
+        for state in path:
+            await ledger.move("k", state)
+        await ledger.intend("k")
+        costs = await ledger.costs()
+        assert [unsettled for _, unsettled, _ in costs] == [int(RowState.REOPENED in path), 1]
+
+
+async def test_a_post_that_is_repeated_counts(tmp_path: Path) -> None:
+    """The one before may be charged as well."""
+    async with opened(tmp_path) as ledger:
+        await ledger.enter([row()])
+        with pytest.raises(LedgerError):
+            await ledger.intend("k", again=True)
+        await ledger.intend("k")
+        await ledger.intend("k", again=True)
+        await ledger.move("k", RowState.SUBMITTED, task_id="ta-1")
+        await ledger.move("k", RowState.SUCCESS, consumed="0.5")
+        assert (await record_of(ledger)).sends == 2
+        ((_, unsettled, consumed),) = await ledger.costs()
+        assert (unsettled, str(consumed)) == (1, "0.5")
+
+
+async def test_file_names_are_our_own_and_nobody_elses(tmp_path: Path) -> None:
+    """From the prompt, or from the name a row gives; equal ones are told apart, in whatever case."""
+    rows = [
+        row("1", "../../etc/passwd"),
+        row("2", "日本"),
+        row("3", "x" * 500),
+        row("4", "a", name="Poster"),
+        row("5", "a", name="POSTER"),
+        row("6", "a", name="poster-5"),
+        row("7", "a", name="con/aux"),
+    ]
+    async with opened(tmp_path) as ledger:
+        stems = [record.stem for record in await ledger.enter(rows)]
+    assert stems[:2] == ["0001-etc-passwd", "0002"]
+    assert len(stems[2]) <= 45
+    assert stems[3:] == ["Poster", "POSTER-5", "poster-5-6", "con-aux"]
+
+
+async def test_a_row_with_a_key_of_its_own_may_be_edited_until_it_is_paid(tmp_path: Path) -> None:
+    """After that, the key belongs to what was paid for."""
+    async with opened(tmp_path) as ledger:
+        await ledger.enter([row()])
+        (edited,) = await ledger.enter([row(prompt="a hare")])
+        assert edited.prompt == "a hare"
+        await ledger.intend("k")
+        (kept,) = await ledger.enter([row(prompt="an owl")])
+        assert (kept.prompt, kept.state) == ("a hare", RowState.INTENT)
+
+
+async def test_the_file_is_for_its_owner_alone_and_every_commit_is_synced(tmp_path: Path) -> None:
+    """Prompts are private; WAL without FULL would lose the last commits in a power cut."""
+    async with opened(tmp_path) as ledger:
+        assert stat.S_IMODE((tmp_path / "ledger.db").stat().st_mode) == 0o600
+        assert stat.S_IMODE((tmp_path / "ledger.db-wal").stat().st_mode) == 0o600
+        settings = {
+            name: ledger._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("journal_mode", "synchronous")
+        }
+    assert settings == {"journal_mode": "wal", "synchronous": 2}
+
+
+async def test_many_writers_share_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred rows at once cost a few fsyncs, and not a hundred."""
+    commits = 0
+    commit = Ledger._commit
+
+    def counted(self: Ledger, orders: list[object]) -> None:
+        nonlocal commits
+        commits += 1
+        commit(self, orders)  # type: ignore[arg-type]
+
+    async with opened(tmp_path) as ledger:
+        await ledger.enter([row(str(number)) for number in range(100)])
+        monkeypatch.setattr(Ledger, "_commit", counted)
+        async with anyio.create_task_group() as group:
+            for number in range(100):
+                group.start_soon(ledger.intend, str(number))
+        assert len(await ledger.read(list, RowState.INTENT)) == 100
+    assert commits <= 4
+
+
+async def test_cancelling_does_not_tear_a_write(tmp_path: Path) -> None:
+    """It is there, whoever gave up waiting for it."""
+    async with opened(tmp_path) as ledger:
+        await ledger.enter([row()])
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await ledger.intend("k")
+        assert (await record_of(ledger)).state is RowState.INTENT
+
+
+# --- one writer -----------------------------------------------------------------------------------------------------
+
+_HOLD = """
+import sys, time, anyio
+from pathlib import Path
+from nanobanana_async.batch.ledger import Ledger
+async def main():
+    ledger = await Ledger.open(Path(sys.argv[1]))
+    print("open", flush=True)
+    time.sleep(60)
+anyio.run(main)
+"""
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_second_process_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
+    """Within a second; and a dead holder holds nothing."""
+    with subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path)], stdout=subprocess.PIPE) as holder:  # noqa: ASYNC220, S603 - our own
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        began_s = time.monotonic()
+        with pytest.raises(LedgerError, match=f"in use by process {holder.pid}; one run at a time") as caught:
+            await Ledger.open(tmp_path)
+        assert time.monotonic() - began_s < 1
+        assert caught.value.pid == holder.pid
+        holder.kill()
+        holder.wait()
+    async with opened(tmp_path) as ledger:
+        await ledger.enter([row()])
+
+
+async def test_the_same_process_is_no_exception(tmp_path: Path) -> None:
+    """Two batches in one folder would pay for each row twice; and a refusal must not loosen the lock."""
+    async with opened(tmp_path):
+        for _ in range(3):
+            with pytest.raises(LedgerError, match=f"in use by process {os.getpid()}"):
+                await Ledger.open(tmp_path)
+
+
+async def test_a_copy_is_refused_until_it_is_adopted(tmp_path: Path) -> None:
+    """Both it and the original would submit what is still open. A folder that was renamed is no copy."""
+    async with opened(tmp_path / "a") as ledger:
+        await ledger.enter([row()])
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(LedgerError, match=r"is a copy.*--adopt"):
+        await Ledger.open(tmp_path / "b")
+    async with opened(tmp_path / "b", adopt=True) as ledger:
+        assert (await record_of(ledger)).state is RowState.OPEN
+    async with opened(tmp_path / "b"):
+        pass
+    (tmp_path / "a").rename(tmp_path / "c")
+    async with opened(tmp_path / "c"):
+        pass
+
+
+# --- what is wrong with it --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        pytest.param(lambda path: path.write_bytes(b"not a database" * 100), "not a database", id="garbage"),
+        pytest.param(
+            lambda path: path.write_bytes(path.read_bytes()[:6000] + b"\xff" * 4096 + path.read_bytes()[10_096:]),
+            "is damaged|malformed",
+            id="damaged-in-the-middle",
+        ),
+        pytest.param(
+            lambda path: sqlite3.connect(path).execute("PRAGMA user_version=99").connection.close(),
+            "newer release",
+            id="newer",
+        ),
+    ],
+)
+async def test_a_ledger_that_cannot_be_trusted_is_not_opened(tmp_path: Path, spoil: object, says: str) -> None:
+    """Nothing is submitted on its word."""
+    async with opened(tmp_path) as ledger:
+        await ledger.enter([row(str(number)) for number in range(200)])
+    spoil(tmp_path / "ledger.db")  # type: ignore[operator]
+    with pytest.raises(LedgerError, match=says):
+        await Ledger.open(tmp_path)
+
+
+async def test_an_empty_file_is_a_new_ledger(tmp_path: Path) -> None:
+    """A crash between making the file and filling it."""
+    (tmp_path / "ledger.db").touch()
+    async with opened(tmp_path) as ledger:
+        assert await ledger.read(list) == []
+
+
+async def test_where_there_is_no_ledger_none_is_made_by_asking(tmp_path: Path) -> None:
+    """A mistyped folder is told."""
+    with pytest.raises(LedgerError, match="there is no ledger"):
+        await Ledger.open(tmp_path / "typo", create=False)
+    assert not (tmp_path / "typo").exists()
+
+
+async def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    """A file where the folder should be; the same words for a read-only one."""
+    (tmp_path / "file").touch()
+    with pytest.raises(LedgerError, match="cannot be opened"):
+        await Ledger.open(tmp_path / "file" / "run")
+
+
+async def test_after_a_write_that_failed_nothing_is_written_any_more(tmp_path: Path) -> None:
+    """A full disk: the first failure stands, even when there is room again; what was durable stays."""
+    async with opened(tmp_path) as ledger:
+        await ledger.enter([row("1")])
+        pages = ledger._db.execute("PRAGMA page_count").fetchone()[0]
+        ledger._db.execute(f"PRAGMA max_page_count={pages}")
+        with pytest.raises(LedgerError, match="full"):
+            await ledger.enter([row(str(number), "x" * 2000) for number in range(2, 50)])
+        ledger._db.execute("PRAGMA max_page_count=100000")
+        with pytest.raises(LedgerError, match="nothing more is submitted"):
+            await ledger.intend("1")
+    async with opened(tmp_path) as ledger:
+        assert [record.key for record in await ledger.read(list)] == ["1"]
+
+
+async def test_words_that_are_no_text_do_not_stop_the_books(tmp_path: Path) -> None:
+    """A path in an error may hold bytes that no encoding knows."""
+    async with opened(tmp_path) as ledger:
+        await ledger.enter([row()])
+        await ledger.intend("k")
+        await ledger.move("k", RowState.FAILED, reason=os.fsdecode(b"caf\xe9.png: no"))
+        assert (await record_of(ledger)).reason == "caf?.png: no"

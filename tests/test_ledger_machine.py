@@ -1,0 +1,254 @@
+"""The ledger against a model: any order of events, power cuts that keep any part of what is not synced, planted bugs.
+
+A driver plays a run by the book, a vendor charges when it likes, and the truth about money is compared after each step.
+"""
+
+import asyncio
+import shutil
+import sqlite3
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from nanobanana_async import GenerationRequest, LedgerError, Row, RowRecord, RowState, SavedPicture
+from nanobanana_async.batch import entries
+from nanobanana_async.batch import ledger as ledger_module
+from nanobanana_async.batch.ledger import Ledger
+from nanobanana_async.batch.rows import Keys
+
+KEYS = ("a", "b", "c")
+
+
+def row(key: str) -> Row:
+    """Return the row with this key."""
+    return Keys().row(GenerationRequest(key), key=key)
+
+
+class Books(RuleBasedStateMachine):
+    """One ledger, three rows, and what was really charged for them."""
+
+    keys = st.sampled_from(KEYS)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.root = Path(tempfile.mkdtemp())
+        self.folder = self.root / "0"
+        self.restarts = 0
+        self.charged: Counter[str] = Counter()
+        self.tasks: dict[str, set[str]] = {key: set() for key in KEYS}
+        self.allowed = Counter(dict.fromkeys(KEYS, 1))
+        """Charges that the owner has agreed to."""
+        self.posted: dict[str, str | None] = {}
+        """Rows with a POST in flight, and the task id on its way, if it was charged."""
+        self.known: dict[str, RowState] = {}
+        """What the ledger has acknowledged last."""
+
+    @initialize()
+    def begin(self) -> None:
+        """Enter all rows."""
+        self.ledger = self.do(Ledger.open(self.folder))
+        self.do(self.ledger.enter(map(row, KEYS)))
+
+    def do(self, work: Coroutine[Any, Any, Any]) -> Any:  # noqa: ANN401 - whatever it returns
+        """Run to the end."""
+        return self.runner.run(work)
+
+    def records(self) -> dict[str, RowRecord]:
+        """Return what the ledger says."""
+        return {record.key: record for record in self.do(self.ledger.read(list))}
+
+    def move(self, key: str, state: RowState, **facts: str) -> None:
+        """Have a move acknowledged."""
+        self.do(self.ledger.move(key, state, **facts))
+        self.known[key] = state
+
+    @rule(key=keys, charges=st.booleans())
+    def submit(self, key: str, charges: bool) -> None:  # noqa: FBT001 - drawn
+        """By the book: an intent, and then the POST; refused by the ledger when it may be paid already."""
+        try:
+            self.do(self.ledger.intend(key))
+        except LedgerError:
+            return
+        self.known[key] = RowState.INTENT
+        self.posted[key] = None
+        if charges:
+            self.charged[key] += 1
+            self.posted[key] = f"ta-{key}-{self.charged[key]}"
+
+    @precondition(lambda self: self.posted)
+    @rule(data=st.data())
+    def answer(self, data: st.DataObject) -> None:
+        """An id comes, or a refusal, or nothing that says so."""
+        key = data.draw(st.sampled_from(sorted(self.posted)))
+        task_id = self.posted.pop(key)
+        if data.draw(st.booleans()):
+            self.move(key, RowState.UNKNOWN, reason="lost")
+        elif task_id is None:
+            self.move(key, RowState.REFUSED)
+        else:
+            self.move(key, RowState.SUBMITTED, task_id=task_id)
+
+    @rule(key=keys, wins=st.booleans())
+    def finish(self, key: str, wins: bool) -> None:  # noqa: FBT001 - drawn
+        """A task ends."""
+        if self.known.get(key) is RowState.SUBMITTED:
+            self.move(key, RowState.SUCCESS if wins else RowState.FAILED, consumed="0.5")
+            if not wins:
+                self.allowed[key] += 1  # a row that failed may be paid again, and its owner is told
+
+    @rule(key=keys)
+    def save(self, key: str) -> None:
+        """A picture is on disk."""
+        if self.known.get(key) is RowState.SUCCESS:
+            self.do(self.ledger.saved(key, [SavedPicture(path=self.folder / key, sha256=key, size_bytes=1)]))
+            self.known[key] = RowState.SAVED
+
+    @rule(key=keys, again=st.booleans())
+    def resolve(self, key: str, again: bool) -> None:  # noqa: FBT001 - drawn
+        """The owner decides about an unknown row."""
+        if self.known.get(key) is RowState.UNKNOWN:
+            self.move(key, RowState.REOPENED if again else RowState.ABANDONED)
+            self.allowed[key] += again
+
+    @rule(key=keys, state=st.sampled_from(RowState))
+    def meddle(self, key: str, state: RowState) -> None:
+        """Anything that does not follow is refused, and changes nothing."""
+        before = self.records()[key]
+        if state in FOLLOWS and before.state not in FOLLOWS[state]:
+            with pytest.raises(LedgerError):
+                self.do(self.ledger.move(key, state))
+            assert self.records()[key] == before
+
+    @rule(unsynced=st.floats(0, 1), garbled=st.booleans(), key=keys)
+    def power_cut(self, unsynced: float, garbled: bool, key: str) -> None:  # noqa: FBT001 - drawn
+        """Everything acknowledged is there; of what was under way, any prefix is, perhaps with garbage after it."""
+        wal = self.folder / "ledger.db-wal"
+        synced = wal.stat().st_size
+        database = self.ledger._db
+        if not database.in_transaction:
+            database.execute("BEGIN")
+        entries.intend(database, key)  # under way: not acknowledged, so nothing was sent on its word
+        database.execute("COMMIT")
+        self.restarts += 1
+        rescued = self.root / str(self.restarts)
+        rescued.mkdir()
+        log = wal.read_bytes()
+        kept = synced + round((len(log) - synced) * unsynced)
+        tail = b"\xa5" * (len(log) - kept) if garbled else b""
+        (rescued / "ledger.db").write_bytes((self.folder / "ledger.db").read_bytes())
+        (rescued / "ledger.db-wal").write_bytes(log[:kept] + tail)
+        self.do(self.ledger.aclose())
+        self.folder, before = rescued, dict(self.known)
+        self.ledger = self.do(Ledger.open(rescued, adopt=True))
+        self.posted.clear()
+        after = self.records()
+        for name, state in before.items():
+            seen = after[name].state
+            expected = RowState.UNKNOWN if state is RowState.INTENT else state
+            assert seen is expected or (name == key and seen is RowState.UNKNOWN and expected in SUBMITTABLE)
+        self.known = {name: record.state for name, record in after.items()}
+
+    @invariant()
+    def every_charge_is_accounted_for(self) -> None:
+        """P1, P3: no more charges than agreed to; each bound to its row, or the row says that it does not know."""
+        if not hasattr(self, "ledger"):
+            return
+        records = self.records()
+        for key in KEYS:
+            assert self.charged[key] <= self.allowed[key]
+            assert key in records
+            state = records[key].state
+            if key in self.posted:
+                assert state is RowState.INTENT
+            elif self.known.get(key) not in (None, RowState.INTENT):
+                assert state is self.known[key]
+            if self.charged[key] and key not in self.posted:
+                assert state is not RowState.OPEN
+
+    def teardown(self) -> None:
+        """Leave nothing."""
+        if hasattr(self, "ledger"):
+            self.do(self.ledger.aclose())
+        self.runner.close()
+        shutil.rmtree(self.root)
+
+
+FOLLOWS = dict(entries._BEFORE)
+SUBMITTABLE = (RowState.OPEN, RowState.REFUSED, RowState.REOPENED, RowState.FAILED)
+QUICK = settings(
+    max_examples=40,
+    stateful_step_count=25,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+)
+NO_SHRINK = settings(QUICK, max_examples=300, phases=[Phase.generate], database=None, print_blob=False)
+
+Machine = Books.TestCase
+Machine.settings = QUICK
+
+
+def _acknowledged_before_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def commit(self: Ledger, orders: list[Any]) -> None:
+        if not self._db.in_transaction:
+            self._db.execute("BEGIN IMMEDIATE")
+        for order in orders:
+            order.value, order.is_done = order.work(self._db), True
+
+    monkeypatch.setattr(Ledger, "_commit", commit)
+
+
+def _intents_survive_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "_CUT_OFF", None)
+    prepare = ledger_module._prepare
+
+    def kept(db: sqlite3.Connection, path: Path, *, adopt: bool) -> None:
+        db.set_authorizer(lambda action, table, *_: sqlite3.SQLITE_IGNORE if (action, table) == (23, "attempts") else 0)
+        prepare(db, path, adopt=adopt)
+        db.set_authorizer(None)
+
+    monkeypatch.setattr(ledger_module, "_prepare", kept)
+
+
+def _any_state_may_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(entries, "_BEFORE", dict.fromkeys(RowState, tuple(RowState)))
+
+
+def _whatever_is_known_is_submitted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RowState, "is_open", property(lambda _: True))
+
+
+def _unknown_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RowState, "is_open", property(lambda state: state in (*SUBMITTABLE[:3], RowState.UNKNOWN)))
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        _acknowledged_before_commit,
+        _intents_survive_a_restart,
+        _any_state_may_follow,
+        _whatever_is_known_is_submitted_again,
+        _unknown_is_open,
+    ],
+)
+def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine above can fail."""
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, LedgerError, BaseExceptionGroup, pytest.fail.Exception)):
+        run_state_machine_as_test(Books, settings=NO_SHRINK)

@@ -1,0 +1,178 @@
+"""Rows of a batch: what is read from files, what is refused, and what makes a row the same row tomorrow."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanobanana_async import ConfigurationError, GenerationRequest, InvalidRows, Row, read_rows
+from nanobanana_async.batch.rows import Keys
+from tests.fakes import PNG
+
+
+def written(folder: Path, name: str, text: str | bytes) -> Path:
+    """Write a file of rows."""
+    path = folder / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def prompts(rows: list[Row]) -> list[str]:
+    """Return the prompts."""
+    return [row.request.prompt for row in rows]
+
+
+def test_a_text_file_is_a_prompt_a_line(tmp_path: Path) -> None:
+    """Blank lines aside."""
+    rows = read_rows(written(tmp_path, "p.txt", "a fox\n\n  a hare, at night \r\nan owl"))
+    assert prompts(rows) == ["a fox", "a hare, at night", "an owl"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param('prompt,aspect_ratio,key,name\r\n"a fox,\nin snow",16:9,k1,fox\r\n', id="commas"),
+        pytest.param('\ufeffPrompt;Aspect_Ratio;Key;Name\n"a fox,\nin snow";16:9;k1;fox\n;;;\n', id="spreadsheet"),
+        pytest.param('prompt\taspect_ratio\tkey\tname\n"a fox,\nin snow"\t16:9\tk1\tfox', id="tabs"),
+    ],
+)
+def test_a_csv_file_has_a_row_a_record(tmp_path: Path, text: str) -> None:
+    """However the spreadsheet parts its columns, and with line breaks in a prompt."""
+    (row,) = read_rows(written(tmp_path, "p.csv", text))
+    assert (row.request.prompt, row.request.aspect_ratio, row.key, row.name) == ("a fox,\nin snow", "16:9", "k1", "fox")
+
+
+def test_a_jsonl_file_has_an_object_a_line(tmp_path: Path) -> None:
+    """With the same names, and a list of images."""
+    (tmp_path / "ref.png").write_bytes(PNG)
+    line = '{"prompt": "a fox", "images": ["ref.png", "https://example.org/x.png"], "image_size": "2K", "key": null}\n'
+    (row,) = read_rows(written(tmp_path, "p.jsonl", line))
+    assert row.request.images == (tmp_path / "ref.png", "https://example.org/x.png")
+    assert row.request.image_size == "2k"
+
+
+def test_images_of_a_csv_file_are_parted_by_bars(tmp_path: Path) -> None:
+    """And found from the folder of the file, wherever the program was started."""
+    (tmp_path / "a.png").write_bytes(PNG)
+    (row,) = read_rows(written(tmp_path, "p.csv", "prompt,images\na fox,a.png | https://example.org/x.png\n"))
+    assert row.request.images == (tmp_path / "a.png", "https://example.org/x.png")
+
+
+def test_defaults_stand_in_for_what_a_row_leaves_empty(tmp_path: Path) -> None:
+    """And for nothing else."""
+    path = written(tmp_path, "p.csv", "prompt,aspect_ratio\na fox,\na hare,1:1\n")
+    rows = read_rows(path, aspect_ratio="16:9", model=None)
+    assert [row.request.aspect_ratio for row in rows] == ["16:9", "1:1"]
+
+
+def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
+    """The line on which the record begins, as an editor counts."""
+    path = written(
+        tmp_path, "p.csv", 'prompt,images,aspect_ratio\n"two\nlines",,wide\nfox,none.png,\nok,,\n,,1:1\na,b,c,d\n'
+    )
+    with pytest.raises(InvalidRows) as caught:
+        read_rows(path)
+    assert [fault.partition(": ")[::2] for fault in caught.value.faults] == [
+        ("line 2", "aspect_ratio: expected 'auto' or 'N:M' such as '16:9', got 'wide'"),
+        ("line 4", f"images: {tmp_path / 'none.png'} cannot be read"),
+        ("line 6", "prompt: must not be empty, got ''"),
+        ("line 7", "4 cells, but 3 columns; quote a text with a comma in it"),
+    ]
+    assert str(caught.value).splitlines()[0] == f"{path}: 4 rows cannot be used; nothing was submitted"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        pytest.param("p.csv", "aspect_ratio\n1:1\n", "column 'prompt'", id="no-prompt-column"),
+        pytest.param("p.csv", "prompt,aspect\nfox,1:1\n", "'aspect' is not one of prompt, images", id="typo"),
+        pytest.param("p.csv", "prompt,prompt\nfox,hare\n", "two columns 'prompt'", id="column-twice"),
+        pytest.param("p.csv", 'prompt\n"fox\n', "unexpected end of data", id="open-quote"),
+        pytest.param("p.csv", "prompt\n" + "x" * 200_000, "field larger", id="huge-cell"),
+        pytest.param("p.csv", "", "column 'prompt'", id="empty-csv"),
+        pytest.param("p.csv", "prompt\n", "no row in it", id="header-only"),
+        pytest.param("p.txt", "\n\n", "no row in it", id="empty-txt"),
+        pytest.param("p.txt", b"fox\nh\xe4re\n", "line 2 is not UTF-8 (byte 0xe4)", id="latin-1"),
+        pytest.param("p.jsonl", "{\n", "not JSON", id="bad-json"),
+        pytest.param("p.jsonl", "[1]\n", "not a JSON object", id="no-object"),
+        pytest.param("p.jsonl", "[" * 100_000, "not JSON", id="nested"),
+        pytest.param("p.jsonl", '{"prompt": 5}', "prompt: expected text", id="number"),
+        pytest.param("p.jsonl", '{"prompt": "x", "images": [5]}', "images: expected texts", id="image-number"),
+        pytest.param("p.jsonl", '{"prompt": "x", "seed": 5}', "'seed' is not one of", id="unknown-field"),
+        pytest.param("p.jsonl", '{"prompt": "\\ud800"}', "surrogate", id="half-a-character"),
+        pytest.param("p.csv", "prompt,key\na,k\nb,k\n", "'k' is the key of an earlier row", id="key-twice"),
+        pytest.param("p.yaml", "- fox", ".txt, .csv and .jsonl", id="other-suffix"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused_before_anything_is_paid(
+    tmp_path: Path, name: str, text: str | bytes, says: str
+) -> None:
+    """With what is wrong, and a typed error."""
+    with pytest.raises(InvalidRows) as caught:
+        read_rows(written(tmp_path, name, text))
+    assert says in str(caught.value)
+    assert isinstance(caught.value, ConfigurationError)
+
+
+def test_equal_rows_are_rows_of_their_own() -> None:
+    """Three foxes are three pictures."""
+    keys = Keys()
+    rows = [keys.row(GenerationRequest("a fox")) for _ in range(3)]
+    assert [row.key for row in rows] == [rows[0].key, f"{rows[0].key}-2", f"{rows[0].key}-3"]
+
+
+def test_a_row_is_the_same_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images are spelt in the file as they are."""
+    folder = tmp_path / "sub"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(PNG)
+    path = written(folder, "p.csv", "prompt,images\na fox,a.png\n")
+    keys = []
+    for place, name in ((tmp_path, Path("sub/p.csv")), (folder, Path("p.csv")), (tmp_path, path)):
+        monkeypatch.chdir(place)
+        keys += [row.key for row in read_rows(name)]
+    assert len(set(keys)) == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        GenerationRequest("a fax"),
+        GenerationRequest("a fox", images=[b"\x89PNG"]),
+        GenerationRequest("a fox", model="other"),
+        GenerationRequest("a fox", aspect_ratio="1:1"),
+        GenerationRequest("a fox", image_size="4k"),
+        GenerationRequest("a fox", extra={"seed": 1}),
+    ],
+)
+def test_an_edited_row_is_a_new_row(other: GenerationRequest) -> None:
+    """Whatever the picture depends on counts; where it is announced does not."""
+    same = GenerationRequest("a fox", callback_url="https://example.org/cb")
+    first, again, edited = (Keys().row(request).key for request in (GenerationRequest("a fox"), same, other))
+    assert first == again != edited
+
+
+@given(st.lists(st.sampled_from("abcde")), st.randoms())
+def test_keys_do_not_depend_on_the_order(letters: list[str], rng: object) -> None:
+    """Sorted, shuffled, or added to: each row keeps its key."""
+    shuffled = list(letters)
+    rng.shuffle(shuffled)  # type: ignore[attr-defined]
+    before, after = (
+        {keys.row(GenerationRequest(letter)).key for letter in order}
+        for order, keys in ((letters, Keys()), (shuffled, Keys()))
+    )
+    assert before == after
+    assert len(before) == len(letters)
+
+
+@given(st.binary(max_size=200), st.sampled_from([".txt", ".csv", ".jsonl"]))
+def test_no_file_raises_anything_else(tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str) -> None:
+    """Rows or `InvalidRows`, whatever the bytes."""
+    path = tmp_path_factory.getbasetemp() / f"any{suffix}"
+    path.write_bytes(content)
+    try:
+        rows = read_rows(path)
+    except InvalidRows:
+        return
+    assert len({row.key for row in rows}) == len(rows) > 0
