@@ -458,9 +458,9 @@ async def test_the_budget_holds_and_may_be_raised_later(tmp_path: Path) -> None:
 async def test_what_may_have_been_paid_is_reserved(tmp_path: Path) -> None:
     """An unknown row, and a submit that the vendor's own error made us repeat."""
     simulator = Simulator(FAST)
-    answers = {1: lost(), 3: refused(500, 1, "internal error")}
+    answers: dict[int, WireReply | ExchangeFailed] = {1: lost(), 3: refused(500, 1, "internal error")}
     for number in range(2):
-        async with batch_of(simulator, tmp_path, posts(lambda n: answers.get(n)) if not number else None) as batch:
+        async with batch_of(simulator, tmp_path, posts(answers.get) if not number else None) as batch:
             await run(batch, max_in_flight=1)
             funds = batch.progress().funds
         assert (funds.spent, funds.reserved) == (Decimal("5.5"), Decimal(1))
@@ -646,7 +646,7 @@ async def test_a_link_that_has_expired_is_asked_for_again(tmp_path: Path) -> Non
 
 async def test_pictures_that_are_paid_are_saved_before_more_is_submitted(tmp_path: Path) -> None:
     """P12: while more of them queue than are fetched at once, submits wait."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST, delay_s=0.05)
     stuck, most_saving = anyio.Event(), 0
 
     class Slow:

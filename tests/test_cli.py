@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import anyio
 import attrs
@@ -42,13 +43,15 @@ def nanobanana(*arguments: str, cwd: Path | None = None, **variables: str) -> su
 
 
 @contextmanager
-def started(*arguments: str, cwd: Path | None = None, first: str = ":") -> Iterator["subprocess.Popen[str]"]:
+def started(
+    *arguments: str, cwd: Path | None = None, first: str = ":", variables: Mapping[str, str] = MappingProxyType({})
+) -> Iterator["subprocess.Popen[str]"]:
     """Start a command, from a shell that has done *first*, and see to it that it ends."""
     pipe = subprocess.PIPE
     with subprocess.Popen(  # noqa: S603 - our own command line
         ["/bin/sh", "-c", f'{first}; exec "$@"', "_", *COMMAND, *arguments],
         cwd=cwd,
-        env=environment(),
+        env=environment(**variables),
         stdin=pipe,
         stdout=pipe,
         stderr=pipe,

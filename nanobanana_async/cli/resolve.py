@@ -68,14 +68,17 @@ def _show(unknown: list[RowRecord], account: Account, *, as_json: bool) -> None:
         price = account.price(record.model)
         worst = None if price is None else price * record.sends
         if as_json:
-            facts = {"key": record.key, "prompt": record.prompt, "task_id": record.task_id, "worst_case": worst}
-            emit({**facts, "reason": record.reason})
+            line = {"key": record.key, "prompt": record.prompt, "task_id": record.task_id, "worst_case": worst}
+            emit({**line, "reason": record.reason})
         else:
             cost = "price unknown" if worst is None else f"up to {worst.normalize():f} credits"
-            say(printable(f"{record.key}  {cost}  {record.prompt[:60]!r}  {record.reason or ''}"))
+            facts = (record.key, cost, repr(record.prompt[:60]), record.task_id or "", record.reason or "")
+            say("  ".join(filter(None, map(printable, facts))))
     if not as_json:
-        worst_case = sum(((account.price(record.model) or Decimal(0)) * record.sends for record in unknown), Decimal(0))
-        click.echo(f"{len(unknown)} rows may have been paid: {worst_case.normalize():f} credits at worst", err=True)
+        costs = [account.price(record.model) for record in unknown]
+        worst_case = sum((cost * record.sends for cost, record in zip(costs, unknown, strict=True) if cost), Decimal(0))
+        most = "at a price nobody knows" if None in costs else f"{worst_case.normalize():f} credits at worst"
+        click.echo(f"{len(unknown)} may have been paid: {most}", err=True)
 
 
 async def closing_words(out: Path, command: str, keys: set[str], budget: Decimal | None) -> None:

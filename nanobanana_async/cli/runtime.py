@@ -1,18 +1,20 @@
 """How every command runs and ends: the event loop, signals, exit codes, one line per error."""
 
+import asyncio
 import contextlib
 import json
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from decimal import Decimal
 from typing import Final, NoReturn
 
 import anyio
 import attrs
 import click
+from anyio.abc import TaskStatus
 
 from nanobanana_async.errors import InvalidRows, NanoBananaError, SubmissionUnknown
 from nanobanana_async.models import Task
@@ -21,6 +23,8 @@ from nanobanana_async.transport.bodies import printable
 DONE: Final = 0
 FAILED: Final = 1
 UNKNOWN: Final = 3
+
+_SIGNALS: Final = () if sys.platform == "win32" else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _LINES: Final = 25
 """Of a file whose rows are all wrong in the same way, nobody reads more."""
@@ -33,7 +37,9 @@ class Session:
     unfinished: dict[str, tuple[str, str]] = attrs.field(factory=dict)
     """Task id to prompt and output path: paid, and not on disk yet."""
     ended_by: int | None = None
-    """The signal that ended it, Ctrl-C aside."""
+    """The signal that ended it."""
+    is_aborted: bool = False
+    """Whether a second signal said not to wait for anything."""
     last_words: Callable[[], Awaitable[None]] | None = None
     """What there is to say at the end, however it comes, and when the event loop is gone."""
 
@@ -54,43 +60,58 @@ def run(work: Callable[[Session], Awaitable[int]], *, as_json: bool = False) -> 
     session = Session()
     try:
         code = anyio.run(_until_signalled, work, session)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # where signals cannot be received, on Windows
         code = 128 + signal.SIGINT
     except (NanoBananaError, ValueError, OSError) as exc:
         code = fail(exc, as_json=as_json)
+    except RuntimeError:
+        if not session.is_aborted:
+            raise
+        code = FAILED
     finally:
         session.say_how_to_go_on()
     if session.last_words is not None:
         with contextlib.suppress(NanoBananaError):
             anyio.run(session.last_words)
+    if session.ended_by is not None:
+        code = 128 + session.ended_by
     if code > 128:
         click.echo("interrupted", err=True)
     sys.exit(code)
 
 
 async def _until_signalled(work: Callable[[Session], Awaitable[int]], session: Session) -> int:
-    """Run *work* until it ends, or SIGTERM or SIGHUP cancels it; Ctrl-C is seen to by asyncio itself."""
+    """Run *work* until it ends, or a signal cancels it."""
     code, error = FAILED, None
-    with anyio.CancelScope() as scope:
-        async with anyio.create_task_group() as group:
-            if sys.platform != "win32":
-                group.start_soon(_cancel_when_told, scope, session)
+    async with anyio.create_task_group() as group:
+        scope = anyio.CancelScope()
+        # A script may have told us to ignore one: nohup, or a job in its background.
+        heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        if heeded:
+            await group.start(_heed_signals, heeded, scope, session)
+        with scope:
             try:
                 code = await work(session)
             except Exception as exc:  # noqa: BLE001 - raised below: the group would wrap it
                 error = exc
-            group.cancel_scope.cancel()
+        group.cancel_scope.cancel()
     if error is not None:
         raise error
-    return code if session.ended_by is None else 128 + session.ended_by
+    return code
 
 
-async def _cancel_when_told(scope: anyio.CancelScope, session: Session) -> None:
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP) as signals:
+async def _heed_signals(
+    numbers: Sequence[signal.Signals], scope: anyio.CancelScope, session: Session, *, task_status: TaskStatus[None]
+) -> None:
+    with anyio.open_signal_receiver(*numbers) as signals:
+        task_status.started()
         async for number in signals:
-            session.ended_by = number
-            scope.cancel()
-            return
+            if session.ended_by is None:
+                session.ended_by = number
+                scope.cancel()
+            else:  # settling takes too long for somebody: every task is torn, shielded or not
+                session.is_aborted = True
+                asyncio.get_running_loop().stop()
 
 
 def fail(exc: Exception, *, as_json: bool = False) -> int:

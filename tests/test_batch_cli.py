@@ -1,0 +1,240 @@
+"""`nanobanana batch` as a person meets it: real processes, signals, a real port; and the same command again."""
+
+import json
+import re
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from pathlib import Path
+
+import attrs
+import pytest
+
+from nanobanana_async.cli.batch import eta_s
+from nanobanana_async.simulator import FAST
+from nanobanana_async.simulator.app import SimulatorServer
+from tests.kills.harness import run_trials
+from tests.raw_server import serving
+from tests.test_cli import Ended, nanobanana, started, wait_for
+
+pytestmark = pytest.mark.other_clients
+
+PROMPTS = [f"a fox, number {number}" for number in range(4)]
+
+
+@attrs.define
+class Scene:
+    """One story: its folder, its server, and how its commands ended."""
+
+    folder: Path
+    server: SimulatorServer
+    acts: list[Ended] = attrs.field(factory=list)
+
+    def batch(self, *options: str) -> None:
+        """Run the command to its end."""
+        done = nanobanana("batch", "prompts.txt", "--out", "run", *options, cwd=self.folder, **self.variables)
+        self.acts.append(Ended(done.returncode, done.stdout, done.stderr, self.folder))
+
+    def batch_until(self, number: signal.Signals) -> None:
+        """Run it until everything is submitted, and then send it a signal."""
+        with started("batch", "prompts.txt", "--out", "run", cwd=self.folder, variables=self.variables) as process:
+            wait_for((self.folder / "run" / "ledger.pid").exists)
+            wait_for(lambda: len(self.server.charges) == len(PROMPTS))
+            process.send_signal(number)
+            out, err = process.communicate(timeout=20)
+        self.acts.append(Ended(process.returncode, out, err, self.folder))
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Where the service is."""
+        return {"DEFAPI_BASE_URL": self.server.url, "DEFAPI_API_KEY": "dk-test"}
+
+
+def _whole(scene: Scene) -> None:
+    scene.batch()
+    scene.batch("--json")
+
+
+def _interrupted(scene: Scene) -> None:
+    scene.batch_until(signal.SIGINT)
+    scene.batch_until(signal.SIGTERM)
+    scene.batch()
+
+
+def _poor(scene: Scene) -> None:
+    scene.server.vendor.profile = attrs.evolve(FAST, balance=Decimal("1.2"))
+    scene.batch()
+    scene.server.vendor.profile = FAST
+    scene.batch("--budget", "1.6")
+
+
+def _crowded(scene: Scene) -> None:
+    with started("batch", "prompts.txt", "--out", "run", cwd=scene.folder, variables=scene.variables) as process:
+        wait_for((scene.folder / "run" / "ledger.pid").exists)
+        scene.batch()
+        out, err = process.communicate(timeout=30)
+    scene.acts.append(Ended(process.returncode, out, f"{process.pid}", scene.folder))
+    assert not err.startswith("Traceback")
+
+
+SCENES: dict[str, Callable[[Scene], None]] = {
+    "whole": _whole,
+    "interrupted": _interrupted,
+    "poor": _poor,
+    "crowded": _crowded,
+}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Scene]]:
+    """All stories that wait for pictures, at once: each takes as long as the first look at a real one."""
+    stage = {}
+    for name in SCENES:
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+        stage[name] = Scene(folder, SimulatorServer(FAST))
+    with ThreadPoolExecutor(len(SCENES)) as pool:
+        for scene in stage.values():
+            scene.server.__enter__()
+        try:
+            list(pool.map(lambda name: SCENES[name](stage[name]), SCENES))
+            yield stage
+        finally:
+            for scene in stage.values():
+                scene.server.__exit__()
+
+
+def test_a_file_of_prompts_becomes_a_folder_of_pictures(scenes: dict[str, Scene]) -> None:
+    """The page on stdout, the summary on stderr; no live display where there is no terminal."""
+    first, _ = scenes["whole"].acts
+    assert (first.code, first.out) == (0, "run/index.html\n")
+    assert first.err.splitlines()[-1] == "4 of 4 done; 2 credits spent"
+    assert "\x1b" not in first.err
+    assert len(list((first.folder / "run").glob("*.png"))) == 4
+
+
+def test_the_same_command_again_pays_nothing_and_tells_json_if_asked(scenes: dict[str, Scene]) -> None:
+    """One object a line; what an earlier run has done says so."""
+    _, again = scenes["whole"].acts
+    lines = [json.loads(line) for line in again.out.splitlines()]
+    assert (again.code, again.err) == (0, "")
+    assert sorted(line["prompt"] for line in lines) == PROMPTS
+    assert all(line["outcome"] == "done" and line["earlier"] and line["files"] for line in lines)
+    assert len(scenes["whole"].server.charges) == 4
+
+
+def test_an_interrupted_run_settles_and_says_how_to_go_on(scenes: dict[str, Scene]) -> None:
+    """130 and 143; what was paid is fetched by the same command, and not paid again."""
+    scene = scenes["interrupted"]
+    assert [act.code for act in scene.acts] == [130, 143, 0]
+    for act in scene.acts[:2]:
+        *_, summary, hint, last = act.err.splitlines()
+        assert summary == "0 of 4 done, 4 to go (4 of them paid for); 0 credits spent"
+        assert hint == "to go on: nanobanana batch prompts.txt --out run"
+        assert last == "interrupted"
+        assert "Traceback" not in act.err
+    assert sorted(charge.prompt for charge in scene.server.charges) == PROMPTS
+    assert len(list((scene.folder / "run").glob("*.png"))) == 4
+
+
+def test_credits_that_run_out_half_way_cost_nothing_but_time(scenes: dict[str, Scene]) -> None:
+    """What is paid is saved; after a top-up the rest is, as far as the budget goes."""
+    poor, budget = scenes["poor"].acts
+    assert poor.code == budget.code == 1
+    assert "insufficient credit" in poor.err
+    assert "2 of 4 done, 2 to go; 1 credits spent" in poor.err
+    assert "to go on: nanobanana batch prompts.txt --out run" in poor.err
+    assert "3 of 4 done, 1 to go; 1.5 credits spent, 0.1 of the budget left" in budget.err
+    assert len(scenes["poor"].server.charges) == 3
+
+
+def test_a_second_process_is_refused(scenes: dict[str, Scene]) -> None:
+    """With the pid of the first, which is not disturbed."""
+    second, first = scenes["crowded"].acts
+    assert (first.code, second.code) == (0, 1)
+    assert f"run/ledger.db: is in use by process {first.err}; one run at a time" in second.err
+    assert len(scenes["crowded"].server.charges) == 4
+
+
+def _say_nothing(peer: socket.socket, _: bytes) -> None:
+    peer.recv(1)
+
+
+def test_a_second_interrupt_does_not_wait_and_names_what_is_unknown(tmp_path: Path) -> None:
+    """A submit that was never answered may be paid; `resolve` lists it, without a key."""
+    (tmp_path / "prompts.txt").write_text("a fox\na hare")
+    with serving(_say_nothing) as server:
+        variables = {"DEFAPI_BASE_URL": server.url, "DEFAPI_API_KEY": "dk-test"}
+        with started("batch", "prompts.txt", "--out", "run", cwd=tmp_path, variables=variables) as process:
+            assert process.stderr is not None
+            wait_for(lambda: server.requests)
+            process.send_signal(signal.SIGINT)
+            assert "Ctrl-C again does not wait" in process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "1 unknown, 1 to go" in err
+    assert "nanobanana batch resolve --out run" in err
+    assert "Traceback" not in err
+    listed = nanobanana("batch", "resolve", "--out", "run", cwd=tmp_path, DEFAPI_API_KEY="")
+    assert listed.returncode == 0
+    assert re.fullmatch(r"\w{16}  price unknown  'a fox'  the program ended before an answer came\n", listed.stdout)
+    assert nanobanana("batch", "resolve", "--out", "run", "--abandon", cwd=tmp_path).returncode == 2
+    key = listed.stdout.split()[0]
+    for arguments in (["--resubmit", key], ["--list"]):
+        listed = nanobanana("batch", "resolve", "--out", "run", *arguments, cwd=tmp_path)
+        assert (listed.returncode, listed.stdout) == (0, "")
+    assert nanobanana("batch", "resolve", "--out", "run", "--abandon", key, cwd=tmp_path).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "code", "says"),
+    [
+        pytest.param(["p.txt", "--out", "run"], {"DEFAPI_API_KEY": "dk-wrong"}, 1, "Invalid API key", id="wrong-key"),
+        pytest.param(["bad.csv", "--out", "run"], {}, 1, "line 3: prompt: must not be empty", id="bad-row"),
+        pytest.param(["none.txt", "--out", "run"], {}, 1, "none.txt: No such file", id="no-file"),
+        pytest.param(["p.txt", "--out", "p.txt"], {}, 1, "p.txt: is a file, and not a folder", id="out-is-a-file"),
+        pytest.param(["p.txt", "--out", "/proc/no"], {}, 1, "/proc/no", id="unwritable"),
+        pytest.param(["p.txt"], {}, 2, "Missing option '-o' / '--out'", id="no-out"),
+        pytest.param([], {}, 2, "Missing argument 'FILE'", id="no-arguments"),
+        pytest.param(["p.txt", "--out", "run", "--budget", "lots"], {}, 2, "'lots' is not a number", id="bad-budget"),
+        pytest.param(["p.txt", "--out", "run", "--budget", "nan"], {}, 2, "not more than 0", id="nan-budget"),
+        pytest.param(["p.txt", "--out", "run", "--max-in-flight", "0"], {}, 2, "not in the range", id="none-in-flight"),
+        pytest.param(["resolve", "--out", "none"], {}, 1, "there is no ledger", id="nothing-to-resolve"),
+        pytest.param(["resolve", "--out", "none", "--bind", "ta-1"], {}, 2, "name the one KEY", id="bind-what"),
+    ],
+)
+def test_what_goes_wrong_is_told_before_anything_is_paid(
+    nanobanana_server: SimulatorServer,
+    tmp_path: Path,
+    arguments: list[str],
+    variables: dict[str, str],
+    code: int,
+    says: str,
+) -> None:
+    """Never a traceback; nothing charged."""
+    (tmp_path / "p.txt").write_text("a fox")
+    (tmp_path / "bad.csv").write_text("prompt,key\nfox,\n,k\n")
+    ended = nanobanana("batch", *arguments, cwd=tmp_path, **variables)
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert says in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert nanobanana_server.charges == []
+
+
+def test_how_long_it_takes_follows_from_the_learned_median_and_then_from_the_rate() -> None:
+    """Little's law at first; never less than one picture takes."""
+    assert eta_s(0, 20, 200, None) == 0
+    assert eta_s(1000, 20, 200, None) == 100
+    assert eta_s(1000, 20, 200, 5.0) == 200
+    assert eta_s(1, 20, 200, 5.0) == 20
+
+
+def test_twenty_kills_lose_nothing_and_pay_nothing_twice() -> None:
+    """`python -m tests.kills` does more of them."""
+    tally = run_trials(20, seed=sys.maxsize)
+    assert (tally.duplicates, tally.lost) == ([], [])
+    assert len(tally.points) > 5
