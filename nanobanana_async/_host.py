@@ -8,7 +8,7 @@ import asyncio
 import os
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 import anyio
 import anyio.lowlevel
@@ -17,6 +17,9 @@ from anyio.abc import TaskGroup
 from nanobanana_async.errors import ConfigurationError
 
 T = TypeVar("T")
+
+
+_CLOSED: Final = "the client is closed, or its event loop has ended; make a new one"
 
 
 class Interrupted(Exception):  # noqa: N818 - an event inside the package, turned into an error where it is caught
@@ -60,7 +63,7 @@ class Host:
     def check_open(self) -> None:
         """Raise unless new work may begin."""
         if self._closing:
-            raise ConfigurationError("the client is closed; make a new one")
+            raise ConfigurationError(_CLOSED)
 
     async def ensure(self) -> None:
         """Start on first use; say so clearly when this is no place to be used from."""
@@ -69,13 +72,13 @@ class Host:
             self._home = self._here()
             self._launch()
         else:
-            self._check_home()
+            self.check_home()
         await self._ready.wait()
 
     def start_soon(self, work: Callable[[], Coroutine[object, object, None]]) -> None:
         """Run *work* in the background, after `ensure`. It must not raise; closing cancels it."""
         if self._tasks is None:
-            raise ConfigurationError("the client is closed; make a new one")
+            raise ConfigurationError(_CLOSED)
         self._tasks.start_soon(work)
 
     async def shelter(self, work: Callable[[], Awaitable[T]], *, orphaned: Callable[[T], None]) -> T:
@@ -106,7 +109,7 @@ class Host:
         if self._home is None:
             self._closing = True
             return
-        self._check_home()
+        self.check_home()
         self._closing = True
         if not self._done.is_set():
             await self._ready.wait()
@@ -120,8 +123,11 @@ class Host:
     def _here() -> tuple[int, object]:
         return os.getpid(), anyio.lowlevel.current_token()
 
-    def _check_home(self) -> None:
-        if self._home is not None and self._home[0] != os.getpid():
+    def check_home(self) -> None:
+        """Raise unless this is the event loop and the process it was first used in, if it was."""
+        if self._home is None:
+            return
+        if self._home[0] != os.getpid():
             raise ConfigurationError("the client was made before a fork; make one in each process")
         if self._home != self._here():
             raise ConfigurationError("the client belongs to another event loop; make one in each loop")

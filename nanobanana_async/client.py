@@ -198,7 +198,7 @@ class NanoBananaClient:
         """
         if not task_id.strip():
             raise ValueError(f"task_id: must not be empty, got {task_id!r}")
-        origin = Origin()
+        origin = self._tracker.origin(task_id.strip())
         if submitted_at is not None:  # a wall clock may have been set meanwhile: nothing was submitted in the future
             age_s = max(0.0, (datetime.now(UTC) - submitted_at).total_seconds())
             origin = Origin(submitted_at_s=anyio.current_time() - age_s)
@@ -260,6 +260,7 @@ class NanoBananaClient:
 
         From any task of the client's event loop; twice is harmless.
         """
+        self._host.check_home()
         self._tracker.close()
         bound_s = self.timeouts.submit_s + self.timeouts.close_s
         with anyio.move_on_after(bound_s, shield=True):
@@ -270,6 +271,7 @@ class NanoBananaClient:
                     await self._owned.aclose()
 
     async def __aenter__(self) -> Self:
+        self._host.check_open()
         return self
 
     async def __aexit__(
@@ -313,6 +315,7 @@ class NanoBananaClient:
 
     def _submitted(self, done: Submitted, request: GenerationRequest) -> TaskHandle:
         origin = Origin(submitted_at_s=anyio.current_time(), model=request.model)
+        self._tracker.remember(done.task_id, origin)
         return self._handle(done.task_id, origin, datetime.now(UTC), done.possible_duplicates)
 
     def _handle(

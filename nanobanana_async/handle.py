@@ -49,8 +49,8 @@ class TaskHandle:
         A task submitted by this client that the service does not show yet is pending. Raises as `wait` does, and
         `TransportError` when no answer came.
         """
-        if self._final is not None:
-            return self._final
+        if (final := self._final or self._tracker.final(self.task_id)) is not None:
+            return self._keep(final)
         try:
             task = await self._api.query(self.task_id)
         except TaskNotFound:
@@ -111,5 +111,5 @@ class TaskHandle:
 
     def _keep(self, task: Task) -> Task:
         if task.is_final:
-            self._final = task
-        return task
+            self._final = self._final or task  # the first end stands, whatever the service says later
+        return self._final or task

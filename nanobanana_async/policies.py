@@ -13,6 +13,9 @@ RESUBMIT_LEVELS: Final[tuple[Resubmit, ...]] = ("never", "envelope", "server-err
 """From the safest to the boldest: each level sends again in all cases of the ones before it."""
 
 
+_DAY_S: Final = 86_400.0
+
+
 @attrs.frozen(kw_only=True)
 class RetryPolicy:
     """How often something is tried, and which unanswered submits are sent again."""
@@ -58,16 +61,17 @@ class PollPolicy:
 
     As it stands, the schedule is learned: how long pictures take is noted for each model, and a task is looked at when
     that is worth a request. Pictures usually take 8 to 60 seconds. `fixed` and `backoff` give schedules that do not
-    learn.
+    follow what is learned.
     """
 
-    look_price_s: float = attrs.field(default=0.21, validator=gt(0))
+    look_price_s: float = attrs.field(default=0.21, validator=[gt(0), le(_DAY_S)])
     """What one look is worth: it is taken when the seconds that the picture may have been waiting, times the chance
     that it is, add up to this. Four times the price halves the looks and doubles the delay."""
-    min_s: float = attrs.field(default=0.5, validator=gt(0))
+    min_s: float = attrs.field(default=0.5, validator=[gt(0), le(_DAY_S)])
     """Shortest pause between two looks at one task."""
-    max_s: float = attrs.field(default=15.0, validator=gt(0))
-    """Longest pause, whatever was learned and however many tasks there are."""
+    max_s: float = attrs.field(default=15.0, validator=[gt(0), le(_DAY_S)])
+    """Longest pause, whatever was learned. When more looks are due than `Limits.requests_per_s` leaves room for, they
+    queue besides, the longest overdue first."""
     jitter: float = attrs.field(default=0.1, validator=[ge(0), lt(1)])
     """Largest deviation as a share of the pause: 0.1 means +/-10 %."""
     curves: Mapping[str, Sequence[float]] = attrs.field(factory=dict, repr=False)

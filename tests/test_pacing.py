@@ -105,7 +105,25 @@ async def test_trouble_halves_the_rate_once_however_many_requests_met_it() -> No
     sent_s = anyio.current_time()
     await anyio.sleep(1)
     assert [pacer.slow(sent_s) for _ in range(64)].count(True) == 1
-    assert pacer.rate == 32
+    assert pacer.rate == pytest.approx(32, rel=0.02)
+
+
+@pytest.mark.anyio
+@pytest.mark.virtual_time
+async def test_a_rare_429_costs_little_and_frequent_ones_much() -> None:
+    """The rate settles where the share of trouble is, and not at a trickle because of one answer in fifty."""
+    rates = {}
+    for share in (50, 2):
+        pacer = Pacer(300, 1)
+        for number in range(3000):
+            await anyio.sleep(1 / pacer.rate)
+            if number % share:
+                pacer.quicken()
+            else:
+                pacer.slow(anyio.current_time() - 1e-3)
+        rates[share] = pacer.rate
+    assert rates[50] > 100
+    assert rates[2] < 10
 
 
 @pytest.mark.anyio

@@ -81,7 +81,7 @@ class Watchful(Service):
         tracker = self.tracker
         assert self.in_flight <= self.slots
         assert tracker._in_flight <= self.slots
-        assert all(entry.watches for entry in tracker._watched.values())
+        assert all(entry.first for entry in tracker._watched.values())
         planned = {entry.task_id for due_s, _, entry in tracker._looks._heap if due_s == entry.due_s}
         begun = tracker._in_flight - len(self.under_way)
         assert len(set(tracker._watched) - planned - self.under_way) <= begun, "watched, and never looked at again"

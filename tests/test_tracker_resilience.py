@@ -119,8 +119,8 @@ async def test_what_is_remembered_is_bounded_and_holds_no_pictures() -> None:
         for number in range(1100):
             await tracker.wait(f"ta-{number}", timeout_s=60)
         assert len(tracker._finals) == 256
-        assert "ta-1099" in tracker._finals
-        assert "ta-heavy" not in tracker._finals
+        assert tracker.final("ta-1099")
+        assert tracker.final("ta-heavy") is None
 
 
 # --- patience ---------------------------------------------------------------------------------------------------------

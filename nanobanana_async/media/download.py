@@ -21,6 +21,7 @@ from nanobanana_async.models import GeneratedImage, SavedPicture, http_url_fault
 from nanobanana_async.policies import Limits, RetryPolicy, Timeouts
 from nanobanana_async.transport.base import Errand, ExchangeFailed, Sink, Transport, WireReply, WireRequest
 from nanobanana_async.transport.endpoint import USER_AGENT
+from nanobanana_async.transport.guard import exchange
 
 _HEADERS: Final = {"User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity"}
 _MAX_REDIRECTS: Final = 3
@@ -286,7 +287,7 @@ class Downloader:
             public_only=await self._public_only(),
         )
         try:
-            reply = await self._transport.send(request, timeout_s=deadline_s - anyio.current_time(), sink=sink)
+            reply = await exchange(self._transport, request, timeout_s=deadline_s - anyio.current_time(), sink=sink)
         except ExchangeFailed as exc:
             failure = exc
         else:

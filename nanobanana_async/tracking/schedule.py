@@ -1,6 +1,6 @@
 """When to look at an unfinished task, and what its statuses and its absences mean. Pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Final
 
@@ -48,7 +48,7 @@ class Schedule:
         self.policy: Final = policy
         self._rng = rng or Random()
         self._prior = CompletionCurve()
-        self._curves = {model: CompletionCurve.load(numbers) for model, numbers in policy.curves.items()}
+        self._curves = {model: _loaded(model, numbers) for model, numbers in policy.curves.items()}
 
     def pause_s(self, model: str | None, age_s: float, looks: int, pressure: float = 1.0) -> float:
         """Return the seconds from now to the next look, before jitter.
@@ -100,3 +100,10 @@ class Schedule:
     def curves(self) -> Mapping[str, tuple[float, ...]]:
         """Return what was learned, by model, for `PollPolicy.curves` of a later client."""
         return {model: curve.dump() for model, curve in self._curves.items()}
+
+
+def _loaded(model: str, numbers: Sequence[float]) -> CompletionCurve:
+    try:
+        return CompletionCurve.load(numbers)
+    except (ValueError, TypeError, OverflowError) as exc:
+        raise ValueError(f"curves: what is given for {model!r} is not what `statistics().curves` gave: {exc}") from None

@@ -26,7 +26,7 @@ from nanobanana_async.errors import (
 )
 from nanobanana_async.models import Task, TaskStatus
 from nanobanana_async.tracking.schedule import FOREIGN_AGE_S, NOT_FOUND_GRACE_S, Schedule, has_vanished, newer
-from nanobanana_async.tracking.watch import Entry, Origin, Statistics, Watch
+from nanobanana_async.tracking.watch import NOBODYS, Entry, Origin, Recent, Statistics, Watch, about, vanished
 
 _log: Final = logging.getLogger("nanobanana_async")
 
@@ -34,6 +34,9 @@ _GRAIN_S: Final = 0.2
 _WARN_AFTER: Final = 3
 _FINALS: Final = 256
 """Finished tasks that are remembered, for those who ask late. Ones that carry their picture inline are not."""
+_LEFT: Final = 256
+_ORIGINS: Final = 4096
+"""Own submits that are remembered, for handles that are made again from an id: a web app's second request."""
 
 
 class Source(Protocol):
@@ -68,7 +71,10 @@ class TaskTracker:
         self._schedule = schedule
         self._host = host
         self._watched: dict[str, Entry] = {}
-        self._finals: dict[str, Task] = {}
+        self._finals: Recent[Task] = Recent(_FINALS)
+        self._left: Recent[Entry] = Recent(_LEFT)
+        """Unfinished ones that nobody waits for just now: who comes back goes on where it was."""
+        self._origins: Recent[Origin] = Recent(_ORIGINS)
         grain_s = min(_GRAIN_S, schedule.policy.min_s / 2)
         self._looks: Agenda[Entry] = Agenda(grain_s)
         self._deadlines: Agenda[Watch] = Agenda(grain_s)
@@ -96,7 +102,7 @@ class TaskTracker:
         deadline_s = anyio.current_time() + timeout_s
         watch = self.watch(task_id, origin)
         try:
-            while watch.entry.task is None or not watch.entry.is_final:
+            while watch.entry.task is None or not watch.entry.task.is_final:
                 await self._bell(watch, deadline_s, timeout_s).wait()
             return watch.entry.task
         finally:
@@ -123,26 +129,49 @@ class TaskTracker:
 
     def watch(self, task_id: str, origin: Origin = Origin()) -> Watch:
         """Have *task_id* looked at until it is final, or until `leave`. The host must be running."""
+        origin = origin if origin.submitted_at_s is not None else self._origins.get(task_id) or origin
         entry = self._watched.get(task_id)
         if entry is None:
-            now_s = anyio.current_time()
-            is_ours = origin.submitted_at_s is not None
-            born_s = now_s - FOREIGN_AGE_S if origin.submitted_at_s is None else origin.submitted_at_s
-            entry = self._watched[task_id] = Entry(task_id, origin.model, born_s, is_ours)
-            self._plan(entry)
+            entry = self._watched[task_id] = self._left.pop(task_id) or self._new(task_id, origin)
+            entry.adopt(origin)
+            if not entry.looks:
+                self._plan(entry)
+            elif not entry.is_asked:
+                self._looks.plan(entry, entry.later_s)
             if not self._running:
                 self._running = True
                 self._host.start_soon(self._run)
+        entry.adopt(origin)
         watch = Watch(entry)
-        entry.watches += (watch,)
+        entry.join(watch)
         return watch
+
+    def _new(self, task_id: str, origin: Origin) -> Entry:
+        is_ours = origin.submitted_at_s is not None
+        born_s = anyio.current_time() - FOREIGN_AGE_S if origin.submitted_at_s is None else origin.submitted_at_s
+        return Entry(task_id, origin.model, born_s, is_ours)
 
     def leave(self, watch: Watch) -> None:
         """End *watch*; the last to leave ends the looking."""
         self._deadlines.remove(watch)
-        watch.entry.watches = tuple(other for other in watch.entry.watches if other is not watch)
-        if not watch.entry.watches:
-            self._drop(watch.entry)
+        entry, watch.entry = watch.entry, NOBODYS  # the agenda may hold on to it for a while
+        entry.part(watch)
+        if entry.first is None and self._watched.get(entry.task_id) is entry:
+            entry.later_s = entry.due_s
+            self._drop(entry)
+            self._left.keep(entry.task_id, entry)
+
+    def remember(self, task_id: str, origin: Origin) -> None:
+        """Note that this client has submitted *task_id*."""
+        self._origins.keep(task_id, origin)
+
+    def origin(self, task_id: str) -> Origin:
+        """Return what is known of where *task_id* comes from."""
+        return self._origins.get(task_id) or Origin()
+
+    def final(self, task_id: str) -> Task | None:
+        """Return how *task_id* ended, if that was seen not long ago."""
+        return self._finals.get(task_id)
 
     def notify(self, task_id: str) -> None:
         """Take the hint that there is news of *task_id*: it is looked at, at once if that did not just happen.
@@ -157,7 +186,10 @@ class TaskTracker:
 
     def statistics(self) -> Statistics:
         """Return how things stand. O(watched)."""
-        now_s = anyio.current_time()
+        try:
+            now_s = anyio.current_time()
+        except RuntimeError:  # no event loop (any more): nothing is late
+            now_s = -math.inf
         return Statistics(
             watched=len(self._watched),
             in_flight=self._in_flight,
@@ -173,7 +205,9 @@ class TaskTracker:
     def close(self) -> None:
         """End every wait; the tasks themselves run on at the service."""
         for entry in list(self._watched.values()):
-            reason = "the client was closed while waiting; the task runs on and can be awaited again"
+            reason = (
+                f"the client was closed while waiting for task {entry.task_id}; it runs on and can be awaited again"
+            )
             self._end(entry, TaskUnfinished(reason, task=entry.task, task_id=entry.task_id))
 
     # --- who waits --------------------------------------------------------------------------------------------------
@@ -189,9 +223,9 @@ class TaskTracker:
             watch.bell = Bell()
             return watch.bell
         last = "nothing was heard of it" if entry.task is None else f"it was {entry.task.status}"
-        trouble = "" if entry.trouble is None else f" (the last look met: {entry.trouble})"
+        trouble = entry.trouble and f" (the last look met: {entry.trouble})"
         raise TaskUnfinished(
-            f"task {entry.task_id} was not final within {timeout_s:.6g} s: {last}{trouble}. It runs on; wait again",
+            f"task {entry.task_id} was not final within {timeout_s:.3g} s: {last}{trouble}. It runs on; wait again",
             task=entry.task,
             task_id=entry.task_id,
         )
@@ -215,6 +249,7 @@ class TaskTracker:
         """Stop watching: the task is final, or *error* is what every waiter gets."""
         entry.error = error
         self._drop(entry)
+        self._left.pop(entry.task_id)
         entry.ring()
 
     # --- the scheduler ----------------------------------------------------------------------------------------------
@@ -224,9 +259,10 @@ class TaskTracker:
 
     def _plan(self, entry: Entry, *, failures: int = 0) -> None:
         """Choose when to look next, after *failures* looks in a row that brought no answer."""
-        if self._watched.get(entry.task_id) is not entry:
-            return  # everybody who waited has gone while a look was under way
         now_s = anyio.current_time()
+        if self._watched.get(entry.task_id) is not entry:  # everybody who waited has gone while a look was under way
+            entry.later_s = now_s + self._schedule.policy.min_s
+            return
         due_s = now_s + self._pause_s(entry, now_s, failures)
         if entry.confirm_s > entry.asked_s:
             due_s = min(due_s, max(now_s, entry.confirm_s))
@@ -272,6 +308,7 @@ class TaskTracker:
                 continue
             entry = self._looks.pop()
             entry.asked_s = now_s
+            entry.is_asked = True
             entry.looks += 1
             self._polls += 1
             self._in_flight += 1
@@ -282,7 +319,7 @@ class TaskTracker:
             task = await self._source.look(entry.task_id)
         except AuthenticationError as exc:
             for other in list(self._watched.values()):
-                self._end(other, _about(exc, other.task_id))
+                self._end(other, about(exc, other.task_id))
         except TaskNotFound as exc:
             self._missed(entry, exc)
         except NanoBananaError as exc:
@@ -299,24 +336,28 @@ class TaskTracker:
         else:
             self._saw(entry, task)
         finally:
+            entry.is_asked = False
             self._in_flight -= 1
 
     def _failed(self, entry: Entry, exc: NanoBananaError) -> None:
-        """Back off, the longer the more looks failed in a row, whichever tasks they were about."""
+        """Back off, the longer the more looks failed in a row: at this task, or whichever tasks they were about."""
         self._failures += 1
+        entry.failures += 1
         if self._failures == _WARN_AFTER:  # once for all: silence would look like a slow picture
             _log.warning("%d looks in a row brought no answer; looking on: %s", self._failures, exc)
-        entry.trouble = exc
-        self._plan(entry, failures=self._failures)
+        entry.trouble = str(exc)
+        self._plan(entry, failures=max(self._failures, entry.failures))
 
     def _saw(self, entry: Entry, task: Task) -> None:
         now_s = anyio.current_time()
         self._failures = 0
-        entry.there_s, entry.late_since_s, entry.late_looks, entry.trouble = now_s, math.inf, 0, None
+        entry.there_s, entry.late_since_s, entry.late_looks = now_s, math.inf, 0
+        entry.failures, entry.trouble = 0, ""
         if entry.is_ours and entry.model is not None:
             age_s = now_s - entry.born_s
             self._schedule.learn(entry.model, entry.unfinished_s, age_s, done=task.is_final)
             entry.unfinished_s = age_s
+        task = self._finals.get(task.task_id) or task  # the first end stands, whatever the service says later
         known = entry.task
         if known is None or newer(known.status, task.status) is task.status:
             entry.task = task
@@ -336,9 +377,7 @@ class TaskTracker:
     def _remember(self, task: Task) -> None:
         if any(image.data is not None for image in task.images):
             return
-        if len(self._finals) >= _FINALS:
-            del self._finals[next(iter(self._finals))]
-        self._finals[task.task_id] = task
+        self._finals.keep(task.task_id, task)
 
     def _missed(self, entry: Entry, exc: TaskNotFound) -> None:
         """Judge a 404: fresh ids are invisible for a while, foreign ones never seen do not exist."""
@@ -350,21 +389,7 @@ class TaskTracker:
             entry.late_since_s = min(entry.late_since_s, now_s)
             entry.late_looks += 1
             if has_vanished(entry.late_looks, now_s - entry.late_since_s):
-                self._end(entry, _vanished(entry, exc))
+                self._end(entry, vanished(entry, exc))
                 return
-        entry.trouble = exc
+        entry.trouble = str(exc)
         self._plan(entry)
-
-
-def _about(exc: NanoBananaError, task_id: str) -> NanoBananaError:
-    mine = copy.copy(exc)
-    mine.args = (str(exc).replace(exc.task_id or task_id, task_id),)
-    mine.task_id = task_id
-    return mine
-
-
-def _vanished(entry: Entry, exc: TaskNotFound) -> TaskNotFound:
-    last = "it never showed" if entry.task is None else f"it was last {entry.task.status}"
-    was = "was accepted and may have been charged" if entry.is_ours else "was there"
-    what = f"task {entry.task_id} {was}, and the service no longer knows it ({last}): {exc}"
-    return TaskNotFound(what, status=exc.status, code=exc.code, task_id=entry.task_id)

@@ -31,6 +31,7 @@ from nanobanana_async.transport import codec
 from nanobanana_async.transport.admission import Admission
 from nanobanana_async.transport.base import ExchangeFailed, Phase, Transport, WireReply, WireRequest
 from nanobanana_async.transport.endpoint import Endpoint
+from nanobanana_async.transport.guard import exchange
 from nanobanana_async.transport.pacing import Breaker, Pacer, RetryQuota, retry_after_s
 from nanobanana_async.transport.verdicts import Outcome, Repeat, Row, Verdict, judge, story, submit_error
 
@@ -201,16 +202,13 @@ class Api:
     async def _exchange(self, wire: WireRequest, done_by_s: float) -> Outcome:
         sent_s = anyio.current_time()
         try:
-            reply = await self._transport.send(wire, timeout_s=done_by_s - sent_s)
+            reply = await exchange(self._transport, wire, timeout_s=done_by_s - sent_s)
             outcome = self._read_outcome(reply, None)
         except ExchangeFailed as exc:
             outcome = self._read_outcome(exc.reply, exc)
         except anyio.get_cancelled_exc_class():
             _log.warning("a submit was cut off when the client was closed; it may have been charged")
             raise
-        except Exception as exc:  # noqa: BLE001 - a handed-in transport may raise anything, and the money is out
-            reason = f"the transport failed: {type(exc).__name__}: {exc}"
-            outcome = Outcome(failure=ExchangeFailed(reason, phase=Phase.SEND))
         finally:
             self._submit_slots.release()
         self._note(outcome)
@@ -270,7 +268,7 @@ class Api:
         """Send once and decode; gives the poll slot back."""
         sent_s = anyio.current_time()
         try:
-            reply = await self._transport.send(wire, timeout_s=timeout_s)
+            reply = await exchange(self._transport, wire, timeout_s=timeout_s)
         except ExchangeFailed as exc:
             self._heed(None, sent_s)
             failure = exc

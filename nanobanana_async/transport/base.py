@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol, TypeAlias
 
 import attrs
+from attrs.validators import instance_of
 
 Sink: TypeAlias = Callable[[bytes], Awaitable[None]]
 """Takes the next piece of a body that is streamed rather than kept."""
@@ -46,13 +47,19 @@ class WireRequest:
     """Refuse to connect to an address that is not public."""
 
 
+def _check_headers(_: object, __: object, headers: Mapping[object, object]) -> None:
+    for name, value in headers.items():
+        if not isinstance(name, str) or not isinstance(value, str):
+            raise TypeError(f"headers: expected texts, got {name!r:.80}: {value!r:.80}")
+
+
 @attrs.frozen(kw_only=True)
 class WireReply:
     """One HTTP reply. Header names are lower case; `body` is as it came, never decompressed."""
 
-    status: int
-    headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
-    body: bytes = attrs.field(default=b"", repr=False)
+    status: int = attrs.field(validator=instance_of(int))
+    headers: Mapping[str, str] = attrs.field(factory=dict, repr=False, validator=_check_headers)
+    body: bytes = attrs.field(default=b"", repr=False, validator=instance_of(bytes))
 
 
 class ExchangeFailed(Exception):  # noqa: N818 - an event, not an error of ours: `api` turns it into one

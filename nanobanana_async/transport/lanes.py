@@ -184,7 +184,12 @@ def _built(request: WireRequest, target: Target, extensions: dict[str, object]) 
 
 
 def _opened(response: "httpx.Response | httpx2.Response") -> Opened:
-    return Opened(response.status_code, dict(response.headers.items()), response.aiter_raw(), response.aclose)
+    headers = dict(response.headers.items())
+    if response.is_stream_consumed:  # by an event hook, or it never was a stream: httpx has read and decoded it
+        headers.pop("content-encoding", None)
+        headers["content-length"] = str(len(response.content))
+        return Opened(response.status_code, headers, _Body(response.content), response.aclose)
+    return Opened(response.status_code, headers, response.aiter_raw(), response.aclose)
 
 
 @attrs.frozen

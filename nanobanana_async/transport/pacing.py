@@ -48,10 +48,10 @@ class Pacer:
     First come, first served: the first in line sleeps, the others wait for it. The bucket is one number, the time at
     which it will be full again (the generic cell rate algorithm, as in ITU-T I.371).
 
-    The rate gives way to trouble: `slow` halves it, down to one request per second, and each success gives a little
-    back, so that it recovers by a factor of e in ten seconds (additive increase, multiplicative decrease, as in TCP's
-    congestion control: Jacobson 1988). While it is below its best, the gaps are left to chance by half, so that many
-    clients that met the same trouble do not march in step.
+    The rate gives way to trouble: `slow` takes off half the share of trouble among the last replies, so that a rare
+    429 costs little and a wall of them half, down to one request per second (DCTCP: Alizadeh et al., 2010). Each
+    success gives a little back, so that it recovers by a factor of e in ten seconds. While it is below its best, the
+    gaps are left to chance by half, so that many clients that met the same trouble do not march in step.
     """
 
     def __init__(self, rate: float, burst: int, rng: Random | None = None) -> None:
@@ -62,6 +62,10 @@ class Pacer:
         self._full_at_s = -math.inf
         self._quiet_until_s = -math.inf
         self._slowed_s = -math.inf
+        self._trouble = 0.0
+        """The share of trouble among the last replies."""
+        self._unslowed = rate
+        """The rate before the present trouble."""
         self._line = anyio.Lock(fast_acquire=True)
         self.rate = rate
         """Requests per second, as things stand."""
@@ -88,18 +92,21 @@ class Pacer:
         self._full_at_s = max(self._full_at_s, self._quiet_until_s + self._slack_s)
 
     def slow(self, sent_s: float) -> bool:
-        """Halve the rate, unless a request that left before *sent_s* has: the same trouble counts once.
+        """Note trouble with a request that left at *sent_s*.
 
-        Returns whether it did.
+        Returns whether it is news: requests that were under way together meet the same trouble, and slow once.
         """
-        if sent_s <= self._slowed_s:
-            return False
-        self._slowed_s = anyio.current_time()
-        self.rate = max(self._floor, self.rate / 2)
-        return True
+        is_news = sent_s > self._slowed_s
+        if is_news:
+            self._slowed_s = anyio.current_time()
+            self._unslowed = self.rate
+        self._trouble += _GAIN * (1 - self._trouble)
+        self.rate = max(self._floor, min(self.rate, self._unslowed * (1 - self._trouble / 2)))
+        return is_news
 
     def quicken(self) -> None:
         """Note a success."""
+        self._trouble -= _GAIN * self._trouble
         self.rate = min(self._best, self.rate + _REGAIN)
 
     @property
@@ -111,6 +118,8 @@ class Pacer:
 _ROUNDING_S: Final = 1e-6
 _GROUP_S: Final = 0.1
 _SLOWEST: Final = 1.0
+_GAIN: Final = 1 / 16
+"""What one reply counts in the share of trouble; the value of that paper."""
 _REGAIN: Final = 0.1
 """Requests per second that a success gives back."""
 
