@@ -275,6 +275,26 @@ async def test_a_thousand_cancelled_requests_do_not_wedge_anything() -> None:
             assert (await transport.send(ask(server), timeout_s=5)).status == 200
 
 
+@pytest.mark.parametrize("how", ["event-hook", "mock-transport"])
+async def test_a_reply_that_a_client_of_the_users_has_read_already_is_read_all_the_same(how: str) -> None:
+    """An event hook that logs bodies, or httpx's own test transport, must not cost a paid id."""
+
+    async def read(response: httpx.Response) -> None:
+        await response.aread()
+
+    whole = response(b'{"code":0,"data":{"task_id":"ta-1"}}')
+    with serving(saying(whole)) as server:
+        if how == "event-hook":
+            client = httpx.AsyncClient(event_hooks={"response": [read]})
+        else:
+            client = httpx.AsyncClient(
+                transport=httpx.MockTransport(lambda _: httpx.Response(200, json={"data": {"task_id": "ta-1"}}))
+            )
+        async with client:
+            reply = await HttpTransport(client).send(ask(server, Errand.SUBMIT), timeout_s=5)
+    assert b"ta-1" in reply.body
+
+
 async def test_pictures_never_travel_by_a_client_that_was_handed_in() -> None:
     """It may hold cookies, credentials or an internal certificate."""
     with serving(saying(response(b"{}"))) as server:

@@ -40,3 +40,10 @@ def test_each_resubmit_level_includes_the_ones_before_it(level: Resubmit) -> Non
     assert [policy.resends(other) for other in RESUBMIT_LEVELS] == [
         RESUBMIT_LEVELS.index(other) <= RESUBMIT_LEVELS.index(level) for other in RESUBMIT_LEVELS
     ]
+
+
+@pytest.mark.parametrize("name", ["look_price_s", "min_s", "max_s"])
+def test_no_pause_is_endless(name: str) -> None:
+    """A task would never be looked at again."""
+    with pytest.raises(ValueError, match=name):
+        PollPolicy(**{name: float("inf")})  # type: ignore[arg-type]  # all three are floats

@@ -1,0 +1,140 @@
+"""Handles made again, shared, impatient or late; and clients that are asked from elsewhere."""
+
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from functools import partial
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from nanobanana_async import (
+    ConfigurationError,
+    NanoBananaClient,
+    PollPolicy,
+    ServiceUnavailable,
+    Task,
+    TaskNotFound,
+    TaskStatus,
+    TaskUnfinished,
+)
+from nanobanana_async.simulator import FAST, Simulator, VendorProfile
+from tests.fakes import accepted, script, state
+from tests.tracking import Service, every, finished_after, task, tracking
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.virtual_time
+async def test_a_handle_made_again_from_a_fresh_id_is_as_patient_as_the_first() -> None:
+    """A web app submits in one request and waits in the next; the service may not show the task yet."""
+    simulator = Simulator(VendorProfile(median_s=40, sigma=0, invisible_s=25))
+    async with simulator.client() as client:
+        handle = await client.submit("a fox")
+        assert (await client.task(handle.task_id).query()).status is TaskStatus.PENDING
+        assert (await client.task(handle.task_id).wait()).images
+        assert client.statistics().median_s  # and what it took was learned
+
+
+@pytest.mark.virtual_time
+async def test_a_handle_from_elsewhere_is_patient_if_it_is_told_when_the_task_was_submitted() -> None:
+    """In another process nothing is known but the id; a clock that was set back changes nothing."""
+    simulator = Simulator(VendorProfile(median_s=40, sigma=0, invisible_s=25))
+    async with simulator.client() as client:
+        task_id = (await client.submit("a fox")).task_id
+    async with simulator.client() as client:
+        with pytest.raises(TaskNotFound):
+            await client.task(task_id).wait()
+        for age_s in (1, -86_400):
+            moment = datetime.now(UTC) - timedelta(seconds=age_s)
+            assert (await client.task(task_id, submitted_at=moment).wait()).images
+
+
+@pytest.mark.virtual_time
+async def test_who_asks_again_while_a_look_is_under_way_shares_it() -> None:
+    """And who comes back later goes on where it was left: no hammering by impatience."""
+    service = Service(finished_after(30), delay_s=5)
+    async with tracking(service, every(2)) as tracker:
+        for _ in range(100):
+            with pytest.raises(TaskUnfinished):
+                await tracker.wait("ta-1", timeout_s=0.1)
+        assert len(service.looks) <= 4
+        assert service.most_in_flight == 1
+        assert (await tracker.wait("ta-1", timeout_s=60)).is_final
+
+
+@pytest.mark.virtual_time
+async def test_the_first_end_stands_whatever_the_service_says_later() -> None:
+    """For the handle that saw it, for new ones, and for a query that was under way."""
+    answers = iter(["success", "failed", "in_progress"])
+    transport = script(accepted(), *(state(word) for word in answers))
+    async with NanoBananaClient("dk-test", transport=transport, polling=every(1)) as client:
+        handle = await client.submit("a fox")
+        assert (await handle.wait()).status is TaskStatus.SUCCESS
+        seen = [await handle.query(), await client.task("ta-1").query(), await client.task("ta-1").wait()]
+    assert {task.status for task in seen} == {TaskStatus.SUCCESS}
+
+
+@pytest.mark.virtual_time
+async def test_one_task_that_always_fails_backs_off_alone() -> None:
+    """Others are looked at as ever; it is looked at less and less."""
+
+    def answer(task_id: str, now_s: float) -> Task | Exception:
+        return ServiceUnavailable("no") if task_id == "ta-bad" else finished_after(600)(task_id, now_s)
+
+    service = Service(answer)
+    async with (
+        tracking(service, PollPolicy.backoff(first_s=1, pause_s=1, factor=1, cap_s=15)) as tracker,
+        anyio.create_task_group() as group,
+    ):
+        for task_id in ("ta-bad", "ta-good"):
+            group.start_soon(partial(tracker.wait, task_id, timeout_s=500))
+        await anyio.sleep(300)
+        looks = Counter(task_id for _, task_id in service.looks)
+        group.cancel_scope.cancel()
+    assert looks["ta-bad"] < 60 < looks["ta-good"]
+
+
+async def test_who_has_left_holds_on_to_nothing() -> None:
+    """The agenda may keep a deadline for a while, but not the picture."""
+    service = Service(lambda task_id, _: task("success", task_id))
+    async with tracking(service) as tracker:
+        watches = [tracker.watch("ta-1") for _ in range(5)]
+        entry = watches[0].entry
+        await tracker.wait("ta-1", timeout_s=10)
+        for watch in watches:
+            tracker.leave(watch)
+        assert entry.task is None
+        assert all(watch.entry is not entry for watch in watches)
+
+
+async def test_statistics_need_no_event_loop() -> None:
+    """After the run is when one saves what was learned; a metrics thread has none either."""
+    async with Simulator(FAST).client() as client:
+        await client.generate("a fox")
+        figures = await anyio.to_thread.run_sync(client.statistics)
+    assert figures.curves == client.statistics().curves != {}
+    assert figures.overdue_s == 0
+
+
+@pytest.mark.parametrize("other_loop", [True, False])
+async def test_closing_from_another_loop_harms_nobody(other_loop: bool) -> None:  # noqa: FBT001 - a parameter
+    """It is refused before anything has happened."""
+    simulator = Simulator(VendorProfile(median_s=0.3, sigma=0, invisible_s=0))
+
+    async def close_elsewhere() -> None:
+        with pytest.raises(ConfigurationError, match="another event loop"):
+            await anyio.to_thread.run_sync(anyio.run, client.aclose)
+
+    async with simulator.client() as client, anyio.create_task_group() as group:
+        handle = await client.submit("a fox")
+        if other_loop:
+            group.start_soon(close_elsewhere)
+        assert (await handle.wait(timeout_s=5)).is_final
+
+
+@pytest.mark.parametrize("numbers", [None, [], [1.0], ["x"] * 112, [float("nan")] * 112, [10**400] * 112, 5])
+def test_what_is_no_curve_is_refused_with_the_name_of_its_model(numbers: object) -> None:
+    """A file that was saved by hand, or cut."""
+    with pytest.raises(ValueError, match="curves: what is given for 'm'"):
+        NanoBananaClient("dk-test", polling=PollPolicy(curves={"m": numbers}))  # type: ignore[dict-item]
