@@ -9,18 +9,13 @@ each and gives the nth job the same time whoever sends it (lognormal, sigma 0.5)
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import urllib.request
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
-from typing import Final
 
 import attrs
 
+from benchmarks import launch
 from benchmarks.contestant import CLIENTS
-
-ROOT: Final = Path(__file__).parent.parent
 
 
 @attrs.frozen(kw_only=True)
@@ -43,23 +38,10 @@ class Result:
 
 def measure(name: str, jobs: int, latency_s: float, limit_s: float) -> Result:
     """Run one client against a server of its own."""
-    python = [sys.executable, "-m"]
-    server = subprocess.Popen(
-        [*python, "benchmarks.server", "--latency", str(latency_s)],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert server.stdout is not None  # noqa: S101 - it is a pipe
-    port = server.stdout.readline().strip()
-    try:
-        client = subprocess.run(
-            [*python, "benchmarks.contestant", name, port, str(jobs), str(limit_s)],
-            cwd=ROOT, check=True, capture_output=True, text=True,
-        )  # fmt: skip
+    with launch.server("--latency", str(latency_s)) as port:
+        record = launch.client("benchmarks.contestant", name, port, str(jobs), str(limit_s))
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/truth", timeout=60) as reply:
             truth = json.load(reply)
-    finally:
-        server.communicate()
-    record = json.loads(client.stdout.splitlines()[-1])
     noticed_s = record.pop("noticed_s")
     polls = sum(polls for _, _, polls in truth.values()) / max(len(noticed_s), 1)
     delays_s = sorted(at_s - truth[job][1] for job, at_s in noticed_s.items())

@@ -12,17 +12,14 @@ by one: why the tracker and the pacer let what is due wait for company.
 import argparse
 import asyncio
 import json
-import subprocess
-import sys
 import time
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Final, TypeAlias
 
+from benchmarks import launch
 from benchmarks.server import KEY
 from nanobanana_async import HttpTransport, Limits, NanoBananaClient
 
-ROOT: Final = Path(__file__).parent.parent
 HEADERS: Final = {"Authorization": f"Bearer {KEY}", "Accept": "application/json"}
 
 Poll: TypeAlias = Callable[[], Awaitable[object]]
@@ -135,17 +132,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     for delay_s in options.delays:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.server", "--latency", "1e6", "--delay", str(delay_s)],
-            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert server.stdout is not None  # noqa: S101 - it is a pipe
-        try:
-            port = server.stdout.readline().strip()
+        with launch.server("--latency", "1e6", "--delay", str(delay_s)) as port:
             print(f"\nanswers take {delay_s:g} s")
             asyncio.run(measure(f"http://127.0.0.1:{port}", options.polls, options.in_flight))
-        finally:
-            server.communicate()
 
 
 if __name__ == "__main__":

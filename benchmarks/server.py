@@ -22,7 +22,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from nanobanana_async.simulator import VendorProfile
-from nanobanana_async.simulator.app import listen, make_app, make_vendor
+from nanobanana_async.simulator.app import listen, make_app
+from nanobanana_async.simulator.memory import tiny_png
 from nanobanana_async.simulator.vendor import Vendor
 
 KEY = "dk-test"
@@ -158,7 +159,8 @@ def main() -> None:
     parser.add_argument("--delay", type=float, default=0.0, help="seconds our own queries take to be answered")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    vendor = make_vendor(VendorProfile(median_s=options.latency), seed=options.seed)
+    profile = VendorProfile(median_s=options.latency)
+    vendor = Vendor(profile, seed=options.seed, now_s=time.monotonic, paint=tiny_png)  # to paint would cost the CPU
     socket = listen("127.0.0.1", 0)
     # Idle connections are kept for longer than any client keeps them, or the two race.
     config = uvicorn.Config(

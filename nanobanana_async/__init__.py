@@ -49,6 +49,7 @@ from nanobanana_async.handle import (
     TaskHandle,
 )
 from nanobanana_async.models import (
+    Callback,
     GeneratedImage,
     GenerationRequest,
     ImageSource,
@@ -84,12 +85,15 @@ from nanobanana_async.transport.base import (
 from nanobanana_async.transport.http import (
     HttpTransport,
 )
+from nanobanana_async.webhooks import CallbackReceiver, parse_callback
 
 __all__ = [
     "ApiError",
     "AuthenticationError",
     "Batch",
     "BudgetExceeded",
+    "Callback",
+    "CallbackReceiver",
     "ConfigurationError",
     "Done",
     "Errand",
@@ -140,5 +144,6 @@ __all__ = [
     "Unknown",
     "WireReply",
     "WireRequest",
+    "parse_callback",
     "read_rows",
 ]

@@ -10,7 +10,6 @@ from decimal import Decimal
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, Unpack
-from urllib.parse import urlsplit
 
 import anyio
 import attrs
@@ -23,16 +22,23 @@ from nanobanana_async.media.download import Downloader
 from nanobanana_async.media.formats import SUFFIXES
 from nanobanana_async.media.names import safe_name
 from nanobanana_async.media.references import as_references
-from nanobanana_async.models import GeneratedImage, GenerationRequest, RequestOptions, SavedPicture, Task
+from nanobanana_async.models import (
+    Announcer,
+    Expectation,
+    GeneratedImage,
+    GenerationRequest,
+    RequestOptions,
+    SavedPicture,
+    Task,
+)
 from nanobanana_async.outcomes import Done, Failed, Outcome, Unknown
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
 from nanobanana_async.tracking.schedule import Schedule
 from nanobanana_async.tracking.tracker import TaskTracker
 from nanobanana_async.tracking.watch import Origin, Statistics
-from nanobanana_async.transport.addresses import is_public, resolve
 from nanobanana_async.transport.api import Api, Submitted
 from nanobanana_async.transport.base import Transport
-from nanobanana_async.transport.endpoint import DEFAULT_BASE_URL, Endpoint, Key
+from nanobanana_async.transport.endpoint import Endpoint, Key
 from nanobanana_async.transport.http import HttpTransport
 
 _log: Final = logging.getLogger("nanobanana_async")
@@ -85,9 +91,8 @@ class NanoBananaClient:
         self._tracker = TaskTracker(self._api, Schedule(polling), self._host)
         self._host.at_end = self._tracker.close
         self._downloader = Downloader(
-            carrier, limits=limits, retry=retry, timeouts=timeouts, public_only=self._is_public
+            carrier, limits=limits, retry=retry, timeouts=timeouts, public_only=self._endpoint.is_public
         )
-        self._service_is_public: bool | None = None
 
     async def generate(
         self,
@@ -179,16 +184,61 @@ class NanoBananaClient:
         self,
         prompt: str | GenerationRequest,
         *,
+        callback: Announcer | Expectation | None = None,
         before_send: Callable[[], Awaitable[None]] | None = None,
         **options: Unpack[RequestOptions],
     ) -> TaskHandle:
-        """Submit and return as soon as the task id is known. Arguments, cancelling and errors as for `generate`.
+        """Submit and return as soon as the task id is known. Other arguments, cancelling and errors as for `generate`.
 
-        Waits for its turn (`Limits`) for at most `Timeouts.task_s`. *before_send* is awaited each time the request is
-        about to leave: what it writes down exists before anything can be paid, and if it raises, nothing is sent.
+        Waits for its turn (`Limits`) for at most `Timeouts.task_s`.
+
+        Args:
+            prompt: As for `generate`.
+            callback: A `CallbackReceiver`: the service announces the end to it, and polls are rare meanwhile. If the
+                answer to the submit is lost, a callback within `Timeouts.recovery_s` tells the task id after all.
+                With an expectation of your own making (`receiver.expect()`), that waiting is left to you: `recovered`.
+            before_send: Awaited each time the request is about to leave: what it writes down exists before anything
+                can be paid, and if it raises, nothing is sent.
+            **options: As for `generate`.
         """
         give_up_at_s = anyio.current_time() + self.timeouts.task_s
-        return await self._submit(prompt, options, give_up_at_s=give_up_at_s, before_send=before_send)
+        if callback is None:
+            return await self._submit(prompt, options, give_up_at_s=give_up_at_s, before_send=before_send)
+        expected = callback.expect() if isinstance(callback, Announcer) else callback
+        options["callback_url"] = expected.url
+        try:
+            handle = await self._submit(
+                prompt, options, give_up_at_s=give_up_at_s, before_send=before_send, is_announced=True
+            )
+        except SubmissionUnknown as exc:
+            found = await self.recovered(expected) if expected is not callback else None
+            if found is None:
+                raise
+            _log.warning("task %s was found by its callback; its submit said: %s", found.task_id, exc)
+            handle = found
+        if expected.bind(handle.task_id):
+            self.notify(handle.task_id)
+        return handle
+
+    async def recovered(self, expected: Expectation) -> TaskHandle | None:
+        """Return the task of a submit whose answer was lost, if a callback tells it within `Timeouts.recovery_s`.
+
+        What a callback claims counts only if the service knows such a task.
+        """
+        with anyio.move_on_after(self.timeouts.recovery_s):
+            while True:
+                handle = self.task(await expected.claimed())
+                with contextlib.suppress(NanoBananaError):
+                    await handle.query()
+                    return handle
+        return None
+
+    def notify(self, task_id: str) -> None:
+        """Take the hint that there is news of *task_id*, from a callback or another worker.
+
+        Whoever waits for it causes one query, at most one in ten seconds; ids that nobody waits for cost nothing.
+        """
+        self._tracker.notify(task_id)
 
     def task(self, task_id: str, *, submitted_at: datetime | None = None) -> TaskHandle:
         """Return a handle on a task submitted before, in this process or another. No network.
@@ -198,7 +248,7 @@ class NanoBananaClient:
         """
         if not task_id.strip():
             raise ValueError(f"task_id: must not be empty, got {task_id!r}")
-        origin = self._tracker.origin(task_id.strip())
+        origin = self._tracker.memory.origins.get(task_id.strip()) or Origin()
         if submitted_at is not None:  # a wall clock may have been set meanwhile: nothing was submitted in the future
             age_s = max(0.0, (datetime.now(UTC) - submitted_at).total_seconds())
             origin = Origin(submitted_at_s=anyio.current_time() - age_s)
@@ -299,6 +349,7 @@ class NanoBananaClient:
         *,
         give_up_at_s: float,
         before_send: Callable[[], Awaitable[None]] | None = None,
+        is_announced: bool = False,
     ) -> TaskHandle:
         if isinstance(prompt, GenerationRequest):
             request = attrs.evolve(prompt, **options)
@@ -307,15 +358,15 @@ class NanoBananaClient:
         done = await self._api.submit(
             request, self._with_references, give_up_at_s=give_up_at_s, before_send=before_send
         )
-        return self._submitted(done, request)
+        return self._submitted(done, request, is_announced=is_announced)
 
     async def _with_references(self, request: GenerationRequest) -> GenerationRequest:
         images = await as_references(request.images, max_bytes=self.limits.reference_bytes)
         return request if images == request.images else attrs.evolve(request, images=images)
 
-    def _submitted(self, done: Submitted, request: GenerationRequest) -> TaskHandle:
-        origin = Origin(submitted_at_s=anyio.current_time(), model=request.model)
-        self._tracker.remember(done.task_id, origin)
+    def _submitted(self, done: Submitted, request: GenerationRequest, *, is_announced: bool = False) -> TaskHandle:
+        origin = Origin(submitted_at_s=anyio.current_time(), model=request.model, is_announced=is_announced)
+        self._tracker.memory.origins.keep(done.task_id, origin)
         return self._handle(done.task_id, origin, datetime.now(UTC), done.possible_duplicates)
 
     def _handle(
@@ -330,16 +381,6 @@ class NanoBananaClient:
             submitted_at=submitted_at,
             possible_duplicates=possible_duplicates,
         )
-
-    async def _is_public(self) -> bool:
-        """Tell whether the service is on the internet: then its pictures are, too. A simulator may be anywhere."""
-        if self._endpoint.base_url == DEFAULT_BASE_URL:
-            return True
-        if self._service_is_public is None:
-            with contextlib.suppress(OSError, UnicodeError), anyio.move_on_after(self.timeouts.connect_s):
-                addresses = await resolve(urlsplit(self._endpoint.base_url).hostname or "", 443)
-                self._service_is_public = all(map(is_public, addresses))
-        return self._service_is_public is not False
 
 
 def _log_unread(outcome: Outcome) -> None:

@@ -49,7 +49,7 @@ class TaskHandle:
         A task submitted by this client that the service does not show yet is pending. Raises as `wait` does, and
         `TransportError` when no answer came.
         """
-        if (final := self._final or self._tracker.final(self.task_id)) is not None:
+        if (final := self._final or self._tracker.memory.finals.get(self.task_id)) is not None:
             return self._keep(final)
         try:
             task = await self._api.query(self.task_id)

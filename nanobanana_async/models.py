@@ -2,7 +2,7 @@
 
 import enum
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -201,3 +201,47 @@ class SavedPicture:
     sha256: str
     """Of the file, in hex."""
     size_bytes: int
+
+
+@attrs.frozen(kw_only=True)
+class Callback:
+    """What somebody who posted to a callback URL claims. Not to be believed: query the task."""
+
+    task_id: str
+    status: TaskStatus
+    raw: Mapping[str, JsonValue] = attrs.field(factory=dict, repr=False, eq=False)
+    """The whole object that was posted."""
+
+
+class Expectation(Protocol):
+    """One submit whose end will be announced."""
+
+    @property
+    def nonce(self) -> str:
+        """What tells this submit from all others."""
+        ...
+
+    @property
+    def url(self) -> str:
+        """The callback URL of this submit, and of no other."""
+        ...
+
+    def bind(self, task_id: str) -> bool:
+        """Note which task the submit became; True when a callback for it has come already."""
+        ...
+
+    async def claimed(self) -> str:
+        """Return the task id that a callback brings, when one comes."""
+        ...
+
+
+@runtime_checkable
+class Announcer(Protocol):
+    """Who hears the service's callbacks: `CallbackReceiver`."""
+
+    strangers: list[Callable[[str, str], Awaitable[None]]]
+    """Told of nonce and claimed task id when a callback is about a submit whose task is not known here."""
+
+    def expect(self) -> Expectation:
+        """Return the expectation of one submit."""
+        ...

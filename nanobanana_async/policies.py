@@ -142,5 +142,7 @@ class Timeouts:
     task_s: float = attrs.field(default=900.0, validator=gt(0))
     """How long `generate`, `result`, `wait` and `updates` wait when they are not told, and how long a submit may wait
     for its turn. Minutes are possible."""
+    recovery_s: float = attrs.field(default=600.0, validator=ge(0))
+    """How long a submit with a callback waits for one when its own answer was lost: it may tell the task id."""
     close_s: float = attrs.field(default=10.0, validator=gt(0))
     """How long `aclose` spends on saying goodbye, beyond what a submit on the wire still needs."""

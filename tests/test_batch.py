@@ -511,10 +511,10 @@ async def test_books_that_cannot_be_kept_stop_everything(
                 batch._ledger._broken = "no space left on device"
             await move(key, state, **facts)  # type: ignore[arg-type]
 
-        async def failing_intend(key: str, *, again: bool = False) -> None:
+        async def failing_intend(key: str, *, again: bool = False, nonce: str | None = None) -> None:
             if broken == "intent" and len(simulator.charges) >= 4:
                 batch._ledger._broken = "no space left on device"
-            await intend(key, again=again)
+            await intend(key, again=again, nonce=nonce)
 
         batch._ledger.move, batch._ledger.intend = failing_move, failing_intend  # type: ignore[method-assign]
         outcomes, cause = await run_until_stopped(batch, max_in_flight=2)

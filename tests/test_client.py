@@ -258,9 +258,10 @@ async def test_a_forgotten_client_is_reported() -> None:
     client = Simulator().client()
     await client.balance()
     host = client._host
+    kept = [client]
     del client
     with pytest.warns(ResourceWarning, match="unclosed NanoBananaClient"):
-        gc.collect()
+        kept.clear()
     await host.aclose(drain_s=1)
 
 

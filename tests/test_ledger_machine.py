@@ -158,6 +158,7 @@ class Books(RuleBasedStateMachine):
         self.posted.clear()
         after = self.records()
         for name, state in before.items():
+            assert name in after
             seen = after[name].state
             expected = RowState.UNKNOWN if state is RowState.INTENT else state
             assert seen is expected or (name == key and seen is RowState.UNKNOWN and expected in SUBMITTABLE)

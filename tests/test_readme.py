@@ -36,10 +36,11 @@ def test_every_python_block_runs_as_printed(nanobanana_server: SimulatorServer, 
     with ThreadPoolExecutor(len(codes)) as pool:
         for ran in pool.map(run, enumerate(codes)):
             assert (ran.returncode, ran.stderr) == (0, "")
-    assert len(codes) == 4
+    assert len(codes) == 5
     assert list((tmp_path / "0" / "out").glob("ta*.png"))
-    assert len(list((tmp_path / "2" / "out").glob("*.png"))) == 20
-    assert len(nanobanana_server.vendor.charges) == 22
+    assert len(list((tmp_path / "1" / "runs" / "spring").glob("*.png"))) == 2
+    assert len(list((tmp_path / "3" / "out").glob("*.png"))) == 20
+    assert len(nanobanana_server.vendor.charges) == 24
 
 
 def test_the_first_block_is_ten_lines() -> None:

@@ -118,9 +118,9 @@ async def test_what_is_remembered_is_bounded_and_holds_no_pictures() -> None:
         await tracker.wait("ta-heavy", timeout_s=60)
         for number in range(1100):
             await tracker.wait(f"ta-{number}", timeout_s=60)
-        assert len(tracker._finals) == 256
-        assert tracker.final("ta-1099")
-        assert tracker.final("ta-heavy") is None
+        assert len(tracker.memory.finals) == 256
+        assert tracker.memory.finals.get("ta-1099")
+        assert tracker.memory.finals.get("ta-heavy") is None
 
 
 # --- patience ---------------------------------------------------------------------------------------------------------

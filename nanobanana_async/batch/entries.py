@@ -69,7 +69,7 @@ CREATE TABLE rows (
 CREATE TABLE attempts (
     key TEXT NOT NULL, attempt INTEGER NOT NULL, state TEXT NOT NULL, sends INTEGER NOT NULL DEFAULT 1, task_id TEXT,
     intended_at REAL NOT NULL, submitted_at REAL, ended_at REAL, saved_at REAL,
-    consumed TEXT, reason TEXT, files TEXT NOT NULL DEFAULT '[]', PRIMARY KEY (key, attempt)
+    consumed TEXT, reason TEXT, files TEXT NOT NULL DEFAULT '[]', nonce TEXT, PRIMARY KEY (key, attempt)
 ) WITHOUT ROWID;
 """
 SELECT: Final = """
@@ -132,7 +132,7 @@ def _stem(db: sqlite3.Connection, row: Row, number: int) -> str:
     return stem
 
 
-def intend(db: sqlite3.Connection, key: str) -> bool:
+def intend(db: sqlite3.Connection, key: str, nonce: str | None = None) -> bool:
     """Begin a new attempt; False when the row is not one to submit."""
     state, attempt = db.execute(
         "SELECT coalesce(state, 'open'), attempt FROM rows LEFT JOIN attempts USING (key, attempt) WHERE key = ?",
@@ -142,8 +142,8 @@ def intend(db: sqlite3.Connection, key: str) -> bool:
         return False
     db.execute("UPDATE rows SET attempt = ? WHERE key = ?", (attempt + 1, key))
     db.execute(
-        "INSERT INTO attempts (key, attempt, state, intended_at) VALUES (?, ?, ?, ?)",
-        (key, attempt + 1, RowState.INTENT, time.time()),
+        "INSERT INTO attempts (key, attempt, state, intended_at, nonce) VALUES (?, ?, ?, ?, ?)",
+        (key, attempt + 1, RowState.INTENT, time.time(), nonce),
     )
     return True
 
@@ -172,6 +172,15 @@ def move(db: sqlite3.Connection, key: str, state: RowState, facts: Mapping[str, 
             (state, *values, key, *before),
         ).rowcount
         > 0
+    )
+
+
+def recognise(db: sqlite3.Connection, nonce: str, task_id: str) -> None:
+    """Note which task the unknown submit with this nonce became, if it is one, and still the last of its row."""
+    db.execute(
+        "UPDATE attempts SET state = 'submitted', task_id = ? WHERE nonce = ? AND state = 'unknown'"
+        " AND (key, attempt) IN (SELECT key, attempt FROM rows)",
+        (task_id, nonce),
     )
 
 

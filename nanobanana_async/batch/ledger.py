@@ -114,9 +114,16 @@ class Ledger:
         rows = list(rows)
         return await self._durably(lambda db: [entries.as_record(entries.enter(db, row), self.folder) for row in rows])
 
-    async def intend(self, key: str, *, again: bool = False) -> None:
-        """Note that a POST is about to leave for an open or failed row; *again*: one more for the same attempt."""
-        await self._durably(lambda db: entries.intend_again(db, key) if again else entries.intend(db, key), key)
+    async def intend(self, key: str, *, again: bool = False, nonce: str | None = None) -> None:
+        """Note that a POST is about to leave for an open or failed row; *again*: one more for the same attempt.
+
+        With the *nonce* of its callback, what comes back can be recognised.
+        """
+        await self._durably(lambda db: entries.intend_again(db, key) if again else entries.intend(db, key, nonce), key)
+
+    async def recognise(self, nonce: str, task_id: str) -> None:
+        """Note which task the submit with this *nonce* became, if nobody knew."""
+        await self._durably(lambda db: entries.recognise(db, nonce, task_id))
 
     async def move(self, key: str, state: RowState, **facts: str | float | None) -> None:
         """Note that the last attempt of *key* is now in *state*, with *facts* about it (columns of `attempts`)."""

@@ -5,7 +5,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping
-from datetime import UTC, datetime
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from nanobanana_async._flow import each, flow
 from nanobanana_async._host import Host
 from nanobanana_async.batch import report
 from nanobanana_async.batch.account import Account, Funds
+from nanobanana_async.batch.endings import are_there, as_task, moment, of_earlier_run, without_picture
 from nanobanana_async.batch.entries import RowRecord, RowState
 from nanobanana_async.batch.ledger import Ledger
 from nanobanana_async.batch.rows import Keys, Row
@@ -31,15 +31,12 @@ from nanobanana_async.errors import (
     LedgerError,
     MediaError,
     NanoBananaError,
-    NoImage,
     SubmissionUnknown,
-    TaskError,
-    TaskFailed,
     TaskNotFound,
 )
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.media.download import sweep
-from nanobanana_async.models import GeneratedImage, GenerationRequest, SavedPicture, Task, TaskStatus
+from nanobanana_async.models import Announcer, GeneratedImage, GenerationRequest, SavedPicture, Task
 from nanobanana_async.outcomes import Done, Failed, Outcome, Unknown
 
 Rows: TypeAlias = Iterable[Row | GenerationRequest | str] | AsyncIterable[Row | GenerationRequest | str]
@@ -76,7 +73,14 @@ class Batch:
     alone, the rest is submitted. No key is kept in the folder.
     """
 
-    def __init__(self, ledger: Ledger, client: NanoBananaClient, account: Account, fetcher: Fetcher | None) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        client: NanoBananaClient,
+        account: Account,
+        fetcher: Fetcher | None,
+        callback: Announcer | None,
+    ) -> None:
         self.folder: Final = ledger.folder
         self._ledger = ledger
         self._client = client
@@ -84,9 +88,12 @@ class Batch:
         self._fetcher: Fetcher = fetcher or client
         self._host = Host()
         self._traffic = Traffic()
-        self._submitter = Submitter(ledger, client, account, self._traffic)
+        self._submitter = Submitter(ledger, client, account, self._traffic, callback)
         self._ended: Counter[type[Outcome] | str] = Counter()
         self._under_way: set[str] = set()
+        self._callback = callback
+        if callback is not None:
+            callback.strangers.append(ledger.recognise)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -97,6 +104,7 @@ class Batch:
         *,
         budget: Decimal | None = None,
         fetcher: Fetcher | None = None,
+        callback: Announcer | None = None,
     ) -> AsyncGenerator["Batch"]:
         """Open the batch in *folder*, made if missing. Leaving the block settles it: see `aclose`.
 
@@ -106,6 +114,8 @@ class Batch:
             budget: Credits that may be spent here, by all runs together. New submits stop before what is spent and
                 what those in flight may cost (the largest price seen for their model) could exceed it.
             fetcher: Who writes the pictures; None is the client.
+            callback: A `CallbackReceiver`, as for `client.submit`. A callback also tells what became of an unknown
+                row, whenever it comes.
 
         Raises:
             LedgerError: Another process has the folder (`exc.pid`), or its ledger cannot be used.
@@ -113,7 +123,7 @@ class Batch:
         ledger = await Ledger.open(Path(folder))
         try:
             await anyio.to_thread.run_sync(sweep, ledger.folder)
-            batch = cls(ledger, client, Account.of(await ledger.costs(), budget), fetcher)
+            batch = cls(ledger, client, Account.of(await ledger.costs(), budget), fetcher, callback)
         except BaseException:
             await ledger.aclose()
             raise
@@ -201,6 +211,8 @@ class Batch:
                 with contextlib.suppress(LedgerError, OSError):  # both are made from the ledger, any time
                     await self._ledger.read(partial(report.write, self.folder, self.folder.resolve().name))
             finally:
+                if self._callback is not None and self._ledger.recognise in self._callback.strangers:
+                    self._callback.strangers.remove(self._ledger.recognise)
                 await self._ledger.aclose()
 
     # --- what nobody knows the end of -------------------------------------------------------------------------------
@@ -265,16 +277,16 @@ class Batch:
             return Failed(key=row.key, request=row.request, error=ConfigurationError(str(exc)))
 
     async def _advance(self, row: Row, record: RowRecord, *, retry_failed: bool, timeout_s: float | None) -> Outcome:
-        if (outcome := _of_earlier_run(row, record, retry_failed=retry_failed)) is not None:
+        if (outcome := of_earlier_run(row, record, retry_failed=retry_failed)) is not None:
             return outcome
-        if record.state is RowState.SAVED and await anyio.to_thread.run_sync(_are_there, record):
-            return Done(key=row.key, request=row.request, task=_as_task(record), files=record.files, earlier=True)
+        if record.state is RowState.SAVED and await anyio.to_thread.run_sync(are_there, record):
+            return Done(key=row.key, request=row.request, task=as_task(record), files=record.files, earlier=True)
         if record.state.is_open or record.state is RowState.FAILED:
             handle = await self._submitter.submit(row)
             record = attrs.evolve(record, state=RowState.SUBMITTED)
         else:
             self._traffic.pending += 1
-            handle = self._client.task(record.task_id or "", submitted_at=_moment(record.submitted_at))
+            handle = self._client.task(record.task_id or "", submitted_at=moment(record.submitted_at))
             self._traffic.tasks[row.key] = handle.task_id
         try:
             outcome = await self._finish(row, record, handle, timeout_s)
@@ -302,7 +314,7 @@ class Batch:
         if record.state not in _ENDED_WELL:
             await self._settle(row, task)
         if not task.images:
-            raise _without_picture(task)
+            raise without_picture(task)
         files = await self._save(record.stem, task, handle.task_id)
         await self._ledger.saved(row.key, files)
         return Done(key=row.key, request=row.request, task=task, files=files)
@@ -310,7 +322,7 @@ class Batch:
     async def _settle(self, row: Row, task: Task) -> None:
         state = RowState.SUCCESS if task.images else RowState.FAILED
         consumed = None if task.consumed is None else f"{task.consumed:f}"
-        reason = None if task.images else str(_without_picture(task))
+        reason = None if task.images else str(without_picture(task))
         await self._ledger.move(row.key, state, ended_at=time.time(), consumed=consumed, reason=reason)
         if consumed is not None or state is RowState.FAILED:
             self._account.end(row.request.model, task.consumed)
@@ -347,41 +359,3 @@ def _in_the_ledger(_: Outcome) -> None:
 
 
 _ENDED_WELL: Final = (RowState.SUCCESS, RowState.SAVED)
-
-
-def _of_earlier_run(row: Row, record: RowRecord, *, retry_failed: bool) -> Outcome | None:
-    """Return what an earlier run has come to, when there is nothing more to do about it."""
-    error: NanoBananaError
-    if record.fingerprint != row.fingerprint:
-        error = ConfigurationError(f"key {row.key!r} was paid for with another prompt or other options; use a new key")
-    elif record.state is RowState.UNKNOWN:
-        unknown = SubmissionUnknown(record.reason or "")
-        unknown.task_id = record.task_id
-        return Unknown(key=row.key, request=row.request, error=unknown, earlier=True)
-    elif record.state is RowState.ABANDONED:
-        error = SubmissionUnknown(f"given up: {record.reason}")
-    elif record.state is RowState.FAILED and not retry_failed:
-        error = TaskFailed(record.reason or "it failed in an earlier run", task_id=record.task_id)
-    else:
-        return None
-    return Failed(key=row.key, request=row.request, error=error, earlier=True)
-
-
-def _without_picture(task: Task) -> TaskError:
-    said = " ".join(task.texts) or task.reason
-    if task.status is TaskStatus.FAILED:
-        return TaskFailed(f"task {task.task_id} failed: {task.reason or 'the service gave no reason'}", task=task)
-    words = (said or "no words either")[:500]
-    return NoImage(f"task {task.task_id} was paid, and brought no picture ({words})", task=task)
-
-
-def _are_there(record: RowRecord) -> bool:
-    return bool(record.files) and all(file.path.is_file() for file in record.files)
-
-
-def _as_task(record: RowRecord) -> Task:
-    return Task(task_id=record.task_id or "", status=TaskStatus.SUCCESS, consumed=record.consumed)
-
-
-def _moment(unix_s: float | None) -> datetime | None:
-    return None if unix_s is None else datetime.fromtimestamp(unix_s, UTC)

@@ -26,6 +26,7 @@ from nanobanana_async.errors import (
     SubmissionUnknown,
 )
 from nanobanana_async.handle import TaskHandle
+from nanobanana_async.models import Announcer, Expectation
 
 _log: Final = logging.getLogger("nanobanana_async")
 
@@ -36,11 +37,21 @@ _NOT_TAKEN: Final = (NotSent, RateLimited, AuthenticationError, InsufficientCred
 class Submitter:
     """Submits rows: each has an intent in the ledger before its first byte leaves, and its task id there after it."""
 
-    def __init__(self, ledger: Ledger, client: NanoBananaClient, account: Account, traffic: Traffic) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        client: NanoBananaClient,
+        account: Account,
+        traffic: Traffic,
+        callback: Announcer | None,
+    ) -> None:
         self._ledger = ledger
         self._client = client
         self._account = account
         self._traffic = traffic
+        self._callback = callback
+        self._expected: dict[str, Expectation] = {}
+        """By row key, of submits whose answer has not come."""
         self._caution = Caution()
         self._alone = anyio.Lock()
         self._few = anyio.Semaphore(client.limits.submits)
@@ -56,6 +67,16 @@ class Submitter:
             NanoBananaError: The service, or a reference image, is against it.
             Stopped: The run takes nothing more on.
         """
+        try:
+            return await self._submit(row)
+        except SubmissionUnknown:
+            if (handle := await self._recovered(row)) is None:
+                raise
+            return handle
+        finally:
+            self._expected.pop(row.key, None)
+
+    async def _submit(self, row: Row) -> TaskHandle:
         handle = None
         while handle is None:
             if self._caution.is_needed:
@@ -127,11 +148,15 @@ class Submitter:
     async def _post(self, row: Row) -> TaskHandle:
         """Submit, by the book."""
         model, sends = row.request.model, 0
+        expected = None if self._callback is None else self._callback.expect()
+        nonce = None if expected is None else expected.nonce
+        if expected is not None:
+            self._expected[row.key] = expected
 
         async def intend() -> None:
             nonlocal sends
             self._traffic.check()
-            await self._ledger.intend(row.key, again=sends > 0)
+            await self._ledger.intend(row.key, again=sends > 0, nonce=nonce)
             if sends:
                 self._account.begin(model)  # the time before may be charged, too
             sends += 1
@@ -139,7 +164,7 @@ class Submitter:
 
         with anyio.CancelScope() as scope:
             try:
-                handle = await self._client.submit(row.request, before_send=intend)
+                handle = await self._client.submit(row.request, callback=expected, before_send=intend)
             except NanoBananaError as exc:
                 if sends:
                     await self._close_books(row, exc)
@@ -149,6 +174,17 @@ class Submitter:
                     self._account.end(model, None)
             await self._keep_id(row, handle)
         return handle
+
+    async def _recovered(self, row: Row) -> TaskHandle | None:
+        """Return the task that a callback tells, after an answer was lost. Cancelling leaves the row unknown."""
+        expected = self._expected.get(row.key)
+        found = None if expected is None else await self._client.recovered(expected)
+        if expected is None or found is None:
+            return None
+        await self._ledger.recognise(expected.nonce, found.task_id)
+        self._traffic.tasks[row.key] = found.task_id
+        self._traffic.pending += 1
+        return found
 
     async def _close_books(self, row: Row, exc: NanoBananaError) -> None:
         if isinstance(exc, SubmissionUnknown):

@@ -26,15 +26,16 @@ from nanobanana_async.errors import (
 )
 from nanobanana_async.models import Task, TaskStatus
 from nanobanana_async.tracking.schedule import FOREIGN_AGE_S, NOT_FOUND_GRACE_S, Schedule, has_vanished, newer
-from nanobanana_async.tracking.watch import NOBODYS, Entry, Origin, Recent, Statistics, Watch, about, vanished
+from nanobanana_async.tracking.watch import NOBODYS, Entry, Memory, Origin, Statistics, Watch, about, vanished
 
 _log: Final = logging.getLogger("nanobanana_async")
 
 _GRAIN_S: Final = 0.2
 _WARN_AFTER: Final = 3
-_FINALS: Final = 256
-"""Finished tasks that are remembered, for those who ask late. Ones that carry their picture inline are not."""
-_LEFT: Final = 256
+_NET: Final = 4
+"""Times `PollPolicy.max_s` between looks at a task whose end will be announced."""
+_DEAF_AFTER: Final = 3
+"""So many ends that were not announced, and announcements are no longer relied on until the next one comes."""
 _ORIGINS: Final = 4096
 """Own submits that are remembered, for handles that are made again from an id: a web app's second request."""
 
@@ -71,10 +72,7 @@ class TaskTracker:
         self._schedule = schedule
         self._host = host
         self._watched: dict[str, Entry] = {}
-        self._finals: Recent[Task] = Recent(_FINALS)
-        self._left: Recent[Entry] = Recent(_LEFT)
-        """Unfinished ones that nobody waits for just now: who comes back goes on where it was."""
-        self._origins: Recent[Origin] = Recent(_ORIGINS)
+        self.memory: Final = Memory()
         grain_s = min(_GRAIN_S, schedule.policy.min_s / 2)
         self._looks: Agenda[Entry] = Agenda(grain_s)
         self._deadlines: Agenda[Watch] = Agenda(grain_s)
@@ -84,6 +82,8 @@ class TaskTracker:
         self._in_flight = 0
         self._polls = 0
         self._warned_of_status = False
+        self._unannounced = 0
+        """Tasks in a row whose end should have been announced, and was found by a look."""
 
     async def wait(self, task_id: str, *, timeout_s: float, origin: Origin = Origin()) -> Task:
         """Return the task once its status is final, whether it succeeded or failed.
@@ -97,7 +97,7 @@ class TaskTracker:
             InvalidRequest: The service does not accept the id.
         """
         await self._host.ensure()
-        if (final := self._finals.get(task_id)) is not None:
+        if (final := self.memory.finals.get(task_id)) is not None:
             return final
         deadline_s = anyio.current_time() + timeout_s
         watch = self.watch(task_id, origin)
@@ -111,7 +111,7 @@ class TaskTracker:
     async def updates(self, task_id: str, *, timeout_s: float, origin: Origin = Origin()) -> AsyncGenerator[Task]:
         """Yield a snapshot at each change of status, the final one last. Raises as `wait` does."""
         await self._host.ensure()
-        if (final := self._finals.get(task_id)) is not None:
+        if (final := self.memory.finals.get(task_id)) is not None:
             yield final
             return
         deadline_s = anyio.current_time() + timeout_s
@@ -129,11 +129,10 @@ class TaskTracker:
 
     def watch(self, task_id: str, origin: Origin = Origin()) -> Watch:
         """Have *task_id* looked at until it is final, or until `leave`. The host must be running."""
-        origin = origin if origin.submitted_at_s is not None else self._origins.get(task_id) or origin
+        origin = origin if origin.submitted_at_s is not None else self.memory.origins.get(task_id) or origin
         entry = self._watched.get(task_id)
         if entry is None:
-            entry = self._watched[task_id] = self._left.pop(task_id) or self._new(task_id, origin)
-            entry.adopt(origin)
+            entry = self._watched[task_id] = self.memory.left.pop(task_id) or self._new(task_id, origin)
             if not entry.looks:
                 self._plan(entry)
             elif not entry.is_asked:
@@ -147,9 +146,11 @@ class TaskTracker:
         return watch
 
     def _new(self, task_id: str, origin: Origin) -> Entry:
-        is_ours = origin.submitted_at_s is not None
-        born_s = anyio.current_time() - FOREIGN_AGE_S if origin.submitted_at_s is None else origin.submitted_at_s
-        return Entry(task_id, origin.model, born_s, is_ours)
+        entry = Entry(task_id, None, anyio.current_time() - FOREIGN_AGE_S, is_ours=False)
+        entry.adopt(origin)
+        if self.memory.heard.pop(task_id):
+            entry.plan_confirmation(anyio.current_time())
+        return entry
 
     def leave(self, watch: Watch) -> None:
         """End *watch*; the last to leave ends the looking."""
@@ -159,28 +160,20 @@ class TaskTracker:
         if entry.first is None and self._watched.get(entry.task_id) is entry:
             entry.later_s = entry.due_s
             self._drop(entry)
-            self._left.keep(entry.task_id, entry)
-
-    def remember(self, task_id: str, origin: Origin) -> None:
-        """Note that this client has submitted *task_id*."""
-        self._origins.keep(task_id, origin)
-
-    def origin(self, task_id: str) -> Origin:
-        """Return what is known of where *task_id* comes from."""
-        return self._origins.get(task_id) or Origin()
-
-    def final(self, task_id: str) -> Task | None:
-        """Return how *task_id* ended, if that was seen not long ago."""
-        return self._finals.get(task_id)
+            self.memory.left.keep(entry.task_id, entry)
 
     def notify(self, task_id: str) -> None:
         """Take the hint that there is news of *task_id*: it is looked at, at once if that did not just happen.
 
         Anybody may send a hint, so it buys at most one look per task in ten seconds, and none at ids nobody waits for.
         """
-        entry = self._watched.get(task_id)
+        entry = self._watched.get(task_id) or self.memory.left.get(task_id)
+        if entry is None and self.memory.origins.get(task_id) is not None:
+            self.memory.heard.keep(task_id, thing=True)
         if entry is None or not entry.plan_confirmation(anyio.current_time()):
             return
+        self._unannounced = 0
+        entry.later_s = entry.confirm_s
         if entry.confirm_s < entry.due_s < math.inf:  # with a look under way, `_plan` will see to it
             self._looks.plan(entry, entry.confirm_s)
 
@@ -249,7 +242,7 @@ class TaskTracker:
         """Stop watching: the task is final, or *error* is what every waiter gets."""
         entry.error = error
         self._drop(entry)
-        self._left.pop(entry.task_id)
+        self.memory.left.pop(entry.task_id)
         entry.ring()
 
     # --- the scheduler ----------------------------------------------------------------------------------------------
@@ -277,6 +270,8 @@ class TaskTracker:
         if entry.task is not None and entry.task.status is TaskStatus.UNKNOWN:
             return schedule.jittered_s(schedule.policy.max_s)
         age_s = now_s - entry.born_s
+        if entry.is_announced and self._unannounced < _DEAF_AFTER:
+            return schedule.jittered_s(max(0.0, _NET * schedule.policy.max_s - (0 if entry.looks else age_s)))
         pause_s = schedule.pause_s(entry.model, age_s, entry.looks)
         self._wanted_per_s -= entry.wanted_per_s
         entry.wanted_per_s = 1 / max(pause_s, schedule.policy.min_s)
@@ -357,14 +352,16 @@ class TaskTracker:
             age_s = now_s - entry.born_s
             self._schedule.learn(entry.model, entry.unfinished_s, age_s, done=task.is_final)
             entry.unfinished_s = age_s
-        task = self._finals.get(task.task_id) or task  # the first end stands, whatever the service says later
+        task = self.memory.finals.get(task.task_id) or task  # the first end stands, whatever the service says later
         known = entry.task
         if known is None or newer(known.status, task.status) is task.status:
             entry.task = task
         else:
             _log.debug("task %s was %s and is now said to be %s", task.task_id, known.status, task.status)
         if task.is_final:
-            self._remember(task)
+            if entry.is_announced and entry.confirm_s == -math.inf:
+                self._unannounced += 1
+            self.memory.finish(task)
             self._end(entry)
             return
         if task.status is TaskStatus.UNKNOWN and not self._warned_of_status:
@@ -373,11 +370,6 @@ class TaskTracker:
         self._plan(entry)
         if known is None or entry.task is not known:
             entry.ring()
-
-    def _remember(self, task: Task) -> None:
-        if any(image.data is not None for image in task.images):
-            return
-        self._finals.keep(task.task_id, task)
 
     def _missed(self, entry: Entry, exc: TaskNotFound) -> None:
         """Judge a 404: fresh ids are invisible for a while, foreign ones never seen do not exist."""

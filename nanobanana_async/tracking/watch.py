@@ -24,6 +24,8 @@ class Origin:
     submitted_at_s: float | None = None
     """When this client's submit was accepted, on the event loop's clock; None when it was submitted elsewhere."""
     model: str | None = None
+    is_announced: bool = False
+    """Whether the service is to call back when it ends."""
 
 
 @attrs.define(eq=False, weakref_slot=False)
@@ -36,6 +38,8 @@ class Entry:
     """When it was submitted; a guess when that was elsewhere."""
     is_ours: bool
     """Whether this client submitted it, so that its age is known."""
+    is_announced: bool = False
+    """Whether news of its end is expected."""
     first: "Watch | None" = None
     """Who waits: the head of a chain, for neither joining nor leaving may cost more where many do."""
     due_s: float = math.inf
@@ -76,6 +80,7 @@ class Entry:
         """Learn where it comes from, if nobody has said so before."""
         if origin.submitted_at_s is not None and not self.is_ours:
             self.is_ours, self.born_s, self.model = True, origin.submitted_at_s, origin.model
+            self.is_announced = origin.is_announced
 
     def join(self, watch: "Watch") -> None:
         """Let one more wait."""
@@ -173,6 +178,25 @@ class Recent(Generic[T]):
     def pop(self, task_id: str) -> T | None:
         """Take it out."""
         return self._things.pop(task_id, None)
+
+
+class Memory:
+    """What a tracker keeps of tasks that nobody waits for just now; all of it bounded."""
+
+    def __init__(self) -> None:
+        self.finals: Final[Recent[Task]] = Recent(256)
+        """Finished ones, for those who ask late. Ones that carry their picture inline are not kept."""
+        self.left: Final[Recent[Entry]] = Recent(256)
+        """Unfinished ones: who comes back goes on where it was."""
+        self.origins: Final[Recent[Origin]] = Recent(4096)
+        """Own submits, for handles that are made again from an id: a web app's second request."""
+        self.heard: Final[Recent[bool]] = Recent(4096)
+        """Own submits of which news came while nobody waited for them."""
+
+    def finish(self, task: Task) -> None:
+        """Keep how a task ended."""
+        if all(image.data is None for image in task.images):
+            self.finals.keep(task.task_id, task)
 
 
 @attrs.frozen(kw_only=True)

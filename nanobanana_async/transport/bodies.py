@@ -1,5 +1,6 @@
 """Bodies from the network as JSON or as safe text. Knows nothing of what the service says, only how bodies go wrong."""
 
+import base64
 import contextlib
 import json
 import re
@@ -8,7 +9,7 @@ from decimal import Decimal, InvalidOperation
 from itertools import pairwise
 from typing import Final
 
-from nanobanana_async.models import JsonValue
+from nanobanana_async.models import GeneratedImage, JsonValue
 from nanobanana_async.transport.base import WireReply
 
 _EXCERPT: Final = 200
@@ -83,3 +84,27 @@ def excerpt(body: bytes) -> str:
     text = re.sub(r"<[^>]*>?", " ", body[:2000].decode("utf-8", "replace"))
     line = printable(text)
     return line if len(line) <= _EXCERPT else f"{line[:_EXCERPT]}..."
+
+
+def inline_image(uri: str) -> GeneratedImage | None:
+    """Return the picture inside a base64 data URI; None when *uri* is not one, or is damaged.
+
+    A damaged one stays what it was, a `url` that the downloader refuses by name: one bad picture must not hide the
+    others of a paid task.
+    """
+    head, comma, payload = uri.strip().partition(",")
+    if not comma or not head.lower().startswith("data:") or not head.lower().endswith(";base64"):
+        return None
+    try:
+        data = base64.b64decode(payload, validate=True)
+    except ValueError:  # another dialect, perhaps; translating megabytes is slow, so it is only tried then
+        standard = payload.translate(_TO_STANDARD_BASE64)
+        try:
+            data = base64.b64decode(standard + "=" * (-len(standard) % 4), validate=True)
+        except ValueError:
+            return None
+    media_type = head[len("data:") :].partition(";")[0].lower()
+    return GeneratedImage(data=data, media_type=media_type or None) if data else None
+
+
+_TO_STANDARD_BASE64: Final = {ord("-"): "+", ord("_"): "/", **dict.fromkeys(map(ord, " \t\r\n="))}

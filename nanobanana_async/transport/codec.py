@@ -5,7 +5,6 @@ functions after it raise anything but the errors of this package. Sources of the
 they matter.
 """
 
-import base64
 import json
 import re
 from collections.abc import Mapping
@@ -28,9 +27,9 @@ from nanobanana_async.errors import (
     ServiceUnavailable,
     TaskNotFound,
 )
-from nanobanana_async.models import GeneratedImage, GenerationRequest, JsonValue, Task, TaskStatus
+from nanobanana_async.models import Callback, GeneratedImage, GenerationRequest, JsonValue, Task, TaskStatus
 from nanobanana_async.transport.base import Errand, WireReply, WireRequest
-from nanobanana_async.transport.bodies import excerpt, parse, plain, printable
+from nanobanana_async.transport.bodies import excerpt, inline_image, parse, plain, printable
 
 SUBMIT_PATH: Final = "/api/image/gen"
 QUERY_PATH: Final = "/api/task/query"
@@ -185,6 +184,23 @@ def decode_task(reply: WireReply, task_id: str) -> Task:
     raise ProtocolError(f"the answer about task {task_id} cannot be used: {what}", task_id=task_id, status=reply.status)
 
 
+def decode_callback(body: bytes, content_encoding: str) -> Callback:
+    """Return what a posted body claims. The same fields as a task's, flat (vendor's documentation).
+
+    Raises:
+        ProtocolError: It is not JSON, or names no task.
+    """
+    text = plain(WireReply(status=200, headers={"content-encoding": content_encoding}, body=body), JSON_BYTES)
+    try:
+        document = parse(text)
+    except (ValueError, RecursionError):
+        document = None
+    task_id = _id(document.get("task_id")) if isinstance(document, dict) else None
+    if not isinstance(document, dict) or task_id is None:
+        raise ProtocolError(f"the callback names no task: {excerpt(text) or 'empty'}")
+    return Callback(task_id=task_id, status=_status(document.get("status"), None), raw=document)
+
+
 def decode_balance(reply: WireReply) -> Decimal:
     """Return the credits left.
 
@@ -304,30 +320,6 @@ def _image(value: object) -> GeneratedImage | None:
     if not isinstance(value, str) or not value.strip():
         return None
     return inline_image(value) or GeneratedImage(url=value.strip())
-
-
-def inline_image(uri: str) -> GeneratedImage | None:
-    """Return the picture inside a base64 data URI; None when *uri* is not one, or is damaged.
-
-    A damaged one stays what it was, a `url` that the downloader refuses by name: one bad picture must not hide the
-    others of a paid task.
-    """
-    head, comma, payload = uri.strip().partition(",")
-    if not comma or not head.lower().startswith("data:") or not head.lower().endswith(";base64"):
-        return None
-    try:
-        data = base64.b64decode(payload, validate=True)
-    except ValueError:  # another dialect, perhaps; translating megabytes is slow, so it is only tried then
-        standard = payload.translate(_TO_STANDARD_BASE64)
-        try:
-            data = base64.b64decode(standard + "=" * (-len(standard) % 4), validate=True)
-        except ValueError:
-            return None
-    media_type = head[len("data:") :].partition(";")[0].lower()
-    return GeneratedImage(data=data, media_type=media_type or None) if data else None
-
-
-_TO_STANDARD_BASE64: Final = {ord("-"): "+", ord("_"): "/", **dict.fromkeys(map(ord, " \t\r\n="))}
 
 
 def _reason(value: object, _: object) -> _Reason:

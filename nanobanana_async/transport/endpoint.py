@@ -1,5 +1,6 @@
 """Whom we talk to, and as whom: the base URL and the API key, checked once so that neither can leak or fail later."""
 
+import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -8,17 +9,20 @@ from ipaddress import ip_address
 from typing import Final, NoReturn
 from urllib.parse import urlsplit
 
+import anyio
 import attrs
 
 from nanobanana_async.errors import ConfigurationError
 from nanobanana_async.models import http_url_fault
-from nanobanana_async.transport.addresses import is_public
+from nanobanana_async.transport.addresses import is_public, resolve
 from nanobanana_async.transport.base import WireReply
 
 DEFAULT_BASE_URL: Final = "https://api.defapi.org"
 KEY_VARIABLES: Final = ("DEFAPI_API_KEY", "DEFAPI_KEY", "NANO_BANANA_API_KEY")
 """Environment variables that users of the service already have; the first one set wins."""
 BASE_URL_VARIABLE: Final = "DEFAPI_BASE_URL"
+
+_RESOLVE_S: Final = 10.0
 
 # The file hosts refuse the default user agents of libraries (403 "error code: 1010").
 USER_AGENT: Final = f"nanobanana-async/{version('nanobanana-async')}"
@@ -46,12 +50,13 @@ class Key:
         return clean
 
 
-@attrs.frozen
+@attrs.define
 class Endpoint:
     """The service as this client sees it. The key is in no repr."""
 
     base_url: str
     _key: Key
+    _is_public: bool | None = attrs.field(default=None, init=False, eq=False)
 
     @classmethod
     def of(cls, api_key: Key | None, base_url: str | None) -> "Endpoint":
@@ -80,6 +85,16 @@ class Endpoint:
         """Return *reply* with the key struck out: some servers quote it back, and errors quote what servers say."""
         key = self._key.text.encode()
         return attrs.evolve(reply, body=reply.body.replace(key, b"[API key]")) if key in reply.body else reply
+
+    async def is_public(self) -> bool:
+        """Tell whether the service is on the internet: then its pictures are, too. A simulator may be anywhere."""
+        if self.base_url == DEFAULT_BASE_URL:
+            return True
+        if self._is_public is None:
+            with contextlib.suppress(OSError, UnicodeError), anyio.move_on_after(_RESOLVE_S):
+                addresses = await resolve(urlsplit(self.base_url).hostname or "", 443)
+                self._is_public = all(map(is_public, addresses))
+        return self._is_public is not False
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("an endpoint holds the API key, and is not pickled; make a client in each process")

@@ -1,0 +1,34 @@
+"""Starts the server of the benchmarks, and a client that is measured, each in a process of its own."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).parent.parent
+
+
+@contextmanager
+def server(*options: str) -> Iterator[str]:
+    """Run `benchmarks.server` with *options*; yield its port."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.server", *options],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None  # noqa: S101 - it is a pipe
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.communicate()
+
+
+def client(module: str, *arguments: str) -> dict[str, Any]:
+    """Run a module to its end; return the JSON object it prints last."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+    )
+    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return record
