@@ -32,3 +32,7 @@ def client(module: str, *arguments: str) -> dict[str, Any]:
     )
     record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return record
+
+
+async def nothing(scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401 - an ASGI application
+    """Serve nothing."""

@@ -149,7 +149,10 @@ def counted(app: Starlette, protocols: Protocols, delay_s: float) -> Starlette:
         handle = protocols.vendor.handle("GET", str(request.url), dict(request.headers), b"")
         return Response(handle.body, handle.status, dict(handle.headers), handle.media_type)
 
-    return Starlette(routes=[*protocols.routes(), Route("/api/task/query", query), Mount("/", app)])
+    return Starlette(
+        routes=[*protocols.routes(), Route("/api/task/query", query), Mount("/", app)],
+        lifespan=app.router.lifespan_context,
+    )
 
 
 def main() -> None:
@@ -165,7 +168,7 @@ def main() -> None:
     # Idle connections are kept for longer than any client keeps them, or the two race.
     config = uvicorn.Config(
         counted(make_app(vendor), Protocols(vendor), options.delay), log_level="error", access_log=False, backlog=4096,
-        timeout_keep_alive=75, lifespan="off",
+        timeout_keep_alive=75,
     )  # fmt: skip
     server = uvicorn.Server(config)
     print(socket.getsockname()[1], flush=True)

@@ -36,7 +36,7 @@ def test_every_python_block_runs_as_printed(nanobanana_server: SimulatorServer, 
     with ThreadPoolExecutor(len(codes)) as pool:
         for ran in pool.map(run, enumerate(codes)):
             assert (ran.returncode, ran.stderr) == (0, "")
-    assert len(codes) == 5
+    assert len(codes) == 6
     assert list((tmp_path / "0" / "out").glob("ta*.png"))
     assert len(list((tmp_path / "1" / "runs" / "spring").glob("*.png"))) == 2
     assert len(list((tmp_path / "3" / "out").glob("*.png"))) == 20

@@ -7,6 +7,7 @@ from nanobanana_async.cli.demo import demo
 from nanobanana_async.cli.generate import generate
 from nanobanana_async.cli.simulate import simulate
 from nanobanana_async.cli.tasks import balance, status, wait
+from nanobanana_async.cli.webhook import webhook
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -19,5 +20,5 @@ def cli() -> None:
     """
 
 
-for command in (generate, batch, status, wait, balance, simulate, demo):
+for command in (generate, batch, status, wait, balance, webhook, simulate, demo):
     cli.add_command(command)

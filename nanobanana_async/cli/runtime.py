@@ -2,12 +2,13 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from decimal import Decimal
 from typing import Final, NoReturn
 
@@ -112,6 +113,16 @@ async def _heed_signals(
             else:  # settling takes too long for somebody: every task is torn, shielded or not
                 session.is_aborted = True
                 asyncio.get_running_loop().stop()
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[None]:
+    """Say in one line why a port cannot be listened on, and exit."""
+    try:
+        yield
+    except OSError as exc:
+        hint = "; --port 0 picks a free one" if exc.errno == errno.EADDRINUSE else ""
+        sys.exit(f"nanobanana: cannot listen on {host}:{port}: {exc.strerror or exc}{hint}")
 
 
 def fail(exc: Exception, *, as_json: bool = False) -> int:

@@ -1,13 +1,12 @@
 """`nanobanana simulate`: the service, played, on a local port."""
 
-import errno
 import sys
 import threading
 from typing import TYPE_CHECKING
 
 import click
 
-from nanobanana_async.cli.runtime import emit
+from nanobanana_async.cli.runtime import emit, listening
 from nanobanana_async.simulator.vendor import VendorProfile
 
 if TYPE_CHECKING:
@@ -61,11 +60,8 @@ def _make_server(faults: str, median_s: float, key: str, *, seed: int, address: 
         profile = VendorProfile.from_faults(faults, median_s=median_s, invisible_s=median_s / 20, keys=frozenset({key}))
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
-    try:
+    with listening(*address):
         return SimulatorServer(profile, seed=seed, host=address[0], port=address[1])
-    except OSError as exc:
-        hint = "; --port 0 picks a free one" if exc.errno == errno.EADDRINUSE else ""
-        sys.exit(f"nanobanana: cannot listen on {address[0]}:{address[1]}: {exc.strerror or exc}{hint}")
 
 
 def _stop_at_eof(server: "SimulatorServer") -> None:
