@@ -1,10 +1,9 @@
 """A run as one web page that opens from disk: pictures, prompts, status, time and cost, with search and filter."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from string import Template
 from typing import Final
 from urllib.parse import quote
 
@@ -30,14 +29,14 @@ class GalleryEntry:
     """What went wrong."""
 
 
-def render(title: str, entries: Iterable[GalleryEntry]) -> str:
-    """Return the page as HTML. Every text is escaped: prompts may hold anything."""
-    entries = list(entries)
-    words = sorted({entry.status for entry in entries})
-    options = "".join(f'<option value="{escape(word)}">{escape(word)}</option>' for word in words)
-    template = Template(files(__package__).joinpath(_PAGE).read_text(encoding="utf-8"))
-    cards = "\n".join(map(_card, entries))
-    return template.substitute(title=escape(title), count=len(entries), options=options, cards=cards)
+def pieces(title: str, entries: Iterable[GalleryEntry]) -> Iterator[str]:
+    """Yield the page as HTML, a card at a time. Every text is escaped: prompts may hold anything."""
+    page = files(__package__).joinpath(_PAGE).read_text(encoding="utf-8")
+    head, _, tail = page.partition("$cards")
+    yield head.replace("$title", escape(title))
+    for entry in entries:
+        yield f"{_card(entry)}\n"
+    yield tail
 
 
 def write(page: Path, title: str, entries: Iterable[GalleryEntry]) -> None:
@@ -46,7 +45,8 @@ def write(page: Path, title: str, entries: Iterable[GalleryEntry]) -> None:
     Raises:
         OSError: The disk would not take it.
     """
-    page.write_text(render(title, entries), encoding="utf-8")
+    with page.open("w", encoding="utf-8") as file:
+        file.writelines(pieces(title, entries))
 
 
 def _card(entry: GalleryEntry) -> str:
@@ -55,7 +55,7 @@ def _card(entry: GalleryEntry) -> str:
         picture = f'<div class="none">{escape(entry.note or entry.status)}</div>'
     else:
         link = escape(quote(entry.file))
-        picture = f'<a href="{link}"><img src="{link}" alt="{prompt}" loading="lazy"></a>'
+        picture = f'<a href="{link}"><img src="{link}" alt="{prompt}" loading="lazy" decoding="async"></a>'
     facts = [entry.status]
     if entry.seconds is not None:
         facts.append(f"{entry.seconds:.1f} s")

@@ -16,6 +16,7 @@ from typing import Final, Generic, Self, TypeVar
 import anyio
 import anyio.to_thread
 
+from nanobanana_async._bell import Bell
 from nanobanana_async.batch import entries
 from nanobanana_async.batch.entries import RowRecord, RowState
 from nanobanana_async.batch.rows import Row
@@ -26,6 +27,8 @@ T = TypeVar("T")
 
 
 _BUSY_S: Final = 0.5
+_GATHER_S: Final = 0.025
+"""How long a write waits for others to share its fsync; a row has four of them, and takes seconds anyway."""
 _CUT_OFF: Final = "the program ended before an answer came"
 
 
@@ -34,6 +37,7 @@ class _Order(Generic[T]):
 
     def __init__(self, work: Callable[[sqlite3.Connection], T]) -> None:
         self.work = work
+        self.bell = Bell()
         self.is_done = False
         self.value: T | None = None
         self.error: str | None = None
@@ -52,7 +56,7 @@ class Ledger:
         self._db.row_factory = sqlite3.Row
         self._mutex = threading.Lock()
         self._limiter = anyio.CapacityLimiter(1)
-        self._turn = anyio.Lock(fast_acquire=True)
+        self._is_writing = False
         self._orders: list[_Order[object]] = []
         self._broken: str | None = None
 
@@ -160,21 +164,34 @@ class Ledger:
     async def _durably(self, work: Callable[[sqlite3.Connection], T], key: str | None = None) -> T:
         """Return what *work* returns, once it is on the disk.
 
-        Whoever comes first writes for all who have come by then, and their one fsync is shared. Not cancellable: half
-        a write helps nobody, and it takes milliseconds.
+        Whoever comes first waits a moment and writes for all who have come by then: their one fsync is shared. Not
+        cancellable: half a write helps nobody, and it takes milliseconds.
         """
         order = _Order(work)
         with anyio.CancelScope(shield=True):
             self._orders.append(order)  # type: ignore[arg-type]  # whatever it returns
-            async with self._turn:
-                if not order.is_done:
-                    orders, self._orders = self._orders, []
-                    await anyio.to_thread.run_sync(self._commit, orders, limiter=self._limiter)
+            if self._is_writing:
+                await order.bell.wait()
+            if not order.is_done:
+                await self._write()
         if order.error is not None:
             raise LedgerError(f"{self.folder / 'ledger.db'}: {order.error}")
         if key is not None and not order.value:
             raise LedgerError(f"row {key}: it is not in a state that this may follow")
         return order.value  # type: ignore[return-value]  # set whenever `error` is not
+
+    async def _write(self) -> None:
+        """Write what has come by now; then wake those it was for, and the one who writes next."""
+        self._is_writing = True
+        orders: list[_Order[object]] = []
+        try:
+            await anyio.sleep(_GATHER_S)
+            orders, self._orders = self._orders, []
+            await anyio.to_thread.run_sync(self._commit, orders, limiter=self._limiter)
+        finally:
+            self._is_writing = bool(self._orders)
+            for order in [*orders, *self._orders[:1]]:
+                order.bell.ring()
 
     def _commit(self, orders: list[_Order[object]]) -> None:
         with self._mutex:

@@ -1,8 +1,7 @@
 """What a batch leaves for its readers: `index.html` for people, `manifest.jsonl` for machines. Made from the ledger."""
 
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -16,25 +15,23 @@ _WORD: Final = {RowState.SAVED: "done", RowState.FAILED: "failed", RowState.UNKN
 
 
 def write(folder: Path, title: str, records: Iterable[RowRecord]) -> None:
-    """Write both, each whole or not at all. Blocking.
+    """Write both, each whole or not at all, a row at a time. Blocking.
 
     Raises:
         OSError: The disk would not take it.
     """
-    entries = []
-    lines = []
-    for record in records:
-        lines.append(json.dumps(_manifest_line(record), ensure_ascii=False))
-        if not record.state.is_open:
-            entries.append(_card(record))
-    _replace(folder / MANIFEST, "".join(f"{line}\n" for line in lines))
-    _replace(folder / PAGE, gallery.render(title, entries))
+    manifest, page = folder / f".{MANIFEST}.part", folder / f".{PAGE}.part"
+    with manifest.open("w", encoding="utf-8") as lines:
 
+        def cards() -> Iterator[gallery.GalleryEntry]:
+            for record in records:
+                lines.write(f"{json.dumps(_manifest_line(record), ensure_ascii=False)}\n")
+                if not record.state.is_open:
+                    yield _card(record)
 
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)  # noqa: PTH105 - the same, and one line
+        gallery.write(page, title, cards())
+    manifest.replace(folder / MANIFEST)
+    page.replace(folder / PAGE)
 
 
 def _card(record: RowRecord) -> gallery.GalleryEntry:
