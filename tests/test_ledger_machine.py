@@ -45,6 +45,7 @@ class Books(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.gather_s, ledger_module._GATHER_S = ledger_module._GATHER_S, 0.0  # nobody comes with whom to share
         self.runner = asyncio.Runner()
         self.root = Path(tempfile.mkdtemp())
         self.folder = self.root / "0"
@@ -183,6 +184,7 @@ class Books(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Leave nothing."""
+        ledger_module._GATHER_S = self.gather_s
         if hasattr(self, "ledger"):
             self.do(self.ledger.aclose())
         self.runner.close()
