@@ -1,10 +1,10 @@
 """What a batch costs beside the bare work: the same rows with a ledger, and with nothing but submit, poll and save.
 
-    python -m benchmarks.overnight [--rows 500 5000] [--repeat 2]
+    python -m benchmarks.overnight [--rows 500 5000] [--in-flight 400] [--repeat 2]
 
-Over real sockets, pictures of a few bytes that take 2 s in the median, four hundred in flight, and no limit on the rate,
-so that what is measured is the work. Both write each picture durably. Runs alternate, each in a process of its own
-with a server of its own.
+Over real sockets, pictures of a few bytes that take 2 s in the median, and no limit on the rate, so that what is
+measured is the work. Both write each picture durably. Runs alternate, each in a process of its own with a server of
+its own.
 """
 
 import argparse
@@ -23,13 +23,12 @@ from nanobanana_async import Batch, Done, Limits, NanoBananaClient, PollPolicy
 
 LIMITS: Final = Limits(requests_per_s=10_000, burst=1_000, submits=32)
 POLLING: Final = PollPolicy.backoff(first_s=2.0, pause_s=1.0, factor=1.2, cap_s=4.0)
-IN_FLIGHT: Final = 400
 
 
-async def bare(client: NanoBananaClient, folder: Path, rows: int) -> int:
+async def bare(client: NanoBananaClient, folder: Path, rows: int, in_flight: int) -> int:
     """Make and save the pictures, and keep no books."""
     done = 0
-    places = anyio.Semaphore(IN_FLIGHT)
+    places = anyio.Semaphore(in_flight)
 
     async def one(number: int) -> None:
         nonlocal done
@@ -47,20 +46,20 @@ async def bare(client: NanoBananaClient, folder: Path, rows: int) -> int:
     return done
 
 
-async def ledger(client: NanoBananaClient, folder: Path, rows: int) -> int:
+async def ledger(client: NanoBananaClient, folder: Path, rows: int, in_flight: int) -> int:
     """Make and save the pictures by the book."""
     async with Batch.open(folder, client) as batch:
-        outcomes = batch.run((f"row {n}" for n in range(rows)), max_in_flight=IN_FLIGHT)
+        outcomes = batch.run((f"row {n}" for n in range(rows)), max_in_flight=in_flight)
         return sum([isinstance(outcome, Done) async for outcome in outcomes])
 
 
-async def contestant(name: str, port: str, rows: int) -> None:
+async def contestant(name: str, port: str, rows: int, in_flight: int) -> None:
     """Do one of the two, and print what it took."""
     with tempfile.TemporaryDirectory() as folder:
         began_s, cpu_s = time.monotonic(), time.process_time()
         url = f"http://127.0.0.1:{port}"
         async with NanoBananaClient("dk-test", base_url=url, limits=LIMITS, polling=POLLING) as client:
-            done = await {"bare": bare, "ledger": ledger}[name](client, Path(folder), rows)
+            done = await {"bare": bare, "ledger": ledger}[name](client, Path(folder), rows, in_flight)
         figures = {
             "done": done,
             "wall_s": time.monotonic() - began_s,
@@ -74,12 +73,13 @@ def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[500, 5000])
+    parser.add_argument("--in-flight", type=int, default=400)
     parser.add_argument("--repeat", type=int, default=2)
-    parser.add_argument("--contestant", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--contestant", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contestant:
-        name, port, rows = options.contestant
-        anyio.run(contestant, name, port, int(rows))
+        name, port = options.contestant
+        anyio.run(contestant, name, port, options.rows[0], options.in_flight)
         return
     print(f"{'rows':>6} {'':8} {'done':>6} {'wall s':>8} {'rows/s':>8} {'CPU ms/row':>11} {'RSS MiB':>8}")
     for rows in options.rows:
@@ -87,7 +87,16 @@ def main() -> None:
         for _ in range(options.repeat):
             for name, times in walls.items():
                 with launch.server("--latency", "2") as port:
-                    figures = launch.client("benchmarks.overnight", "--contestant", name, port, str(rows))
+                    figures = launch.client(
+                        "benchmarks.overnight",
+                        "--contestant",
+                        name,
+                        port,
+                        "--rows",
+                        str(rows),
+                        "--in-flight",
+                        str(options.in_flight),
+                    )
                 times.append(figures["wall_s"])
                 print(
                     f"{rows:6d} {name:8} {figures['done']:6d} {figures['wall_s']:8.2f} {rows / figures['wall_s']:8.1f}"

@@ -147,7 +147,7 @@ MUTANTS: Final = (
     Mutant(
         "an outage slows nobody",
         "transport/pacing.py",
-        "        self.rate = max(self._floor, self.rate / 2)\n",
+        "        self.rate = max(self._floor, min(self.rate, self._unslowed * (1 - self._trouble / 2)))\n",
         "",
         "test_tracker_resilience.py",
     ),
@@ -221,6 +221,104 @@ MUTANTS: Final = (
         "        True\n",
         "test_http_transport.py::test_a_guarded_request_never_reaches_a_private_address",
     ),
+    Mutant(
+        "a submit leaves without an intent in the ledger",
+        "batch/submitter.py",
+        "            await self._ledger.intend(row.key, again=sends > 0, nonce=nonce)\n",
+        "",
+        "test_batch.py::test_each_step_is_durable_before_the_next",
+    ),
+    Mutant(
+        "cancelling a batch tears a submit on the wire",
+        "batch/submitter.py",
+        "            scope.shield = True",
+        "            scope.shield = False",
+        "test_batch.py::test_cancelling_lets_a_submit_on_the_wire_come_to_a_durable_end",
+    ),
+    Mutant(
+        "the budget is reserved too late",
+        "batch/submitter.py",
+        "                self._account.begin(model)  # here",
+        "                # here",
+        "test_batch.py::test_the_budget_holds_and_may_be_raised_later",
+    ),
+    Mutant(
+        "rows are burnt on a service that is down",
+        "batch/caution.py",
+        "        return not self._has_worked or self._failures >= _TOLERATED\n\n    def worked",
+        "        return False\n\n    def worked",
+        "test_batch.py::test_an_early_outage_costs_three_rows_and_not_all",
+    ),
+    Mutant(
+        "an unknown row is submitted again",
+        "batch/endings.py",
+        "    elif record.state is RowState.UNKNOWN:\n",
+        "    elif False:\n",
+        "test_batch.py::test_a_lost_answer_is_unknown_until_somebody_decides",
+    ),
+    Mutant(
+        "a full disk is taken for a bad picture",
+        "batch/runner.py",
+        "                if isinstance(exc.__cause__, OSError):",
+        "                if False:",
+        "test_batch.py::test_a_disk_that_takes_no_picture_stops_the_submits",
+    ),
+    Mutant(
+        "a commit is not synced",
+        "batch/ledger.py",
+        'db.execute("PRAGMA synchronous=FULL")',
+        'db.execute("PRAGMA synchronous=NORMAL")',
+        "test_ledger.py::test_the_file_is_for_its_owner_alone_and_every_commit_is_synced",
+    ),
+    Mutant(
+        "two processes may have one ledger",
+        "batch/ledger.py",
+        'db.execute("PRAGMA locking_mode=EXCLUSIVE")',
+        "pass",
+        "test_ledger.py::test_the_same_process_is_no_exception",
+    ),
+    Mutant(
+        "a write that failed is tried again",
+        "batch/ledger.py",
+        "            if self._broken is None:\n",
+        "            if True:\n",
+        "test_ledger.py::test_after_a_write_that_failed_nothing_is_written_any_more",
+    ),
+    Mutant(
+        "half a picture is left behind by a kill",
+        "media/download.py",
+        "        part.unlink(missing_ok=True)\n",
+        "        pass\n",
+        "test_batch_cli.py::test_twenty_kills_lose_nothing_and_pay_nothing_twice",
+    ),
+    Mutant(
+        "a forged callback is taken",
+        "webhooks.py",
+        "        return nonce if any(fits) else None\n",
+        "        return nonce\n",
+        "test_webhooks.py::test_what_is_posted_is_answered_quickly_and_tells_nothing",
+    ),
+    Mutant(
+        "a true path opens another task",
+        "webhooks.py",
+        "            return self.task_id == task_id\n",
+        "            return True\n",
+        "test_webhooks.py::test_what_is_posted_is_answered_quickly_and_tells_nothing",
+    ),
+    Mutant(
+        "a task that a callback invents is believed",
+        "client.py",
+        "                    await handle.query()\n                    return handle\n",
+        "                    return handle\n",
+        "test_webhooks.py::test_a_submit_whose_answer_was_lost_is_found_by_its_callback",
+    ),
+    Mutant(
+        "a transport that hangs is waited for",
+        "transport/guard.py",
+        "    with anyio.CancelScope(deadline=anyio.current_time() + max(timeout_s, 0) + _LEEWAY_S):\n",
+        "    with anyio.CancelScope():\n",
+        "test_guard.py::test_a_transport_that_hangs_holds_its_slot_no_longer_than_its_time",
+    ),
 )
 
 
@@ -237,7 +335,7 @@ def _fate(mutant: Mutant) -> str:
             return f"NOT PLANTED: its code stands {source.count(mutant.old)} times in {mutant.file}"
         file.write_text(source.replace(mutant.old, mutant.new))
         ran = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{mutant.tests}"],
+            [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", f"tests/{mutant.tests}"],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(folder)},
             capture_output=True,

@@ -325,7 +325,7 @@ async def test_after_a_write_that_failed_nothing_is_written_any_more(tmp_path: P
         with pytest.raises(LedgerError, match="nothing more is submitted"):
             await ledger.intend("1")
     async with opened(tmp_path) as ledger:
-        assert [record.key for record in await ledger.read(list)] == ["1"]
+        assert [(record.key, record.state) for record in await ledger.read(list)] == [("1", RowState.OPEN)]
 
 
 async def test_words_that_are_no_text_do_not_stop_the_books(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 
 _BUSY_S: Final = 0.5
-_GATHER_S: Final = 0.025
+_GATHER_S = 0.025
 """How long a write waits for others to share its fsync; a row has four of them, and takes seconds anyway."""
 _CUT_OFF: Final = "the program ended before an answer came"
 
