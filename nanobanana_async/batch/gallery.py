@@ -55,7 +55,7 @@ def _card(entry: GalleryEntry) -> str:
         picture = f'<div class="none">{escape(entry.note or entry.status)}</div>'
     else:
         link = escape(quote(entry.file))
-        picture = f'<a href="{link}"><img src="{link}" alt="{prompt}" loading="lazy" decoding="async"></a>'
+        picture = f'<a href="{link}"><img src="{link}" alt="{prompt}" loading="lazy"></a>'
     facts = [entry.status]
     if entry.seconds is not None:
         facts.append(f"{entry.seconds:.1f} s")
