@@ -14,11 +14,8 @@ from nanobanana_async.batch.rows import (
     Row,
     read_rows,
 )
-from nanobanana_async.batch.runner import (
-    Batch,
-    Fetcher,
-    Progress,
-)
+from nanobanana_async.batch.runner import Batch
+from nanobanana_async.batch.traffic import Fetcher, Progress
 from nanobanana_async.client import (
     NanoBananaClient,
 )

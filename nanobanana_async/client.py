@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
@@ -31,7 +32,7 @@ from nanobanana_async.models import (
     SavedPicture,
     Task,
 )
-from nanobanana_async.outcomes import Done, Failed, Outcome, Unknown
+from nanobanana_async.outcomes import Done, Failed, Outcome, Unknown, log_unread
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
 from nanobanana_async.tracking.schedule import Schedule
 from nanobanana_async.tracking.tracker import TaskTracker
@@ -42,6 +43,8 @@ from nanobanana_async.transport.endpoint import Endpoint, Key
 from nanobanana_async.transport.http import HttpTransport
 
 _log: Final = logging.getLogger("nanobanana_async")
+
+_CONFIRM_S: Final = 10.0
 
 
 class NanoBananaClient:
@@ -175,7 +178,7 @@ class NanoBananaClient:
                 return Failed(key=key, request=request, error=ConfigurationError(str(exc)))
             return Done(key=key, request=request, task=task)
 
-        outcomes: AsyncGenerator[Outcome] = flow(self._host, keyed(), one, at_once=max_in_flight, unread=_log_unread)
+        outcomes: AsyncGenerator[Outcome] = flow(self._host, keyed(), one, at_once=max_in_flight, unread=log_unread)
         async with contextlib.aclosing(outcomes):
             async for outcome in outcomes:
                 yield outcome
@@ -198,7 +201,8 @@ class NanoBananaClient:
                 answer to the submit is lost, a callback within `Timeouts.recovery_s` tells the task id after all.
                 With an expectation of your own making (`receiver.expect()`), that waiting is left to you: `recovered`.
             before_send: Awaited each time the request is about to leave: what it writes down exists before anything
-                can be paid, and if it raises, nothing is sent.
+                can be paid, and if it raises, nothing is sent. What is refused at no cost is then raised at once
+                instead of tried again, so that the books can be closed.
             **options: As for `generate`.
         """
         give_up_at_s = anyio.current_time() + self.timeouts.task_s
@@ -223,14 +227,23 @@ class NanoBananaClient:
     async def recovered(self, expected: Expectation) -> TaskHandle | None:
         """Return the task of a submit whose answer was lost, if a callback tells it within `Timeouts.recovery_s`.
 
-        What a callback claims counts only if the service knows such a task.
+        What a callback claims counts only if the service knows such a task, and no other submit of ours became it.
+        It is asked about every ten seconds: a fresh task may be invisible, and the trouble that lost the answer may
+        last.
         """
+        claimed: str | None = None
         with anyio.move_on_after(self.timeouts.recovery_s):
             while True:
-                handle = self.task(await expected.claimed())
+                with anyio.move_on_after(math.inf if claimed is None else _CONFIRM_S):
+                    claimed = await expected.claimed()
+                if claimed is None or self._tracker.memory.origins.get(claimed) is not None:
+                    continue
+                handle = self.task(claimed)
                 with contextlib.suppress(NanoBananaError):
                     await handle.query()
                     return handle
+        if claimed is not None:
+            _log.warning("a callback says that a submit whose answer was lost is task %s; it was not found", claimed)
         return None
 
     def notify(self, task_id: str) -> None:
@@ -381,11 +394,3 @@ class NanoBananaClient:
             submitted_at=submitted_at,
             possible_duplicates=possible_duplicates,
         )
-
-
-def _log_unread(outcome: Outcome) -> None:
-    task_id = outcome.task.task_id if isinstance(outcome, Done) else outcome.error.task_id
-    if task_id is not None:
-        _log.warning("task %s was paid for, and nobody read how it ended", task_id)
-    elif isinstance(outcome, Unknown):
-        _log.warning("a submit may have been charged, and nobody read that: %s", outcome.error)

@@ -1,11 +1,14 @@
 """What becomes of each of many requests: `Done`, `Failed` or `Unknown`. Frozen, for `match`."""
 
-from typing import TypeAlias
+import logging
+from typing import Final, TypeAlias
 
 import attrs
 
 from nanobanana_async.errors import NanoBananaError, SubmissionUnknown
 from nanobanana_async.models import GenerationRequest, SavedPicture, Task
+
+_log: Final = logging.getLogger("nanobanana_async")
 
 
 @attrs.frozen(kw_only=True)
@@ -42,3 +45,12 @@ class Unknown(_Ended):
 
 
 Outcome: TypeAlias = Done | Failed | Unknown
+
+
+def log_unread(outcome: Outcome) -> None:
+    """Write down what nobody will read: the log is the last place that can hold a paid id."""
+    task_id = outcome.task.task_id if isinstance(outcome, Done) else outcome.error.task_id
+    if task_id is not None:
+        _log.warning("task %s was paid for, and nobody read how it ended", task_id)
+    elif isinstance(outcome, Unknown):
+        _log.warning("a submit may have been charged, and nobody read that: %s", outcome.error)

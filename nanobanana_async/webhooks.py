@@ -15,10 +15,12 @@ from typing import Any, Final, TypeAlias
 import anyio
 
 from nanobanana_async.client import NanoBananaClient
-from nanobanana_async.errors import ConfigurationError, ProtocolError
+from nanobanana_async.errors import ConfigurationError, NanoBananaError, ProtocolError
 from nanobanana_async.models import Callback, http_url_fault
 from nanobanana_async.tracking.watch import Recent
 from nanobanana_async.transport import codec
+from nanobanana_async.transport.base import WireReply
+from nanobanana_async.transport.bodies import plain
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -148,15 +150,19 @@ class CallbackReceiver:
         nonce = self.verify(path)
         if nonce is None:
             return False
+        body = plain(WireReply(status=200, headers={"content-encoding": content_encoding}, body=body), _BODY_BYTES)
         try:
-            claimed: str | None = parse_callback(body, content_encoding=content_encoding).task_id
+            claimed: str | None = parse_callback(body).task_id
         except ProtocolError as exc:
             _log.warning("a callback came that nobody can read: %s", exc)
             claimed = None
         expectation = self._expected.get(nonce)
         if claimed is not None and (expectation is None or expectation.task_id is None):
-            for tell in self.strangers:
-                await tell(nonce, claimed)
+            for tell in list(self.strangers):
+                try:
+                    await tell(nonce, claimed)
+                except NanoBananaError as exc:
+                    _log.warning("the callback about task %s was lost on a batch: %s", claimed, exc)
         if expectation is None:
             if pass_on and self._forward is not None:
                 await self._pass_on(path.rpartition("/")[2], body)
@@ -196,7 +202,7 @@ class CallbackReceiver:
             body = bytearray()
             while True:
                 message = await receive()
-                body += message.get("body", b"")
+                body += message.get("body") or b""
                 if message["type"] == "http.disconnect":
                     return 400
                 if len(body) > _BODY_BYTES:

@@ -252,8 +252,8 @@ MUTANTS: Final = (
     Mutant(
         "an unknown row is submitted again",
         "batch/endings.py",
-        "    elif record.state is RowState.UNKNOWN:\n",
-        "    elif False:\n",
+        "    if record.state in (RowState.UNKNOWN, RowState.INTENT):\n",
+        "    if False:\n",
         "test_batch.py::test_a_lost_answer_is_unknown_until_somebody_decides",
     ),
     Mutant(

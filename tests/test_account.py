@@ -27,9 +27,13 @@ def test_until_a_price_is_known_one_at_a_time_is_let_through() -> None:
     assert account.allows("m")
     account.begin("m")
     assert not account.allows("m")
-    assert account.allows("another model")
+    assert not account.allows("another model")
     account.end("m", PRICE)
     assert account.allows("m")
+    assert account.allows("another model")
+    account.begin("another model")
+    assert not account.allows("another model")
+    assert account.funds().reserved == PRICE
 
 
 def test_what_is_in_flight_is_reserved_at_the_largest_price_seen() -> None:
@@ -110,6 +114,6 @@ def test_a_run_that_has_worked_waits_for_an_hour() -> None:
     for _ in range(3):
         caution.failed(100.0)
         other.failed(100.0)
-    assert other.is_hopeless(100.0)
-    assert not caution.is_hopeless(100.0 + PATIENCE_S)
-    assert caution.is_hopeless(101.0 + PATIENCE_S)
+    assert other.is_hopeless(100.0, was_busy=False)
+    assert not caution.is_hopeless(100.0 + PATIENCE_S, was_busy=False)
+    assert caution.is_hopeless(101.0 + PATIENCE_S, was_busy=False)

@@ -181,6 +181,7 @@ def test_a_second_interrupt_does_not_wait_and_names_what_is_unknown(tmp_path: Pa
     assert re.fullmatch(r"\w{16}  price unknown  'a fox'  the program ended before an answer came\n", listed.stdout)
     assert nanobanana("batch", "resolve", "--out", "run", "--abandon", cwd=tmp_path).returncode == 2
     key = listed.stdout.split()[0]
+    assert nanobanana("batch", "resolve", "--out", "run", "--abandon", "--resubmit", key, cwd=tmp_path).returncode == 2
     for arguments in (["--resubmit", key], ["--list"]):
         listed = nanobanana("batch", "resolve", "--out", "run", *arguments, cwd=tmp_path)
         assert (listed.returncode, listed.stdout) == (0, "")
@@ -201,7 +202,7 @@ def test_a_second_interrupt_does_not_wait_and_names_what_is_unknown(tmp_path: Pa
         pytest.param(["p.txt", "--out", "run", "--budget", "nan"], {}, 2, "not more than 0", id="nan-budget"),
         pytest.param(["p.txt", "--out", "run", "--max-in-flight", "0"], {}, 2, "not in the range", id="none-in-flight"),
         pytest.param(["resolve", "--out", "none"], {}, 1, "there is no ledger", id="nothing-to-resolve"),
-        pytest.param(["resolve", "--out", "none", "--bind", "ta-1"], {}, 2, "name the one KEY", id="bind-what"),
+        pytest.param(["resolve", "--out", "none", "--bind", "ta-1"], {}, 2, "the one KEY that it is", id="bind-what"),
     ],
 )
 def test_what_goes_wrong_is_told_before_anything_is_paid(

@@ -25,8 +25,8 @@ def prompts(rows: list[Row]) -> list[str]:
 
 def test_a_text_file_is_a_prompt_a_line(tmp_path: Path) -> None:
     """Blank lines aside."""
-    rows = read_rows(written(tmp_path, "p.txt", "a fox\n\n  a hare, at night \r\nan owl"))
-    assert prompts(rows) == ["a fox", "a hare, at night", "an owl"]
+    rows = read_rows(written(tmp_path, "p.txt", "a fox\n\n  a hare, at night \r\nan\u2028owl"))
+    assert prompts(rows) == ["a fox", "a hare, at night", "an\u2028owl"]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
         read_rows(path)
     assert [fault.partition(": ")[::2] for fault in caught.value.faults] == [
         ("line 2", "aspect_ratio: expected 'auto' or 'N:M' such as '16:9', got 'wide'"),
-        ("line 4", f"images: {tmp_path / 'none.png'} cannot be read"),
+        ("line 4", f"images: {tmp_path / 'none.png'} cannot be read (No such file or directory)"),
         ("line 6", "prompt: must not be empty, got ''"),
         ("line 7", "4 cells, but 3 columns; quote a text with a comma in it"),
     ]
@@ -88,7 +88,7 @@ def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
         pytest.param("p.csv", "aspect_ratio\n1:1\n", "column 'prompt'", id="no-prompt-column"),
         pytest.param("p.csv", "prompt,aspect\nfox,1:1\n", "'aspect' is not one of prompt, images", id="typo"),
         pytest.param("p.csv", "prompt,prompt\nfox,hare\n", "two columns 'prompt'", id="column-twice"),
-        pytest.param("p.csv", 'prompt\n"fox\n', "unexpected end of data", id="open-quote"),
+        pytest.param("p.csv", 'prompt\n"fox\n', "line 2: unexpected end of data", id="open-quote"),
         pytest.param("p.csv", "prompt\n" + "x" * 200_000, "field larger", id="huge-cell"),
         pytest.param("p.csv", "", "column 'prompt'", id="empty-csv"),
         pytest.param("p.csv", "prompt\n", "no row in it", id="header-only"),
@@ -102,6 +102,7 @@ def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
         pytest.param("p.jsonl", '{"prompt": "x", "seed": 5}', "'seed' is not one of", id="unknown-field"),
         pytest.param("p.jsonl", '{"prompt": "\\ud800"}', "surrogate", id="half-a-character"),
         pytest.param("p.csv", "prompt,key\na,k\nb,k\n", "'k' is the key of an earlier row", id="key-twice"),
+        pytest.param("p.csv", "prompt,images\na,p.csv\n", "p.csv is not a PNG, JPEG, WebP or GIF", id="no-image"),
         pytest.param("p.yaml", "- fox", ".txt, .csv and .jsonl", id="other-suffix"),
     ],
 )

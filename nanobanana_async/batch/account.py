@@ -23,7 +23,8 @@ class Funds:
 class Account:
     """Keeps what is spent and reserved at or below *budget*; None is no limit.
 
-    A submit is reserved at the largest price seen for its model. Until one is known, one at a time is let through.
+    A submit is reserved at the largest price seen for its model. Until one is known, one at a time is let through, at
+    the largest price of any model; the very first one at none, for nobody knows what it costs.
     """
 
     def __init__(self, budget: Decimal | None = None) -> None:
@@ -47,10 +48,9 @@ class Account:
         """Tell whether one more submit keeps within the budget, whatever becomes of those before it."""
         if self._budget is None:
             return True
-        price = self._price.get(model)
-        if price is None:
-            return not self._open[model] and self._spent + self._reserved() < self._budget
-        return self._spent + self._reserved() + price <= self._budget
+        if model not in self._price and (self._open[model] or (not self._price and self._open.total())):
+            return False
+        return self._spent + self._reserved() + self._guess(model) <= self._budget
 
     def begin(self, model: str) -> None:
         """Reserve for a submit that is about to leave."""
@@ -74,4 +74,8 @@ class Account:
         return Funds(spent=self._spent, reserved=reserved, left=left)
 
     def _reserved(self) -> Decimal:
-        return sum((self._price.get(model, Decimal(0)) * count for model, count in self._open.items()), Decimal(0))
+        return sum((self._guess(model) * count for model, count in self._open.items()), Decimal(0))
+
+    def _guess(self, model: str) -> Decimal:
+        """Return what one more may cost: the largest price seen for its model, or else for any."""
+        return self._price.get(model, max(self._price.values(), default=Decimal(0)))

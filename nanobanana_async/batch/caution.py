@@ -41,8 +41,8 @@ class Caution:
             return 0.0
         return self._rng.uniform(0.5, 1.0) * min(_LONGEST_S, 2.0 ** min(self._failures - _TOLERATED, 32))
 
-    def is_hopeless(self, now_s: float) -> bool:
-        """Tell whether to stop: nothing ever worked, or nothing has for an hour."""
+    def is_hopeless(self, now_s: float, *, was_busy: bool) -> bool:
+        """Tell whether to stop: nothing has worked for an hour, or ever, unless the service just *was_busy*."""
         if self._failures < _TOLERATED:
             return False
-        return not self._has_worked or now_s - self._since_s > PATIENCE_S
+        return (not self._has_worked and not was_busy) or now_s - self._since_s > PATIENCE_S

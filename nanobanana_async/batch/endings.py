@@ -20,12 +20,13 @@ def of_earlier_run(row: Row, record: RowRecord, *, retry_failed: bool) -> Outcom
     """Return what an earlier run has come to, when there is nothing more to do about it."""
     error: NanoBananaError
     if record.fingerprint != row.fingerprint:
-        error = ConfigurationError(f"key {row.key!r} was paid for with another prompt or other options; use a new key")
-    elif record.state is RowState.UNKNOWN:
+        what = f"key {row.key!r} was paid for with another prompt or other options; use a new key"
+        return Failed(key=row.key, request=row.request, error=ConfigurationError(what))
+    if record.state in (RowState.UNKNOWN, RowState.INTENT):
         unknown = SubmissionUnknown(record.reason or "")
         unknown.task_id = record.task_id
         return Unknown(key=row.key, request=row.request, error=unknown, earlier=True)
-    elif record.state is RowState.ABANDONED:
+    if record.state is RowState.ABANDONED:
         error = SubmissionUnknown(f"given up: {record.reason}")
     elif record.state is RowState.FAILED and not retry_failed:
         error = TaskFailed(record.reason or "it failed in an earlier run", task_id=record.task_id)

@@ -179,9 +179,16 @@ def recognise(db: sqlite3.Connection, nonce: str, task_id: str) -> None:
     """Note which task the unknown submit with this nonce became, if it is one, and still the last of its row."""
     db.execute(
         "UPDATE attempts SET state = 'submitted', task_id = ? WHERE nonce = ? AND state = 'unknown'"
-        " AND (key, attempt) IN (SELECT key, attempt FROM rows)",
-        (task_id, nonce),
+        " AND (key, attempt) IN (SELECT key, attempt FROM rows)"
+        " AND NOT EXISTS (SELECT 1 FROM attempts AS others WHERE others.task_id = ? AND others.nonce IS NOT ?)",
+        (task_id, nonce, task_id, nonce),
     )
+
+
+def misses(db: sqlite3.Connection, nonce: str) -> bool:
+    """Tell whether nobody knows what became of the submit with this nonce."""
+    found = db.execute("SELECT 1 FROM attempts WHERE nonce = ? AND state = 'unknown'", (nonce,))
+    return found.fetchone() is not None
 
 
 def _clean(value: str | float | None) -> str | float | None:

@@ -3,6 +3,7 @@
 WAL with synchronous=FULL: what a call has returned survives a power cut. Calls that come together share one fsync.
 """
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -17,6 +18,7 @@ import anyio
 import anyio.to_thread
 
 from nanobanana_async._bell import Bell
+from nanobanana_async._host import Host
 from nanobanana_async.batch import entries
 from nanobanana_async.batch.entries import RowRecord, RowState
 from nanobanana_async.batch.rows import Row
@@ -26,6 +28,7 @@ from nanobanana_async.models import SavedPicture
 T = TypeVar("T")
 
 
+_NAME: Final = "ledger.db"
 _BUSY_S: Final = 0.5
 _GATHER_S = 0.025
 """How long a write waits for others to share its fsync; a row has four of them, and takes seconds anyway."""
@@ -57,6 +60,8 @@ class Ledger:
         self._mutex = threading.Lock()
         self._limiter = anyio.CapacityLimiter(1)
         self._is_writing = False
+        self._instance = os.stat(folder / _NAME).st_ino  # noqa: PTH116 - the same as below
+        self._host = Host()
         self._orders: list[_Order[object]] = []
         self._broken: str | None = None
 
@@ -74,11 +79,13 @@ class Ledger:
         Raises:
             LedgerError: Another process has it, or it is not usable: damaged, a copy, of a newer version, absent.
         """
-        return await anyio.to_thread.run_sync(cls._open, folder, adopt, create)
+        ledger = await anyio.to_thread.run_sync(cls._open, folder, adopt, create)
+        await ledger._host.ensure()  # noqa: SLF001 - our own
+        return ledger
 
     @classmethod
     def _open(cls, folder: Path, adopt: bool, create: bool) -> Self:  # noqa: FBT001 - `open` hands them on
-        path = folder / "ledger.db"
+        path = folder / _NAME
         try:
             if create:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +107,12 @@ class Ledger:
     async def aclose(self) -> None:
         """Close it; the lock is free then."""
         with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(self._close)
+            try:
+                while self._is_writing:  # noqa: ASYNC110 - for milliseconds, and once
+                    await anyio.sleep(_GATHER_S)
+                await self._host.aclose(drain_s=0)
+            finally:
+                await anyio.to_thread.run_sync(self._close)
 
     def _close(self) -> None:
         with self._mutex:
@@ -128,6 +140,10 @@ class Ledger:
     async def recognise(self, nonce: str, task_id: str) -> None:
         """Note which task the submit with this *nonce* became, if nobody knew."""
         await self._durably(lambda db: entries.recognise(db, nonce, task_id))
+
+    async def misses(self, nonce: str) -> bool:
+        """Tell whether nobody knows what became of the submit with this *nonce*."""
+        return await self._durably(lambda db: entries.misses(db, nonce))
 
     async def move(self, key: str, state: RowState, **facts: str | float | None) -> None:
         """Note that the last attempt of *key* is now in *state*, with *facts* about it (columns of `attempts`)."""
@@ -168,44 +184,69 @@ class Ledger:
         cancellable: half a write helps nobody, and it takes milliseconds.
         """
         order = _Order(work)
+        if not self._host.is_open:
+            raise LedgerError(f"{self.folder / _NAME}: is closed")
+        self._orders.append(order)  # type: ignore[arg-type]  # whatever it returns
+        if not self._is_writing:
+            self._is_writing = True
+            self._host.start_soon(self._write)
         with anyio.CancelScope(shield=True):
-            self._orders.append(order)  # type: ignore[arg-type]  # whatever it returns
-            if self._is_writing:
-                await order.bell.wait()
-            if not order.is_done:
-                await self._write()
-        if order.error is not None:
-            raise LedgerError(f"{self.folder / 'ledger.db'}: {order.error}")
+            await order.bell.wait()
+        if order.error is not None or not order.is_done:
+            raise LedgerError(f"{self.folder / _NAME}: {order.error or 'the program ended before it was written'}")
         if key is not None and not order.value:
-            raise LedgerError(f"row {key}: it is not in a state that this may follow")
+            raise LedgerError(f"row {key}: there is none, or it is not in a state that this may follow")
         return order.value  # type: ignore[return-value]  # set whenever `error` is not
 
     async def _write(self) -> None:
-        """Write what has come by now; then wake those it was for, and the one who writes next."""
-        self._is_writing = True
+        """Write what has come, until nothing comes. Belongs to nobody who could be cancelled."""
         orders: list[_Order[object]] = []
         try:
-            await anyio.sleep(_GATHER_S)
-            orders, self._orders = self._orders, []
-            await anyio.to_thread.run_sync(self._commit, orders, limiter=self._limiter)
+            while self._orders:
+                await anyio.sleep(_GATHER_S)
+                orders, self._orders = self._orders, []
+                await anyio.to_thread.run_sync(self._commit, orders, limiter=self._limiter)
+                for order in orders:
+                    order.bell.ring()
         finally:
-            self._is_writing = bool(self._orders)
-            for order in [*orders, *self._orders[:1]]:
+            self._is_writing = False
+            for order in [*orders, *self._orders]:  # none are left, unless the event loop is ending
                 order.bell.ring()
 
     def _commit(self, orders: list[_Order[object]]) -> None:
         with self._mutex:
             if self._broken is None:
                 try:
-                    self._db.execute("BEGIN IMMEDIATE")
+                    self._transact(orders)
+                except Exception:  # noqa: BLE001 - one of them is no good: find out which, and let the others through
                     for order in orders:
-                        order.value = order.work(self._db)
-                    self._db.execute("COMMIT")
-                except (sqlite3.Error, OSError) as exc:
-                    self._broken = f"cannot be written ({exc}); nothing more is submitted"
+                        self._commit_alone(order)
             for order in orders:
-                order.error = self._broken
+                order.error = order.error or self._broken
                 order.is_done = True
+
+    def _commit_alone(self, order: _Order[object]) -> None:
+        if self._broken is not None:
+            return
+        try:
+            self._transact([order])
+        except (sqlite3.Error, OSError) as exc:
+            self._broken = f"cannot be written ({exc}); nothing more is submitted"
+        except Exception as exc:  # noqa: BLE001 - what it was asked to write cannot be written
+            order.error = f"cannot take this: {exc}"
+
+    def _transact(self, orders: list[_Order[object]]) -> None:
+        if os.stat(self.folder / _NAME).st_ino != self._instance:  # noqa: PTH116 - a quick one
+            raise OSError("the file was taken away")
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            for order in orders:
+                order.value = order.work(self._db)
+            self._db.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise
 
 
 def _make_private(path: Path, *, create: bool) -> None:
@@ -230,6 +271,11 @@ def _prepare(db: sqlite3.Connection, path: Path, *, adopt: bool) -> None:
         raise LedgerError(f"{path}: is damaged ({said}); restore it from a backup")
     instance = path.stat().st_ino
     if version == 0:
+        if (path.parent / "manifest.jsonl").exists():
+            raise LedgerError(
+                f"{path}: is gone or empty, but {path.parent} holds a batch, which would be paid again; restore it, or "
+                "take another folder"
+            )
         for statement in entries.SCHEMA.split(";"):
             db.execute(statement)
         db.execute("INSERT INTO about VALUES ('instance', ?)", (instance,))

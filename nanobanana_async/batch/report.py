@@ -1,6 +1,7 @@
 """What a batch leaves for its readers: `index.html` for people, `manifest.jsonl` for machines. Made from the ledger."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -14,12 +15,13 @@ MANIFEST: Final = "manifest.jsonl"
 _WORD: Final = {RowState.SAVED: "done", RowState.FAILED: "failed", RowState.UNKNOWN: "unknown"}
 
 
-def write(folder: Path, title: str, records: Iterable[RowRecord]) -> None:
+def write(folder: Path, records: Iterable[RowRecord]) -> None:
     """Write both, each whole or not at all, a row at a time. Blocking.
 
     Raises:
         OSError: The disk would not take it.
     """
+    title = os.fsencode(folder.resolve().name).decode("utf-8", "replace")
     manifest, page = folder / f".{MANIFEST}.part", folder / f".{PAGE}.part"
     with manifest.open("w", encoding="utf-8") as lines:
 

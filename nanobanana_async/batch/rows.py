@@ -1,19 +1,23 @@
 """Prompts from .txt, .csv, .jsonl, or any iterable: each a `Row` with a key that is the same tomorrow."""
 
+import contextlib
 import csv
 import hashlib
 import io
 import json
-import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeAlias
 
 import attrs
 
+from nanobanana_async._flow import each
 from nanobanana_async.errors import InvalidRows
+from nanobanana_async.media.formats import HEAD_BYTES, sniff
 from nanobanana_async.models import GenerationRequest, ImageSource, SupportsSave
+from nanobanana_async.policies import Limits
 
 COLUMNS: Final = ("prompt", "images", "model", "aspect_ratio", "image_size", "key", "name")
 """What a .csv or .jsonl may name. Anything else is refused: a misspelt column would silently cost money."""
@@ -31,6 +35,9 @@ class Row:
     """What to call the file; None makes a name from the prompt."""
     fingerprint: str
     """Of the request's content: two rows with one key must not differ in it."""
+
+
+Rows: TypeAlias = Iterable[Row | GenerationRequest | str] | AsyncIterable[Row | GenerationRequest | str]
 
 
 class Keys:
@@ -67,6 +74,20 @@ class Keys:
             if self._seen[f"key {key}"] > 1:
                 raise ValueError(f"key: {key!r} is the key of an earlier row, too")
         return Row(key=key, request=request, name=name, fingerprint=content)
+
+
+async def keyed(rows: Rows) -> AsyncGenerator[Row | Exception]:
+    """Yield each of *rows* with a key; what goes wrong with them comes last, so that those before it are not lost."""
+    keys = Keys()
+    try:
+        async with contextlib.aclosing(each(rows)) as wanted:
+            async for one in wanted:
+                if isinstance(one, Row):
+                    yield one
+                else:
+                    yield keys.row(one if isinstance(one, GenerationRequest) else GenerationRequest(one))
+    except Exception as exc:  # noqa: BLE001 - raised by whoever consumes
+        yield exc
 
 
 def _fingerprint(request: GenerationRequest, images: list[str]) -> str:
@@ -117,7 +138,7 @@ def read_rows(path: Path, **defaults: str | None) -> list[Row]:
                 rows.append(_row(record, keys, path.parent, defaults))
             except (ValueError, TypeError) as exc:
                 faults.append(f"line {line}: {exc}")
-    except (csv.Error, _Unreadable) as exc:
+    except _Unreadable as exc:
         faults.append(str(exc))
     if faults:
         count = "a row" if len(faults) == 1 else f"{len(faults)} rows"
@@ -135,7 +156,7 @@ _Record = tuple[int, Mapping[str, object]]
 
 
 def _from_txt(text: str) -> Iterator[_Record]:
-    for line, prompt in enumerate(text.splitlines(), start=1):
+    for line, prompt in enumerate(re.split(r"\r\n|\n|\r", text), start=1):  # lines as editors count them
         if prompt.strip():
             yield line, {"prompt": prompt.strip()}
 
@@ -144,12 +165,12 @@ def _from_csv(text: str) -> Iterator[_Record]:
     header = text.partition("\n")[0]
     # Spreadsheets of half of Europe write semicolons; no column of ours has any of these in its name.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
-    columns = [name.strip().lower() for name in next(reader, [])]
+    columns = [name.strip().lower() for name in _next(reader) or []]
     if "prompt" not in columns:
         raise _Unreadable(f"line 1: expected a header with a column 'prompt', got {header.strip()!r:.80}")
     _check_columns(columns)
     line = reader.line_num + 1
-    for cells in reader:
+    while (cells := _next(reader)) is not None:
         if any(cell.strip() for cell in cells):
             if len(cells) > len(columns):
                 yield (
@@ -161,6 +182,13 @@ def _from_csv(text: str) -> Iterator[_Record]:
                 images = [image.strip() for image in record.pop("images", "").split("|") if image.strip()]
                 yield line, {**record, "images": images}
         line = reader.line_num + 1
+
+
+def _next(reader: "Iterator[list[str]]") -> list[str] | None:
+    try:
+        return next(reader, None)
+    except csv.Error as exc:
+        raise _Unreadable(f"line {reader.line_num}: {exc}; is there a quote that is not closed?") from None  # type: ignore[attr-defined]  # a csv reader has it
 
 
 def _from_jsonl(text: str) -> Iterator[_Record]:
@@ -206,6 +234,12 @@ def _image(text: str, folder: Path) -> ImageSource:
     if text.startswith(("https://", "http://", "data:")):
         return text
     path = folder / text
-    if not path.is_file() or not os.access(path, os.R_OK):
-        raise ValueError(f"images: {path} cannot be read")
+    try:
+        with path.open("rb") as file:
+            if sniff(file.read(HEAD_BYTES)) is None:
+                raise ValueError(f"images: {path} is not a PNG, JPEG, WebP or GIF")
+    except OSError as exc:
+        raise ValueError(f"images: {path} cannot be read ({exc.strerror})") from exc
+    if path.stat().st_size > Limits().reference_bytes:
+        raise ValueError(f"images: {path} is larger than {Limits().reference_bytes // 2**20} MiB")
     return path

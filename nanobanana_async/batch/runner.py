@@ -1,29 +1,31 @@
 """`Batch`: rows -> ledger -> client -> files. What it has begun it can go on with after anything."""
 
 import contextlib
+import logging
+import math
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Mapping
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from typing import Final, Protocol, TypeAlias
+from typing import Final
 
 import anyio
 import anyio.to_thread
 import attrs
 
-from nanobanana_async._flow import each, flow
+from nanobanana_async._flow import flow
 from nanobanana_async._host import Host
 from nanobanana_async.batch import report
-from nanobanana_async.batch.account import Account, Funds
+from nanobanana_async.batch.account import Account
 from nanobanana_async.batch.endings import are_there, as_task, moment, of_earlier_run, without_picture
 from nanobanana_async.batch.entries import RowRecord, RowState
 from nanobanana_async.batch.ledger import Ledger
-from nanobanana_async.batch.rows import Keys, Row
+from nanobanana_async.batch.rows import Row, Rows, keyed
 from nanobanana_async.batch.submitter import Submitter
-from nanobanana_async.batch.traffic import Stopped, Traffic
+from nanobanana_async.batch.traffic import Fetcher, Progress, Stopped, Traffic
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import (
     AuthenticationError,
@@ -36,34 +38,15 @@ from nanobanana_async.errors import (
 )
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.media.download import sweep
-from nanobanana_async.models import Announcer, GeneratedImage, GenerationRequest, SavedPicture, Task
+from nanobanana_async.models import Announcer, GenerationRequest, SavedPicture, Task
 from nanobanana_async.outcomes import Done, Failed, Outcome, Unknown
 
-Rows: TypeAlias = Iterable[Row | GenerationRequest | str] | AsyncIterable[Row | GenerationRequest | str]
-
 _ENTERED_AT_ONCE: Final = 100
-
-
-class Fetcher(Protocol):
-    """Who writes the pictures: the client, or something that lets other machines do it."""
-
-    async def save_picture(self, image: GeneratedImage, stem: Path) -> SavedPicture:
-        """Write one picture, durably, to *stem* plus the suffix of its type. Raises `MediaError`."""
-        ...
-
-
-@attrs.frozen(kw_only=True)
-class Progress:
-    """How a run stands, at one moment."""
-
-    done: int
-    failed: int
-    unknown: int
-    earlier: int
-    """Those of the three above that an earlier run had come to."""
-    in_flight: int
-    """Submitted, and not on disk."""
-    funds: Funds
+_log: Final = logging.getLogger("nanobanana_async")
+_HEARD_S: Final = 10.0
+"""Between two queries that callbacks about one unknown row cause."""
+_REPORT_S: Final = 60.0
+"""How old the page and the manifest may be, for those who look in the night."""
 
 
 class Batch:
@@ -90,10 +73,12 @@ class Batch:
         self._traffic = Traffic()
         self._submitter = Submitter(ledger, client, account, self._traffic, callback)
         self._ended: Counter[type[Outcome] | str] = Counter()
-        self._under_way: set[str] = set()
+        self._heard_s: dict[str, float] = {}
+        self._met: set[str] = set()
+        """Keys of this run: paid rows that have none of them are fetched at its end."""
         self._callback = callback
         if callback is not None:
-            callback.strangers.append(ledger.recognise)
+            callback.strangers.append(self._hear)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -138,7 +123,8 @@ class Batch:
         """Yield what becomes of each of *rows*, as each ends; nothing a row meets ends the run.
 
         Rows that an earlier run had come to the end of are yielded again, marked `earlier`: a program that died
-        between a picture and its own use of it is told once more.
+        between a picture and its own use of it is told once more. Rows of earlier runs that are paid, not fetched, and
+        no longer among *rows* come last.
 
         Args:
             rows: `Row`s (from `read_rows`), requests or prompts. Taken as there is room.
@@ -156,21 +142,19 @@ class Batch:
         """
         await self._host.ensure()
 
-        async def work(entered: tuple[Row, RowRecord]) -> Outcome | None:
+        async def work(entered: tuple[Row, RowRecord | None]) -> Outcome | None:
             row, record = entered
-            outcome: Outcome | None
-            if row.key in self._under_way:
+            if record is None:
                 error = ConfigurationError(f"row {row.key}: another row has this key, too")
-                outcome = Failed(key=row.key, request=row.request, error=error)
-            else:
-                self._under_way.add(row.key)
-                outcome = await self._tried(row, record, retry_failed=retry_failed, timeout_s=timeout_s)
-                self._under_way.discard(row.key)
+                return Failed(key=row.key, request=row.request, error=error)
+            outcome = await self._tried(row, record, retry_failed=retry_failed, timeout_s=timeout_s)
             if outcome is not None:
                 self._ended[type(outcome)] += 1
                 self._ended["earlier"] += outcome.earlier
             return outcome
 
+        self._met.clear()
+        self._host.start_soon(self._report_now_and_then)
         outcomes: AsyncGenerator[Outcome] = flow(
             self._host, self._entered(rows), work, at_once=max_in_flight, unread=_in_the_ledger
         )
@@ -195,6 +179,7 @@ class Batch:
             earlier=ended["earlier"],
             in_flight=len(self._traffic.tasks),
             funds=self._account.funds(),
+            trouble=self._submitter.trouble,
         )
 
     async def aclose(self) -> None:
@@ -208,12 +193,20 @@ class Batch:
         with anyio.move_on_after(timeouts.submit_s + timeouts.close_s, shield=True):
             try:
                 await self._host.aclose(drain_s=0)
-                with contextlib.suppress(LedgerError, OSError):  # both are made from the ledger, any time
-                    await self._ledger.read(partial(report.write, self.folder, self.folder.resolve().name))
+                await self._report()
             finally:
-                if self._callback is not None and self._ledger.recognise in self._callback.strangers:
-                    self._callback.strangers.remove(self._ledger.recognise)
+                if self._callback is not None and self._hear in self._callback.strangers:
+                    self._callback.strangers.remove(self._hear)
                 await self._ledger.aclose()
+
+    async def _report(self) -> None:
+        with contextlib.suppress(LedgerError, OSError):  # all of it is made from the ledger, any time
+            await self._ledger.read(partial(report.write, self.folder))
+
+    async def _report_now_and_then(self) -> None:
+        while True:
+            await anyio.sleep(_REPORT_S)
+            await self._report()
 
     # --- what nobody knows the end of -------------------------------------------------------------------------------
 
@@ -229,30 +222,63 @@ class Batch:
         """Give this unknown row up: it counts as failed from now on, and is never submitted again."""
         await self._ledger.move(key, RowState.ABANDONED)
 
+    async def _hear(self, nonce: str, task_id: str) -> None:
+        """Take a callback about a submit that no expectation here is waited for: an unknown row's, perhaps."""
+        now_s = anyio.current_time()
+        if now_s < self._heard_s.get(nonce, -math.inf) + _HEARD_S or not await self._ledger.misses(nonce):
+            return
+        self._heard_s[nonce] = now_s
+        try:
+            await self._client.task(task_id).query()
+        except NanoBananaError as exc:
+            _log.warning("a callback says that an unknown row is task %s, which cannot be confirmed: %s", task_id, exc)
+        else:
+            await self._ledger.recognise(nonce, task_id)
+
     async def bind(self, key: str, task_id: str) -> None:
         """Tell which task this unknown row is, if you know: from a log, a callback, or the service's support."""
         await self._ledger.move(key, RowState.SUBMITTED, task_id=task_id)
 
-    async def _entered(self, rows: Rows) -> AsyncGenerator[tuple[Row, RowRecord]]:
-        """Enter rows in the ledger, many in one transaction, until something stops the run."""
-        keys, waiting = Keys(), list[Row]()
+    async def _entered(self, rows: Rows) -> AsyncGenerator[tuple[Row, RowRecord | None]]:
+        """Enter rows in the ledger, many in one transaction, until something stops the run. None: its key was met."""
         most = 1 if isinstance(rows, AsyncIterable) else _ENTERED_AT_ONCE  # the next one may be long in coming
-        async with contextlib.aclosing(each(rows)) as all_rows:
-            is_last = False
-            while not is_last:
-                wanted = await anext(all_rows, None)
-                is_last = wanted is None
-                if isinstance(wanted, Row):
-                    waiting.append(wanted)
-                elif wanted is not None:
-                    request = wanted if isinstance(wanted, GenerationRequest) else GenerationRequest(wanted)
-                    waiting.append(keys.row(request))
-                if is_last or len(waiting) >= most:
-                    for pair in zip(waiting, await self._ledger.enter(waiting), strict=True):
-                        if self._traffic.cause is not None:
-                            return
+        waiting: list[Row] = []
+        error: Exception | None = None
+        async with contextlib.aclosing(keyed(rows)) as all_rows:
+            async for row in all_rows:
+                if isinstance(row, Exception):
+                    error = row
+                elif row.key in self._met:
+                    yield row, None
+                else:
+                    self._met.add(row.key)
+                    waiting.append(row)
+                if error is not None or len(waiting) >= most:
+                    for pair in await self._enter(waiting):
                         yield pair
-                    waiting.clear()
+                if self._traffic.cause is not None:
+                    return
+        for pair in await self._enter(waiting):
+            yield pair
+        if error is not None:
+            raise error
+        for pair in await self._left_over():
+            yield pair
+
+    async def _left_over(self) -> list[tuple[Row, RowRecord]]:
+        """Return rows of earlier runs that are paid, not fetched, and were not met in this one."""
+        found = await self._ledger.read(list, RowState.SUBMITTED, RowState.SUCCESS)
+        paid = [record for record in found if record.key not in self._met]
+        requests = [GenerationRequest(record.prompt, model=record.model) for record in paid]
+        return [
+            (Row(key=record.key, request=request, fingerprint=record.fingerprint), record)
+            for request, record in zip(requests, paid, strict=True)
+        ]
+
+    async def _enter(self, waiting: list[Row]) -> list[tuple[Row, RowRecord]]:
+        entered = list(zip(waiting, await self._ledger.enter(waiting), strict=True))
+        waiting.clear()
+        return entered
 
     # --- one row ----------------------------------------------------------------------------------------------------
 
@@ -322,7 +348,7 @@ class Batch:
     async def _settle(self, row: Row, task: Task) -> None:
         state = RowState.SUCCESS if task.images else RowState.FAILED
         consumed = None if task.consumed is None else f"{task.consumed:f}"
-        reason = None if task.images else str(without_picture(task))
+        reason = None if task.images else (task.reason or " ".join(task.texts) or "the service gave no reason")
         await self._ledger.move(row.key, state, ended_at=time.time(), consumed=consumed, reason=reason)
         if consumed is not None or state is RowState.FAILED:
             self._account.end(row.request.model, task.consumed)

@@ -53,6 +53,8 @@ class Submitter:
         self._expected: dict[str, Expectation] = {}
         """By row key, of submits whose answer has not come."""
         self._caution = Caution()
+        self.trouble: str | None = None
+        """What the last submit met, while fewer are tried because of it."""
         self._alone = anyio.Lock()
         self._few = anyio.Semaphore(client.limits.submits)
 
@@ -95,6 +97,8 @@ class Submitter:
                 handle = await self._reserved(row)
         except (NotSent, RateLimited) as exc:
             self._trouble(exc)
+            if getattr(exc, "possible_duplicates", 0):
+                raise
             return None
         except (SubmissionUnknown, ServiceUnavailable) as exc:
             self._trouble(exc)
@@ -103,13 +107,15 @@ class Submitter:
             self._traffic.stop(exc)
             raise Stopped from None
         self._caution.worked()
+        self.trouble = None
         return handle
 
     def _trouble(self, exc: NanoBananaError) -> None:
         now_s = anyio.current_time()
         self._caution.failed(now_s)
         _log.info("a submit met trouble: %s", exc)
-        if self._caution.is_hopeless(now_s):
+        self.trouble = str(exc) if self._caution.is_needed else None
+        if self._caution.is_hopeless(now_s, was_busy=isinstance(exc, RateLimited)):
             self._traffic.stop(exc)
 
     async def _clearance(self, model: str) -> None:
@@ -156,6 +162,8 @@ class Submitter:
         async def intend() -> None:
             nonlocal sends
             self._traffic.check()
+            if sends and not self._account.allows(model):
+                raise BudgetExceeded(f"it was not tried again: {self._poverty(model)}")
             await self._ledger.intend(row.key, again=sends > 0, nonce=nonce)
             if sends:
                 self._account.begin(model)  # the time before may be charged, too
@@ -165,9 +173,9 @@ class Submitter:
         with anyio.CancelScope() as scope:
             try:
                 handle = await self._client.submit(row.request, callback=expected, before_send=intend)
-            except NanoBananaError as exc:
+            except (NanoBananaError, Stopped) as exc:
                 if sends:
-                    await self._close_books(row, exc)
+                    await self._close_books(row, exc, sends)
                 raise
             finally:
                 if not sends:
@@ -186,11 +194,12 @@ class Submitter:
         self._traffic.pending += 1
         return found
 
-    async def _close_books(self, row: Row, exc: NanoBananaError) -> None:
+    async def _close_books(self, row: Row, exc: Exception, sends: int) -> None:
         if isinstance(exc, SubmissionUnknown):
             await self._ledger.move(row.key, RowState.UNKNOWN, reason=str(exc))
             return
-        state = RowState.REFUSED if isinstance(exc, _NOT_TAKEN) else RowState.FAILED
+        # After a re-send, a try before it may be charged: that is for its owner to decide about.
+        state = RowState.REFUSED if isinstance(exc, _NOT_TAKEN) and sends == 1 else RowState.FAILED
         await self._ledger.move(row.key, state, reason=str(exc), ended_at=time.time())
         self._account.end(row.request.model, None)
 

@@ -1,8 +1,38 @@
 """`Traffic`: what the rows of one run have in common: how many are where, and what has stopped it."""
 
-import anyio
+from pathlib import Path
+from typing import Protocol
 
+import anyio
+import attrs
+
+from nanobanana_async.batch.account import Funds
 from nanobanana_async.errors import NanoBananaError
+from nanobanana_async.models import GeneratedImage, SavedPicture
+
+
+class Fetcher(Protocol):
+    """Who writes the pictures: the client, or something that lets other machines do it."""
+
+    async def save_picture(self, image: GeneratedImage, stem: Path) -> SavedPicture:
+        """Write one picture, durably, to *stem* plus the suffix of its type. Raises `MediaError`."""
+        ...
+
+
+@attrs.frozen(kw_only=True)
+class Progress:
+    """How a run stands, at one moment."""
+
+    done: int
+    failed: int
+    unknown: int
+    earlier: int
+    """Those of the three above that an earlier run had come to."""
+    in_flight: int
+    """Submitted, and not on disk."""
+    funds: Funds
+    trouble: str | None
+    """What the last submit met, while fewer are tried because of it; None when all is well."""
 
 
 class Stopped(Exception):  # noqa: N818 - never leaves this folder

@@ -1,5 +1,6 @@
 """`nanobanana batch`: a file of prompts in, a folder of pictures out. The same command goes on after anything."""
 
+import logging
 import shlex
 import statistics
 import sys
@@ -136,12 +137,13 @@ def run_batch(  # noqa: PLR0913 - one parameter per option
     run(work, as_json=as_json)
 
 
-class _Watcher:
+class _Watcher(logging.Handler):
     """Shows a run while it goes on."""
 
     def __init__(
         self, batch: Batch, client: NanoBananaClient, total: int, max_in_flight: int, *, as_json: bool
     ) -> None:
+        super().__init__(logging.WARNING)
         self._batch = batch
         self._client = client
         self._total = total
@@ -154,6 +156,7 @@ class _Watcher:
     async def watch(self, outcomes: AsyncGenerator[Outcome]) -> int:
         """Show each of *outcomes*, and return the exit code they add up to."""
         code = DONE
+        logging.getLogger("nanobanana_async").addHandler(self)
         with self._bar:
             async with _now_and_then(self._show), aclosing(outcomes):
                 try:
@@ -170,11 +173,18 @@ class _Watcher:
         if self._as_json:
             emit(_record(outcome))
         elif not isinstance(outcome, Done) and not outcome.earlier:
-            self._told += 1
-            if self._told <= _TOLD:
-                self._bar.say(f"{printable(outcome.request.prompt)[:60]!r}: {one_line(outcome.error)}")
-            elif self._told == _TOLD + 1:
-                self._bar.say(f"further ones are in {report.MANIFEST}")
+            self._say(f"{printable(outcome.request.prompt)[:60]!r}: {one_line(outcome.error)}")
+
+    def _say(self, line: str) -> None:
+        self._told += 1
+        if self._told <= _TOLD:
+            self._bar.say(line)
+        elif self._told == _TOLD + 1:
+            self._bar.say(f"further ones are in {report.MANIFEST}")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show what the library warns of, where it does not tear the display."""
+        self._say(printable(record.getMessage()))
 
     def _show(self) -> None:
         progress = self._batch.progress()
@@ -188,6 +198,8 @@ class _Watcher:
         parts += [f"{progress.funds.spent.normalize():f} credits"] if progress.funds.spent else []
         parts += [f"{rate * 60:.0f}/min"] if rate else []
         is_early = ended - progress.earlier < _EARLY
+        if progress.trouble is not None:
+            parts.append(f"waiting: {printable(progress.trouble)[:50]}")
         left_s = eta_s(left, median_s, self._max_in_flight, None if is_early else rate)
         self._bar.show(ended, "  ".join([*parts, f"{timedelta(seconds=round(left_s))} left"]))
 

@@ -1,5 +1,6 @@
 """`nanobanana batch resolve`: what to do about rows that may have been paid, and for which nothing says so."""
 
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from nanobanana_async.batch.entries import RowRecord, RowState
 from nanobanana_async.batch.ledger import Ledger
 from nanobanana_async.cli.generate import json_option
 from nanobanana_async.cli.runtime import DONE, Session, emit, run, say
+from nanobanana_async.errors import ConfigurationError
 from nanobanana_async.transport.bodies import printable
 
 _DONE = (RowState.SAVED,)
@@ -23,39 +25,51 @@ _FAILED = (RowState.FAILED, RowState.ABANDONED)
 @click.command()
 @click.argument("keys", metavar="[KEY]...", nargs=-1)
 @click.option("-o", "--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Of the batch.")
-@click.option("--list", "what", flag_value="list", default=True, help="Show them, and what they may cost. The default.")
-@click.option(
-    "--resubmit", "what", flag_value="resubmit", help="Have the next run submit them again: they may be paid twice."
-)
-@click.option("--abandon", "what", flag_value="abandon", help="Give them up; they count as failed.")
+@click.option("--list", "listing", is_flag=True, help="Show them, and what they may cost. The default.")
+@click.option("--resubmit", is_flag=True, help="Have the next run submit them again: they may be paid twice.")
+@click.option("--abandon", is_flag=True, help="Give them up; they count as failed.")
 @click.option("--bind", "task_id", metavar="TASK_ID", help="Tell which task the one KEY is; the next run fetches it.")
 @click.option("--all", "everything", is_flag=True, help="All unknown rows, instead of KEYs.")
 @click.option("--adopt", is_flag=True, help="Take a ledger that was copied or restored for the true one.")
 @json_option
 def resolve(  # noqa: PLR0913 - one parameter per option
-    keys: tuple[str, ...], out: Path, what: str, task_id: str | None, *, everything: bool, adopt: bool, as_json: bool
+    keys: tuple[str, ...],
+    out: Path,
+    task_id: str | None,
+    *,
+    listing: bool,
+    resubmit: bool,
+    abandon: bool,
+    everything: bool,
+    adopt: bool,
+    as_json: bool,
 ) -> None:
     """Decide about rows whose submit was sent, and never answered. Works without a key, and sends nothing."""
-    if task_id is not None and len(keys) != 1:
-        raise click.UsageError("--bind: name the one KEY that this task is.")
-    if task_id is None and what != "list" and bool(keys) is everything:
-        raise click.UsageError(f"--{what}: name KEYs (see --list), or say --all.")
+    if sum((listing, resubmit, abandon, task_id is not None)) > 1:
+        raise click.UsageError("--list, --resubmit, --abandon, --bind: one at a time.")
+    if task_id is not None and (len(keys) != 1 or not re.fullmatch(r"[!-~]{1,200}", task_id)):
+        raise click.UsageError("--bind: name a task id without blanks, and the one KEY that it is.")
+    if (resubmit or abandon) and bool(keys) is everything:
+        raise click.UsageError("name KEYs (see --list), or say --all.")
 
     async def work(_: Session) -> int:
         ledger = await Ledger.open(out, adopt=adopt, create=False)
         try:
             unknown = await ledger.read(list, RowState.UNKNOWN)
             account = Account.of(await ledger.costs())
-            chosen = keys or [record.key for record in unknown]
-            if task_id is not None:
-                await ledger.move(keys[0], RowState.SUBMITTED, task_id=task_id)
-            elif what != "list":
-                for key in chosen:
-                    await ledger.move(key, RowState.REOPENED if what == "resubmit" else RowState.ABANDONED)
+            chosen = keys or tuple(record.key for record in unknown)
+            if strangers := set(chosen) - {record.key for record in unknown}:
+                raise ConfigurationError(f"{min(strangers)!r} is the key of no unknown row; --list shows them")
+            for key in chosen:
+                if task_id is not None:
+                    await ledger.move(key, RowState.SUBMITTED, task_id=task_id)
+                elif resubmit or abandon:
+                    await ledger.move(key, RowState.REOPENED if resubmit else RowState.ABANDONED)
         finally:
             await ledger.aclose()
-        if task_id is not None or what != "list":
-            click.echo(f"{len(chosen)} rows changed; the next run of the batch acts on it", err=True)
+        if task_id is not None or resubmit or abandon:
+            rows = "1 row" if len(chosen) == 1 else f"{len(chosen)} rows"
+            click.echo(f"{rows} changed; the next run of the batch acts on it", err=True)
         else:
             _show(unknown, account, as_json=as_json)
         return DONE
@@ -103,12 +117,12 @@ async def closing_words(out: Path, command: str, keys: set[str], budget: Decimal
     ]
     parts[-1] += f" ({paid} of them paid for)" if paid else ""
     money = f"{funds.spent.normalize():f} credits spent"
-    money += f", up to {funds.reserved.normalize():f} more for what has no end yet" if funds.reserved else ""
+    money += f", up to {funds.reserved.normalize():f} more may be or become charged" if funds.reserved else ""
     money += "" if funds.left is None else f", {funds.left.normalize():f} of the budget left"
     click.echo(f"{', '.join(parts)}; {money}", err=True)
     place = shlex.quote(str(out))
     if strangers:
-        click.echo(f"{strangers} more rows are of earlier runs: an edited row counts as a new one", err=True)
+        click.echo(f"besides, {strangers} of earlier runs that the file does not have (any more)", err=True)
     if unknown:
         click.echo(
             f"{unknown} may have been paid; to decide about them: nanobanana batch resolve --out {place}", err=True
@@ -116,7 +130,8 @@ async def closing_words(out: Path, command: str, keys: set[str], budget: Decimal
     if failed:
         click.echo("to submit failed rows again, which may be paid again: add --retry-failed", err=True)
     if to_go:
-        click.echo(f"to go on: {command}", err=True)
+        more = "" if budget is None else " (with a larger --budget, if that is used up)"
+        click.echo(f"to go on: {command}{more}", err=True)
 
 
 def _count(keys: set[str], records: Iterator[RowRecord]) -> tuple[Counter[RowState], int]:

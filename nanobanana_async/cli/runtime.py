@@ -178,7 +178,8 @@ def say(line: object) -> None:
 
 def emit(record: dict[str, object]) -> None:
     """Print one JSON object on a line of its own."""
-    say(json.dumps(record, default=_plain, ensure_ascii=False))
+    text = json.dumps(record, default=_plain, ensure_ascii=False)
+    say("".join(letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in text))
 
 
 def _plain(value: object) -> str:

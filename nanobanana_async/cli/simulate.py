@@ -27,7 +27,7 @@ _TEST_KEY = "dk-test"
     metavar="SECONDS",
     help="The median time a picture takes.",
 )
-@click.option("--faults", default="", metavar="NAME=RATE,...", help="failed, text_only, inline, error, busy.")
+@click.option("--faults", default="", metavar="NAME=RATE,...", help="failed, text_only, inline, error, busy, lost.")
 @click.option("--seed", default=0, show_default=True, help="The same seed repeats the same service.")
 @click.option("--key", default=_TEST_KEY, show_default=True, help="The API key it accepts.")
 @click.option("--json", "as_json", is_flag=True, help="Print where it listens as JSON.")

@@ -20,6 +20,7 @@ from attrs.validators import and_, ge, gt, le
 
 _EPOCH: Final = datetime(2026, 1, 1, tzinfo=UTC)
 _NGINX_404: Final = b"<html><head><title>404 Not Found</title></head><body><center>nginx</center></body></html>"
+_NGINX_502: Final = b"<html><head><title>502 Bad Gateway</title></head><body><center>nginx</center></body></html>"
 _LIBRARY_AGENTS: Final = ("python-httpx", "python-httpx2", "python-requests", "aiohttp", "python-urllib", "curl")
 
 
@@ -47,6 +48,8 @@ class VendorProfile:
     """Submits answered with the vendor's own 500, and not charged."""
     busy: float = _rate()
     """Submits answered with 429 and Retry-After: 1."""
+    lost: float = _rate()
+    """Submits that are charged, and answered by a gateway that says 502."""
     price: Decimal = Decimal("0.5")
     balance: Decimal = Decimal(100_000)
     keys: frozenset[str] = frozenset({"dk-test"})
@@ -59,7 +62,7 @@ class VendorProfile:
         Raises:
             ValueError: A name is unknown, or a rate is no number in [0, 1].
         """
-        known = ("failed", "text_only", "inline", "error", "busy")
+        known = ("failed", "text_only", "inline", "error", "busy", "lost")
         rates: dict[str, float] = {}
         for part in filter(None, (piece.strip() for piece in text.split(","))):
             name, _, value = part.partition("=")
@@ -206,7 +209,9 @@ class Vendor:
         charge = Charge(task_id=task_id, prompt=task.order.prompt, credits=profile.price, at_s=task.accepted_s)
         self.charges.append(charge)
         self._spent += charge.credits
-        return _json(200, {"code": 0, "message": "ok", "data": {"task_id": task_id}})
+        is_lost = 0 <= trouble - profile.busy - profile.error < profile.lost
+        accepted = _json(200, {"code": 0, "message": "ok", "data": {"task_id": task_id}})
+        return Answer(status=502, body=_NGINX_502, media_type="text/html") if is_lost else accepted
 
     def _ending(self, dice: float) -> str:
         for name, rate in (

@@ -170,7 +170,9 @@ class Api:
             error = submit_error(outcome, row, duplicates, self._endpoint.base_url)
             if isinstance(error, ApiError) and outcome.reply is not None:
                 error.retry_after_s = retry_after_s(outcome.reply.headers)
-            if not self._may_repeat(row, tries):
+            # Whoever keeps books has to close them between tries that cost nothing, and may try again himself.
+            is_theirs = before_send is not None and not row.repeat.may_pay_twice
+            if is_theirs or not self._may_repeat(row, tries):
                 break
             duplicates += row.repeat.may_pay_twice
             _log.info("submit: try %d ended as %r (%s); trying again", tries, row.name, row.verdict.value)
@@ -205,7 +207,7 @@ class Api:
             reply = await exchange(self._transport, wire, timeout_s=done_by_s - sent_s)
             outcome = self._read_outcome(reply, None)
         except ExchangeFailed as exc:
-            outcome = self._read_outcome(exc.reply, exc)
+            outcome = self._read_outcome(exc.reply, self._endpoint.failure_without_key(exc))
         except anyio.get_cancelled_exc_class():
             _log.warning("a submit was cut off when the client was closed; it may have been charged")
             raise
@@ -271,7 +273,7 @@ class Api:
             reply = await exchange(self._transport, wire, timeout_s=timeout_s)
         except ExchangeFailed as exc:
             self._heed(None, sent_s)
-            failure = exc
+            failure = self._endpoint.failure_without_key(exc)
         else:
             self._heed(reply, sent_s)
             try:

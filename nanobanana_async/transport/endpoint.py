@@ -15,7 +15,7 @@ import attrs
 from nanobanana_async.errors import ConfigurationError
 from nanobanana_async.models import http_url_fault
 from nanobanana_async.transport.addresses import is_public, resolve
-from nanobanana_async.transport.base import WireReply
+from nanobanana_async.transport.base import ExchangeFailed, WireReply
 
 DEFAULT_BASE_URL: Final = "https://api.defapi.org"
 KEY_VARIABLES: Final = ("DEFAPI_API_KEY", "DEFAPI_KEY", "NANO_BANANA_API_KEY")
@@ -85,6 +85,13 @@ class Endpoint:
         """Return *reply* with the key struck out: some servers quote it back, and errors quote what servers say."""
         key = self._key.text.encode()
         return attrs.evolve(reply, body=reply.body.replace(key, b"[API key]")) if key in reply.body else reply
+
+    def failure_without_key(self, failure: ExchangeFailed) -> ExchangeFailed:
+        """The same for what a transport says went wrong: one that was handed in may quote the request."""
+        if self._key.text in failure.reason:
+            failure.reason = failure.reason.replace(self._key.text, "[API key]")
+            failure.args = (failure.reason,)
+        return failure
 
     async def is_public(self) -> bool:
         """Tell whether the service is on the internet: then its pictures are, too. A simulator may be anywhere."""
