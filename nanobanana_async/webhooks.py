@@ -168,7 +168,7 @@ class CallbackReceiver:
                 await self._pass_on(path.rpartition("/")[2], body)
             return True
         if claimed is not None and not expectation.claim(claimed):
-            _log.warning("a callback for task %s claims to be about another one; refused", expectation.task_id)
+            _log.info("a callback for task %s claims to be about another one; refused", expectation.task_id)
             return False
         if expectation.task_id is not None:
             self._client.notify(expectation.task_id)

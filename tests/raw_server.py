@@ -36,8 +36,8 @@ class RawServer:
                 return
             self.connections += 1
             thread = threading.Thread(target=self._serve, args=(peer,), daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def _serve(self, peer: socket.socket) -> None:
         peer.settimeout(5)

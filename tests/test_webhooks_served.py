@@ -58,13 +58,14 @@ class Served:
             self.app = self.receiver
             self.started.set()
 
+        config = uvicorn.Config(self.app, log_level="error", access_log=False, timeout_graceful_shutdown=1)  # type: ignore[arg-type]
+        self.server = uvicorn.Server(config)
+        self.server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+
     async def serve(self) -> None:
-        """Serve until cancelled."""
-        config = uvicorn.Config(self.app, log_level="error", access_log=False)  # type: ignore[arg-type]
-        server = uvicorn.Server(config)
-        server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+        """Serve until it is told to stop."""
         try:
-            await server.serve(sockets=[self.socket])
+            await self.server.serve(sockets=[self.socket])
         finally:
             self.socket.close()
 
@@ -77,9 +78,11 @@ async def served(framework: str, service: SimulatorServer) -> AsyncIterator[Serv
         group.start_soon(app.serve)
         await app.started.wait()
         await anyio.sleep(0.1)
-        yield app
-        await app.client.aclose()
-        group.cancel_scope.cancel()
+        try:
+            yield app
+        finally:
+            app.server.should_exit = True
+    await app.client.aclose()
 
 
 @pytest.mark.parametrize("framework", ["fastapi", "starlette", "alone"])
