@@ -58,7 +58,7 @@ class Served:
             self.app = self.receiver
             self.started.set()
 
-        config = uvicorn.Config(self.app, log_level="error", access_log=False, timeout_graceful_shutdown=1)  # type: ignore[arg-type]
+        config = uvicorn.Config(self.app, log_level="error", access_log=False, timeout_graceful_shutdown=1)
         self.server = uvicorn.Server(config)
         self.server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
 
