@@ -68,8 +68,7 @@ def resolve(  # noqa: PLR0913 - one parameter per option
         finally:
             await ledger.aclose()
         if task_id is not None or resubmit or abandon:
-            rows = "1 row" if len(chosen) == 1 else f"{len(chosen)} rows"
-            click.echo(f"{rows} changed; the next run of the batch acts on it", err=True)
+            click.echo(f"changed: {len(chosen)}; the next run of the batch acts on it", err=True)
         else:
             _show(unknown, account, as_json=as_json)
         return DONE
