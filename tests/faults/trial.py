@@ -26,7 +26,7 @@ from nanobanana_async import (
 from tests.faults.table import FAULTS, Fault
 
 QUICK: Final = RetryPolicy(first_s=0.01, cap_s=0.02)
-DEADLINES: Final = Timeouts(connect_s=0.4, submit_s=1.2, query_s=4.0)
+DEADLINES: Final = Timeouts(connect_s=0.4, submit_s=1.2, query_s=5.0)
 _NONCES: Final = count()
 
 
