@@ -1,5 +1,8 @@
 """The ledger of a batch: what is durable, who may write, and what it refuses to believe."""
 
+import asyncio
+import contextlib
+import gc
 import os
 import shutil
 import sqlite3
@@ -7,7 +10,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -24,6 +27,14 @@ pytestmark = pytest.mark.anyio
 def row(key: str = "k", prompt: str = "a fox", name: str | None = None) -> Row:
     """Return a row."""
     return Keys().row(GenerationRequest(prompt), key=key, name=name)
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Leave garbage where it is, so that nothing is closed by luck."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @asynccontextmanager
@@ -246,6 +257,23 @@ async def test_the_same_process_is_no_exception(tmp_path: Path) -> None:
         for _ in range(3):
             with pytest.raises(LedgerError, match=f"in use by process {os.getpid()}"):
                 await Ledger.open(tmp_path)
+
+
+@pytest.mark.usefixtures("no_collection")
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_an_opening_that_is_cancelled_at_any_step_leaves_the_folder_free(tmp_path: Path) -> None:
+    """`task.cancel()` waits for no thread: the ledger that this one makes is nobody's, and would keep its lock."""
+    for number in range(40):
+        opening = asyncio.create_task(Ledger.open(tmp_path))
+        await asyncio.sleep(number * 0.0005)
+        opening.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await (await opening).aclose()
+        with anyio.fail_after(5):
+            while True:
+                with contextlib.suppress(LedgerError):
+                    await (await Ledger.open(tmp_path)).aclose()
+                    break
 
 
 async def test_a_copy_is_refused_until_it_is_adopted(tmp_path: Path) -> None:

@@ -79,9 +79,23 @@ class Ledger:
         Raises:
             LedgerError: Another process has it, or it is not usable: damaged, a copy, of a newer version, absent.
         """
-        ledger = await anyio.to_thread.run_sync(cls._open, folder, adopt, create)
-        await ledger._host.ensure()  # noqa: SLF001 - our own
-        return ledger
+        made: list[Self] = []
+        has_left = threading.Event()
+
+        def work() -> None:
+            made.append(cls._open(folder, adopt, create))
+            if has_left.is_set():
+                made[0]._close()  # noqa: SLF001 - our own
+
+        try:
+            await anyio.to_thread.run_sync(work)
+            await made[0]._host.ensure()  # noqa: SLF001 - the same
+        except BaseException:  # `task.cancel()` does not wait for the thread, and nobody gets what that makes
+            has_left.set()
+            for ledger in made:
+                await ledger.aclose()
+            raise
+        return made[0]
 
     @classmethod
     def _open(cls, folder: Path, adopt: bool, create: bool) -> Self:  # noqa: FBT001 - `open` hands them on
