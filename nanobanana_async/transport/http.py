@@ -74,7 +74,7 @@ class _Progress:
         return ExchangeFailed(reason, phase=phase, permanent=permanent, reply=reply)
 
 
-@lru_cache(256)  # a task is asked about several times, and parsing costs a tenth of a request
+@lru_cache(2048)  # a task is asked about several times, and parsing costs a tenth of a request
 def _parsed(text: str) -> httpx.URL | str:
     """Return the URL, or what is wrong with it."""
     if fault := http_url_fault(text):
@@ -322,6 +322,6 @@ def _origin(request: WireRequest) -> str:
 
 def _causes(exc: BaseException) -> Iterator[BaseException]:
     seen: BaseException | None = exc
-    while seen is not None:
+    while isinstance(seen, Exception):  # a cancellation says nothing that anybody would understand
         yield seen
         seen = seen.__cause__ or seen.__context__
