@@ -33,6 +33,7 @@ from nanobanana_async.policies import Resubmit
 from nanobanana_async.transport.api import Api, Submitted
 from nanobanana_async.transport.endpoint import Endpoint, Key
 from tests.fakes import ScriptedTransport, Step, accepted, done, lost, refused, reply, script, submits
+from tests.virtual_time import jump
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
@@ -166,6 +167,21 @@ async def test_a_wait_that_exceeds_the_time_left_is_raised_at_once() -> None:
             await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
         assert anyio.current_time() - start_s < 1
         assert caught.value.retry_after_s == 200
+
+
+async def test_a_turn_that_comes_too_late_does_not_hide_what_the_service_said() -> None:
+    """The loop stood still over the deadline, and the wait for the turn ended before anybody could cancel it."""
+    transport = script(refused(429, retry_after="7"))
+    async with running(transport, timeouts=Timeouts(submit_s=10)) as api, anyio.create_task_group() as group:
+
+        async def stall() -> None:
+            await anyio.sleep(5)
+            jump(20)
+
+        group.start_soon(stall)
+        with pytest.raises(RateLimited):
+            await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
+    assert len(transport.times_s) == 1
 
 
 async def test_submits_in_flight_are_bounded() -> None:

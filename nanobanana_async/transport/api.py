@@ -322,7 +322,9 @@ class Api:
         """
         with anyio.CancelScope(deadline=deadline_s):
             await self._slot_and_permit(slots, gate)
-            return True
+            if anyio.current_time() < deadline_s:
+                return True
+            slots.release()
         return False
 
     async def _slot_and_permit(self, slots: anyio.Semaphore, gate: anyio.Lock | None) -> None:
