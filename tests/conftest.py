@@ -1,5 +1,6 @@
 """Fixtures shared by all tests. Tests marked `anyio` run on asyncio and on trio."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -12,10 +13,21 @@ pytest_plugins = ["nanobanana_async.simulator.fixtures"]
 
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> object:
-    """Asyncio and trio; in virtual time where the module or the test asks for it with the mark `virtual_time`."""
-    if request.node.get_closest_marker("virtual_time"):
+    """Asyncio and trio; in virtual time where the mark `virtual_time` asks for it, and `real_time` does not object."""
+    if request.node.get_closest_marker("virtual_time") and not request.node.get_closest_marker("real_time"):
         return request.param, backend_options(request.param)
     return request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _as_in_a_terminal() -> None:
+    """Let the commands we start heed what whoever runs the tests ignores, as nohup does: handlers are not inherited.
+
+    Not by `preexec_fn`: beside threads that import or log, it hangs.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

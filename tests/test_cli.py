@@ -42,12 +42,6 @@ def nanobanana(*arguments: str, cwd: Path | None = None, **variables: str) -> su
     )
 
 
-def _as_in_a_terminal() -> None:
-    """Heed signals again that whoever runs the tests has told them to ignore, as nohup does."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
 @contextmanager
 def started(
     *arguments: str, cwd: Path | None = None, first: str = ":", variables: Mapping[str, str] = MappingProxyType({})
@@ -62,7 +56,6 @@ def started(
         stdout=pipe,
         stderr=pipe,
         text=True,
-        preexec_fn=_as_in_a_terminal,  # noqa: PLW1509 - it only sets signals
     ) as process:
         try:
             yield process

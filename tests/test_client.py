@@ -35,7 +35,7 @@ from nanobanana_async import (
 from nanobanana_async.simulator import FAST_LIMITS, FAST_POLLING, Simulator, VendorProfile
 from tests.fakes import PNG, accepted, done, refused, script, submits
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 
 @pytest.fixture
@@ -67,6 +67,7 @@ async def test_an_unknown_option_is_an_error_of_the_caller(client: NanoBananaCli
         await client.submit("a fox", ratio="16:9")  # type: ignore[call-arg]
 
 
+@pytest.mark.real_time
 async def test_a_bad_request_costs_nothing(nanobanana_simulator: Simulator, tmp_path: Path) -> None:
     """Neither a bad value nor a bad file reaches the service."""
     async with nanobanana_simulator.client() as client:
@@ -227,6 +228,7 @@ async def test_a_client_may_be_opened_in_one_task_and_closed_in_another(nanobana
         await clients[0].balance()
 
 
+@pytest.mark.real_time
 async def test_another_event_loop_gets_a_clear_error(nanobanana_simulator: Simulator, anyio_backend: str) -> None:
     """Instead of futures that belong to somebody else."""
     async with nanobanana_simulator.client() as client:
@@ -237,6 +239,7 @@ async def test_another_event_loop_gets_a_clear_error(nanobanana_simulator: Simul
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+@pytest.mark.real_time
 async def test_a_forked_child_gets_a_clear_error(nanobanana_simulator: Simulator) -> None:
     """Two processes on one connection would read each other's replies."""
     async with nanobanana_simulator.client() as client:
@@ -276,6 +279,7 @@ async def test_a_client_that_was_closed_or_never_used_is_forgotten_in_silence() 
         gc.collect()
 
 
+@pytest.mark.real_time
 async def test_pictures_are_saved_under_safe_names(client: NanoBananaClient, tmp_path: Path) -> None:
     """Named after the task in a folder, or exactly as told."""
     task = await client.generate("a fox")
@@ -285,6 +289,7 @@ async def test_pictures_are_saved_under_safe_names(client: NanoBananaClient, tmp
     assert (tmp_path / "fox.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.real_time
 async def test_several_pictures_get_numbers(nanobanana_simulator: Simulator, tmp_path: Path) -> None:
     """The service has answered with more than one."""
     urls = [{"image": f"https://f.example/{n}.png"} for n in range(3)]

@@ -11,7 +11,7 @@ import pytest
 from nanobanana_async import NanoBananaClient, SubmissionUnknown, Task
 from nanobanana_async.models import GenerationRequest
 from tests.faults.table import FAULTS, Fault
-from tests.faults.trial import DEADLINES, QUICK, FaultServer, Result, fault_server, try_all
+from tests.faults.trial import DEADLINES, QUICK, FaultServer, Query, Result, fault_server, try_all
 from tests.raw_server import response, serving
 
 IDS = [f"{fault.number}-{fault.name}" for fault in FAULTS]
@@ -25,13 +25,13 @@ def server() -> Iterator[FaultServer]:
 
 
 @pytest.fixture(scope="module", params=["asyncio", "trio"])
-def results(request: pytest.FixtureRequest, server: FaultServer) -> dict[Fault, tuple[Result, str]]:
+def results(request: pytest.FixtureRequest, server: FaultServer) -> dict[Fault, tuple[Result, Query]]:
     """What came of every fault, tried several at a time."""
     return anyio.run(try_all, server, backend=request.param)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=IDS)
-def test_a_submit_ends_with_the_right_verdict_in_time(fault: Fault, results: dict[Fault, tuple[Result, str]]) -> None:
+def test_a_submit_ends_with_the_right_verdict_in_time(fault: Fault, results: dict[Fault, tuple[Result, Query]]) -> None:
     """The table's verdict, within the deadline and a second, as one of our own errors."""
     post, _ = results[fault]
     assert post.verdict in fault.post.split(" or "), post.said
@@ -39,15 +39,16 @@ def test_a_submit_ends_with_the_right_verdict_in_time(fault: Fault, results: dic
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=IDS)
-def test_what_the_client_says_is_what_was_charged(fault: Fault, results: dict[Fault, tuple[Result, str]]) -> None:
+def test_what_the_client_says_is_what_was_charged(fault: Fault, results: dict[Fault, tuple[Result, Query]]) -> None:
     """Accepted is one charge, rejected none, unknown none or one; anything more was declared."""
     assert results[fault][0].conforms
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=IDS)
-def test_a_query_recovers_when_the_fault_passes(fault: Fault, results: dict[Fault, tuple[Result, str]]) -> None:
+def test_a_query_recovers_when_the_fault_passes(fault: Fault, results: dict[Fault, tuple[Result, Query]]) -> None:
     """A GET costs nothing, so it is tried again; an answer is an answer."""
-    assert results[fault][1] == fault.get
+    _, query = results[fault]
+    assert query.ending == fault.get, query.said
 
 
 @pytest.mark.parametrize("numbers", [("F19", "F20", "F21")], ids=["bombs-and-floods"])

@@ -21,7 +21,7 @@ from nanobanana_async import (
 from nanobanana_async.simulator import FAST, Simulator, VendorProfile
 from tests.fakes import PNG, lost, script
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 
 def prompt_of(outcome: Outcome) -> str:
@@ -64,6 +64,7 @@ async def test_a_slow_consumer_stops_the_submits() -> None:
     assert most <= 5
 
 
+@pytest.mark.real_time
 async def test_requests_may_come_from_anywhere_and_are_taken_when_there_is_room() -> None:
     """An async generator that never ends, for one."""
     taken = 0

@@ -13,7 +13,7 @@ from nanobanana_async.transport.base import Errand, WireReply, WireRequest
 from nanobanana_async.transport.guard import exchange
 from tests.fakes import accepted, done, reply
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 GET = WireRequest(errand=Errand.READ, method="GET", url="https://example.org/")
 
@@ -121,7 +121,6 @@ async def test_being_cancelled_is_not_a_failure() -> None:
     assert scope.cancelled_caught
 
 
-@pytest.mark.virtual_time
 async def test_a_transport_that_hangs_holds_its_slot_no_longer_than_its_time() -> None:
     """Others are looked at all the same."""
 

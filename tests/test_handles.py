@@ -22,10 +22,9 @@ from nanobanana_async.simulator import FAST, Simulator, VendorProfile
 from tests.fakes import accepted, script, state
 from tests.tracking import Service, every, finished_after, task, tracking
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 
-@pytest.mark.virtual_time
 async def test_a_handle_made_again_from_a_fresh_id_is_as_patient_as_the_first() -> None:
     """A web app submits in one request and waits in the next; the service may not show the task yet."""
     simulator = Simulator(VendorProfile(median_s=40, sigma=0, invisible_s=25))
@@ -36,7 +35,6 @@ async def test_a_handle_made_again_from_a_fresh_id_is_as_patient_as_the_first() 
         assert client.statistics().median_s  # and what it took was learned
 
 
-@pytest.mark.virtual_time
 async def test_a_handle_from_elsewhere_is_patient_if_it_is_told_when_the_task_was_submitted() -> None:
     """In another process nothing is known but the id; a clock that was set back changes nothing."""
     simulator = Simulator(VendorProfile(median_s=40, sigma=0, invisible_s=25))
@@ -50,7 +48,6 @@ async def test_a_handle_from_elsewhere_is_patient_if_it_is_told_when_the_task_wa
             assert (await client.task(task_id, submitted_at=moment).wait()).images
 
 
-@pytest.mark.virtual_time
 async def test_who_asks_again_while_a_look_is_under_way_shares_it() -> None:
     """And who comes back later goes on where it was left: no hammering by impatience."""
     service = Service(finished_after(30), delay_s=5)
@@ -63,7 +60,6 @@ async def test_who_asks_again_while_a_look_is_under_way_shares_it() -> None:
         assert (await tracker.wait("ta-1", timeout_s=60)).is_final
 
 
-@pytest.mark.virtual_time
 async def test_the_first_end_stands_whatever_the_service_says_later() -> None:
     """For the handle that saw it, for new ones, and for a query that was under way."""
     answers = iter(["success", "failed", "in_progress"])
@@ -75,7 +71,6 @@ async def test_the_first_end_stands_whatever_the_service_says_later() -> None:
     assert {task.status for task in seen} == {TaskStatus.SUCCESS}
 
 
-@pytest.mark.virtual_time
 async def test_one_task_that_always_fails_backs_off_alone() -> None:
     """Others are looked at as ever; it is looked at less and less."""
 
@@ -108,6 +103,7 @@ async def test_who_has_left_holds_on_to_nothing() -> None:
         assert all(watch.entry is not entry for watch in watches)
 
 
+@pytest.mark.real_time
 async def test_statistics_need_no_event_loop() -> None:
     """After the run is when one saves what was learned; a metrics thread has none either."""
     async with Simulator(FAST).client() as client:
@@ -117,6 +113,7 @@ async def test_statistics_need_no_event_loop() -> None:
     assert figures.overdue_s == 0
 
 
+@pytest.mark.real_time
 @pytest.mark.parametrize("other_loop", [True, False])
 async def test_closing_from_another_loop_harms_nobody(other_loop: bool) -> None:  # noqa: FBT001 - a parameter
     """It is refused before anything has happened."""

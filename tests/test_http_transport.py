@@ -150,7 +150,7 @@ async def test_the_total_deadline_holds_against_a_peer_that_drips(carrier: Carri
     with serving(drip) as server:
         async with carrier() as transport:
             start_s = time.monotonic()
-            with pytest.raises(ExchangeFailed, match=r"no whole reply within 0\.3") as caught:
+            with pytest.raises(ExchangeFailed, match=r"no whole reply within 0\.\d+ s") as caught:
                 await transport.send(ask(server, Errand.SUBMIT), timeout_s=0.3)
             assert time.monotonic() - start_s < 1.3
     assert caught.value.reply is not None

@@ -4,8 +4,8 @@ import logging
 import shlex
 import statistics
 import sys
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from datetime import timedelta
 from decimal import Decimal, InvalidOperation
 from functools import partial
@@ -26,6 +26,7 @@ from nanobanana_async.cli.runtime import (
     FAILED,
     UNKNOWN,
     Session,
+    beside,
     emit,
     error_record,
     one_line,
@@ -120,16 +121,17 @@ def run_batch(  # noqa: PLR0913 - one parameter per option
         rows = await anyio.to_thread.run_sync(lambda: read_rows(file, **defaults))
         check_writable(out)
         keys = {row.key for row in rows}
-        async with NanoBananaClient() as client, Batch.open(out, client, budget=budget) as batch:
+        async with NanoBananaClient() as client:
             if not as_json:
                 session.last_words = partial(closing_words, out, command, keys, budget)
-            outcomes = batch.run(rows, max_in_flight=max_in_flight, retry_failed=retry_failed, timeout_s=timeout_s)
-            watcher = _Watcher(batch, client, len(rows), max_in_flight, as_json=as_json)
-            try:
-                code = await watcher.watch(outcomes)
-            except LedgerError:
-                session.unfinished.update({task_id: (key, str(out)) for key, task_id in batch.in_flight.items()})
-                raise
+            async with Batch.open(out, client, budget=budget) as batch:
+                outcomes = batch.run(rows, max_in_flight=max_in_flight, retry_failed=retry_failed, timeout_s=timeout_s)
+                watcher = _Watcher(batch, client, len(rows), max_in_flight, as_json=as_json)
+                try:
+                    code = await watcher.watch(outcomes)
+                except LedgerError:
+                    session.unfinished.update({task_id: (key, str(out)) for key, task_id in batch.in_flight.items()})
+                    raise
         if not as_json:
             say(out / report.PAGE)
         return code
@@ -156,9 +158,11 @@ class _Watcher(logging.Handler):
     async def watch(self, outcomes: AsyncGenerator[Outcome]) -> int:
         """Show each of *outcomes*, and return the exit code they add up to."""
         code = DONE
-        logging.getLogger("nanobanana_async").addHandler(self)
+        if not self._as_json:  # else there is no display to tear
+            logging.getLogger("nanobanana_async").addHandler(self)
         with self._bar:
-            async with _now_and_then(self._show), aclosing(outcomes):
+            async with beside() as group, aclosing(outcomes):
+                group.start_soon(self._refresh)
                 try:
                     async for outcome in outcomes:
                         code = max(code, _exit_code(outcome))
@@ -184,7 +188,16 @@ class _Watcher(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show what the library warns of, where it does not tear the display."""
-        self._say(printable(record.getMessage()))
+        line = printable(record.getMessage())
+        if record.levelno >= logging.ERROR:  # a paid id, perhaps: never left out
+            self._bar.say(line)
+        else:
+            self._say(line)
+
+    async def _refresh(self) -> None:
+        while True:
+            self._show()
+            await anyio.sleep(_REFRESH_S)
 
     def _show(self) -> None:
         progress = self._batch.progress()
@@ -213,25 +226,6 @@ def eta_s(left: int, median_s: float, max_in_flight: int, rate_per_s: float | No
     if not left:
         return 0.0
     return max(median_s, left / (rate_per_s or max_in_flight / median_s))
-
-
-@asynccontextmanager
-async def _now_and_then(show: Callable[[], None]) -> AsyncGenerator[None]:
-    async def tick() -> None:
-        while True:
-            show()
-            await anyio.sleep(_REFRESH_S)
-
-    error = None
-    async with anyio.create_task_group() as group:
-        group.start_soon(tick)
-        try:
-            yield
-        except Exception as exc:  # noqa: BLE001 - raised below: the group would wrap it
-            error = exc
-        group.cancel_scope.cancel()
-    if error is not None:
-        raise error
 
 
 def _exit_code(outcome: Outcome) -> int:

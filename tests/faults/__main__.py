@@ -13,14 +13,14 @@ import anyio
 
 from tests.faults.compare import compare
 from tests.faults.table import FAULTS
-from tests.faults.trial import Result, fault_server, try_all
+from tests.faults.trial import Query, Result, fault_server, try_all
 
 BACKENDS = ("asyncio", "trio")
 
 
-def _shown(post: Result, get: str) -> str:
-    right = post.as_expected and get == post.fault.get
-    return f"{post.verdict:9} {post.charges}/{1 + post.resent} {get:9} {' ' if right else '!'}"
+def _shown(post: Result, query: Query) -> str:
+    right = post.as_expected and query.as_expected
+    return f"{post.verdict:9} {post.charges}/{1 + post.resent} {query.ending:9} {' ' if right else '!'}"
 
 
 def main() -> int:
@@ -37,12 +37,12 @@ def main() -> int:
             cells = "  ".join(_shown(*runs[backend][fault]) for backend in BACKENDS)
             print(f"{fault.number:4}{fault.name:36}{cells}")
         posts = [post for run in runs.values() for post, _ in run.values()]
-        wrong = [
-            post for run in runs.values() for post, get in run.values() if not post.as_expected or get != post.fault.get
-        ]
+        wrong = [each for run in runs.values() for pair in run.values() for each in pair if not each.as_expected]
         print(f"\n{len(posts)} submits, {sum(post.charges for post in posts)} charges,", end=" ")
         print(f"{sum(not post.conforms for post in posts)} not in accord with what the client says;", end=" ")
         print(f"{len(wrong)} of {2 * len(posts)} exchanges not as expected")
+        for each in wrong:
+            print(f"{each.fault.number} {each.fault.name}: {each.said}")
         if options.compare:
             columns = ("jobs", "charges", "duplicates", "undeclared", "lost ids")
             print(f"\n{'the faults that cost money':28}" + "".join(f"{column:>12}" for column in columns))
