@@ -2,10 +2,15 @@
 
 import asyncio
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import trio
+
+
+def trio_lowlevel() -> Any | None:  # noqa: ANN401 - a module that need not be installed
+    """Return `trio.lowlevel` if trio is loaded, and whole: another thread may be half way through importing it."""
+    return getattr(sys.modules.get("trio"), "lowlevel", None)
 
 
 class Bell:
@@ -35,8 +40,7 @@ class Bell:
         """Return once it has rung. Cancelling ends the waiting."""
         if self._is_rung:
             return
-        # Not there, or not whole: another thread may be half way through importing it.
-        lowlevel = getattr(sys.modules.get("trio"), "lowlevel", None)
+        lowlevel = trio_lowlevel()
         if lowlevel is None or not lowlevel.in_trio_task():
             self._sleeper = asyncio.get_running_loop().create_future()
             await self._sleeper

@@ -6,7 +6,6 @@ So a client may be opened in one task and closed in another, as bots and fixture
 
 import asyncio
 import os
-import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Final, Generic, TypeVar
 
@@ -14,6 +13,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
+from nanobanana_async._bell import trio_lowlevel
 from nanobanana_async.errors import ConfigurationError
 
 T = TypeVar("T")
@@ -133,8 +133,7 @@ class Host:
             raise ConfigurationError("the client belongs to another event loop; make one in each loop")
 
     def _launch(self) -> None:
-        # Not there, or not whole: another thread may be half way through importing it.
-        lowlevel = getattr(sys.modules.get("trio"), "lowlevel", None)
+        lowlevel = trio_lowlevel()
         if lowlevel is not None and lowlevel.in_trio_run():
             lowlevel.spawn_system_task(self._run, name="nanobanana_async")
         else:

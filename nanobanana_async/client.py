@@ -17,7 +17,7 @@ import attrs
 
 from nanobanana_async._flow import each, flow
 from nanobanana_async._host import Host
-from nanobanana_async.errors import ConfigurationError, MediaError, NanoBananaError, SubmissionUnknown
+from nanobanana_async.errors import MediaError, NanoBananaError, SubmissionUnknown
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.media.download import Downloader
 from nanobanana_async.media.formats import SUFFIXES
@@ -32,7 +32,7 @@ from nanobanana_async.models import (
     SavedPicture,
     Task,
 )
-from nanobanana_async.outcomes import Done, Failed, Outcome, Unknown, log_unread
+from nanobanana_async.outcomes import Done, Outcome, log_unread, of_error
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
 from nanobanana_async.tracking.schedule import Schedule
 from nanobanana_async.tracking.tracker import TaskTracker
@@ -170,12 +170,8 @@ class NanoBananaClient:
             key, request = row
             try:
                 task = await self.generate(request, timeout_s=timeout_s)
-            except SubmissionUnknown as exc:
-                return Unknown(key=key, request=request, error=exc)
-            except NanoBananaError as exc:
-                return Failed(key=key, request=request, error=exc)
-            except ValueError as exc:  # `extra` holds what JSON cannot
-                return Failed(key=key, request=request, error=ConfigurationError(str(exc)))
+            except (NanoBananaError, ValueError) as exc:
+                return of_error(exc, key=key, request=request)
             return Done(key=key, request=request, task=task)
 
         outcomes: AsyncGenerator[Outcome] = flow(self._host, keyed(), one, at_once=max_in_flight, unread=log_unread)

@@ -7,7 +7,7 @@ from typing import Final
 
 import anyio
 
-from nanobanana_async.errors import NoImage, TaskFailed, TaskNotFound
+from nanobanana_async.errors import NoImage, TaskError, TaskFailed, TaskNotFound
 from nanobanana_async.models import Task, TaskStatus
 from nanobanana_async.tracking.schedule import NOT_FOUND_GRACE_S
 from nanobanana_async.tracking.tracker import TaskTracker
@@ -85,11 +85,8 @@ class TaskHandle:
             NoImage: It ended as success, was paid, and holds no picture; `exc.task.texts` may say why.
         """
         task = self._final or self._keep(await self._await_final(timeout_s))
-        if task.status is TaskStatus.FAILED:
-            raise TaskFailed(f"task {task.task_id} failed: {task.reason or 'the service gave no reason'}", task=task)
-        if not task.images:
-            said = " ".join(task.texts) or task.reason or "no words either"
-            raise NoImage(f"task {task.task_id} was paid, and brought no picture ({said[:500]})", task=task)
+        if task.status is TaskStatus.FAILED or not task.images:
+            raise without_picture(task)
         return task
 
     async def updates(self, *, timeout_s: float | None = None) -> AsyncGenerator[Task]:
@@ -113,3 +110,11 @@ class TaskHandle:
         if task.is_final:
             self._final = self._final or task  # the first end stands, whatever the service says later
         return self._final or task
+
+
+def without_picture(task: Task) -> TaskError:
+    """Return why *task*, which is final, brought no picture."""
+    if task.status is TaskStatus.FAILED:
+        return TaskFailed(f"task {task.task_id} failed: {task.reason or 'the service gave no reason'}", task=task)
+    said = " ".join(task.texts) or task.reason or "no words either"
+    return NoImage(f"task {task.task_id} was paid, and brought no picture ({said[:500]})", task=task)

@@ -5,7 +5,7 @@ from typing import Final, TypeAlias
 
 import attrs
 
-from nanobanana_async.errors import NanoBananaError, SubmissionUnknown
+from nanobanana_async.errors import ConfigurationError, NanoBananaError, SubmissionUnknown
 from nanobanana_async.models import GenerationRequest, SavedPicture, Task
 
 _log: Final = logging.getLogger("nanobanana_async")
@@ -45,6 +45,15 @@ class Unknown(_Ended):
 
 
 Outcome: TypeAlias = Done | Failed | Unknown
+
+
+def of_error(error: NanoBananaError | ValueError, *, key: str, request: GenerationRequest) -> Failed | Unknown:
+    """Return what *request* has come to when it ended in *error*."""
+    if isinstance(error, SubmissionUnknown):
+        return Unknown(key=key, request=request, error=error)
+    if isinstance(error, ValueError):  # `extra` holds what JSON cannot
+        error = ConfigurationError(str(error))
+    return Failed(key=key, request=request, error=error)
 
 
 def log_unread(outcome: Outcome) -> None:

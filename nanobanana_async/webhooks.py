@@ -19,7 +19,6 @@ from nanobanana_async.errors import ConfigurationError, NanoBananaError, Protoco
 from nanobanana_async.models import Callback, http_url_fault
 from nanobanana_async.tracking.watch import Recent
 from nanobanana_async.transport import codec
-from nanobanana_async.transport.base import WireReply
 from nanobanana_async.transport.bodies import plain
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -44,7 +43,7 @@ def parse_callback(body: bytes, *, content_encoding: str = "") -> Callback:
     Raises:
         ProtocolError: It claims nothing about a task.
     """
-    return codec.decode_callback(body, content_encoding)
+    return codec.decode_callback(plain(body, content_encoding, _BODY_BYTES))
 
 
 class Expectation:
@@ -150,9 +149,9 @@ class CallbackReceiver:
         nonce = self.verify(path)
         if nonce is None:
             return False
-        body = plain(WireReply(status=200, headers={"content-encoding": content_encoding}, body=body), _BODY_BYTES)
+        body = plain(body, content_encoding, _BODY_BYTES)
         try:
-            claimed: str | None = parse_callback(body).task_id
+            claimed: str | None = codec.decode_callback(body).task_id
         except ProtocolError as exc:
             _log.warning("a callback came that nobody can read: %s", exc)
             claimed = None

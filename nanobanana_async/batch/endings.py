@@ -4,14 +4,7 @@ from datetime import UTC, datetime
 
 from nanobanana_async.batch.entries import RowRecord, RowState
 from nanobanana_async.batch.rows import Row
-from nanobanana_async.errors import (
-    ConfigurationError,
-    NanoBananaError,
-    NoImage,
-    SubmissionUnknown,
-    TaskError,
-    TaskFailed,
-)
+from nanobanana_async.errors import ConfigurationError, NanoBananaError, SubmissionUnknown, TaskFailed
 from nanobanana_async.models import Task, TaskStatus
 from nanobanana_async.outcomes import Failed, Outcome, Unknown
 
@@ -33,15 +26,6 @@ def of_earlier_run(row: Row, record: RowRecord, *, retry_failed: bool) -> Outcom
     else:
         return None
     return Failed(key=row.key, request=row.request, error=error, earlier=True)
-
-
-def without_picture(task: Task) -> TaskError:
-    """Return why a task that is final brought no picture."""
-    said = " ".join(task.texts) or task.reason
-    if task.status is TaskStatus.FAILED:
-        return TaskFailed(f"task {task.task_id} failed: {task.reason or 'the service gave no reason'}", task=task)
-    words = (said or "no words either")[:500]
-    return NoImage(f"task {task.task_id} was paid, and brought no picture ({words})", task=task)
 
 
 def are_there(record: RowRecord) -> bool:

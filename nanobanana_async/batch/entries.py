@@ -45,6 +45,11 @@ class RowState(enum.StrEnum):
         """Whether a run submits it."""
         return self in (RowState.OPEN, RowState.REFUSED, RowState.REOPENED)
 
+    @property
+    def may_be_submitted(self) -> bool:
+        """Whether a submit is in order: for a failed row, when its owner says so."""
+        return self.is_open or self is RowState.FAILED
+
 
 _BEFORE: Final[Mapping[RowState, tuple[RowState, ...]]] = {
     RowState.SUBMITTED: (RowState.INTENT, RowState.UNKNOWN),
@@ -77,6 +82,7 @@ SELECT key, number, stem, fingerprint, prompt, model, coalesce(state, 'open') AS
     task_id, intended_at, submitted_at, ended_at, saved_at, consumed, reason, coalesce(files, '[]') AS files
 FROM rows LEFT JOIN attempts USING (key, attempt)
 """
+_LAST_OF: Final = "(key, attempt) = (SELECT key, attempt FROM rows WHERE key = ?)"
 
 
 @attrs.frozen(kw_only=True)
@@ -138,7 +144,7 @@ def intend(db: sqlite3.Connection, key: str, nonce: str | None = None) -> bool:
         "SELECT coalesce(state, 'open'), attempt FROM rows LEFT JOIN attempts USING (key, attempt) WHERE key = ?",
         (key,),
     ).fetchone()
-    if not RowState(state).is_open and state != RowState.FAILED:
+    if not RowState(state).may_be_submitted:
         return False
     db.execute("UPDATE rows SET attempt = ? WHERE key = ?", (attempt + 1, key))
     db.execute(
@@ -150,14 +156,8 @@ def intend(db: sqlite3.Connection, key: str, nonce: str | None = None) -> bool:
 
 def intend_again(db: sqlite3.Connection, key: str) -> bool:
     """Count one more POST of the attempt that is under way; False when none is."""
-    return (
-        db.execute(
-            "UPDATE attempts SET sends = sends + 1 WHERE (key, attempt) = (SELECT key, attempt FROM rows WHERE key = ?)"
-            " AND state = 'intent'",
-            (key,),
-        ).rowcount
-        > 0
-    )
+    done = db.execute(f"UPDATE attempts SET sends = sends + 1 WHERE {_LAST_OF} AND state = 'intent'", (key,))
+    return done.rowcount > 0
 
 
 def move(db: sqlite3.Connection, key: str, state: RowState, facts: Mapping[str, str | float | None]) -> bool:
@@ -165,14 +165,11 @@ def move(db: sqlite3.Connection, key: str, state: RowState, facts: Mapping[str, 
     before = _BEFORE[state]
     sets = "".join(f", {name} = ?" for name in facts)
     values = [_clean(value) for value in facts.values()]
-    return (
-        db.execute(
-            f"UPDATE attempts SET state = ?{sets} WHERE (key, attempt) = (SELECT key, attempt FROM rows WHERE key = ?)"
-            f" AND state IN ({', '.join('?' * len(before))})",
-            (state, *values, key, *before),
-        ).rowcount
-        > 0
+    done = db.execute(
+        f"UPDATE attempts SET state = ?{sets} WHERE {_LAST_OF} AND state IN ({', '.join('?' * len(before))})",
+        (state, *values, key, *before),
     )
+    return done.rowcount > 0
 
 
 def recognise(db: sqlite3.Connection, nonce: str, task_id: str) -> None:

@@ -20,7 +20,7 @@ from nanobanana_async._flow import flow
 from nanobanana_async._host import Host
 from nanobanana_async.batch import report
 from nanobanana_async.batch.account import Account
-from nanobanana_async.batch.endings import are_there, as_task, moment, of_earlier_run, without_picture
+from nanobanana_async.batch.endings import are_there, as_task, moment, of_earlier_run
 from nanobanana_async.batch.entries import RowRecord, RowState
 from nanobanana_async.batch.ledger import Ledger
 from nanobanana_async.batch.rows import Row, Rows, keyed
@@ -36,10 +36,10 @@ from nanobanana_async.errors import (
     SubmissionUnknown,
     TaskNotFound,
 )
-from nanobanana_async.handle import TaskHandle
+from nanobanana_async.handle import TaskHandle, without_picture
 from nanobanana_async.media.download import sweep
 from nanobanana_async.models import Announcer, GenerationRequest, SavedPicture, Task
-from nanobanana_async.outcomes import Done, Failed, Outcome, Unknown
+from nanobanana_async.outcomes import Done, Failed, Outcome, Unknown, of_error
 
 _ENTERED_AT_ONCE: Final = 100
 _log: Final = logging.getLogger("nanobanana_async")
@@ -113,6 +113,8 @@ class Batch:
             await ledger.aclose()
             raise
         try:
+            await batch._host.ensure()
+            batch._host.start_soon(batch._report_now_and_then)
             yield batch
         finally:
             await batch.aclose()
@@ -154,7 +156,6 @@ class Batch:
             return outcome
 
         self._met.clear()
-        self._host.start_soon(self._report_now_and_then)
         outcomes: AsyncGenerator[Outcome] = flow(
             self._host, self._entered(rows), work, at_once=max_in_flight, unread=_in_the_ledger
         )
@@ -222,6 +223,10 @@ class Batch:
         """Give this unknown row up: it counts as failed from now on, and is never submitted again."""
         await self._ledger.move(key, RowState.ABANDONED)
 
+    async def bind(self, key: str, task_id: str) -> None:
+        """Tell which task this unknown row is, if you know: from a log, a callback, or the service's support."""
+        await self._ledger.move(key, RowState.SUBMITTED, task_id=task_id)
+
     async def _hear(self, nonce: str, task_id: str) -> None:
         """Take a callback about a submit that no expectation here is waited for: an unknown row's, perhaps."""
         now_s = anyio.current_time()
@@ -235,9 +240,7 @@ class Batch:
         else:
             await self._ledger.recognise(nonce, task_id)
 
-    async def bind(self, key: str, task_id: str) -> None:
-        """Tell which task this unknown row is, if you know: from a log, a callback, or the service's support."""
-        await self._ledger.move(key, RowState.SUBMITTED, task_id=task_id)
+    # --- all rows ---------------------------------------------------------------------------------------------------
 
     async def _entered(self, rows: Rows) -> AsyncGenerator[tuple[Row, RowRecord | None]]:
         """Enter rows in the ledger, many in one transaction, until something stops the run. None: its key was met."""
@@ -268,12 +271,7 @@ class Batch:
     async def _left_over(self) -> list[tuple[Row, RowRecord]]:
         """Return rows of earlier runs that are paid, not fetched, and were not met in this one."""
         found = await self._ledger.read(list, RowState.SUBMITTED, RowState.SUCCESS)
-        paid = [record for record in found if record.key not in self._met]
-        requests = [GenerationRequest(record.prompt, model=record.model) for record in paid]
-        return [
-            (Row(key=record.key, request=request, fingerprint=record.fingerprint), record)
-            for request, record in zip(requests, paid, strict=True)
-        ]
+        return [(_as_row(record), record) for record in found if record.key not in self._met]
 
     async def _enter(self, waiting: list[Row]) -> list[tuple[Row, RowRecord]]:
         entered = list(zip(waiting, await self._ledger.enter(waiting), strict=True))
@@ -295,19 +293,15 @@ class Batch:
             return None
         except LedgerError:  # ends the others, too: nothing that they come to can be written down
             raise
-        except SubmissionUnknown as exc:
-            return Unknown(key=row.key, request=row.request, error=exc)
-        except NanoBananaError as exc:
-            return Failed(key=row.key, request=row.request, error=exc)
-        except ValueError as exc:  # `extra` holds what JSON cannot
-            return Failed(key=row.key, request=row.request, error=ConfigurationError(str(exc)))
+        except (NanoBananaError, ValueError) as exc:
+            return of_error(exc, key=row.key, request=row.request)
 
     async def _advance(self, row: Row, record: RowRecord, *, retry_failed: bool, timeout_s: float | None) -> Outcome:
         if (outcome := of_earlier_run(row, record, retry_failed=retry_failed)) is not None:
             return outcome
         if record.state is RowState.SAVED and await anyio.to_thread.run_sync(are_there, record):
             return Done(key=row.key, request=row.request, task=as_task(record), files=record.files, earlier=True)
-        if record.state.is_open or record.state is RowState.FAILED:
+        if record.state.may_be_submitted:
             handle = await self._submitter.submit(row)
             record = attrs.evolve(record, state=RowState.SUBMITTED)
         else:
@@ -378,6 +372,11 @@ class Batch:
                 for name, image in zip(names, task.images, strict=True)
             ]
         )
+
+
+def _as_row(record: RowRecord) -> Row:
+    request = GenerationRequest(record.prompt, model=record.model)
+    return Row(key=record.key, request=request, fingerprint=record.fingerprint)
 
 
 def _in_the_ledger(_: Outcome) -> None:

@@ -77,9 +77,11 @@ def resolve(  # noqa: PLR0913 - one parameter per option
 
 
 def _show(unknown: list[RowRecord], account: Account, *, as_json: bool) -> None:
+    total: Decimal | None = Decimal(0)
     for record in unknown:
         price = account.price(record.model)
         worst = None if price is None else price * record.sends
+        total = None if total is None or worst is None else total + worst
         if as_json:
             line = {"key": record.key, "prompt": record.prompt, "task_id": record.task_id, "worst_case": worst}
             emit({**line, "reason": record.reason})
@@ -88,9 +90,7 @@ def _show(unknown: list[RowRecord], account: Account, *, as_json: bool) -> None:
             facts = (record.key, cost, repr(record.prompt[:60]), record.task_id or "", record.reason or "")
             say("  ".join(filter(None, map(printable, facts))))
     if not as_json:
-        costs = [account.price(record.model) for record in unknown]
-        worst_case = sum((cost * record.sends for cost, record in zip(costs, unknown, strict=True) if cost), Decimal(0))
-        most = "at a price nobody knows" if None in costs else f"{worst_case.normalize():f} credits at worst"
+        most = "at a price nobody knows" if total is None else f"{total.normalize():f} credits at worst"
         click.echo(f"{len(unknown)} may have been paid: {most}", err=True)
 
 

@@ -8,14 +8,14 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from decimal import Decimal
 from typing import Final, NoReturn
 
 import anyio
 import attrs
 import click
-from anyio.abc import TaskStatus
+from anyio.abc import TaskGroup, TaskStatus
 
 from nanobanana_async.errors import InvalidRows, NanoBananaError, SubmissionUnknown
 from nanobanana_async.models import Task
@@ -83,22 +83,30 @@ def run(work: Callable[[Session], Awaitable[int]], *, as_json: bool = False) -> 
 
 async def _until_signalled(work: Callable[[Session], Awaitable[int]], session: Session) -> int:
     """Run *work* until it ends, or a signal cancels it."""
-    code, error = FAILED, None
-    async with anyio.create_task_group() as group:
+    code = FAILED
+    async with beside() as group:
         scope = anyio.CancelScope()
         # A script may have told us to ignore one: nohup, or a job in its background.
         heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         if heeded:
             await group.start(_heed_signals, heeded, scope, session)
         with scope:
-            try:
-                code = await work(session)
-            except Exception as exc:  # noqa: BLE001 - raised below: the group would wrap it
-                error = exc
+            code = await work(session)
+    return code
+
+
+@contextlib.asynccontextmanager
+async def beside() -> AsyncGenerator[TaskGroup]:
+    """Give a task group for what runs beside the block, and ends with it; what the block raises is not wrapped."""
+    error = None
+    async with anyio.create_task_group() as group:
+        try:
+            yield group
+        except Exception as exc:  # noqa: BLE001 - raised below: the group would wrap it
+            error = exc
         group.cancel_scope.cancel()
     if error is not None:
         raise error
-    return code
 
 
 async def _heed_signals(
