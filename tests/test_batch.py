@@ -29,6 +29,7 @@ from nanobanana_async import (
     NoImage,
     NotSent,
     Outcome,
+    PollPolicy,
     RetryPolicy,
     RowState,
     SavedPicture,
@@ -41,7 +42,7 @@ from nanobanana_async import (
 )
 from nanobanana_async.batch.rows import Keys
 from nanobanana_async.models import GeneratedImage
-from nanobanana_async.simulator import FAST, Simulator, VendorProfile
+from nanobanana_async.simulator import FAST, FAST_POLLING, Simulator, VendorProfile
 from tests.fakes import lost, refused, reply
 
 pytestmark = pytest.mark.anyio
@@ -97,10 +98,15 @@ def client_of(simulator: Simulator, meddle: object = None, **options: object) ->
 
 @asynccontextmanager
 async def batch_of(
-    simulator: Simulator, folder: Path, meddle: object = None, **options: object
+    simulator: Simulator,
+    folder: Path,
+    meddle: object = None,
+    *,
+    polling: PollPolicy = FAST_POLLING,
+    **options: object,
 ) -> AsyncIterator[Batch]:
     """Open a batch with a client of its own."""
-    async with client_of(simulator, meddle) as client, Batch.open(folder, client, **options) as batch:  # type: ignore[arg-type]
+    async with client_of(simulator, meddle, polling=polling) as client, Batch.open(folder, client, **options) as batch:  # type: ignore[arg-type]
         yield batch
 
 
@@ -556,7 +562,7 @@ async def test_a_night_without_a_network_costs_time_and_nothing_else(tmp_path: P
         return refused_here if down and request.method == "POST" else None
 
     began_s = anyio.current_time()
-    async with batch_of(simulator, tmp_path, meddle) as batch:
+    async with batch_of(simulator, tmp_path, meddle, polling=PollPolicy()) as batch:
         outcomes = await run(batch, [f"fox {number}" for number in range(30)], max_in_flight=4)
         transport = batch._client._api._transport
     assert kinds(outcomes) == ["Done"] * 30
@@ -592,7 +598,7 @@ async def test_an_outage_at_the_gateway_burns_few_rows(tmp_path: Path) -> None:
         down = 20 < anyio.current_time() - began_s < 920
         return reply(502, body=b"<html></html>") if down and request.method == "POST" else None
 
-    async with batch_of(simulator, tmp_path, meddle) as batch:
+    async with batch_of(simulator, tmp_path, meddle, polling=PollPolicy()) as batch:
         outcomes = await run(batch, [f"fox {number}" for number in range(100)], max_in_flight=10)
     assert kinds(outcomes).count("Unknown") <= 15
     assert kinds(outcomes).count("Done") >= 85

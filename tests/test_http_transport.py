@@ -1,6 +1,7 @@
 """`HttpTransport` over real sockets: phases, caps, deadlines, lanes; the same over a client that is handed in."""
 
 import contextlib
+import gc
 import gzip
 import socket
 import ssl
@@ -10,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import anyio
+import anyio.lowlevel
 import httpx
 import httpx2
 import pytest
@@ -204,6 +206,24 @@ async def test_a_sink_gets_the_body_of_a_200_and_of_nothing_else() -> None:
 
                 await transport.send(ask(server, Errand.FETCH), timeout_s=5, sink=sink)
         assert got == expected
+
+
+@pytest.mark.parametrize("moment", ["in the sink", "between two pieces"])
+async def test_a_download_that_is_cancelled_half_way_leaves_nothing_to_the_garbage_collector(moment: str) -> None:
+    """It would warn, on trio, of generators that nobody has ended."""
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with serving(saying(head + b"1\r\nx\r\n" * 1000)) as server:
+        async with contextlib.aclosing(HttpTransport()) as transport:
+            with anyio.CancelScope() as scope:
+
+                async def sink(_: bytes) -> None:
+                    scope.cancel()
+                    if moment == "in the sink":
+                        await anyio.lowlevel.checkpoint()
+
+                await transport.send(ask(server, Errand.FETCH), timeout_s=5, sink=sink)
+            assert scope.cancelled_caught
+    gc.collect()
 
 
 async def test_what_a_sink_raises_comes_out_as_it_is() -> None:

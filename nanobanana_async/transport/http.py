@@ -279,21 +279,23 @@ class HttpTransport:
 async def _drain(opened: Opened, max_bytes: int, progress: _Progress, sink: Sink | None) -> None:
     """Read the body raw, so that what came before a failure is kept, and stop at the cap.
 
-    When we are the ones to stop, the connection is closed and the iteration goes on to its end, which is near: left
-    half way, the libraries' nested generators would be finalised by the garbage collector, and trio complains.
+    When we are the ones to stop, or are cancelled, the connection is closed and the iteration goes on to its end, which
+    is near: left half way, the libraries' nested generators would be finalised by the garbage collector, and trio
+    complains.
     """
-    size, pieces, stopped = 0, 0, None
+    size, pieces = 0, 0
+    stopped: BaseException | None = None
     try:
         async for piece in opened.pieces:
             pieces += 1
             if pieces % _YIELD_AFTER == 0:
-                await anyio.lowlevel.checkpoint()
+                await anyio.lowlevel.cancel_shielded_checkpoint()
             if stopped is not None:
                 continue
             size += len(piece)
             try:
                 await _take(piece, size - max_bytes, progress, sink)
-            except Exception as exc:  # noqa: BLE001 - raised again below, when the body is done with
+            except BaseException as exc:  # noqa: BLE001 - raised again below, when the body is done with
                 stopped = exc
                 await opened.aclose()
     except Exception:  # reading on after our own close fails in as many ways as there are backends
