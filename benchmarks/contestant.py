@@ -92,12 +92,11 @@ def openai(url: str) -> Job:
 CLIENTS = {client.__name__: client for client in (nanobanana_async, openai, runwayml, replicate, fal_client)}
 
 
-async def compete(name: str, url: str, jobs: int, limit_s: float) -> None:
+async def compete(name: str, url: str, jobs: int, limit_s: float, stalls: StallMeter) -> None:
     """Run all jobs at once, print the record, and leave."""
     one = CLIENTS[name](url)
     noticed_s: dict[str, float] = {}
     errors: Counter[str] = Counter()
-    stalls = StallMeter()
     cpu_s, wall_s = time.process_time(), time.monotonic()
 
     async def run() -> None:
@@ -121,18 +120,18 @@ async def compete(name: str, url: str, jobs: int, limit_s: float) -> None:
 
     timer = threading.Timer(limit_s, report)
     timer.start()
-    meter = asyncio.ensure_future(stalls.run())
     started = []
     for number in range(jobs):
         started.append(asyncio.ensure_future(run()))
         if number % 100 == 99:  # a loop of ten thousand would be a stall of our own making
             await asyncio.sleep(0)
     await asyncio.gather(*started)
-    meter.cancel()
     report()
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     contestant, port, many, limit = sys.argv[1:]
-    asyncio.run(compete(contestant, f"http://127.0.0.1:{port}", int(many), float(limit)))
+    meter = StallMeter()
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(meter)) as runner:
+        runner.run(compete(contestant, f"http://127.0.0.1:{port}", int(many), float(limit), meter))

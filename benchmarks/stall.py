@@ -1,21 +1,28 @@
 """How long the event loop is held up."""
 
-import asyncio
+import selectors
 import time
-from typing import Final
-
-TICK_S: Final = 0.02
 
 
-class StallMeter:
-    """Sleeps for 20 ms again and again, and notes how much longer it took at the worst."""
+class StallMeter(selectors.DefaultSelector):
+    """A selector that notes how long the loop stays away from it.
+
+    Nothing has to wake up for the measurement: a timer every 20 ms would cost a client that mostly waits much CPU.
+    """
 
     def __init__(self) -> None:
-        self.longest_s = 0.0
+        super().__init__()
+        self._longest_s = 0.0
+        self._left_s: float | None = None
 
-    async def run(self) -> None:
-        """Measure until cancelled."""
-        while True:
-            before_s = time.perf_counter()
-            await asyncio.sleep(TICK_S)
-            self.longest_s = max(self.longest_s, time.perf_counter() - before_s - TICK_S)
+    @property
+    def longest_s(self) -> float:
+        """The longest time between two looks at what is ready, the present one included."""
+        return self._longest_s if self._left_s is None else max(self._longest_s, time.perf_counter() - self._left_s)
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """See `selectors.BaseSelector.select`."""
+        self._longest_s, self._left_s = self.longest_s, None
+        events = super().select(timeout)
+        self._left_s = time.perf_counter()
+        return events
