@@ -682,7 +682,7 @@ async def test_how_long_it_settles_is_bounded(tmp_path: Path) -> None:
         async with Batch.open(tmp_path, client) as batch:
             with anyio.move_on_after(0.1):
                 await run(batch, ["fox"])
-        assert anyio.current_time() - began_s < 1.5
+        assert anyio.current_time() - began_s < 5
     async with batch_of(simulator, tmp_path) as batch:
         (record,) = await batch.unknown()
     assert record.prompt == "fox"

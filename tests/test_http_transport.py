@@ -8,6 +8,7 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import anyio
@@ -154,7 +155,7 @@ async def test_the_total_deadline_holds_against_a_peer_that_drips(carrier: Carri
             start_s = time.monotonic()
             with pytest.raises(ExchangeFailed, match=r"no whole reply within 0\.\d+ s") as caught:
                 await transport.send(ask(server, Errand.SUBMIT), timeout_s=0.3)
-            assert time.monotonic() - start_s < 1.3
+            assert time.monotonic() - start_s < 1.8
     assert caught.value.reply is not None
     assert set(caught.value.reply.body) == set(b"x")
 
@@ -264,9 +265,12 @@ async def test_a_lane_that_was_cut_off_is_not_used_again() -> None:
     """Its connection may still carry the end of somebody else's reply."""
     with serving(saying(response(b"{}", length=5))) as server:
         async with contextlib.aclosing(HttpTransport()) as transport:
-            for _ in range(3):
-                with anyio.move_on_after(0.1):
-                    await transport.send(ask(server), timeout_s=5)
+            for number in range(3):
+                async with anyio.create_task_group() as group:
+                    group.start_soon(partial(transport.send, ask(server), timeout_s=5))
+                    while len(server.requests) <= number:
+                        await anyio.sleep(0.01)
+                    group.cancel_scope.cancel()
             assert (server.connections, sum(map(len, transport._idle.values()))) == (3, 0)
 
 
