@@ -366,6 +366,9 @@ async def test_a_lost_answer_is_unknown_until_somebody_decides(tmp_path: Path) -
         foreign = await batch._client.submit("by hand")
         await batch.resubmit(records[0].key)
         await batch.abandon(records[1].key)
+        mine = next(outcome.task for outcome in again.values() if isinstance(outcome, Done))
+        with pytest.raises(LedgerError, match=f"task {mine.task_id} is what row"):
+            await batch.bind(records[2].key, mine.task_id)
         await batch.bind(records[2].key, foreign.task_id)
         with pytest.raises(LedgerError):
             await batch.abandon(records[2].key)

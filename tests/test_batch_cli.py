@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -130,7 +131,7 @@ def test_an_interrupted_run_settles_and_says_how_to_go_on(scenes: dict[str, Scen
     assert [act.code for act in scene.acts] == [130, 143, 0]
     for act in scene.acts[:2]:
         *_, summary, hint, last = act.err.splitlines()
-        assert summary == "0 of 4 done, 4 to go (4 of them paid for); 0 credits spent"
+        assert summary == "0 of 4 done, 4 to go (4 of them submitted); 0 credits spent, 4 at a price nobody knows yet"
         assert hint == "to go on: nanobanana batch prompts.txt --out run"
         assert last == "interrupted"
         assert "Traceback" not in act.err
@@ -160,8 +161,9 @@ def _say_nothing(peer: socket.socket, _: bytes) -> None:
     peer.recv(1)
 
 
-def test_a_second_interrupt_does_not_wait_and_names_what_is_unknown(tmp_path: Path) -> None:
-    """A submit that was never answered may be paid; `resolve` lists it, without a key."""
+@pytest.mark.parametrize("more", [0, 6])
+def test_a_second_interrupt_does_not_wait_and_names_what_is_unknown(tmp_path: Path, more: int) -> None:
+    """A submit that was never answered may be paid; `resolve` lists it, without a key. Still *more* change nothing."""
     (tmp_path / "prompts.txt").write_text("a fox\na hare")
     with serving(_say_nothing) as server:
         variables = {"DEFAPI_BASE_URL": server.url, "DEFAPI_API_KEY": "dk-test"}
@@ -171,6 +173,9 @@ def test_a_second_interrupt_does_not_wait_and_names_what_is_unknown(tmp_path: Pa
             process.send_signal(signal.SIGINT)
             assert "Ctrl-C again does not wait" in process.stderr.readline()
             process.send_signal(signal.SIGINT)
+            for _ in range(more):
+                time.sleep(0.01)
+                process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=10)
     assert process.returncode == 130
     assert "1 unknown, 1 to go" in err
@@ -193,6 +198,16 @@ def test_a_second_interrupt_does_not_wait_and_names_what_is_unknown(tmp_path: Pa
     [
         pytest.param(["p.txt", "--out", "run"], {"DEFAPI_API_KEY": "dk-wrong"}, 1, "Invalid API key", id="wrong-key"),
         pytest.param(["bad.csv", "--out", "run"], {}, 1, "line 3: prompt: must not be empty", id="bad-row"),
+        pytest.param(
+            ["many.csv", "--out", "run"],
+            {},
+            1,
+            "line 25: prompt: must not be empty\nnanobanana: and 36 more",
+            id="bad-rows",
+        ),
+        pytest.param(
+            ["p.txt", "--out", "run", "--aspect-ratio", "1x1"], {}, 1, "nanobanana: aspect_ratio: ", id="bad-ratio"
+        ),
         pytest.param(["none.txt", "--out", "run"], {}, 1, "none.txt: No such file", id="no-file"),
         pytest.param(["p.txt", "--out", "p.txt"], {}, 1, "p.txt: is a file, and not a folder", id="out-is-a-file"),
         pytest.param(["p.txt", "--out", "/proc/no"], {}, 1, "/proc/no", id="unwritable"),
@@ -216,6 +231,7 @@ def test_what_goes_wrong_is_told_before_anything_is_paid(
     """Never a traceback; nothing charged."""
     (tmp_path / "p.txt").write_text("a fox")
     (tmp_path / "bad.csv").write_text("prompt,key\nfox,\n,k\n")
+    (tmp_path / "many.csv").write_text("prompt,key\n" + ",k\n" * 60)
     ended = nanobanana("batch", *arguments, cwd=tmp_path, **variables)
     assert (ended.returncode, ended.stdout) == (code, "")
     assert says in ended.stderr

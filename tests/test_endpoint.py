@@ -27,7 +27,7 @@ def test_a_key_that_cannot_be_sent_is_refused_without_being_shown(key: str) -> N
 @pytest.mark.parametrize("key", [None, "", "  ", "Bearer "])
 def test_no_key_is_said_to_be_missing(key: str | None) -> None:
     """With the name of the variable to set."""
-    with pytest.raises(ConfigurationError, match=r"no API key: set DEFAPI_API_KEY, or pass api_key=\.\.\."):
+    with pytest.raises(ConfigurationError, match=r"no API key: set DEFAPI_API_KEY \(in a program, api_key=\.\.\. "):
         NanoBananaClient(key)
 
 

@@ -172,6 +172,18 @@ def move(db: sqlite3.Connection, key: str, state: RowState, facts: Mapping[str, 
     return done.rowcount > 0
 
 
+def bind(db: sqlite3.Connection, key: str, task_id: str) -> bool:
+    """Note which task the last attempt of *key* became, as somebody says; False when it is not unknown.
+
+    Raises:
+        ValueError: It cannot be that one: another attempt is.
+    """
+    other = db.execute(f"SELECT key FROM attempts WHERE task_id = ? AND NOT {_LAST_OF}", (task_id, key)).fetchone()
+    if other is not None:
+        raise ValueError(f"task {task_id} is what row {other[0]} became")
+    return move(db, key, RowState.SUBMITTED, {"task_id": task_id})
+
+
 def recognise(db: sqlite3.Connection, nonce: str, task_id: str) -> None:
     """Note which task the unknown submit with this nonce became, if it is one, and still the last of its row."""
     db.execute(

@@ -163,6 +163,10 @@ class Ledger:
         """Note that the last attempt of *key* is now in *state*, with *facts* about it (columns of `attempts`)."""
         await self._durably(lambda db: entries.move(db, key, state, facts), key)
 
+    async def bind(self, key: str, task_id: str) -> None:
+        """Note which task the unknown row *key* became, as somebody says; refused if another row is that task."""
+        await self._durably(lambda db: entries.bind(db, key, task_id), key)
+
     async def saved(self, key: str, files: Iterable[SavedPicture]) -> None:
         """Note that the pictures of *key* are on disk, whole."""
         listed = json.dumps([[file.path.name, file.sha256, file.size_bytes] for file in files])

@@ -131,6 +131,10 @@ def read_rows(path: Path, **defaults: str | None) -> list[Row]:
         raise InvalidRows(
             f"{path}: line {line} is not UTF-8 (byte {exc.object[exc.start]:#x}); save it as UTF-8"
         ) from None
+    try:
+        GenerationRequest("-", **{name: value for name, value in defaults.items() if value})  # type: ignore[arg-type]
+    except ValueError as exc:
+        raise InvalidRows(str(exc)) from None  # else every row would be blamed for it
     rows, faults, keys = [], [], Keys()
     try:
         for line, record in reader(text):
@@ -196,6 +200,8 @@ def _from_jsonl(text: str) -> Iterator[_Record]:
         if part.strip():
             try:
                 record = json.loads(part)
+            except json.JSONDecodeError as exc:
+                record = {"fault": f"not JSON: {exc.msg} at column {exc.colno}"}
             except (ValueError, RecursionError) as exc:
                 record = {"fault": f"not JSON: {exc}"}
             yield line, record if isinstance(record, dict) else {"fault": "not a JSON object"}

@@ -225,7 +225,7 @@ class Batch:
 
     async def bind(self, key: str, task_id: str) -> None:
         """Tell which task this unknown row is, if you know: from a log, a callback, or the service's support."""
-        await self._ledger.move(key, RowState.SUBMITTED, task_id=task_id)
+        await self._ledger.bind(key, task_id)
 
     async def _hear(self, nonce: str, task_id: str) -> None:
         """Take a callback about a submit that no expectation here is waited for: an unknown row's, perhaps."""

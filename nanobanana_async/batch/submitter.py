@@ -136,10 +136,11 @@ class Submitter:
 
     def _poverty(self, model: str) -> str:
         funds, price = self._account.funds(), self._account.price(model)
-        next_one = "nobody knows what a picture costs" if price is None else f"one more may cost {price:f}"
+        next_one = "nobody knows what a picture costs" if price is None else f"one more may cost {price.normalize():f}"
+        reserved = f", {funds.reserved.normalize():f} may be charged for what is unknown" if funds.reserved else ""
         return (
-            f"the budget does not allow another submit: {funds.spent:f} credits are spent, {funds.reserved:f} may "
-            f"have been charged for submits whose end is unknown, {funds.left:f} are left, and {next_one}"
+            f"the budget does not allow another submit: {funds.spent.normalize():f} credits are spent{reserved}, "
+            f"and {next_one}"
         )
 
     async def _reserved(self, row: Row) -> TaskHandle:

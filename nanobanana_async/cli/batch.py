@@ -5,7 +5,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
 from decimal import Decimal, InvalidOperation
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Any, Final
 import anyio
 import anyio.to_thread
 import click
+from anyio.abc import TaskGroup
 
 from nanobanana_async.batch import report
 from nanobanana_async.batch.rows import read_rows
@@ -26,7 +27,6 @@ from nanobanana_async.cli.runtime import (
     FAILED,
     UNKNOWN,
     Session,
-    beside,
     emit,
     error_record,
     one_line,
@@ -46,8 +46,6 @@ _TOLD: Final = 20
 """Failures that are told as they happen."""
 _FIRST_MEDIAN_S: Final = 20.0
 """Of the schedule's prior: what a picture takes as long as nobody has seen one."""
-_EARLY: Final = 10
-"""Pictures after which the rate at which they come is worth more than the learned median."""
 
 
 class _BatchGroup(click.Group):
@@ -161,7 +159,7 @@ class _Watcher(logging.Handler):
         if not self._as_json:  # else there is no display to tear
             logging.getLogger("nanobanana_async").addHandler(self)
         with self._bar:
-            async with beside() as group, aclosing(outcomes):
+            async with _beside() as group, aclosing(outcomes):
                 group.start_soon(self._refresh)
                 try:
                     async for outcome in outcomes:
@@ -210,11 +208,28 @@ class _Watcher(logging.Handler):
         parts += [f"{progress.unknown} unknown"] if progress.unknown else []
         parts += [f"{progress.funds.spent.normalize():f} credits"] if progress.funds.spent else []
         parts += [f"{rate * 60:.0f}/min"] if rate else []
-        is_early = ended - progress.earlier < _EARLY
+        # Only when each place has brought one is their rate worth more than the learned median.
+        is_early = ended - progress.earlier < self._max_in_flight
         if progress.trouble is not None:
             parts.append(f"waiting: {printable(progress.trouble)[:50]}")
-        left_s = eta_s(left, median_s, self._max_in_flight, None if is_early else rate)
-        self._bar.show(ended, "  ".join([*parts, f"{timedelta(seconds=round(left_s))} left"]))
+        if ended > progress.earlier or not left:
+            left_s = eta_s(left, median_s, self._max_in_flight, None if is_early else rate)
+            parts.append(f"{timedelta(seconds=round(left_s))} left")
+        self._bar.show(ended, "  ".join(parts))
+
+
+@asynccontextmanager
+async def _beside() -> AsyncGenerator[TaskGroup]:
+    """Give a task group for what runs beside the block, and ends with it; what the block raises is not wrapped."""
+    error = None
+    async with anyio.create_task_group() as group:
+        try:
+            yield group
+        except Exception as exc:  # noqa: BLE001 - raised below: the group would wrap it
+            error = exc
+        group.cancel_scope.cancel()
+    if error is not None:
+        raise error
 
 
 def eta_s(left: int, median_s: float, max_in_flight: int, rate_per_s: float | None) -> float:

@@ -51,6 +51,7 @@ def resolve(  # noqa: PLR0913 - one parameter per option
         raise click.UsageError("--bind: name a task id without blanks, and the one KEY that it is.")
     if (resubmit or abandon) and bool(keys) is everything:
         raise click.UsageError("name KEYs (see --list), or say --all.")
+    decided = task_id is not None or resubmit or abandon
 
     async def work(_: Session) -> int:
         ledger = await Ledger.open(out, adopt=adopt, create=False)
@@ -60,16 +61,18 @@ def resolve(  # noqa: PLR0913 - one parameter per option
             chosen = keys or tuple(record.key for record in unknown)
             if strangers := set(chosen) - {record.key for record in unknown}:
                 raise ConfigurationError(f"{min(strangers)!r} is the key of no unknown row; --list shows them")
-            for key in chosen:
+            for key in chosen if decided else ():
                 if task_id is not None:
-                    await ledger.move(key, RowState.SUBMITTED, task_id=task_id)
-                elif resubmit or abandon:
+                    await ledger.bind(key, task_id)
+                else:
                     await ledger.move(key, RowState.REOPENED if resubmit else RowState.ABANDONED)
         finally:
             await ledger.aclose()
-        if task_id is not None or resubmit or abandon:
-            click.echo(f"changed: {len(chosen)}; the next run of the batch acts on it", err=True)
+        if decided:
+            click.echo(f"changed: {len(chosen)}; run the batch again to act on it", err=True)
         else:
+            if adopt:
+                click.echo("adopted: the next run of the batch goes on here", err=True)
             _show(unknown, account, as_json=as_json)
         return DONE
 
@@ -114,9 +117,12 @@ async def closing_words(out: Path, command: str, keys: set[str], budget: Decimal
     parts += [
         f"{number} {word}" for number, word in ((failed, "failed"), (unknown, "unknown"), (to_go, "to go")) if number
     ]
-    parts[-1] += f" ({paid} of them paid for)" if paid else ""
+    parts[-1] += f" ({paid} of them submitted)" if paid else ""
     money = f"{funds.spent.normalize():f} credits spent"
-    money += f", up to {funds.reserved.normalize():f} more may be or become charged" if funds.reserved else ""
+    if funds.reserved:
+        money += f", up to {funds.reserved.normalize():f} more may be or become charged"
+    elif paid:
+        money += f", {paid} at a price nobody knows yet"
     money += "" if funds.left is None else f", {funds.left.normalize():f} of the budget left"
     click.echo(f"{', '.join(parts)}; {money}", err=True)
     place = shlex.quote(str(out))
@@ -129,8 +135,9 @@ async def closing_words(out: Path, command: str, keys: set[str], budget: Decimal
     if failed:
         click.echo("to submit failed rows again, which may be paid again: add --retry-failed", err=True)
     if to_go:
-        more = "" if budget is None else " (with a larger --budget, if that is used up)"
-        click.echo(f"to go on: {command}{more}", err=True)
+        click.echo(f"to go on: {command}", err=True)
+        if budget is not None:
+            click.echo("if the budget is used up, with a larger --budget", err=True)
 
 
 def _count(keys: set[str], records: Iterator[RowRecord]) -> tuple[Counter[RowState], int]:

@@ -8,14 +8,13 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator
 from decimal import Decimal
 from typing import Final, NoReturn
 
 import anyio
 import attrs
 import click
-from anyio.abc import TaskGroup, TaskStatus
 
 from nanobanana_async.errors import InvalidRows, NanoBananaError, SubmissionUnknown
 from nanobanana_async.models import Task
@@ -78,49 +77,36 @@ def run(work: Callable[[Session], Awaitable[int]], *, as_json: bool = False) -> 
         code = 128 + session.ended_by
     if code > 128:
         click.echo("interrupted", err=True)
+    if session.is_aborted:  # a thread may be at work on a slow disk, and nobody wants to wait for it
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 
 async def _until_signalled(work: Callable[[Session], Awaitable[int]], session: Session) -> int:
-    """Run *work* until it ends, or a signal cancels it."""
-    code = FAILED
-    async with beside() as group:
-        scope = anyio.CancelScope()
-        # A script may have told us to ignore one: nohup, or a job in its background.
-        heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        if heeded:
-            await group.start(_heed_signals, heeded, scope, session)
-        with scope:
-            code = await work(session)
-    return code
+    """Run *work* until it ends, or a signal cancels it.
 
+    The handlers stay to the end of the process, longer than the event loop: an impatient third Ctrl-C must not tear
+    what the second one has begun, nor the last words.
+    """
+    loop = asyncio.get_running_loop()
+    scope = anyio.CancelScope()
 
-@contextlib.asynccontextmanager
-async def beside() -> AsyncGenerator[TaskGroup]:
-    """Give a task group for what runs beside the block, and ends with it; what the block raises is not wrapped."""
-    error = None
-    async with anyio.create_task_group() as group:
-        try:
-            yield group
-        except Exception as exc:  # noqa: BLE001 - raised below: the group would wrap it
-            error = exc
-        group.cancel_scope.cancel()
-    if error is not None:
-        raise error
-
-
-async def _heed_signals(
-    numbers: Sequence[signal.Signals], scope: anyio.CancelScope, session: Session, *, task_status: TaskStatus[None]
-) -> None:
-    with anyio.open_signal_receiver(*numbers) as signals:
-        task_status.started()
-        async for number in signals:
+    def heed(number: int, _: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and there is nothing left to stop
             if session.ended_by is None:
                 session.ended_by = number
-                scope.cancel()
-            else:  # settling takes too long for somebody: every task is torn, shielded or not
+                loop.call_soon_threadsafe(scope.cancel)
+            elif not session.is_aborted:  # settling takes too long for somebody: every task is torn, shielded or not
                 session.is_aborted = True
-                asyncio.get_running_loop().stop()
+                loop.call_soon_threadsafe(loop.stop)
+
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup, or a script with a job in its background, wants
+            signal.signal(number, heed)
+    with scope:
+        return await work(session)
+    return FAILED
 
 
 @contextlib.contextmanager
@@ -139,7 +125,9 @@ def fail(exc: Exception, *, as_json: bool = False) -> int:
         emit(error_record(exc))
     else:
         lines = str(exc).splitlines() if isinstance(exc, InvalidRows) else [one_line(exc)]
-        click.echo("\n".join(f"nanobanana: {printable(line)}" for line in lines[:_LINES]), err=True)
+        if len(lines) > _LINES:
+            lines[_LINES:] = [f"and {len(lines) - _LINES} more"]
+        click.echo("\n".join(f"nanobanana: {printable(line)}" for line in lines), err=True)
     return exit_code(exc)
 
 

@@ -2,6 +2,8 @@
 
 import sys
 import threading
+from collections.abc import Mapping
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import click
@@ -28,15 +30,26 @@ _TEST_KEY = "dk-test"
     help="The median time a picture takes.",
 )
 @click.option("--faults", default="", metavar="NAME=RATE,...", help="failed, text_only, inline, error, busy, lost.")
+@click.option("--balance", default=100_000.0, show_default=True, type=click.FloatRange(min=0), help="Credits to spend.")
 @click.option("--seed", default=0, show_default=True, help="The same seed repeats the same service.")
 @click.option("--key", default=_TEST_KEY, show_default=True, help="The API key it accepts.")
 @click.option("--json", "as_json", is_flag=True, help="Print where it listens as JSON.")
 @click.option("--until-eof", is_flag=True, hidden=True, help="Stop when stdin closes: for a parent that may die.")
 def simulate(  # noqa: PLR0913 - one parameter per option
-    *, port: int, host: str, median_s: float, faults: str, seed: int, key: str, as_json: bool, until_eof: bool
+    *,
+    port: int,
+    host: str,
+    median_s: float,
+    faults: str,
+    balance: float,
+    seed: int,
+    key: str,
+    as_json: bool,
+    until_eof: bool,
 ) -> None:
     """Play the service on this machine: no key, no network, no cost."""
-    server = _make_server(faults, median_s, key, seed=seed, address=(host, port))
+    settings = {"median_s": median_s, "invisible_s": median_s / 20, "balance": Decimal(str(balance))}
+    server = _make_server(faults, {**settings, "keys": frozenset({key})}, seed=seed, address=(host, port))
     if as_json:
         emit({"url": server.url, "key": key})
     else:
@@ -51,13 +64,15 @@ def simulate(  # noqa: PLR0913 - one parameter per option
         sys.exit(130)
 
 
-def _make_server(faults: str, median_s: float, key: str, *, seed: int, address: tuple[str, int]) -> "SimulatorServer":
+def _make_server(
+    faults: str, settings: Mapping[str, object], *, seed: int, address: tuple[str, int]
+) -> "SimulatorServer":
     try:
         from nanobanana_async.simulator.app import SimulatorServer  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as exc:
         sys.exit(f"nanobanana: the simulator needs {exc.name}: pip install 'nanobanana-async[cli,simulator]'")
     try:
-        profile = VendorProfile.from_faults(faults, median_s=median_s, invisible_s=median_s / 20, keys=frozenset({key}))
+        profile = VendorProfile.from_faults(faults, **settings)
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
     with listening(*address):

@@ -215,7 +215,8 @@ class TaskTracker:
                 self._deadlines.plan(watch, deadline_s)
             watch.bell = Bell()
             return watch.bell
-        last = "nothing was heard of it" if entry.task is None else f"it was {entry.task.status}"
+        unheard = "its callback has not come" if entry.is_announced else "nothing was heard of it"
+        last = unheard if entry.task is None else f"it was {entry.task.status}"
         trouble = entry.trouble and f" (the last look met: {entry.trouble})"
         raise TaskUnfinished(
             f"task {entry.task_id} was not final within {timeout_s:.3g} s: {last}{trouble}. It runs on; wait again",

@@ -42,7 +42,7 @@ class Key:
         """
         clean = Key(re.sub(r"^bearer(\s+|$)", "", self.text.strip(), flags=re.IGNORECASE).strip())
         if not clean.text:
-            raise ConfigurationError(f"no API key: set {KEY_VARIABLES[0]}, or pass api_key=...")
+            raise ConfigurationError(f"no API key: set {KEY_VARIABLES[0]} (in a program, api_key=... does as well)")
         if not re.fullmatch(r"[!-~]+", clean.text):
             raise ConfigurationError(
                 "api_key: holds blanks, control or non-ASCII characters inside (it is not shown here); copy it again"

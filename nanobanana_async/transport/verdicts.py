@@ -155,5 +155,8 @@ def submit_error(outcome: Outcome, row: Row, duplicates: int, base_url: str) -> 
 
 def story(outcome: Outcome) -> str:
     """Return what is known of *outcome*, in words."""
-    said = "" if outcome.reply is None else f"HTTP {outcome.reply.status} {outcome.envelope.message}".strip()
+    said = ""
+    if outcome.reply is not None:  # a gateway's page often begins with the status itself
+        status = str(outcome.reply.status)
+        said = f"HTTP {status} {outcome.envelope.message.removeprefix(status).strip()}".strip()
     return "; ".join(filter(None, (str(outcome.failure or "").rstrip("."), said)))
