@@ -50,6 +50,7 @@ class Host:
         self._done = anyio.Event()
         self._drained = anyio.Event()
         self._sheltered = 0
+        self._drain_s = 0.0
         self._closing = False
         self._root: asyncio.Task[None] | None = None
         self.at_end: Callable[[], None] = lambda: None
@@ -105,19 +106,22 @@ class Host:
         return answer.value  # type: ignore[return-value]  # the same
 
     async def aclose(self, *, drain_s: float) -> None:
-        """Take no new work, give sheltered calls *drain_s* seconds to end, cancel the rest. Twice is harmless."""
-        if self._home is None:
-            self._closing = True
-            return
-        self.check_home()
-        self._closing = True
-        if not self._done.is_set():
-            await self._ready.wait()
-            if self._sheltered:
-                with anyio.move_on_after(drain_s):
-                    await self._drained.wait()
-            self._stop.set()
+        """Take no new work, give sheltered calls *drain_s* seconds to end, cancel the rest. Twice is harmless.
+
+        Cancelling ends the waiting; the background work ends all the same.
+        """
+        if self._home is not None:
+            self.check_home()
+        self.stop(drain_s=drain_s)
+        if self._home is not None:
             await self._done.wait()
+
+    def stop(self, *, drain_s: float) -> None:
+        """Begin what `aclose` does, without waiting for its end. Only on its own event loop."""
+        self._closing = True
+        if not self._stop.is_set():
+            self._drain_s = drain_s
+            self._stop.set()
 
     @staticmethod
     def _here() -> tuple[int, object]:
@@ -138,6 +142,7 @@ class Host:
             lowlevel.spawn_system_task(self._run, name="nanobanana_async")
         else:
             self._root = asyncio.get_running_loop().create_task(self._run(), name="nanobanana_async")
+            self._root.add_done_callback(lambda _: self._end())  # a task that is cancelled before its first step
 
     async def _run(self) -> None:
         try:
@@ -145,9 +150,17 @@ class Host:
                 self._tasks = tasks
                 self._ready.set()
                 await self._stop.wait()
+                if self._sheltered:
+                    with anyio.move_on_after(self._drain_s):
+                        await self._drained.wait()
                 tasks.cancel_scope.cancel()
         finally:
-            self._closing = True  # also when the event loop ends under us
+            self._end()
+
+    def _end(self) -> None:
+        """Let everybody know that background work has ended, also when the event loop ended it, or never began it."""
+        if not self._done.is_set():
+            self._closing = True
             self._tasks = None
             self.at_end()
             self._ready.set()

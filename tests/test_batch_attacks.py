@@ -1,7 +1,11 @@
 """What was tried to make a batch pay twice, lose an id, or hang; each of these once worked."""
 
 import asyncio
+import contextlib
+import io
 import shutil
+import threading
+from collections.abc import Awaitable, Callable
 from decimal import Decimal
 from pathlib import Path
 
@@ -25,7 +29,7 @@ from nanobanana_async import (
 from nanobanana_async.batch.ledger import Ledger
 from nanobanana_async.batch.rows import Keys
 from nanobanana_async.simulator import FAST, Simulator, VendorProfile
-from tests.fakes import lost, refused
+from tests.fakes import PNG, lost, refused
 from tests.test_batch import FOXES, batch_of, kinds, posts, run, run_until_stopped
 
 pytestmark = pytest.mark.anyio
@@ -211,3 +215,116 @@ async def test_a_transport_that_quotes_the_key_does_not_get_it_into_the_books(tm
     assert "dk-test" not in str(cause)
     assert all("dk-test" not in str(o.error) for o in outcomes.values() if not isinstance(o, Done))
     assert all(b"dk-test" not in path.read_bytes() for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_close_that_is_cancelled_at_any_moment_ends_all_the_same(tmp_path: Path, *, again: bool) -> None:
+    """`asyncio.wait_for` around it, once and twice: the folder is free, and nothing runs on."""
+    others = asyncio.all_tasks()
+    simulator = Simulator(FAST)
+    async with simulator.client() as client:
+        for moment in range(60):
+            opening = Batch.open(tmp_path, client)
+            batch = await opening.__aenter__()
+            closing = asyncio.ensure_future(batch.aclose())
+            await asyncio.sleep(0)
+            await asyncio.sleep(0.001 * moment)
+            closing.cancel()
+            if again:
+                await asyncio.sleep(0)
+                closing.cancel()
+            await asyncio.gather(closing, return_exceptions=True)
+            await (await Ledger.open(tmp_path)).aclose()
+            await opening.__aexit__(None, None, None)
+    with anyio.fail_after(5):
+        while asyncio.all_tasks() != others:
+            await anyio.sleep(0.01)
+
+
+@pytest.mark.parametrize("steps", range(6))
+@pytest.mark.parametrize("what", ["client", "ledger"])
+def test_a_loop_that_ends_before_anything_has_begun_ends(tmp_path: Path, what: str, steps: int) -> None:
+    """`asyncio.run` cancels what is left when its main function returns: tasks that never took a step, too."""
+    ended = threading.Event()
+
+    async def use(ready: asyncio.Event) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            call: Callable[[], Awaitable[object]]
+            if what == "client":
+                call = (await stack.enter_async_context(Simulator(FAST).client())).balance
+            else:
+                call = (await stack.enter_async_context(contextlib.aclosing(await Ledger.open(tmp_path)))).costs
+            ready.set()
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            await call()
+
+    async def main() -> None:
+        ready = asyncio.Event()
+        using.append(asyncio.ensure_future(use(ready)))
+        await ready.wait()
+
+    using: list[asyncio.Future[None]] = []
+
+    def whole() -> None:
+        asyncio.run(main())
+        ended.set()
+
+    threading.Thread(target=whole, daemon=True).start()
+    assert ended.wait(10)
+
+
+async def test_a_report_that_cannot_be_written_is_no_trouble_of_the_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every hundredth of a second, here: the run goes on, and the log says why there is no page."""
+    monkeypatch.setattr("nanobanana_async.batch.runner._REPORT_S", 0.01)
+    (tmp_path / "index.html").mkdir()
+    simulator = Simulator(FAST)
+    async with batch_of(simulator, tmp_path) as batch:
+        assert kinds(await run(batch)) == ["Done"] * len(FOXES)
+    assert "index.html cannot be written" in caplog.text
+
+
+async def test_a_refusal_that_quotes_a_prompt_about_credit_is_about_one_row(tmp_path: Path) -> None:
+    """Taken for an empty account, it would end the run."""
+    simulator = Simulator(FAST)
+    quoting = refused(400, 1, "the prompt 'a balance of credit' breaks the rules on credit cards")
+    async with batch_of(simulator, tmp_path, posts(lambda n: quoting if n == 5 else None)) as batch:
+        assert kinds(await run(batch)) == ["Done"] * (len(FOXES) - 1) + ["Failed"]
+
+
+async def test_a_picture_is_encoded_beside_the_loop(tmp_path: Path) -> None:
+    """A large one takes more than a second."""
+    main, where = threading.get_ident(), []
+
+    class Picture:
+        def save(self, file: io.BytesIO, **_: object) -> None:
+            where.append(threading.get_ident())
+            file.write(PNG)
+
+    simulator = Simulator(FAST)
+    async with batch_of(simulator, tmp_path) as batch:
+        assert kinds(await run(batch, [GenerationRequest("a fox", images=[Picture()])])) == ["Done"]  # type: ignore[list-item]
+    assert main not in where
+
+
+async def test_a_journal_that_is_taken_away_stops_the_run(tmp_path: Path) -> None:
+    """What is written to a file without a name is gone with the process."""
+    simulator = Simulator(FAST)
+    async with batch_of(simulator, tmp_path) as batch:
+        (tmp_path / "ledger.db-wal").unlink()
+        with pytest.raises(LedgerError, match="taken away"):
+            await run(batch)
+    assert simulator.charges == []
+
+
+async def test_no_blank_is_bound_to_a_row(tmp_path: Path) -> None:
+    """It would be asked about for ever."""
+    simulator = Simulator(FAST)
+    async with batch_of(simulator, tmp_path, posts(lambda n: lost() if n == 3 else None)) as batch:
+        await run(batch)
+        (record,) = await batch.unknown()
+        with pytest.raises(ValueError, match="task_id"):
+            await batch.bind(record.key, " ")

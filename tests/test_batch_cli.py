@@ -202,7 +202,7 @@ def test_a_second_interrupt_does_not_wait_and_names_what_is_unknown(tmp_path: Pa
             ["many.csv", "--out", "run"],
             {},
             1,
-            "line 25: prompt: must not be empty\nnanobanana: and 36 more",
+            "line 25: prompt: must not be empty, got ''\nnanobanana: and 36 more\n",
             id="bad-rows",
         ),
         pytest.param(

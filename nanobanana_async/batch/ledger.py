@@ -60,10 +60,12 @@ class Ledger:
         self._mutex = threading.Lock()
         self._limiter = anyio.CapacityLimiter(1)
         self._is_writing = False
-        self._instance = os.stat(folder / _NAME).st_ino  # noqa: PTH116 - the same as below
+        self._inodes = self._on_disk()
         self._host = Host()
         self._orders: list[_Order[object]] = []
         self._broken: str | None = None
+        self._is_closed = False
+        self._host.at_end = self._let_go
 
     # --- opening and closing ----------------------------------------------------------------------------------------
 
@@ -122,14 +124,19 @@ class Ledger:
         """Close it; the lock is free then."""
         with anyio.CancelScope(shield=True):
             try:
-                while self._is_writing:  # noqa: ASYNC110 - for milliseconds, and once
+                while self._is_writing and self._host.is_open:  # noqa: ASYNC110 - for milliseconds, and once
                     await anyio.sleep(_GATHER_S)
                 await self._host.aclose(drain_s=0)
-            finally:
                 await anyio.to_thread.run_sync(self._close)
+            finally:  # nothing is left to do, unless `task.cancel()` came through
+                self._host.stop(drain_s=0)
+                self._close()
 
     def _close(self) -> None:
         with self._mutex:
+            if self._is_closed:
+                return
+            self._is_closed = True
             self._broken = self._broken or "the batch is closed"
             try:
                 (self.folder / "ledger.pid").unlink(missing_ok=True)
@@ -228,8 +235,14 @@ class Ledger:
                     order.bell.ring()
         finally:
             self._is_writing = False
-            for order in [*orders, *self._orders]:  # none are left, unless the event loop is ending
+            for order in orders:
                 order.bell.ring()
+            self._let_go()  # there are none, unless the event loop is ending
+
+    def _let_go(self) -> None:
+        """Wake those whose orders nobody will write."""
+        for order in self._orders:
+            order.bell.ring()
 
     def _commit(self, orders: list[_Order[object]]) -> None:
         with self._mutex:
@@ -254,8 +267,8 @@ class Ledger:
             order.error = f"cannot take this: {exc}"
 
     def _transact(self, orders: list[_Order[object]]) -> None:
-        if os.stat(self.folder / _NAME).st_ino != self._instance:  # noqa: PTH116 - a quick one
-            raise OSError("the file was taken away")
+        if self._on_disk() != self._inodes:
+            raise OSError("its file was taken away")
         self._db.execute("BEGIN IMMEDIATE")
         try:
             for order in orders:
@@ -265,6 +278,16 @@ class Ledger:
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
             raise
+
+    def _on_disk(self) -> list[int | None]:
+        return [_inode(self.folder / name) for name in (_NAME, f"{_NAME}-wal")]
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 def _make_private(path: Path, *, create: bool) -> None:

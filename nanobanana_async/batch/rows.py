@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, I
 from pathlib import Path
 from typing import Final, TypeAlias
 
+import anyio.to_thread
 import attrs
 
 from nanobanana_async._flow import each
@@ -84,8 +85,10 @@ async def keyed(rows: Rows) -> AsyncGenerator[Row | Exception]:
             async for one in wanted:
                 if isinstance(one, Row):
                     yield one
-                else:
-                    yield keys.row(one if isinstance(one, GenerationRequest) else GenerationRequest(one))
+                    continue
+                request = one if isinstance(one, GenerationRequest) else GenerationRequest(one)
+                images = [await _image_text_of(image) for image in request.images]
+                yield keys.row(request, images=images)
     except Exception as exc:  # noqa: BLE001 - raised by whoever consumes
         yield exc
 
@@ -94,6 +97,11 @@ def _fingerprint(request: GenerationRequest, images: list[str]) -> str:
     """Return 16 hex digits of what the picture depends on. A file counts by its path, not by what is in it."""
     content = [request.prompt, images, request.model, request.aspect_ratio, request.image_size, dict(request.extra)]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+async def _image_text_of(image: ImageSource) -> str:
+    """Return what `_image_text` does, which takes seconds for a large picture."""
+    return _image_text(image) if isinstance(image, str | Path) else await anyio.to_thread.run_sync(_image_text, image)
 
 
 def _image_text(image: ImageSource) -> str:

@@ -6,9 +6,8 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -201,8 +200,16 @@ class Batch:
                 await self._ledger.aclose()
 
     async def _report(self) -> None:
-        with contextlib.suppress(LedgerError, OSError):  # all of it is made from the ledger, any time
-            await self._ledger.read(partial(report.write, self.folder))
+        def write(records: Iterator[RowRecord]) -> OSError | None:
+            try:
+                report.write(self.folder, records)
+            except OSError as exc:  # no trouble of the ledger's, which can make all of it again, any time
+                return exc
+            return None
+
+        with contextlib.suppress(LedgerError):
+            if (trouble := await self._ledger.read(write)) is not None:
+                _log.warning("%s cannot be written: %s", report.PAGE, trouble)
 
     async def _report_now_and_then(self) -> None:
         while True:
@@ -224,8 +231,12 @@ class Batch:
         await self._ledger.move(key, RowState.ABANDONED)
 
     async def bind(self, key: str, task_id: str) -> None:
-        """Tell which task this unknown row is, if you know: from a log, a callback, or the service's support."""
-        await self._ledger.bind(key, task_id)
+        """Tell which task this unknown row is, if you know: from a log, a callback, or the service's support.
+
+        Raises:
+            LedgerError: The row is not unknown, or another row is that task.
+        """
+        await self._ledger.bind(key, self._client.task(task_id).task_id)
 
     async def _hear(self, nonce: str, task_id: str) -> None:
         """Take a callback about a submit that no expectation here is waited for: an unknown row's, perhaps."""
@@ -305,8 +316,8 @@ class Batch:
             handle = await self._submitter.submit(row)
             record = attrs.evolve(record, state=RowState.SUBMITTED)
         else:
-            self._traffic.pending += 1
             handle = self._client.task(record.task_id or "", submitted_at=moment(record.submitted_at))
+            self._traffic.pending += 1
             self._traffic.tasks[row.key] = handle.task_id
         try:
             outcome = await self._finish(row, record, handle, timeout_s)

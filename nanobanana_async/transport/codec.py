@@ -159,7 +159,8 @@ def _redirection(reply: WireReply) -> str:
 
 def _lacks_credit(envelope: Envelope) -> bool:
     """Judge by wording, for no status is documented. Source: the messages other clients look for."""
-    return re.search(r"insufficient|not enough|credit|balance|quota", envelope.message, re.IGNORECASE) is not None
+    said = re.sub(r"'[^']*'|\"[^\"]*\"", "", envelope.message)  # a refusal may quote a prompt about a credit card
+    return re.search(r"insufficient|not enough|credit(?! card)|balance|quota", said, re.IGNORECASE) is not None
 
 
 # --- in: what the operations answer -----------------------------------------------------------------------------
@@ -343,7 +344,9 @@ def _code(value: object) -> int | None:
 
 
 def _id(value: object) -> str | None:
-    return value if isinstance(value, str) and value.strip() else None
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # undocumented, and paid for all the same
+    return value.strip() or None if isinstance(value, str) else None
 
 
 def _salvaged(body: bytes) -> str | None:
