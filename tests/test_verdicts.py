@@ -33,7 +33,7 @@ ROWS: list[tuple[str, WireReply | ExchangeFailed, Verdict, Repeat]] = [
     ("id-in-garbage", reply(200, body=b'<!-- "task_id": "ta-1" -->'), Verdict.ACCEPTED, Repeat.NO),
     ("ok-without-id", reply(200, {"code": 0, "data": {}}), Verdict.UNKNOWN, Repeat.NO),
     ("ok-with-null-id", reply(200, {"code": 0, "data": {"task_id": None}}), Verdict.UNKNOWN, Repeat.NO),
-    ("ok-with-number-id", reply(200, {"code": 0, "data": {"task_id": 7}}), Verdict.UNKNOWN, Repeat.NO),
+    ("ok-with-number-id", reply(200, {"code": 0, "data": {"task_id": 7}}), Verdict.ACCEPTED, Repeat.NO),
     ("200-html", reply(200, body=HTML), Verdict.UNKNOWN, Repeat.NO),
     ("200-empty", reply(200, body=b""), Verdict.UNKNOWN, Repeat.NO),
     ("200-cut-json", reply(200, body=b'{"code":0,"data":{"task_id":"ta-1'), Verdict.UNKNOWN, Repeat.NO),
