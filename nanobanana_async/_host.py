@@ -110,8 +110,7 @@ class Host:
 
         Cancelling ends the waiting; the background work ends all the same.
         """
-        if self._home is not None:
-            self.check_home()
+        self.check_home()
         self.stop(drain_s=drain_s)
         if self._home is not None:
             await self._done.wait()
