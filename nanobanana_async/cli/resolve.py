@@ -4,6 +4,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import aclosing
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -54,8 +55,7 @@ def resolve(  # noqa: PLR0913 - one parameter per option
     decided = task_id is not None or resubmit or abandon
 
     async def work(_: Session) -> int:
-        ledger = await Ledger.open(out, adopt=adopt, create=False)
-        try:
+        async with aclosing(await Ledger.open(out, adopt=adopt, create=False)) as ledger:
             unknown = await ledger.read(list, RowState.UNKNOWN)
             account = Account.of(await ledger.costs())
             chosen = keys or tuple(record.key for record in unknown)
@@ -66,8 +66,6 @@ def resolve(  # noqa: PLR0913 - one parameter per option
                     await ledger.bind(key, task_id)
                 else:
                     await ledger.move(key, RowState.REOPENED if resubmit else RowState.ABANDONED)
-        finally:
-            await ledger.aclose()
         if decided:
             click.echo(f"changed: {len(chosen)}; run the batch again to act on it", err=True)
         else:
@@ -103,12 +101,9 @@ async def closing_words(out: Path, command: str, keys: set[str], budget: Decimal
     Raises:
         LedgerError: It cannot be read.
     """
-    ledger = await Ledger.open(out, create=False)
-    try:
+    async with aclosing(await Ledger.open(out, create=False)) as ledger:
         states, strangers = await ledger.read(partial(_count, keys))
         funds = Account.of(await ledger.costs(), budget).funds()
-    finally:
-        await ledger.aclose()
     done, failed = (sum(states[state] for state in group) for group in (_DONE, _FAILED))
     unknown = states[RowState.UNKNOWN]
     paid = states[RowState.SUBMITTED] + states[RowState.SUCCESS]
