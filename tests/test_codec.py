@@ -207,6 +207,10 @@ def test_an_answer_about_another_task_is_refused() -> None:
         pytest.param(refused(402), InsufficientCredits, id="402"),
         pytest.param(refused(400, 1, "Insufficient balance"), InsufficientCredits, id="400-wording"),
         pytest.param(refused(200, 1, "quota exceeded"), InsufficientCredits, id="200-wording"),
+        pytest.param(
+            refused(400, 1, "You don't have a credit left, it's all spent"), InsufficientCredits, id="apostrophes"
+        ),
+        pytest.param(refused(400, 1, "the prompt 'a credit' breaks the rules"), InvalidRequest, id="quotes-a-prompt"),
         pytest.param(refused(404, 1, "task not found"), TaskNotFound, id="404"),
         pytest.param(reply(404, body=b"<html>nginx</html>"), InvalidRequest, id="404-html"),
         pytest.param(refused(429), RateLimited, id="429"),

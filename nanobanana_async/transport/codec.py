@@ -159,7 +159,8 @@ def _redirection(reply: WireReply) -> str:
 
 def _lacks_credit(envelope: Envelope) -> bool:
     """Judge by wording, for no status is documented. Source: the messages other clients look for."""
-    said = re.sub(r"'[^']*'|\"[^\"]*\"", "", envelope.message)  # a refusal may quote a prompt about a credit card
+    # A refusal may quote a prompt about a credit card; the apostrophes of "doesn't" and "it's" quote nothing.
+    said = re.sub(r"(?<!\w)'[^']*'(?!\w)|\"[^\"]*\"", "", envelope.message)
     return re.search(r"insufficient|not enough|credit(?! card)|balance|quota", said, re.IGNORECASE) is not None
 
 
