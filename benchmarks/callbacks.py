@@ -18,7 +18,7 @@ import uvicorn
 
 from benchmarks import launch
 from nanobanana_async import CallbackReceiver, NanoBananaClient, TaskHandle
-from nanobanana_async.simulator.app import listen
+from nanobanana_async.simulator.server import listen
 
 
 async def contestant(kind: str, port: str, jobs: int) -> None:

@@ -21,7 +21,7 @@ from typing import Final
 import attrs
 
 from nanobanana_async import PollPolicy
-from tests.learning import Draw, bimodal, lognormal, simulate
+from tests.latency_samples import Draw, bimodal, lognormal, simulate
 
 GRAIN_S: Final = 0.1
 PRICES_S: Final = (0.05, 0.1, 0.21, 0.5, 1.0, 2.0)

@@ -22,9 +22,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from nanobanana_async.simulator import VendorProfile
-from nanobanana_async.simulator.app import listen, make_app
-from nanobanana_async.simulator.memory import tiny_png
-from nanobanana_async.simulator.vendor import Vendor
+from nanobanana_async.simulator.in_memory import tiny_png
+from nanobanana_async.simulator.server import listen, make_app
+from nanobanana_async.simulator.service import Vendor
 
 KEY = "dk-test"
 

@@ -19,10 +19,10 @@ from typing import Final
 import anyio
 
 from nanobanana_async import PollPolicy, Task, TaskStatus
-from nanobanana_async._host import Host
+from nanobanana_async._concurrency.background import Host
 from nanobanana_async.tracking.schedule import Schedule
+from nanobanana_async.tracking.state import Origin
 from nanobanana_async.tracking.tracker import TaskTracker
-from nanobanana_async.tracking.watch import Origin
 from tests.virtual_time import VirtualLoop
 
 ROOT: Final = Path(__file__).parent.parent

@@ -3,19 +3,13 @@
 What is listed here is public; what is not is private, `nanobanana_async.simulator` aside.
 """
 
-from nanobanana_async.batch.account import (
-    Funds,
-)
-from nanobanana_async.batch.entries import (
-    RowRecord,
-    RowState,
-)
 from nanobanana_async.batch.rows import (
     Row,
     read_rows,
 )
+from nanobanana_async.batch.run_state import Fetcher, Progress
 from nanobanana_async.batch.runner import Batch
-from nanobanana_async.batch.traffic import Fetcher, Progress
+from nanobanana_async.callbacks import CallbackReceiver, parse_callback
 from nanobanana_async.client import (
     NanoBananaClient,
 )
@@ -45,6 +39,13 @@ from nanobanana_async.errors import (
 from nanobanana_async.handle import (
     TaskHandle,
 )
+from nanobanana_async.ledger.budget import (
+    Funds,
+)
+from nanobanana_async.ledger.schema import (
+    RowRecord,
+    RowState,
+)
 from nanobanana_async.models import (
     Callback,
     GeneratedImage,
@@ -67,10 +68,7 @@ from nanobanana_async.policies import (
     RetryPolicy,
     Timeouts,
 )
-from nanobanana_async.tracking.watch import (
-    Statistics,
-)
-from nanobanana_async.transport.base import (
+from nanobanana_async.protocols import (
     Errand,
     ExchangeFailed,
     Phase,
@@ -79,10 +77,12 @@ from nanobanana_async.transport.base import (
     WireReply,
     WireRequest,
 )
-from nanobanana_async.transport.http import (
+from nanobanana_async.tracking.state import (
+    Statistics,
+)
+from nanobanana_async.transport.httpx import (
     HttpTransport,
 )
-from nanobanana_async.webhooks import CallbackReceiver, parse_callback
 
 __all__ = [
     "ApiError",

@@ -15,14 +15,15 @@ from typing import Final, Self, Unpack
 import anyio
 import attrs
 
-from nanobanana_async._flow import each, flow
-from nanobanana_async._host import Host
+from nanobanana_async._concurrency.background import Host
+from nanobanana_async._concurrency.map_unordered import each, flow
+from nanobanana_async._text import safe_name
+from nanobanana_async.api.operations import Api, Submitted
 from nanobanana_async.errors import MediaError, NanoBananaError, SubmissionUnknown
 from nanobanana_async.handle import TaskHandle
-from nanobanana_async.media.download import Downloader
-from nanobanana_async.media.formats import SUFFIXES
-from nanobanana_async.media.names import safe_name
-from nanobanana_async.media.references import as_references
+from nanobanana_async.images.download import Downloader
+from nanobanana_async.images.formats import SUFFIXES
+from nanobanana_async.images.references import as_references
 from nanobanana_async.models import (
     Announcer,
     Expectation,
@@ -34,13 +35,12 @@ from nanobanana_async.models import (
 )
 from nanobanana_async.outcomes import Done, Outcome, log_unread, of_error
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
+from nanobanana_async.protocols import Transport
 from nanobanana_async.tracking.schedule import Schedule
+from nanobanana_async.tracking.state import Origin, Statistics
 from nanobanana_async.tracking.tracker import TaskTracker
-from nanobanana_async.tracking.watch import Origin, Statistics
-from nanobanana_async.transport.api import Api, Submitted
-from nanobanana_async.transport.base import Transport
-from nanobanana_async.transport.endpoint import Endpoint, Key
-from nanobanana_async.transport.http import HttpTransport
+from nanobanana_async.transport.httpx import HttpTransport
+from nanobanana_async.wire.endpoint import Endpoint, Key
 
 _log: Final = logging.getLogger("nanobanana_async")
 

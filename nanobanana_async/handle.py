@@ -7,12 +7,12 @@ from typing import Final
 
 import anyio
 
+from nanobanana_async.api.operations import Api
 from nanobanana_async.errors import NoImage, TaskError, TaskFailed, TaskNotFound
 from nanobanana_async.models import Task, TaskStatus
 from nanobanana_async.tracking.schedule import NOT_FOUND_GRACE_S
+from nanobanana_async.tracking.state import Origin
 from nanobanana_async.tracking.tracker import TaskTracker
-from nanobanana_async.tracking.watch import Origin
-from nanobanana_async.transport.api import Api
 
 
 class TaskHandle:

@@ -7,8 +7,8 @@ import attrs
 import pytest
 
 from nanobanana_async import ApiError, ConfigurationError, NotSent, SubmissionUnknown
-from nanobanana_async.simulator.vendor import Vendor
-from nanobanana_async.transport.api import Api
+from nanobanana_async.api.operations import Api
+from nanobanana_async.simulator.service import Vendor
 
 
 @attrs.define

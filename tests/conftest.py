@@ -8,7 +8,7 @@ import pytest
 from tests.conformance import Book, watch
 from tests.virtual_time import backend_options
 
-pytest_plugins = ["nanobanana_async.simulator.fixtures"]
+pytest_plugins = ["nanobanana_async.simulator.pytest_plugin"]
 
 
 @pytest.fixture(params=["asyncio", "trio"])

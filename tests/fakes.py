@@ -8,8 +8,8 @@ import anyio
 import attrs
 
 from nanobanana_async import ExchangeFailed, Phase, Sink, WireReply, WireRequest
-from nanobanana_async.simulator.memory import tiny_png
-from nanobanana_async.simulator.vendor import PictureOrder
+from nanobanana_async.simulator.in_memory import tiny_png
+from nanobanana_async.simulator.service import PictureOrder
 
 Step: TypeAlias = WireReply | ExchangeFailed | Callable[[WireRequest], Awaitable[WireReply]]
 

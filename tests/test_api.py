@@ -28,10 +28,10 @@ from nanobanana_async import (
     WireReply,
     WireRequest,
 )
-from nanobanana_async._host import Host
+from nanobanana_async._concurrency.background import Host
+from nanobanana_async.api.operations import Api, Submitted
 from nanobanana_async.policies import Resubmit
-from nanobanana_async.transport.api import Api, Submitted
-from nanobanana_async.transport.endpoint import Endpoint, Key
+from nanobanana_async.wire.endpoint import Endpoint, Key
 from tests.fakes import ScriptedTransport, Step, accepted, done, lost, refused, reply, script, submits
 from tests.virtual_time import jump
 

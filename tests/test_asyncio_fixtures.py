@@ -9,7 +9,7 @@ import pytest_asyncio
 
 from nanobanana_async import GeneratedImage, NanoBananaClient, Task, TaskStatus, TaskUnfinished
 from nanobanana_async.simulator import FAST, Simulator, VendorProfile
-from nanobanana_async.simulator.app import SimulatorServer
+from nanobanana_async.simulator.server import SimulatorServer
 from tests.fakes import PNG
 
 pytestmark = pytest.mark.asyncio

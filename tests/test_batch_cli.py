@@ -16,7 +16,7 @@ import pytest
 
 from nanobanana_async.cli.batch import eta_s
 from nanobanana_async.simulator import FAST
-from nanobanana_async.simulator.app import SimulatorServer
+from nanobanana_async.simulator.server import SimulatorServer
 from tests.kills.harness import run_trials
 from tests.raw_server import serving
 from tests.test_cli import Ended, nanobanana, started, wait_for

@@ -15,7 +15,7 @@ import pytest
 
 from nanobanana_async import GeneratedImage, NanoBananaClient
 from nanobanana_async.simulator import FAST_LIMITS, Simulator, VendorProfile
-from nanobanana_async.simulator.process import simulator_process
+from nanobanana_async.simulator.subprocess import simulator_process
 from tests.fakes import PNG
 
 PROFILE = VendorProfile(median_s=0.03, sigma=0, invisible_s=0.005)

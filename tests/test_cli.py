@@ -20,7 +20,7 @@ from PIL import Image
 
 from nanobanana_async import NanoBananaClient
 from nanobanana_async.simulator import FAST, VendorProfile
-from nanobanana_async.simulator.app import SimulatorServer
+from nanobanana_async.simulator.server import SimulatorServer
 from tests.raw_server import response, saying, serving
 
 pytestmark = pytest.mark.other_clients

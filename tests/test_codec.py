@@ -25,7 +25,7 @@ from nanobanana_async import (
     TaskStatus,
     WireReply,
 )
-from nanobanana_async.transport import codec
+from nanobanana_async.wire import codec
 from tests.fakes import accepted, done, refused, reply, state
 
 

@@ -9,8 +9,8 @@ import anyio
 import pytest
 
 from nanobanana_async import GeneratedImage, Limits, MediaError, Phase, RetryPolicy, Timeouts, WireReply, WireRequest
-from nanobanana_async.media.download import Downloader
-from nanobanana_async.media.names import safe_name
+from nanobanana_async._text import safe_name
+from nanobanana_async.images.download import Downloader
 from tests.fakes import PNG, ScriptedTransport, Step, lost, reply, script
 
 pytestmark = pytest.mark.anyio
@@ -185,7 +185,7 @@ async def test_a_disk_that_will_not_take_it_is_an_error_and_leaves_nothing(
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(f"nanobanana_async.media.download.os.{call}", full)
+    monkeypatch.setattr(f"nanobanana_async.images.download.os.{call}", full)
     with pytest.raises(MediaError, match="cannot be written: No space left on device"):
         await downloader(script(WHOLE)).save(FOX, tmp_path / "fox")
     monkeypatch.undo()

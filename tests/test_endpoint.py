@@ -3,7 +3,7 @@
 import pytest
 
 from nanobanana_async import ConfigurationError, NanoBananaClient
-from nanobanana_async.transport.endpoint import Endpoint, Key
+from nanobanana_async.wire.endpoint import Endpoint, Key
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from nanobanana_async import (
 )
 from nanobanana_async.simulator import FAST, Simulator, VendorProfile
 from tests.fakes import accepted, script, state
-from tests.tracking import Service, every, finished_after, task, tracking
+from tests.tracker_fakes import Service, every, finished_after, task, tracking
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 

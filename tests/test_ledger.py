@@ -18,8 +18,8 @@ import anyio
 import pytest
 
 from nanobanana_async import GenerationRequest, LedgerError, Row, RowRecord, RowState, SavedPicture
-from nanobanana_async.batch.ledger import Ledger
 from nanobanana_async.batch.rows import Keys
+from nanobanana_async.ledger.sqlite import Ledger
 
 pytestmark = pytest.mark.anyio
 
@@ -225,7 +225,7 @@ async def test_cancelling_does_not_tear_a_write(tmp_path: Path) -> None:
 _HOLD = """
 import sys, time, anyio
 from pathlib import Path
-from nanobanana_async.batch.ledger import Ledger
+from nanobanana_async.ledger.sqlite import Ledger
 async def main():
     ledger = await Ledger.open(Path(sys.argv[1]))
     print("open", flush=True)

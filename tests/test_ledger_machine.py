@@ -25,10 +25,9 @@ from hypothesis.stateful import (
 )
 
 from nanobanana_async import GenerationRequest, LedgerError, Row, RowRecord, RowState, SavedPicture
-from nanobanana_async.batch import entries
-from nanobanana_async.batch import ledger as ledger_module
-from nanobanana_async.batch.ledger import Ledger
 from nanobanana_async.batch.rows import Keys
+from nanobanana_async.ledger import schema, sqlite
+from nanobanana_async.ledger.sqlite import Ledger
 
 KEYS = ("a", "b", "c")
 
@@ -45,7 +44,7 @@ class Books(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gather_s, ledger_module._GATHER_S = ledger_module._GATHER_S, 0.0  # nobody comes with whom to share
+        self.gather_s, sqlite._GATHER_S = sqlite._GATHER_S, 0.0  # nobody comes with whom to share
         self.runner = asyncio.Runner()
         self.root = Path(tempfile.mkdtemp())
         self.folder = self.root / "0"
@@ -143,7 +142,7 @@ class Books(RuleBasedStateMachine):
         database = self.ledger._db
         if not database.in_transaction:
             database.execute("BEGIN")
-        entries.intend(database, key)  # under way: not acknowledged, so nothing was sent on its word
+        schema.intend(database, key)  # under way: not acknowledged, so nothing was sent on its word
         database.execute("COMMIT")
         self.restarts += 1
         rescued = self.root / str(self.restarts)
@@ -184,14 +183,14 @@ class Books(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Leave nothing."""
-        ledger_module._GATHER_S = self.gather_s
+        sqlite._GATHER_S = self.gather_s
         if hasattr(self, "ledger"):
             self.do(self.ledger.aclose())
         self.runner.close()
         shutil.rmtree(self.root)
 
 
-FOLLOWS = dict(entries._BEFORE)
+FOLLOWS = dict(schema._BEFORE)
 SUBMITTABLE = (RowState.OPEN, RowState.REFUSED, RowState.REOPENED, RowState.FAILED)
 QUICK = settings(
     max_examples=40,
@@ -217,19 +216,19 @@ def _acknowledged_before_commit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _intents_survive_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_module, "_CUT_OFF", None)
-    prepare = ledger_module._prepare
+    monkeypatch.setattr(sqlite, "_CUT_OFF", None)
+    prepare = sqlite._prepare
 
     def kept(db: sqlite3.Connection, path: Path, *, adopt: bool) -> None:
         db.set_authorizer(lambda action, table, *_: sqlite3.SQLITE_IGNORE if (action, table) == (23, "attempts") else 0)
         prepare(db, path, adopt=adopt)
         db.set_authorizer(None)
 
-    monkeypatch.setattr(ledger_module, "_prepare", kept)
+    monkeypatch.setattr(sqlite, "_prepare", kept)
 
 
 def _any_state_may_follow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(entries, "_BEFORE", dict.fromkeys(RowState, tuple(RowState)))
+    monkeypatch.setattr(schema, "_BEFORE", dict.fromkeys(RowState, tuple(RowState)))
 
 
 def _whatever_is_known_is_submitted_again(monkeypatch: pytest.MonkeyPatch) -> None:

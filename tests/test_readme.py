@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import nanobanana_async as nb
-from nanobanana_async.simulator.app import SimulatorServer
+from nanobanana_async.simulator.server import SimulatorServer
 
 pytestmark = pytest.mark.other_clients
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from nanobanana_async import MediaError
-from nanobanana_async.media.references import as_references
+from nanobanana_async.images.references import as_references
 from nanobanana_async.models import ImageSource
 from tests.fakes import PNG
 

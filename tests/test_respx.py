@@ -78,7 +78,7 @@ async def test_only_failures_that_prove_it_was_not_sent_are_sent_again(
     async def no_sleep(_: float) -> None:
         await anyio.lowlevel.checkpoint()
 
-    monkeypatch.setattr("nanobanana_async.transport.api.anyio.sleep", no_sleep)
+    monkeypatch.setattr("nanobanana_async.api.operations.anyio.sleep", no_sleep)
     async with respx.mock as router, NanoBananaClient("dk-1") as client:
         route = router.post(f"{API}/api/image/gen").mock(side_effect=error("boom"))
         with pytest.raises(expected) as caught:

@@ -17,7 +17,7 @@ import pytest
 
 from nanobanana_async import ConfigurationError, HttpTransport, NanoBananaClient, NanoBananaError
 from nanobanana_async.simulator import FAST_POLLING, VendorProfile
-from nanobanana_async.simulator.app import SimulatorServer
+from nanobanana_async.simulator.server import SimulatorServer
 from tests.faults.table import FAULTS
 from tests.faults.trial import DEADLINES, QUICK, fault_server
 from tests.raw_server import response, saying, serving

@@ -11,10 +11,10 @@ from PIL import Image
 
 from nanobanana_async import NanoBananaClient, TaskStatus
 from nanobanana_async.simulator import FAST, FAST_POLLING, Simulator, VendorProfile
-from nanobanana_async.simulator.app import SimulatorServer
-from nanobanana_async.simulator.memory import tiny_png
-from nanobanana_async.simulator.painter import paint
-from nanobanana_async.simulator.vendor import Answer, PictureOrder, Vendor
+from nanobanana_async.simulator.in_memory import tiny_png
+from nanobanana_async.simulator.render import paint
+from nanobanana_async.simulator.server import SimulatorServer
+from nanobanana_async.simulator.service import Answer, PictureOrder, Vendor
 from tests.raw_server import response, saying, serving
 
 pytestmark = pytest.mark.other_clients

@@ -25,8 +25,8 @@ from nanobanana_async import (
     TransportError,
 )
 from nanobanana_async.tracking.schedule import Schedule, has_vanished, newer
-from nanobanana_async.tracking.watch import Origin
-from tests.tracking import Service, every, finished_after, task, tracking
+from nanobanana_async.tracking.state import Origin
+from tests.tracker_fakes import Service, every, finished_after, task, tracking
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 

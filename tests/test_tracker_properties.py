@@ -20,11 +20,11 @@ from nanobanana_async import (
     TaskUnfinished,
     TransportError,
 )
+from nanobanana_async.api.rate_limit import Pacer
+from nanobanana_async.tracking.state import Origin
 from nanobanana_async.tracking.tracker import TaskTracker
-from nanobanana_async.tracking.watch import Origin
-from nanobanana_async.transport.pacing import Pacer
-from tests.learning import lognormal
-from tests.tracking import Service, every, task, tracking
+from tests.latency_samples import lognormal
+from tests.tracker_fakes import Service, every, task, tracking
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from nanobanana_async.batch import gallery
-from nanobanana_async.batch.entries import RowRecord, RowState
+from nanobanana_async.ledger.schema import RowRecord, RowState
 
 PAGE: Final = "index.html"
 MANIFEST: Final = "manifest.jsonl"

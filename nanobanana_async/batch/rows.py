@@ -14,9 +14,9 @@ from typing import Final, TypeAlias
 import anyio.to_thread
 import attrs
 
-from nanobanana_async._flow import each
+from nanobanana_async._concurrency.map_unordered import each
 from nanobanana_async.errors import InvalidRows
-from nanobanana_async.media.formats import HEAD_BYTES, sniff
+from nanobanana_async.images.formats import HEAD_BYTES, sniff
 from nanobanana_async.models import GenerationRequest, ImageSource, SupportsSave
 from nanobanana_async.policies import Limits
 

@@ -15,16 +15,13 @@ import anyio
 import anyio.to_thread
 import attrs
 
-from nanobanana_async._flow import flow
-from nanobanana_async._host import Host
+from nanobanana_async._concurrency.background import Host
+from nanobanana_async._concurrency.map_unordered import flow
 from nanobanana_async.batch import report
-from nanobanana_async.batch.account import Account
-from nanobanana_async.batch.endings import are_there, as_task, moment, of_earlier_run
-from nanobanana_async.batch.entries import RowRecord, RowState
-from nanobanana_async.batch.ledger import Ledger
+from nanobanana_async.batch.resume import are_there, as_task, moment, of_earlier_run
 from nanobanana_async.batch.rows import Row, Rows, keyed
+from nanobanana_async.batch.run_state import Fetcher, Progress, Stopped, Traffic
 from nanobanana_async.batch.submitter import Submitter
-from nanobanana_async.batch.traffic import Fetcher, Progress, Stopped, Traffic
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import (
     AuthenticationError,
@@ -36,7 +33,10 @@ from nanobanana_async.errors import (
     TaskNotFound,
 )
 from nanobanana_async.handle import TaskHandle, without_picture
-from nanobanana_async.media.download import sweep
+from nanobanana_async.images.download import sweep
+from nanobanana_async.ledger.budget import Account
+from nanobanana_async.ledger.schema import RowRecord, RowState
+from nanobanana_async.ledger.sqlite import Ledger
 from nanobanana_async.models import Announcer, GenerationRequest, SavedPicture, Task
 from nanobanana_async.outcomes import Done, Failed, Outcome, Unknown, of_error
 

@@ -6,12 +6,9 @@ from typing import Final
 
 import anyio
 
-from nanobanana_async.batch.account import Account
-from nanobanana_async.batch.caution import Caution
-from nanobanana_async.batch.entries import RowState
-from nanobanana_async.batch.ledger import Ledger
+from nanobanana_async.batch.outage import Caution
 from nanobanana_async.batch.rows import Row
-from nanobanana_async.batch.traffic import Stopped, Traffic
+from nanobanana_async.batch.run_state import Stopped, Traffic
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import (
     AuthenticationError,
@@ -26,6 +23,9 @@ from nanobanana_async.errors import (
     SubmissionUnknown,
 )
 from nanobanana_async.handle import TaskHandle
+from nanobanana_async.ledger.budget import Account
+from nanobanana_async.ledger.schema import RowState
+from nanobanana_async.ledger.sqlite import Ledger
 from nanobanana_async.models import Announcer, Expectation
 
 _log: Final = logging.getLogger("nanobanana_async")

@@ -1,5 +1,5 @@
 """`python -m nanobanana_async.cli`: the same as `nanobanana`."""
 
-from nanobanana_async.cli.entry import main
+from nanobanana_async.cli.main import main
 
 main()

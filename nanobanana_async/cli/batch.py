@@ -21,6 +21,7 @@ from nanobanana_async.batch import report
 from nanobanana_async.batch.rows import read_rows
 from nanobanana_async.batch.runner import Batch
 from nanobanana_async.cli.generate import check_writable, json_option, timeout_option
+from nanobanana_async.cli.progress import Bar
 from nanobanana_async.cli.resolve import closing_words, resolve
 from nanobanana_async.cli.runtime import (
     DONE,
@@ -34,11 +35,10 @@ from nanobanana_async.cli.runtime import (
     say,
     task_record,
 )
-from nanobanana_async.cli.screen import Bar
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import LedgerError
 from nanobanana_async.outcomes import Done, Failed, Outcome, Unknown
-from nanobanana_async.transport.bodies import printable
+from nanobanana_async.wire.body import printable
 
 _REFRESH_S: Final = 0.5
 _PLAIN_EVERY_S: Final = 10.0

@@ -5,9 +5,9 @@ import click
 from nanobanana_async.cli.batch import batch
 from nanobanana_async.cli.demo import demo
 from nanobanana_async.cli.generate import generate
+from nanobanana_async.cli.listen import webhook
 from nanobanana_async.cli.simulate import simulate
 from nanobanana_async.cli.tasks import balance, status, wait
-from nanobanana_async.cli.webhook import webhook
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -9,12 +9,12 @@ import click
 from nanobanana_async.batch import gallery
 from nanobanana_async.cli.generate import check_writable
 from nanobanana_async.cli.jobs import Job, make, report_failures
+from nanobanana_async.cli.progress import Board
 from nanobanana_async.cli.runtime import Session, run
-from nanobanana_async.cli.screen import Board
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.models import GenerationRequest
 from nanobanana_async.policies import PollPolicy
-from nanobanana_async.simulator.process import simulator_process
+from nanobanana_async.simulator.subprocess import simulator_process
 
 _LATENCY_S: Final = 3.0
 _POLLING: Final = PollPolicy.backoff(first_s=0.8, pause_s=0.4, factor=1.2, cap_s=1.5)

@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from nanobanana_async.cli.jobs import Job, make, report_failures
+from nanobanana_async.cli.progress import Board
 from nanobanana_async.cli.runtime import Session, emit, run, say
-from nanobanana_async.cli.screen import Board
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.handle import TaskHandle
-from nanobanana_async.media.formats import SUFFIXES
+from nanobanana_async.images.formats import SUFFIXES
 from nanobanana_async.models import DEFAULT_MODEL, GenerationRequest, ImageSource
 
 timeout_option = click.option(

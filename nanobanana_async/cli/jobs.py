@@ -8,12 +8,12 @@ import anyio
 import attrs
 import click
 
+from nanobanana_async.cli.progress import Board
 from nanobanana_async.cli.runtime import DONE, FAILED, UNKNOWN, Session, error_record, exit_code, one_line, task_record
-from nanobanana_async.cli.screen import Board
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NanoBananaError, NoImage, TaskFailed, TaskNotFound
 from nanobanana_async.models import GenerationRequest, Task
-from nanobanana_async.transport.bodies import printable
+from nanobanana_async.wire.body import printable
 
 
 @attrs.define(kw_only=True)

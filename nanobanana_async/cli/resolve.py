@@ -11,13 +11,13 @@ from pathlib import Path
 
 import click
 
-from nanobanana_async.batch.account import Account
-from nanobanana_async.batch.entries import RowRecord, RowState
-from nanobanana_async.batch.ledger import Ledger
 from nanobanana_async.cli.generate import json_option
 from nanobanana_async.cli.runtime import DONE, Session, emit, run, say
 from nanobanana_async.errors import ConfigurationError
-from nanobanana_async.transport.bodies import printable
+from nanobanana_async.ledger.budget import Account
+from nanobanana_async.ledger.schema import RowRecord, RowState
+from nanobanana_async.ledger.sqlite import Ledger
+from nanobanana_async.wire.body import printable
 
 _DONE = (RowState.SAVED,)
 _FAILED = (RowState.FAILED, RowState.ABANDONED)

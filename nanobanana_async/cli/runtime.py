@@ -18,7 +18,7 @@ import click
 
 from nanobanana_async.errors import InvalidRows, NanoBananaError, SubmissionUnknown
 from nanobanana_async.models import Task
-from nanobanana_async.transport.bodies import printable
+from nanobanana_async.wire.body import printable
 
 DONE: Final = 0
 FAILED: Final = 1

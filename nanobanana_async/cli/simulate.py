@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from nanobanana_async.cli.runtime import emit, listening
-from nanobanana_async.simulator.vendor import VendorProfile
+from nanobanana_async.simulator.service import VendorProfile
 
 if TYPE_CHECKING:
-    from nanobanana_async.simulator.app import SimulatorServer
+    from nanobanana_async.simulator.server import SimulatorServer
 
 _TEST_KEY = "dk-test"
 
@@ -68,7 +68,7 @@ def _make_server(
     faults: str, settings: Mapping[str, object], *, seed: int, address: tuple[str, int]
 ) -> "SimulatorServer":
     try:
-        from nanobanana_async.simulator.app import SimulatorServer  # noqa: PLC0415 - an extra
+        from nanobanana_async.simulator.server import SimulatorServer  # noqa: PLC0415 - an extra
     except ModuleNotFoundError as exc:
         sys.exit(f"nanobanana: the simulator needs {exc.name}: pip install 'nanobanana-async[cli,simulator]'")
     try:

@@ -9,7 +9,7 @@ from nanobanana_async.cli.runtime import DONE, FAILED, Session, emit, run, say, 
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NoImage, TaskFailed
 from nanobanana_async.models import Task, TaskStatus
-from nanobanana_async.transport.bodies import printable
+from nanobanana_async.wire.body import printable
 
 
 @click.command()

@@ -1,11 +1,11 @@
 """The service, played: for demos, for benchmarks, and for your own test-suite.
 
 `Simulator` works in memory and needs nothing more; `SimulatorServer` listens on a real port and needs the extra
-`simulator`, so it is imported from `nanobanana_async.simulator.app`. For pytest, load the fixtures with
-`pytest_plugins = ["nanobanana_async.simulator.fixtures"]`.
+`simulator`, so it is imported from `nanobanana_async.simulator.server`. For pytest, load the fixtures with
+`pytest_plugins = ["nanobanana_async.simulator.pytest_plugin"]`.
 """
 
-from nanobanana_async.simulator.memory import FAST, FAST_LIMITS, FAST_POLLING, Simulator
-from nanobanana_async.simulator.vendor import Charge, VendorProfile
+from nanobanana_async.simulator.in_memory import FAST, FAST_LIMITS, FAST_POLLING, Simulator
+from nanobanana_async.simulator.service import Charge, VendorProfile
 
 __all__ = ["FAST", "FAST_LIMITS", "FAST_POLLING", "Charge", "Simulator", "VendorProfile"]

@@ -6,7 +6,7 @@ from typing import Final
 
 from nanobanana_async.models import TaskStatus
 from nanobanana_async.policies import PollPolicy
-from nanobanana_async.tracking.curve import PRIOR_MEDIAN_S, CompletionCurve
+from nanobanana_async.tracking.latency import PRIOR_MEDIAN_S, CompletionCurve
 
 # A fresh id may answer 404 for 25-30 s, longer with reference images (several public clients allow for it).
 NOT_FOUND_GRACE_S: Final = 60.0

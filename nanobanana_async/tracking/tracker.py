@@ -13,9 +13,9 @@ from typing import Final, Protocol
 
 import anyio
 
-from nanobanana_async._agenda import Agenda
-from nanobanana_async._bell import Bell
-from nanobanana_async._host import Host
+from nanobanana_async._concurrency.background import Host
+from nanobanana_async._concurrency.delay_queue import Agenda
+from nanobanana_async._concurrency.events import Bell
 from nanobanana_async.errors import (
     AuthenticationError,
     InvalidRequest,
@@ -26,7 +26,7 @@ from nanobanana_async.errors import (
 )
 from nanobanana_async.models import Task, TaskStatus
 from nanobanana_async.tracking.schedule import FOREIGN_AGE_S, NOT_FOUND_GRACE_S, Schedule, has_vanished, newer
-from nanobanana_async.tracking.watch import NOBODYS, Entry, Memory, Origin, Statistics, Watch, about, vanished
+from nanobanana_async.tracking.state import NOBODYS, Entry, Memory, Origin, Statistics, Watch, about, vanished
 
 _log: Final = logging.getLogger("nanobanana_async")
 

@@ -11,10 +11,10 @@ import anyio
 import attrs
 
 from nanobanana_async import Batch, NanoBananaClient, WireRequest
-from nanobanana_async.batch import ledger
-from nanobanana_async.media.download import _PartFile
+from nanobanana_async.images.download import _PartFile
+from nanobanana_async.ledger import sqlite
 from nanobanana_async.simulator import FAST_LIMITS, FAST_POLLING
-from nanobanana_async.transport.http import HttpTransport
+from nanobanana_async.transport.httpx import HttpTransport
 
 NEVER = 10**9
 
@@ -34,7 +34,7 @@ class Plan:
 
 def run(plan: Plan) -> None:
     """Run the batch to its end, or to the point where it dies."""
-    ledger._GATHER_S = 0.002  # so that many kills fit into little time
+    sqlite._GATHER_S = 0.002  # so that many kills fit into little time
     with plan.log.open("ab", buffering=0) as log:
         _arm(plan, log.write)
         anyio.run(_batch, plan)

@@ -12,12 +12,12 @@ from random import Random
 import anyio
 import attrs
 
-from nanobanana_async.batch.entries import RowRecord, RowState
-from nanobanana_async.batch.ledger import Ledger
+from nanobanana_async.ledger.schema import RowRecord, RowState
+from nanobanana_async.ledger.sqlite import Ledger
 from nanobanana_async.simulator import VendorProfile
-from nanobanana_async.simulator.app import SimulatorServer
-from nanobanana_async.simulator.memory import tiny_png
-from nanobanana_async.simulator.vendor import Answer, PictureOrder
+from nanobanana_async.simulator.in_memory import tiny_png
+from nanobanana_async.simulator.server import SimulatorServer
+from nanobanana_async.simulator.service import Answer, PictureOrder
 from tests.kills import child
 
 ROWS = 8

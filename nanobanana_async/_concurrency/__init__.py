@@ -1,0 +1,1 @@
+"""Concurrency primitives that know nothing of the domain but its errors."""

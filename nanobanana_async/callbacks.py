@@ -1,0 +1,251 @@
+"""Callbacks of the service: parsed, checked, and taken for what they are, a hint that one query confirms.
+
+The service signs nothing, so anybody may post anything. Each submit therefore gets a path of its own that nobody can
+guess, and what a callback claims is never believed: it makes the tracker look.
+"""
+
+import base64
+import hashlib
+import hmac
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Final, TypeAlias
+
+import anyio
+
+from nanobanana_async.client import NanoBananaClient
+from nanobanana_async.errors import ConfigurationError, NanoBananaError, ProtocolError
+from nanobanana_async.models import Callback, http_url_fault
+from nanobanana_async.tracking.state import Recent
+from nanobanana_async.wire import codec
+from nanobanana_async.wire.body import plain
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+
+_log: Final = logging.getLogger("nanobanana_async")
+
+_BODY_BYTES: Final = 2**20
+_BODY_S: Final = 10.0
+_SECRET_BYTES: Final = 16
+_PART_BYTES: Final = 16
+"""Of chance, and of proof, in a token: 128 bits each."""
+_EXPECTED: Final = 100_000
+"""Submits that are remembered; what comes for an older one is passed on, and the poll sees to it."""
+
+
+def parse_callback(body: bytes, *, content_encoding: str = "") -> Callback:
+    """Return what the body of a callback claims, whatever its content type. It proves nothing: query the task.
+
+    Raises:
+        ProtocolError: It claims nothing about a task.
+    """
+    return codec.decode_callback(plain(body, content_encoding, _BODY_BYTES))
+
+
+class Expectation:
+    """One submit whose end will be announced: the URL it gives the service, and the task id once it is known."""
+
+    def __init__(self, nonce: str, url: str) -> None:
+        self.nonce: Final = nonce
+        self.url: Final = url
+        self.task_id: str | None = None
+        self._claimed: str | None = None
+        self._told = anyio.Event()
+        self._came = False
+
+    def bind(self, task_id: str) -> bool:
+        """Note which task the submit became; True when a callback has come already."""
+        self.task_id = task_id
+        return self._came
+
+    def claim(self, task_id: str) -> bool:
+        """Note which task a callback says it became; False when it is known to be another one."""
+        if self.task_id is not None:
+            return self.task_id == task_id
+        self._came = True
+        self._claimed = task_id
+        self._told.set()
+        return True
+
+    async def claimed(self) -> str:
+        """Return the task id that a callback brings, when one comes."""
+        while self._claimed is None:
+            await self._told.wait()
+        claimed, self._claimed, self._told = self._claimed, None, anyio.Event()
+        return claimed
+
+
+class CallbackReceiver:
+    """Takes the service's callbacks: a plain ASGI app, to be mounted anywhere, on any number of worker processes.
+
+    Pass it to `client.submit(..., callback=receiver)`. Whichever comes first, the callback or a poll, ends the wait;
+    while a callback is expected, polls are rare. Any worker that has the secret can tell a true path from a forged one.
+
+    Args:
+        client: Whose tasks these are.
+        public_url: Where the service reaches this app from the internet, without the token.
+        secret: What the paths are made with, at least 16 bytes. The same on all workers, and after a restart.
+        previous_secret: Still accepted, while the secret is being changed.
+        forward: Called with the path's token and the body when the submit is not one of this process: pass them to
+            the workers that may know it, for their `deliver`.
+
+    Raises:
+        ConfigurationError: The URL or the secret cannot be used.
+    """
+
+    def __init__(
+        self,
+        client: NanoBananaClient,
+        *,
+        public_url: str,
+        secret: str | bytes,
+        previous_secret: str | bytes | None = None,
+        forward: Callable[[str, bytes], Awaitable[None]] | None = None,
+    ) -> None:
+        if fault := http_url_fault(public_url):
+            raise ConfigurationError(f"public_url: {public_url!r} {fault}")
+        self._client = client
+        self._public_url = public_url.rstrip("/")
+        self._secrets = [_as_key(given) for given in (secret, previous_secret) if given is not None]
+        self._forward = forward
+        self._expected: Recent[Expectation] = Recent(_EXPECTED)
+        self.strangers: list[Callable[[str, str], Awaitable[None]]] = []
+        """Told of nonce and claimed task id when a callback is about a submit whose task is not known here."""
+
+    def __repr__(self) -> str:
+        return f"CallbackReceiver(public_url={self._public_url!r})"
+
+    def expect(self) -> Expectation:
+        """Return the expectation of one submit, with a URL of its own."""
+        nonce = secrets.token_urlsafe(_PART_BYTES)
+        expectation = Expectation(nonce, f"{self._public_url}/{nonce}{_proof(self._secrets[0], nonce)}")
+        self._expected.keep(nonce, expectation)
+        return expectation
+
+    def verify(self, path: str) -> str | None:
+        """Return the nonce of a path that was made here, with the present secret or the one before; else None.
+
+        Looks at the last part of *path*. Takes the same time for all forgeries.
+        """
+        token = path.rpartition("/")[2]
+        nonce, proof = token[:_NONCE_LETTERS], token[_NONCE_LETTERS:]
+        given = proof.encode("utf-8", "replace")
+        fits = [hmac.compare_digest(_proof(secret, nonce).encode(), given) for secret in self._secrets]
+        return nonce if any(fits) else None
+
+    async def deliver(self, path: str, body: bytes, *, content_encoding: str = "", pass_on: bool = False) -> bool:
+        """Take a callback; True asks for an answer of 2xx, False for 404. For other frameworks, and for `forward`.
+
+        Args:
+            path: The path it was posted to, or its last part, the token.
+            body: As it came.
+            content_encoding: That header's value.
+            pass_on: Call `forward` when the submit is not one of this process.
+        """
+        nonce = self.verify(path)
+        if nonce is None:
+            return False
+        body = plain(body, content_encoding, _BODY_BYTES)
+        try:
+            claimed: str | None = codec.decode_callback(body).task_id
+        except ProtocolError as exc:
+            _log.warning("a callback came that nobody can read: %s", exc)
+            claimed = None
+        expectation = self._expected.get(nonce)
+        if claimed is not None and (expectation is None or expectation.task_id is None):
+            for tell in list(self.strangers):
+                try:
+                    await tell(nonce, claimed)
+                except NanoBananaError as exc:
+                    _log.warning("the callback about task %s was lost on a batch: %s", claimed, exc)
+        if expectation is None:
+            if pass_on and self._forward is not None:
+                await self._pass_on(path.rpartition("/")[2], body)
+            return True
+        if claimed is not None and not expectation.claim(claimed):
+            _log.info("a callback for task %s claims to be about another one; refused", expectation.task_id)
+            return False
+        if expectation.task_id is not None:
+            self._client.notify(expectation.task_id)
+        return True
+
+    async def _pass_on(self, token: str, body: bytes) -> None:
+        assert self._forward is not None  # noqa: S101 - the caller looked
+        try:
+            await self._forward(token, body)
+        except Exception:  # noqa: BLE001 - the user's code; the poll sees to the task
+            _log.exception("forward failed")
+
+    # --- ASGI -------------------------------------------------------------------------------------------------------
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection of the ASGI server."""
+        if scope["type"] == "http":
+            await _answer(send, await self._judge(scope, receive))
+        elif scope["type"] == "lifespan":
+            await _live(receive, send)
+        else:
+            await send({"type": "websocket.close"})
+
+    async def _judge(self, scope: Scope, receive: Receive) -> int:
+        """Return the status to answer with."""
+        if scope["method"] != "POST":
+            return 405
+        if self.verify(scope["path"]) is None:
+            return 404
+        with anyio.move_on_after(_BODY_S):
+            body = bytearray()
+            while True:
+                message = await receive()
+                body += message.get("body") or b""
+                if message["type"] == "http.disconnect":
+                    return 400
+                if len(body) > _BODY_BYTES:
+                    return 413
+                if not message.get("more_body"):
+                    break
+            headers = {name.lower(): value for name, value in scope["headers"]}
+            coding = headers.get(b"content-encoding", b"").decode("latin-1")
+            known = await self.deliver(scope["path"], bytes(body), content_encoding=coding, pass_on=True)
+            return 204 if known else 404
+        return 408
+
+
+async def _answer(send: Send, status: int) -> None:
+    headers = [(b"allow", b"POST")] if status == 405 else []
+    if status >= 400:
+        headers.append((b"connection", b"close"))  # there may be more of the body
+    if status != 204:
+        headers.append((b"content-length", b"0"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    """Take part in the server's start and end, when this is the whole app."""
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
+
+
+def _as_key(secret: str | bytes) -> bytes:
+    key = secret.encode() if isinstance(secret, str) else bytes(secret)
+    if len(key) < _SECRET_BYTES:
+        raise ConfigurationError(
+            f"secret: at least {_SECRET_BYTES} bytes are needed; python -c 'import secrets; print(secrets.token_hex())'"
+        )
+    return key
+
+
+def _proof(key: bytes, nonce: str) -> str:
+    digest = hmac.digest(key, nonce.encode("utf-8", "replace"), hashlib.sha256)
+    return base64.urlsafe_b64encode(digest[:_PART_BYTES]).decode("ascii").rstrip("=")
+
+
+_NONCE_LETTERS: Final = len(secrets.token_urlsafe(_PART_BYTES))

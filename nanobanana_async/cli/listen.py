@@ -1,0 +1,65 @@
+"""`nanobanana webhook`: prints callbacks as they come, for trying a tunnel."""
+
+import sys
+
+import click
+
+from nanobanana_async.callbacks import Receive, Scope, Send, parse_callback
+from nanobanana_async.cli.generate import json_option
+from nanobanana_async.cli.runtime import emit, listening, say
+from nanobanana_async.errors import ProtocolError
+from nanobanana_async.wire.body import printable
+
+_BODY_BYTES = 2**20
+
+
+@click.command()
+@click.option("--port", default=8788, show_default=True, type=click.IntRange(0, 65535), help="0 picks a free one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@json_option
+def webhook(*, port: int, host: str, as_json: bool) -> None:
+    """Print callbacks as they come, on any path: to see whether a tunnel works. Nothing is checked."""
+    try:
+        import uvicorn  # noqa: PLC0415 - an extra
+
+        from nanobanana_async.simulator.server import listen  # noqa: PLC0415 - the same
+    except ModuleNotFoundError as exc:
+        sys.exit(f"nanobanana: to listen needs {exc.name}: pip install 'nanobanana-async[cli,simulator]'")
+    with listening(host, port):
+        socket = listen(host, port)
+    address = f"http://{host}:{socket.getsockname()[1]}"
+    click.echo(f"Listening on {address}; post a callback there, through your tunnel (Ctrl-C stops it)", err=True)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        body = b""
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if not message.get("more_body") or len(body) > _BODY_BYTES:
+                break
+        _show(scope, body, as_json=as_json)
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, lifespan="off"))
+    try:
+        server.run(sockets=[socket])
+    except KeyboardInterrupt:  # uvicorn shuts down first, then raises the signal again
+        sys.exit(130)
+
+
+def _show(scope: Scope, body: bytes, *, as_json: bool) -> None:
+    path = scope["path"]
+    try:
+        claim = parse_callback(body, content_encoding=dict(scope["headers"]).get(b"content-encoding", b"").decode())
+    except ProtocolError as exc:
+        if as_json:
+            emit({"method": scope["method"], "path": path, "task_id": None, "error": str(exc)})
+        else:
+            say(printable(f"{scope['method']} {path}: {exc}"))
+    else:
+        if as_json:
+            emit({"method": scope["method"], "path": path, **claim.raw})
+        else:
+            say(printable(f"{scope['method']} {path}: task {claim.task_id} {claim.status}"))
+    sys.stdout.flush()

@@ -1,0 +1,73 @@
+"""Reference images: whatever a user has at hand, as the URL or data URI that the service takes."""
+
+import base64
+import io
+import os
+import stat
+from pathlib import Path
+
+import anyio.to_thread
+
+from nanobanana_async.errors import MediaError
+from nanobanana_async.images.formats import HEAD_BYTES, sniff
+from nanobanana_async.models import ImageSource, SupportsSave
+
+
+async def as_references(images: tuple[ImageSource, ...], *, max_bytes: int) -> tuple[str, ...]:
+    """Return one URL or data URI for each of *images*. Files are read and encoded off the event loop.
+
+    Raises:
+        MediaError: A file cannot be read, is no PNG, JPEG, WebP or GIF, or is larger than *max_bytes*.
+    """
+    return tuple([await _as_reference(image, max_bytes) for image in images])
+
+
+async def _as_reference(image: ImageSource, max_bytes: int) -> str:
+    if not isinstance(image, str):
+        return await anyio.to_thread.run_sync(_as_data_uri, image, max_bytes)
+    if image.startswith("data:"):
+        _check_size("the data URI", len(image) * 3 // 4, max_bytes)
+    return image
+
+
+def _as_data_uri(image: Path | bytes | SupportsSave, max_bytes: int) -> str:
+    if isinstance(image, bytes):
+        name, data = "the image", image
+    elif isinstance(image, Path):
+        name, data = str(image), _read(image, max_bytes)
+    else:
+        name, data = "the PIL image", _as_png(image)
+    _check_size(name, len(data), max_bytes)
+    picture = sniff(data[:HEAD_BYTES])
+    if picture is None:
+        raise MediaError(f"{name}: not a PNG, JPEG, WebP or GIF (it starts with {data[:HEAD_BYTES]!r})")
+    return f"data:{picture.media_type};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for without end
+            raise MediaError(f"{path}: cannot be read: it is not a file")
+        with path.open("rb") as file:
+            # Judged before reading: somebody will point this at a film.
+            _check_size(str(path), os.fstat(file.fileno()).st_size, max_bytes)
+            return file.read(max_bytes + 1)
+    except OSError as exc:
+        raise MediaError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
+
+
+def _as_png(image: SupportsSave) -> bytes:
+    file = io.BytesIO()
+    try:
+        image.save(file, format="PNG")
+    except (OSError, ValueError) as exc:
+        raise MediaError(f"the PIL image cannot be written as PNG: {exc}") from exc
+    return file.getvalue()
+
+
+def _check_size(name: str, size_bytes: int, max_bytes: int) -> None:
+    if size_bytes > max_bytes:
+        raise MediaError(
+            f"{name}: {size_bytes / 2**20:.1f} MiB, but a reference image may have {max_bytes / 2**20:.1f} MiB "
+            "(Limits.reference_bytes); scale it down"
+        )

@@ -1,0 +1,343 @@
+"""`Ledger`: the books of a batch. A row's intent, task id, end and file are each durable before the next step.
+
+WAL with synchronous=FULL: what a call has returned survives a power cut. Calls that come together share one fsync.
+"""
+
+import contextlib
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Final, Generic, Self, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from nanobanana_async._concurrency.background import Host
+from nanobanana_async._concurrency.events import Bell
+from nanobanana_async.batch.rows import Row
+from nanobanana_async.errors import LedgerError
+from nanobanana_async.ledger import schema
+from nanobanana_async.ledger.schema import RowRecord, RowState
+from nanobanana_async.models import SavedPicture
+
+T = TypeVar("T")
+
+
+_NAME: Final = "ledger.db"
+_BUSY_S: Final = 0.5
+_GATHER_S = 0.025
+"""How long a write waits for others to share its fsync; a row has four of them, and takes seconds anyway."""
+_CUT_OFF: Final = "the program ended before an answer came"
+
+
+class _Order(Generic[T]):
+    """One piece of work, to be done in somebody's transaction."""
+
+    def __init__(self, work: Callable[[sqlite3.Connection], T]) -> None:
+        self.work = work
+        self.bell = Bell()
+        self.is_done = False
+        self.value: T | None = None
+        self.error: str | None = None
+
+
+class Ledger:
+    """The books of one batch folder. One process has them at a time; the file lock ends with the process.
+
+    After the first write that failed, every further one raises `LedgerError` at once: a failed fsync says nothing
+    about what is on the disk, and asking again would get a yes that means nothing.
+    """
+
+    def __init__(self, folder: Path, connection: sqlite3.Connection) -> None:
+        self.folder: Final = folder
+        self._db = connection
+        self._db.row_factory = sqlite3.Row
+        self._mutex = threading.Lock()
+        self._limiter = anyio.CapacityLimiter(1)
+        self._is_writing = False
+        self._inodes = self._on_disk()
+        self._host = Host()
+        self._orders: list[_Order[object]] = []
+        self._broken: str | None = None
+        self._is_closed = False
+        self._host.at_end = self._let_go
+
+    # --- opening and closing ----------------------------------------------------------------------------------------
+
+    @classmethod
+    async def open(cls, folder: Path, *, adopt: bool = False, create: bool = True) -> Self:
+        """Open the ledger of *folder*; intents of a run that was cut off become unknown.
+
+        Args:
+            folder: Where the batch lives.
+            adopt: Take a ledger that was copied or restored for the true one, from now on.
+            create: Make folder and ledger if there are none.
+
+        Raises:
+            LedgerError: Another process has it, or it is not usable: damaged, a copy, of a newer version, absent.
+        """
+        made: list[Self] = []
+        has_left = threading.Event()
+
+        def work() -> None:
+            made.append(cls._open(folder, adopt, create))
+            if has_left.is_set():
+                made[0]._close()  # noqa: SLF001 - our own
+
+        try:
+            await anyio.to_thread.run_sync(work)
+            await made[0]._host.ensure()  # noqa: SLF001 - the same
+        except BaseException:  # `task.cancel()` does not wait for the thread, and nobody gets what that makes
+            has_left.set()
+            for ledger in made:
+                await ledger.aclose()
+            raise
+        return made[0]
+
+    @classmethod
+    def _open(cls, folder: Path, adopt: bool, create: bool) -> Self:  # noqa: FBT001 - `open` hands them on
+        path = folder / _NAME
+        try:
+            if create:
+                folder.mkdir(parents=True, exist_ok=True)
+            _make_private(path, create=create)
+            db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+        except (OSError, sqlite3.Error) as exc:
+            raise LedgerError(f"{path}: cannot be opened: {getattr(exc, 'strerror', None) or exc}") from exc
+        try:
+            _prepare(db, path, adopt=adopt)
+            (folder / "ledger.pid").write_text(f"{os.getpid()}\n")
+        except (sqlite3.Error, OSError) as exc:
+            db.close()
+            raise _unusable(path, exc) from exc
+        except LedgerError:
+            db.close()
+            raise
+        return cls(folder, db)
+
+    async def aclose(self) -> None:
+        """Close it; the lock is free then."""
+        with anyio.CancelScope(shield=True):
+            try:
+                while self._is_writing and self._host.is_open:  # noqa: ASYNC110 - for milliseconds, and once
+                    await anyio.sleep(_GATHER_S)
+                await self._host.aclose(drain_s=0)
+                await anyio.to_thread.run_sync(self._close)
+            finally:  # nothing is left to do, unless `task.cancel()` came through
+                self._host.stop(drain_s=0)
+                self._close()
+
+    def _close(self) -> None:
+        with self._mutex:
+            if self._is_closed:
+                return
+            self._is_closed = True
+            self._broken = self._broken or "the batch is closed"
+            try:
+                (self.folder / "ledger.pid").unlink(missing_ok=True)
+                self._db.close()
+            except (OSError, sqlite3.Error):
+                pass  # what was promised is on the disk; a checkpoint that fails is made by the next opening
+
+    # --- one row ----------------------------------------------------------------------------------------------------
+
+    async def enter(self, rows: Iterable[Row]) -> list[RowRecord]:
+        """Return the record of each of *rows*; new ones are entered as open."""
+        rows = list(rows)
+        return await self._durably(lambda db: [schema.as_record(schema.enter(db, row), self.folder) for row in rows])
+
+    async def intend(self, key: str, *, again: bool = False, nonce: str | None = None) -> None:
+        """Note that a POST is about to leave for an open or failed row; *again*: one more for the same attempt.
+
+        With the *nonce* of its callback, what comes back can be recognised.
+        """
+        await self._durably(lambda db: schema.intend_again(db, key) if again else schema.intend(db, key, nonce), key)
+
+    async def recognise(self, nonce: str, task_id: str) -> None:
+        """Note which task the submit with this *nonce* became, if nobody knew."""
+        await self._durably(lambda db: schema.recognise(db, nonce, task_id))
+
+    async def misses(self, nonce: str) -> bool:
+        """Tell whether nobody knows what became of the submit with this *nonce*."""
+        return await self._durably(lambda db: schema.misses(db, nonce))
+
+    async def move(self, key: str, state: RowState, **facts: str | float | None) -> None:
+        """Note that the last attempt of *key* is now in *state*, with *facts* about it (columns of `attempts`)."""
+        await self._durably(lambda db: schema.move(db, key, state, facts), key)
+
+    async def bind(self, key: str, task_id: str) -> None:
+        """Note which task the unknown row *key* became, as somebody says; refused if another row is that task."""
+        await self._durably(lambda db: schema.bind(db, key, task_id), key)
+
+    async def saved(self, key: str, files: Iterable[SavedPicture]) -> None:
+        """Note that the pictures of *key* are on disk, whole."""
+        listed = json.dumps([[file.path.name, file.sha256, file.size_bytes] for file in files])
+        await self.move(key, RowState.SAVED, files=listed, saved_at=time.time())
+
+    # --- all rows ---------------------------------------------------------------------------------------------------
+
+    async def read(self, use: Callable[[Iterator[RowRecord]], T], *states: RowState) -> T:
+        """Return what *use* makes of the records in order (all of them, or those in *states*). It runs in a thread."""
+        where = f" WHERE coalesce(state, 'open') IN ({', '.join('?' * len(states))})" if states else ""
+
+        def work(db: sqlite3.Connection) -> T:
+            found = db.execute(f"{schema.SELECT}{where} ORDER BY number", states)
+            return use(schema.as_record(line, self.folder) for line in found)
+
+        return await self._durably(work)
+
+    async def costs(self) -> list[tuple[str, int, Decimal | None]]:
+        """Return for each attempt its model, how many of its submits may yet cost something, and what it did cost."""
+
+        def work(db: sqlite3.Connection) -> list[tuple[str, int, Decimal | None]]:
+            lines = db.execute("SELECT model, state, sends, consumed FROM attempts JOIN rows USING (key)")
+            return [schema.cost(line) for line in lines]
+
+        return await self._durably(work)
+
+    # --- the disk ---------------------------------------------------------------------------------------------------
+
+    async def _durably(self, work: Callable[[sqlite3.Connection], T], key: str | None = None) -> T:
+        """Return what *work* returns, once it is on the disk.
+
+        Whoever comes first waits a moment and writes for all who have come by then: their one fsync is shared. Not
+        cancellable: half a write helps nobody, and it takes milliseconds.
+        """
+        order = _Order(work)
+        if not self._host.is_open:
+            raise LedgerError(f"{self.folder / _NAME}: is closed")
+        self._orders.append(order)  # type: ignore[arg-type]  # whatever it returns
+        if not self._is_writing:
+            self._is_writing = True
+            self._host.start_soon(self._write)
+        with anyio.CancelScope(shield=True):
+            await order.bell.wait()
+        if order.error is not None or not order.is_done:
+            raise LedgerError(f"{self.folder / _NAME}: {order.error or 'the program ended before it was written'}")
+        if key is not None and not order.value:
+            raise LedgerError(f"row {key}: there is none, or it is not in a state that this may follow")
+        return order.value  # type: ignore[return-value]  # set whenever `error` is not
+
+    async def _write(self) -> None:
+        """Write what has come, until nothing comes. Belongs to nobody who could be cancelled."""
+        orders: list[_Order[object]] = []
+        try:
+            while self._orders:
+                await anyio.sleep(_GATHER_S)
+                orders, self._orders = self._orders, []
+                await anyio.to_thread.run_sync(self._commit, orders, limiter=self._limiter)
+                for order in orders:
+                    order.bell.ring()
+        finally:
+            self._is_writing = False
+            for order in orders:
+                order.bell.ring()
+            self._let_go()  # there are none, unless the event loop is ending
+
+    def _let_go(self) -> None:
+        """Wake those whose orders nobody will write."""
+        for order in self._orders:
+            order.bell.ring()
+
+    def _commit(self, orders: list[_Order[object]]) -> None:
+        with self._mutex:
+            if self._broken is None:
+                try:
+                    self._transact(orders)
+                except Exception:  # noqa: BLE001 - one of them is no good: find out which, and let the others through
+                    for order in orders:
+                        self._commit_alone(order)
+            for order in orders:
+                order.error = order.error or self._broken
+                order.is_done = True
+
+    def _commit_alone(self, order: _Order[object]) -> None:
+        if self._broken is not None:
+            return
+        try:
+            self._transact([order])
+        except (sqlite3.Error, OSError) as exc:
+            self._broken = f"cannot be written ({exc}); nothing more is submitted"
+        except Exception as exc:  # noqa: BLE001 - what it was asked to write cannot be written
+            order.error = f"cannot take this: {exc}"
+
+    def _transact(self, orders: list[_Order[object]]) -> None:
+        if self._on_disk() != self._inodes:
+            raise OSError("its file was taken away")
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            for order in orders:
+                order.value = order.work(self._db)
+            self._db.execute("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise
+
+    def _on_disk(self) -> list[int | None]:
+        return [_inode(self.folder / name) for name in (_NAME, f"{_NAME}-wal")]
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
+
+
+def _make_private(path: Path, *, create: bool) -> None:
+    """Make the file, for its owner's eyes only. One that exists stays closed: to close it would drop SQLite's lock."""
+    if not path.exists():
+        if not create:
+            raise LedgerError(f"{path}: there is no ledger; name the --out of a batch")
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+
+
+def _prepare(db: sqlite3.Connection, path: Path, *, adopt: bool) -> None:
+    """Take the lock, check the file, make or find the tables, and close the books of a run that was cut off."""
+    db.execute("PRAGMA locking_mode=EXCLUSIVE")
+    db.execute("PRAGMA journal_mode=WAL")
+    db.execute("PRAGMA synchronous=FULL")
+    db.execute("PRAGMA fullfsync=ON")  # on macOS an fsync does not reach the disk without it
+    db.execute("BEGIN EXCLUSIVE")
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if version > schema.VERSION:
+        raise LedgerError(f"{path}: was written by a newer release (version {version}); upgrade nanobanana-async")
+    if (said := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+        raise LedgerError(f"{path}: is damaged ({said}); restore it from a backup")
+    instance = path.stat().st_ino
+    if version == 0:
+        if (path.parent / "manifest.jsonl").exists():
+            raise LedgerError(
+                f"{path}: is gone or empty, but {path.parent} holds a batch, which would be paid again; restore it, or "
+                "take another folder"
+            )
+        for statement in schema.SCHEMA.split(";"):
+            db.execute(statement)
+        db.execute("INSERT INTO about VALUES ('instance', ?)", (instance,))
+        db.execute(f"PRAGMA user_version={schema.VERSION}")
+    known = db.execute("SELECT value FROM about WHERE name = 'instance'").fetchone()[0]
+    if known != instance and not adopt:
+        raise LedgerError(
+            f"{path}: is a copy, and a run of the original could pay for the same rows; if the original is no longer "
+            f"used: nanobanana batch resolve --out {path.parent} --adopt"
+        )
+    db.execute("UPDATE about SET value = ? WHERE name = 'instance'", (instance,))
+    db.execute("UPDATE attempts SET state = 'unknown', reason = ? WHERE state = 'intent'", (_CUT_OFF,))
+    db.execute("COMMIT")
+
+
+def _unusable(path: Path, exc: Exception) -> LedgerError:
+    if getattr(exc, "sqlite_errorcode", None) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        try:
+            pid = int((path.parent / "ledger.pid").read_text())
+        except (OSError, ValueError):
+            pid = None
+        whose = "another process" if pid is None else f"process {pid}"
+        return LedgerError(f"{path}: is in use by {whose}; one run at a time", pid=pid)
+    return LedgerError(f"{path}: cannot be used: {getattr(exc, 'strerror', None) or exc}")

@@ -1,0 +1,88 @@
+"""`Simulator`: the played service as a transport, without sockets, for tests in virtual or real time."""
+
+import struct
+import zlib
+from typing import Final
+
+import anyio
+import attrs
+
+from nanobanana_async.client import NanoBananaClient
+from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
+from nanobanana_async.protocols import ExchangeFailed, Phase, Sink, WireReply, WireRequest
+from nanobanana_async.simulator.service import Charge, PictureOrder, Vendor, VendorProfile
+
+FAST: Final = VendorProfile(median_s=0.02, sigma=0.3, invisible_s=0.0)
+"""Pictures in a fiftieth of a second: for tests in real time."""
+FAST_POLLING: Final = PollPolicy.backoff(first_s=0.01, pause_s=0.01, factor=1.2, cap_s=0.2)
+FAST_LIMITS: Final = Limits(requests_per_s=10_000, burst=1_000)
+
+
+class Simulator:
+    """The service, played in memory: a `Transport` for `NanoBananaClient(transport=...)`.
+
+    Pictures are tiny but real PNGs. Time is the event loop's, so it can be virtual.
+
+    Args:
+        profile: How the service behaves.
+        seed: The same seed and the same calls give the same ids, times and troubles.
+        delay_s: How long every exchange takes.
+    """
+
+    def __init__(self, profile: VendorProfile = FAST, *, seed: int = 0, delay_s: float = 0.0) -> None:
+        self.vendor: Final = Vendor(profile, seed=seed, now_s=anyio.current_time, paint=tiny_png)
+        self.delay_s = delay_s
+
+    @property
+    def charges(self) -> list[Charge]:
+        """What was paid for, in order: the truth to compare a program's belief with."""
+        return self.vendor.charges
+
+    def client(
+        self,
+        *,
+        limits: Limits = FAST_LIMITS,
+        retry: RetryPolicy = RetryPolicy(),
+        polling: PollPolicy = FAST_POLLING,
+        timeouts: Timeouts = Timeouts(),
+    ) -> NanoBananaClient:
+        """Return a client of this service that polls as fast as `FAST` paints."""
+        key = min(self.vendor.profile.keys)
+        return NanoBananaClient(key, limits=limits, retry=retry, polling=polling, timeouts=timeouts, transport=self)
+
+    async def send(self, request: WireRequest, *, timeout_s: float, sink: Sink | None = None) -> WireReply:
+        """See `Transport.send`. The request counts as arrived when half of `delay_s` has passed."""
+        with anyio.move_on_after(timeout_s):
+            await anyio.sleep(self.delay_s / 2)
+            headers = {name.lower(): value for name, value in request.headers.items()}
+            answer = self.vendor.handle(request.method, request.url, headers, request.body or b"")
+            await anyio.sleep(self.delay_s / 2)
+            reply = WireReply(
+                status=answer.status,
+                headers={
+                    "content-type": answer.media_type,
+                    "content-length": str(len(answer.body)),
+                    **answer.headers,
+                },
+                body=answer.body,
+            )
+            if len(reply.body) > request.max_bytes:
+                raise ExchangeFailed("the body is too long", phase=Phase.REPLY, permanent=True)
+            if sink is None or reply.status != 200:
+                return reply
+            await sink(reply.body)
+            return attrs.evolve(reply, body=b"")
+        raise ExchangeFailed(f"no whole reply within {timeout_s:.3g} s", phase=Phase.SEND)
+
+    async def aclose(self) -> None:
+        """Do nothing: there is nothing to close."""
+
+
+def tiny_png(order: PictureOrder) -> bytes:
+    """Return a PNG of 8 x 8 pixels in a colour that follows from the prompt. Needs no Pillow."""
+    colour = struct.pack(">I", zlib.crc32(order.prompt.encode()))[:3]
+    rows = (b"\0" + colour * 8) * 8
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )

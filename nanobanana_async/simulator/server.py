@@ -1,0 +1,136 @@
+"""The played service over real sockets: an ASGI app around the vendor, and uvicorn to serve it."""
+
+import contextlib
+import itertools
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator
+from functools import partial
+from typing import Final, Self
+
+import anyio
+import anyio.to_thread
+import uvicorn
+from anyio.abc import TaskGroup
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from nanobanana_async.protocols import Errand, ExchangeFailed, WireRequest
+from nanobanana_async.simulator.render import paint
+from nanobanana_async.simulator.service import Charge, PlayedTask, Vendor, VendorProfile
+from nanobanana_async.transport.httpx import HttpTransport
+
+_CALLBACK_TRIES: Final = 3
+
+
+def make_vendor(profile: VendorProfile, *, seed: int = 0) -> Vendor:
+    """Return a vendor in real time that paints real pictures."""
+    return Vendor(profile, seed=seed, now_s=time.monotonic, paint=paint)
+
+
+def make_app(vendor: Vendor) -> Starlette:
+    """Return the ASGI app: the API, the pictures, and callbacks sent from its lifespan."""
+    posts = HttpTransport()
+    background: list[TaskGroup] = []
+
+    async def answer(request: Request) -> Response:
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            return Response()  # to nobody
+        known = len(vendor.tasks)
+        handle = partial(vendor.handle, request.method, str(request.url), dict(request.headers), body)
+        # Painting takes tens of milliseconds; everything else is quicker than a thread.
+        reply = await anyio.to_thread.run_sync(handle) if request.url.path.startswith("/files/") else handle()
+        for task in itertools.islice(reversed(vendor.tasks.values()), len(vendor.tasks) - known):
+            if task.callback_url is not None and background:
+                background[0].start_soon(_call_back, vendor, task, str(request.base_url).rstrip("/"), posts)
+        return Response(reply.body, reply.status, dict(reply.headers), reply.media_type)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncGenerator[None]:
+        async with anyio.create_task_group() as tasks:
+            background.append(tasks)
+            yield
+            background.clear()
+            tasks.cancel_scope.cancel()
+        await posts.aclose()
+
+    return Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])], lifespan=lifespan)
+
+
+async def _call_back(vendor: Vendor, task: PlayedTask, files_url: str, posts: HttpTransport) -> None:
+    await anyio.sleep(max(0.0, task.final_s - time.monotonic()))
+    request = WireRequest(
+        errand=Errand.FETCH,
+        method="POST",
+        url=task.callback_url or "",
+        headers={"Content-Type": "application/json"},
+        body=vendor.callback_body(task, files_url),
+    )
+    for _ in range(_CALLBACK_TRIES):
+        with contextlib.suppress(ExchangeFailed):
+            if (await posts.send(request, timeout_s=10)).status < 300:
+                return
+        await anyio.sleep(1)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a listening socket that asyncio recognises as TCP.
+
+    `socket.create_server` leaves the protocol at 0, asyncio then leaves Nagle on, and each answer takes 40 ms.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class SimulatorServer:
+    """The service on a real port, in a thread: for tests of programs that take a base URL.
+
+    Use it with `with`; `url` is the base URL, `charges` the truth about what was paid.
+
+    Raises:
+        OSError: The port is taken.
+    """
+
+    def __init__(self, profile: VendorProfile, *, seed: int = 0, host: str = "127.0.0.1", port: int = 0) -> None:
+        self.vendor: Final = make_vendor(profile, seed=seed)
+        self._socket = listen(host, port)
+        name = f"[{host}]" if ":" in host else host
+        self.url: Final = f"http://{name}:{self._socket.getsockname()[1]}"
+        config = uvicorn.Config(make_app(self.vendor), log_level="error", access_log=False, backlog=2048)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self.run, name="nanobanana-simulator", daemon=True)
+
+    @property
+    def charges(self) -> list[Charge]:
+        """What was paid for, in order: the truth to compare a program's belief with."""
+        return self.vendor.charges
+
+    def run(self) -> None:
+        """Serve in this thread until it is told to stop."""
+        self._server.run(sockets=[self._socket])
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Tell it to stop, from any thread."""
+        self._server.should_exit = True
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        self._thread.join()
+        self._socket.close()

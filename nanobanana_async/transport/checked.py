@@ -1,0 +1,72 @@
+"""`exchange`: what everybody calls to use a `Transport`. One that was handed in may hang, lie, or raise anything."""
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import anyio
+
+from nanobanana_async.protocols import ExchangeFailed, Phase, Sink, Transport, WireReply, WireRequest
+
+_LEEWAY_S: Final = 0.5
+"""What a transport may take beyond its time, so that it can say itself how far it got."""
+
+
+async def exchange(
+    transport: Transport, request: WireRequest, *, timeout_s: float, sink: Sink | None = None
+) -> WireReply:
+    """Return what `transport.send` returns, within *timeout_s* and half a second. *sink* may raise what it likes.
+
+    Raises:
+        ExchangeFailed: Whatever else happened. The request may have arrived, unless the transport says otherwise.
+    """
+    own: list[Exception] = []
+    with anyio.CancelScope(deadline=anyio.current_time() + max(timeout_s, 0) + _LEEWAY_S):
+        try:
+            reply = await transport.send(request, timeout_s=timeout_s, sink=sink and _remembering(sink, own))
+        except ExchangeFailed:
+            raise
+        except anyio.get_cancelled_exc_class():
+            if _is_cancelled():
+                raise
+            reason = "it was cancelled from within"
+        except Exception as exc:
+            if exc in own:
+                raise
+            reason = _words(exc)
+        else:
+            if isinstance(reply, WireReply):
+                return reply
+            reason = f"it returned {type(reply).__name__}"
+        raise ExchangeFailed(f"the transport failed: {reason}", phase=Phase.SEND)
+    raise ExchangeFailed(f"the transport did not end within {timeout_s:.3g} s", phase=Phase.SEND)
+
+
+def _remembering(sink: Sink, own: list[Exception]) -> Callable[[bytes], Awaitable[None]]:
+    async def take(piece: bytes) -> None:
+        try:
+            await sink(piece)
+        except Exception as exc:
+            own.append(exc)
+            raise
+
+    return take
+
+
+def _is_cancelled() -> bool:
+    """Tell whether somebody wants this task to end; a cancelled future that a transport waited for looks the same."""
+    if anyio.current_effective_deadline() == -math.inf:
+        return True
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no asyncio here, and trio has no such accidents
+        return True
+    return task is None or task.cancelling() > 0
+
+
+def _words(exc: Exception) -> str:
+    try:
+        return f"{type(exc).__name__}: {exc}"
+    except Exception:  # noqa: BLE001 - it cannot even say what it is
+        return type(exc).__name__

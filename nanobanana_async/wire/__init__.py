@@ -1,0 +1,1 @@
+"""Bytes to models and back. Pure: no sockets, no clock."""

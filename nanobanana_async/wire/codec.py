@@ -1,0 +1,386 @@
+"""Models to bytes and back: the one file with cattrs and with the JSON names of the wire.
+
+Total in both directions: every request that could be built can be encoded, and no byte sequence makes `read` or the
+functions after it raise anything but the errors of this package. Sources of the wire facts are named where
+they matter.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
+from typing import Final
+from urllib.parse import quote
+
+import attrs
+import cattrs
+from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
+
+from nanobanana_async.errors import (
+    ApiError,
+    AuthenticationError,
+    InsufficientCredits,
+    InvalidRequest,
+    ProtocolError,
+    RateLimited,
+    ServiceUnavailable,
+    TaskNotFound,
+)
+from nanobanana_async.models import Callback, GeneratedImage, GenerationRequest, JsonValue, Task, TaskStatus
+from nanobanana_async.protocols import Errand, WireReply, WireRequest
+from nanobanana_async.wire.body import excerpt, inline_image, parse, plain, printable
+
+SUBMIT_PATH: Final = "/api/image/gen"
+QUERY_PATH: Final = "/api/task/query"
+BALANCE_PATH: Final = "/api/user"
+
+_MAX_DIGITS: Final = 64
+_MESSAGE: Final = 1000
+"""How many characters of the service's words an error quotes."""
+
+JSON_BYTES: Final = 2**20
+"""Cap on a reply without pictures."""
+QUERY_BYTES: Final = 64 * 2**20
+"""Cap on a query reply: results may be data URIs."""
+
+
+# --- out ------------------------------------------------------------------------------------------------------------
+
+
+def encode_submit(base_url: str, request: GenerationRequest) -> WireRequest:
+    """Return the POST that asks for *request*, whose images must be strings by now.
+
+    Raises:
+        ValueError: `extra` holds something JSON cannot carry.
+    """
+    document = {**_converter.unstructure(request), **request.extra}
+    try:
+        body = json.dumps(document, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise ValueError(f"extra: cannot be sent as JSON: {exc}") from exc
+    return WireRequest(
+        errand=Errand.SUBMIT,
+        method="POST",
+        url=base_url + SUBMIT_PATH,
+        headers={"Content-Type": "application/json"},
+        body=body,
+        max_bytes=JSON_BYTES,
+    )
+
+
+def encode_query(base_url: str, task_id: str) -> WireRequest:
+    """Return the GET that asks how the task stands."""
+    url = f"{base_url}{QUERY_PATH}?task_id={quote(task_id, safe='')}"
+    return WireRequest(errand=Errand.READ, method="GET", url=url, max_bytes=QUERY_BYTES)
+
+
+def encode_balance(base_url: str) -> WireRequest:
+    """Return the GET that asks for the credits left."""
+    return WireRequest(errand=Errand.READ, method="GET", url=base_url + BALANCE_PATH, max_bytes=JSON_BYTES)
+
+
+# --- in: the envelope -----------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class Envelope:
+    """A reply body as far as it can be understood, whatever it turned out to be."""
+
+    is_vendor: bool = False
+    """Whether it is the vendor's own JSON shape: an object with a `code`."""
+    ok: bool = False
+    """Whether `code` says success: the integer 0, or "0". (`false == 0` in Python, hence the care.)"""
+    code: int | None = None
+    message: str = ""
+    """What the service said, `detail` before `message`; an excerpt of the body when it spoke no JSON."""
+    data: Mapping[str, JsonValue] = attrs.field(factory=dict, repr=False)
+    task_id: str | None = None
+    """A task id in `data`, or one salvaged from a body that was cut or is not JSON."""
+
+
+def read(reply: WireReply) -> Envelope:
+    """Make sense of the body of *reply*; never raises. Decodes by content, for content types are not reliable."""
+    body = plain(reply.body, reply.headers.get("content-encoding", ""), JSON_BYTES)
+    try:
+        document = parse(body)
+    except (ValueError, RecursionError):
+        return Envelope(message=excerpt(body), task_id=_salvaged(body))
+    if not isinstance(document, dict):
+        return Envelope(message=excerpt(body))
+    code = document.get("code")
+    data = document.get("data")
+    fields: Mapping[str, JsonValue] = data if isinstance(data, dict) else {}
+    said = next((text for key in ("detail", "message", "error") if (text := _words(document.get(key)))), "")
+    return Envelope(
+        is_vendor="code" in document,
+        ok=(type(code) is int and code == 0) or code == "0",
+        code=_code(code),
+        message=printable(said[:_MESSAGE]) or excerpt(body),
+        data=fields,
+        task_id=_id(fields.get("task_id")),
+    )
+
+
+def refusal(reply: WireReply, envelope: Envelope, *, task_id: str | None = None) -> ApiError:
+    """Return the error for an answer that is a refusal: by HTTP status first, then by code and wording."""
+    kind = _refusal_kind(reply.status, envelope)
+    code = "" if envelope.code is None else f", code {envelope.code}"
+    about = f"task {task_id}: " if task_id else ""
+    said = f"{about}{envelope.message or 'refused'}{_redirection(reply)}"
+    lost = reply.status in (404, 405) and not envelope.is_vendor
+    advice = "; check the base URL" if lost else _ADVICE.get(kind, "")
+    what = f"{said} (HTTP {reply.status}{code}){advice}"
+    return kind(what, status=reply.status, code=envelope.code, task_id=task_id)
+
+
+_ADVICE: Final = {AuthenticationError: "; check the API key", InsufficientCredits: "; top up the account"}
+
+
+def _refusal_kind(status: int, envelope: Envelope) -> type[ApiError]:
+    if status == 401 or envelope.code == 401:
+        return AuthenticationError
+    if status == 429:
+        return RateLimited
+    if status == 402 or (envelope.is_vendor and not envelope.ok and _lacks_credit(envelope)):
+        return InsufficientCredits
+    if status >= 500 or status in (408, 425):
+        return ServiceUnavailable
+    return TaskNotFound if status == 404 and envelope.is_vendor else InvalidRequest
+
+
+def _redirection(reply: WireReply) -> str:
+    """Name the host a redirect points to, and nothing more of it: we never follow one with the key."""
+    if not 300 <= reply.status < 400:
+        return ""
+    found = re.match(r"(?:https?:)?//([A-Za-z0-9.:\[\]-]{1,100})", reply.headers.get("location", ""))
+    return f"; redirected to {found[1] if found else 'another path'}, which is not followed: check the base URL"
+
+
+def _lacks_credit(envelope: Envelope) -> bool:
+    """Judge by wording, for no status is documented. Source: the messages other clients look for."""
+    # A refusal may quote a prompt about a credit card; the apostrophes of "doesn't" and "it's" quote nothing.
+    said = re.sub(r"(?<!\w)'[^']*'(?!\w)|\"[^\"]*\"", "", envelope.message)
+    return re.search(r"insufficient|not enough|credit(?! card)|balance|quota", said, re.IGNORECASE) is not None
+
+
+# --- in: what the operations answer -----------------------------------------------------------------------------
+
+
+def decode_task(reply: WireReply, task_id: str) -> Task:
+    """Return the task of a query reply.
+
+    Raises:
+        ApiError: The service refused.
+        ProtocolError: The answer is not one, or is about another task.
+    """
+    envelope = _accepted(reply, task_id)
+    try:
+        wire = _converter.structure({**envelope.data, "raw": envelope.data}, _TaskData)
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as exc:
+        what = f"{type(exc).__name__}: {exc}"
+    else:
+        if wire.task_id in ("", task_id):
+            return wire.task(task_id)
+        what = f"it is about task {wire.task_id!r}"
+    raise ProtocolError(f"the answer about task {task_id} cannot be used: {what}", task_id=task_id, status=reply.status)
+
+
+def decode_callback(body: bytes) -> Callback:
+    """Return what a posted body claims. The same fields as a task's, flat (vendor's documentation).
+
+    Raises:
+        ProtocolError: It is not JSON, or names no task.
+    """
+    try:
+        document = parse(body)
+    except (ValueError, RecursionError):
+        document = None
+    claim = document if isinstance(document, dict) else {}
+    task_id = _id(claim.get("task_id"))
+    if task_id is None:
+        raise ProtocolError(f"the callback names no task: {excerpt(body) or 'empty'}")
+    return Callback(task_id=task_id, status=_status(claim.get("status"), None), raw=claim)
+
+
+def decode_balance(reply: WireReply) -> Decimal:
+    """Return the credits left.
+
+    Raises:
+        ApiError: The service refused.
+        ProtocolError: The answer holds no number.
+    """
+    envelope = _accepted(reply)
+    credit = _decimal(envelope.data.get("credit"), Decimal)
+    if credit is None:
+        raise ProtocolError(f"the answer names no credit: {envelope.message}", status=reply.status)
+    return credit
+
+
+def _accepted(reply: WireReply, task_id: str | None = None) -> Envelope:
+    envelope = read(reply)
+    if reply.status >= 300 or (envelope.is_vendor and not envelope.ok):
+        raise refusal(reply, envelope, task_id=task_id)
+    if not envelope.is_vendor:
+        raise ProtocolError(
+            f"the answer is not the service's JSON (HTTP {reply.status}): {envelope.message or 'empty'}",
+            task_id=task_id,
+            status=reply.status,
+        )
+    return envelope
+
+
+# --- the parts ------------------------------------------------------------------------------------------------------
+
+
+@attrs.frozen(kw_only=True)
+class _Reason:
+    message: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class _Item:
+    """One entry of `result`: a picture, words, or both."""
+
+    image: GeneratedImage | None = None
+    text: str = ""
+
+
+@attrs.frozen(kw_only=True)
+class _TaskData:
+    """`data` of a query reply, field by field as the service spells it."""
+
+    task_id: str = ""
+    status: TaskStatus = TaskStatus.UNKNOWN
+    result: tuple[_Item, ...] = ()
+    consumed: Decimal | None = None
+    created_at: datetime | None = None
+    status_reason: _Reason = _Reason()
+    raw: Mapping[str, JsonValue]
+
+    def task(self, task_id: str) -> Task:
+        return Task(
+            task_id=task_id,
+            status=self.status,
+            images=tuple(item.image for item in self.result if item.image is not None),
+            texts=tuple(item.text for item in self.result if item.text),
+            consumed=self.consumed,
+            reason=self.status_reason.message or None,
+            created_at=self.created_at,
+            raw=self.raw,
+        )
+
+
+def _status(value: object, _: object) -> TaskStatus:
+    try:
+        return TaskStatus(str(value).strip().lower())
+    except ValueError:
+        return TaskStatus.UNKNOWN
+
+
+def _decimal(value: object, _: object) -> Decimal | None:
+    """Read a number or a decimal string; anything else, infinities and negative amounts included, is None."""
+    if isinstance(value, bool) or not isinstance(value, int | str | Decimal):
+        return None
+    try:
+        number = Decimal(value)
+    except InvalidOperation:
+        return None
+    # 1e999999999 is a Decimal like any other until somebody prints it in full.
+    sane = number.is_finite() and number >= 0 and abs(number.adjusted()) < _MAX_DIGITS
+    return number if sane else None
+
+
+def _moment(value: object, _: object) -> datetime | None:
+    """Read an ISO date (taken as UTC when it names no zone) or a Unix time; anything else is None."""
+    try:
+        if isinstance(value, str):
+            parsed = datetime.fromisoformat(value)
+            return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+        if isinstance(value, int | Decimal) and not isinstance(value, bool):
+            return datetime.fromtimestamp(float(value), UTC)
+    except (ValueError, OverflowError, OSError):
+        pass
+    return None
+
+
+def _items(value: object, _: object) -> tuple[_Item, ...]:
+    """Normalise `result`: null is (), one object or string is (it,); what is neither is passed over (see `raw`)."""
+    entries = value if isinstance(value, list) else [value]
+    return tuple(item for entry in entries if (item := _item(entry)) is not None)
+
+
+def _item(entry: object) -> _Item | None:
+    if isinstance(entry, str):
+        return _Item(image=_image(entry))
+    if isinstance(entry, dict):
+        return _Item(image=_image(entry.get("image")), text=_words(entry.get("text")))
+    return None
+
+
+def _image(value: object) -> GeneratedImage | None:
+    if not isinstance(value, str) or not value.strip():
+        return None
+    return inline_image(value) or GeneratedImage(url=value.strip())
+
+
+def _reason(value: object, _: object) -> _Reason:
+    return _Reason(message=_words(value.get("message") if isinstance(value, dict) else value))
+
+
+def _words(value: object) -> str:
+    """Return what a field says in words: a string as it is, a list or an object as JSON, nothing for null."""
+    if isinstance(value, str):
+        return value.strip()
+    try:
+        return "" if value in (None, [], {}) else json.dumps(value, default=str)[:1000]
+    except RecursionError:  # it could be read at one depth of the stack, and cannot be written at another
+        return ""
+
+
+def _code(value: object) -> int | None:
+    if isinstance(value, int | str) and not isinstance(value, bool) and re.fullmatch(r"-?\d{1,9}", str(value)):
+        return int(value)
+    return None
+
+
+def _id(value: object) -> str | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)  # undocumented, and paid for all the same
+    return value.strip() or None if isinstance(value, str) else None
+
+
+def _salvaged(body: bytes) -> str | None:
+    """Return a task id that stands whole in the bytes of a body nobody can parse (promise P5)."""
+    found = re.search(rb'"task_id"\s*:\s*"([!#-\[\]-~]{1,200})"', body)
+    return found[1].decode("ascii") if found else None
+
+
+def _make_converter() -> cattrs.Converter:
+    converter = cattrs.Converter(detailed_validation=False)
+    converter.register_structure_hook(TaskStatus, _status)
+    converter.register_structure_hook(Decimal | None, _decimal)
+    converter.register_structure_hook(datetime | None, _moment)
+    converter.register_structure_hook(_Reason, _reason)
+    converter.register_structure_hook(str, lambda value, _: value if isinstance(value, str) else "")
+    converter.register_structure_hook_func(lambda kind: kind == tuple[_Item, ...], _items)
+    converter.register_structure_hook_func(lambda kind: kind == Mapping[str, JsonValue], lambda value, _: value)
+    converter.register_structure_hook(_TaskData, make_dict_structure_fn(_TaskData, converter))
+    # Unset fields are left out, never sent as null.
+    optional = override(omit_if_default=True)
+    converter.register_unstructure_hook(
+        GenerationRequest,
+        make_dict_unstructure_fn(
+            GenerationRequest,
+            converter,
+            images=optional,
+            aspect_ratio=optional,
+            image_size=optional,
+            callback_url=optional,
+            extra=override(omit=True),
+        ),
+    )
+    return converter
+
+
+_converter: Final = _make_converter()

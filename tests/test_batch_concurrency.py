@@ -1,0 +1,334 @@
+"""What was tried to make a batch pay twice, lose an id, or hang; each of these once worked."""
+
+import asyncio
+import contextlib
+import gc
+import io
+import shutil
+import threading
+from collections.abc import Awaitable, Callable
+from decimal import Decimal
+from pathlib import Path
+
+import anyio
+import attrs
+import pytest
+
+from nanobanana_async import (
+    Batch,
+    BudgetExceeded,
+    CallbackReceiver,
+    Done,
+    Failed,
+    GenerationRequest,
+    LedgerError,
+    NanoBananaClient,
+    RowState,
+    Unknown,
+    WireRequest,
+)
+from nanobanana_async.batch.rows import Keys
+from nanobanana_async.ledger.sqlite import Ledger
+from nanobanana_async.simulator import FAST, Simulator, VendorProfile
+from tests.fakes import PNG, lost, refused
+from tests.test_batch import FOXES, batch_of, kinds, posts, run, run_until_stopped
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_write_that_cannot_be_made_takes_no_other_with_it(tmp_path: Path) -> None:
+    """A key that no database takes, in one transaction with the intents of others: they are durable, or they fail."""
+    simulator = Simulator(FAST)
+    async with batch_of(simulator, tmp_path) as batch, anyio.create_task_group() as group:
+
+        async def spoil() -> None:
+            for _ in range(20):
+                with pytest.raises(LedgerError):
+                    await batch.abandon("caf\udce9")
+
+        group.start_soon(spoil)
+        assert kinds(await run(batch)) == ["Done"] * len(FOXES)
+    assert len(simulator.charges) == len(FOXES)
+    async with batch_of(simulator, tmp_path) as batch:
+        await run(batch)
+    assert len(simulator.charges) == len(FOXES)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_cancelling_whoever_writes_stops_nobody_else(tmp_path: Path) -> None:
+    """A web server cancels the request that brought a callback; the batch goes on."""
+    simulator = Simulator(FAST)
+    async with batch_of(simulator, tmp_path) as batch:
+
+        async def cancel_writers() -> None:
+            for pause_s in (0, 0.001, 0.005, 0.02, 0.03) * 4:
+                writing = asyncio.ensure_future(batch.unknown())
+                await asyncio.sleep(pause_s)
+                writing.cancel()
+
+        meddling = asyncio.ensure_future(cancel_writers())
+        with anyio.fail_after(10):
+            assert kinds(await run(batch)) == ["Done"] * len(FOXES)
+        await meddling
+
+
+@pytest.mark.parametrize("profile", [FAST, VendorProfile(median_s=0.02, invisible_s=0, text_only=1)])
+async def test_a_key_that_comes_twice_in_one_run_is_paid_once(tmp_path: Path, profile: VendorProfile) -> None:
+    """Whether or not the first one had ended by then."""
+    simulator = Simulator(profile)
+    fox = Keys().row(GenerationRequest("fox"), key="k")
+    hare = Keys().row(GenerationRequest("hare"), key="h")
+    async with batch_of(simulator, tmp_path) as batch:
+        outcomes = [outcome async for outcome in batch.run([fox, fox, fox, hare], max_in_flight=1)]
+    assert sorted(charge.prompt for charge in simulator.charges) == ["fox", "hare"]
+    assert sum("another row has this key" in str(o.error) for o in outcomes if isinstance(o, Failed)) == 2
+
+
+async def test_many_models_do_not_get_around_the_budget(tmp_path: Path) -> None:
+    """A price that is not known is guessed from the others, and the first is asked for alone."""
+    simulator = Simulator(FAST)
+    requests = [GenerationRequest("fox", model=f"model {number}") for number in range(10)]
+    async with batch_of(simulator, tmp_path, budget=Decimal("1.2")) as batch:
+        with pytest.raises(BudgetExceeded):
+            _ = [outcome async for outcome in batch.run(requests)]
+        assert batch.progress().funds.spent == Decimal(1)
+
+
+async def test_a_re_send_keeps_to_the_budget(tmp_path: Path) -> None:
+    """The try before it may be charged, too."""
+    simulator = Simulator(FAST)
+    meddle = posts(lambda n: refused(500, 1, "internal error") if n == 1 else None)
+    async with batch_of(simulator, tmp_path, meddle, budget=Decimal("1.0")) as batch:
+        await run_until_stopped(batch)
+        funds = batch.progress().funds
+    assert funds.left is not None
+    assert funds.left >= 0
+
+
+async def test_a_row_that_was_refused_is_not_unknown_however_the_run_ends(tmp_path: Path) -> None:
+    """A wall of 429s, and Ctrl-C in the middle: nothing was charged, and the ledger says so."""
+    simulator = Simulator(FAST)
+    meddle = posts(lambda n: refused(429, 1, "busy") if n else None)
+    async with batch_of(simulator, tmp_path, meddle) as batch:
+        with anyio.move_on_after(1.5):
+            await run(batch)
+    async with batch_of(simulator, tmp_path) as batch:
+        assert await batch.unknown() == []
+        assert kinds(await run(batch)) == ["Done"] * len(FOXES)
+
+
+async def test_paid_rows_that_the_file_has_no_longer_are_fetched_all_the_same(tmp_path: Path) -> None:
+    """They come last."""
+    simulator = Simulator(VendorProfile(median_s=0.3, sigma=0, invisible_s=0))
+    async with batch_of(simulator, tmp_path) as batch:
+        with anyio.move_on_after(0.2):
+            await run(batch)
+    async with batch_of(simulator, tmp_path) as batch:
+        outcomes = await run(batch, ["a hare"])
+    assert kinds(outcomes) == ["Done"] * (len(simulator.charges))
+    assert len(list(tmp_path.glob("*.png"))) == len(simulator.charges)
+
+
+async def test_a_ledger_that_is_gone_is_not_begun_anew(tmp_path: Path) -> None:
+    """Everything would be paid again."""
+    simulator = Simulator(FAST)
+    async with batch_of(simulator, tmp_path) as batch:
+        await run(batch)
+    (tmp_path / "ledger.db").unlink()
+    with pytest.raises(LedgerError, match="would be paid again"):
+        await Ledger.open(tmp_path)
+    (tmp_path / "ledger.db").touch()
+    with pytest.raises(LedgerError, match="would be paid again"):
+        await Ledger.open(tmp_path)
+
+
+async def test_a_ledger_that_is_taken_away_stops_the_run(tmp_path: Path) -> None:
+    """Writes to a file that has no name any more are not durable."""
+    simulator = Simulator(FAST)
+    async with batch_of(simulator, tmp_path / "run") as batch:
+        await run(batch, ["first"])
+        shutil.move(tmp_path / "run" / "ledger.db", tmp_path / "elsewhere.db")
+        _, cause = await run_until_stopped(batch)
+    assert isinstance(cause, LedgerError)
+    assert len(simulator.charges) == 1
+
+
+async def test_a_claim_about_another_rows_task_is_not_believed(tmp_path: Path) -> None:
+    """Right token, wrong task: the row stays unknown, and the true callback still finds it."""
+    simulator = Simulator(FAST)
+
+    def client() -> NanoBananaClient:
+        made = simulator.client()
+        made.timeouts = attrs.evolve(made.timeouts, recovery_s=0.0)  # type: ignore[misc]
+        return made
+
+    first = client()
+    first._api._transport = _Forgetful(simulator, "fox")  # type: ignore[assignment]
+    async with first:
+        receiver = CallbackReceiver(first, public_url="https://app.example/nb", secret="s" * 32)
+        async with Batch.open(tmp_path, first, callback=receiver) as batch:
+            outcomes = await run(batch, ["hare", "fox"])
+            assert isinstance(outcomes["fox"], Unknown)
+            ids = {charge.prompt: charge.task_id for charge in simulator.charges}
+            path = simulator.vendor.tasks[ids["fox"]].callback_url or ""
+            await receiver.deliver(path, b'{"task_id": "%s"}' % ids["hare"].encode())
+            assert [record.state for record in await batch.unknown()] == [RowState.UNKNOWN]
+            batch._heard_s.clear()
+            await receiver.deliver(path, b'{"task_id": "%s"}' % ids["fox"].encode())
+            assert await batch.unknown() == []
+    async with client() as second, Batch.open(tmp_path, second) as batch:
+        outcomes = await run(batch, ["hare", "fox"])
+    fox = outcomes["fox"]
+    assert isinstance(fox, Done)
+    assert fox.task.task_id == ids["fox"]
+
+
+@attrs.define
+class _Forgetful:
+    """Loses the answers to submits of one prompt."""
+
+    simulator: Simulator
+    prompt: str
+
+    async def send(self, request: WireRequest, **options: object) -> object:
+        """Do as the simulator does, and lose that answer."""
+        reply = await self.simulator.send(request, **options)  # type: ignore[arg-type]
+        if request.method == "POST" and self.prompt.encode() in (request.body or b""):
+            raise lost()
+        return reply
+
+    async def aclose(self) -> None:
+        """There is nothing to close."""
+
+
+async def test_a_transport_that_quotes_the_key_does_not_get_it_into_the_books(tmp_path: Path) -> None:
+    """Not into the ledger, the page, the manifest, or an error."""
+    simulator = Simulator(FAST)
+
+    class Loud(_Forgetful):
+        async def send(self, request: WireRequest, **_: object) -> object:
+            raise RuntimeError(f"cannot send {dict(request.headers)}")
+
+    client = simulator.client()
+    client._api._transport = Loud(simulator, "")  # type: ignore[assignment]
+    async with client, Batch.open(tmp_path, client) as batch:
+        outcomes, cause = await run_until_stopped(batch)
+    assert "dk-test" not in str(cause)
+    assert all("dk-test" not in str(o.error) for o in outcomes.values() if not isinstance(o, Done))
+    assert all(b"dk-test" not in path.read_bytes() for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_close_that_is_cancelled_at_any_moment_ends_all_the_same(tmp_path: Path, *, again: bool) -> None:
+    """`asyncio.wait_for` around it, once and twice: the folder is free, and nothing runs on."""
+    others = asyncio.all_tasks()
+    simulator = Simulator(FAST)
+    async with simulator.client() as client:
+        for moment in range(0, 60, 4):
+            opening = Batch.open(tmp_path, client)
+            batch = await opening.__aenter__()
+            closing = asyncio.ensure_future(batch.aclose())
+            await asyncio.sleep(0)
+            await asyncio.sleep(0.001 * moment)
+            closing.cancel()
+            if again:
+                await asyncio.sleep(0)
+                closing.cancel()
+            await asyncio.gather(closing, return_exceptions=True)
+            await (await Ledger.open(tmp_path)).aclose()
+            await opening.__aexit__(None, None, None)
+    with anyio.fail_after(5):
+        while asyncio.all_tasks() != others:
+            await anyio.sleep(0.01)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("steps", range(6))
+@pytest.mark.parametrize("what", ["client", "ledger"])
+def test_a_loop_that_ends_before_anything_has_begun_ends(tmp_path: Path, what: str, steps: int) -> None:
+    """`asyncio.run` cancels what is left when its main function returns: tasks that never took a step, too."""
+    ended = threading.Event()
+
+    async def use(ready: asyncio.Event) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            call: Callable[[], Awaitable[object]]
+            if what == "client":
+                call = (await stack.enter_async_context(Simulator(FAST).client())).balance
+            else:
+                call = (await stack.enter_async_context(contextlib.aclosing(await Ledger.open(tmp_path)))).costs
+            ready.set()
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            await call()
+
+    async def main() -> None:
+        ready = asyncio.Event()
+        using.append(asyncio.ensure_future(use(ready)))
+        await ready.wait()
+
+    using: list[asyncio.Future[None]] = []
+
+    def whole() -> None:
+        asyncio.run(main())
+        ended.set()
+
+    threading.Thread(target=whole, daemon=True).start()
+    assert ended.wait(10)
+    using.clear()
+    gc.collect()  # what never took a step is warned of here, and in no other test
+
+
+async def test_a_report_that_cannot_be_written_is_no_trouble_of_the_ledger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every hundredth of a second, here: the run goes on, and the log says why there is no page."""
+    monkeypatch.setattr("nanobanana_async.batch.runner._REPORT_S", 0.01)
+    (tmp_path / "index.html").mkdir()
+    simulator = Simulator(FAST)
+    async with batch_of(simulator, tmp_path) as batch:
+        assert kinds(await run(batch)) == ["Done"] * len(FOXES)
+    assert "index.html cannot be written" in caplog.text
+
+
+async def test_a_refusal_that_quotes_a_prompt_about_credit_is_about_one_row(tmp_path: Path) -> None:
+    """Taken for an empty account, it would end the run."""
+    simulator = Simulator(FAST)
+    quoting = refused(400, 1, "the prompt 'a balance of credit' breaks the rules on credit cards")
+    async with batch_of(simulator, tmp_path, posts(lambda n: quoting if n == 5 else None)) as batch:
+        assert kinds(await run(batch)) == ["Done"] * (len(FOXES) - 1) + ["Failed"]
+
+
+async def test_a_picture_is_encoded_beside_the_loop(tmp_path: Path) -> None:
+    """A large one takes more than a second."""
+    main, where = threading.get_ident(), []
+
+    class Picture:
+        def save(self, file: io.BytesIO, **_: object) -> None:
+            where.append(threading.get_ident())
+            file.write(PNG)
+
+    simulator = Simulator(FAST)
+    async with batch_of(simulator, tmp_path) as batch:
+        assert kinds(await run(batch, [GenerationRequest("a fox", images=[Picture()])])) == ["Done"]  # type: ignore[list-item]
+    assert main not in where
+
+
+async def test_a_journal_that_is_taken_away_stops_the_run(tmp_path: Path) -> None:
+    """What is written to a file without a name is gone with the process."""
+    simulator = Simulator(FAST)
+    async with batch_of(simulator, tmp_path) as batch:
+        (tmp_path / "ledger.db-wal").unlink()
+        with pytest.raises(LedgerError, match="taken away"):
+            await run(batch)
+    assert simulator.charges == []
+
+
+async def test_no_blank_is_bound_to_a_row(tmp_path: Path) -> None:
+    """It would be asked about for ever."""
+    simulator = Simulator(FAST)
+    async with batch_of(simulator, tmp_path, posts(lambda n: lost() if n == 3 else None)) as batch:
+        await run(batch)
+        (record,) = await batch.unknown()
+        with pytest.raises(ValueError, match="task_id"):
+            await batch.bind(record.key, " ")

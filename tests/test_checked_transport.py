@@ -1,0 +1,161 @@
+"""Handed-in transports that hang, lie or raise anything hurt nobody but the request they carry."""
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable
+
+import anyio
+import pytest
+
+from nanobanana_async import ExchangeFailed, NanoBananaClient, Phase, SubmissionUnknown, Timeouts, TransportError
+from nanobanana_async.protocols import Errand, WireReply, WireRequest
+from nanobanana_async.simulator import FAST, Simulator
+from nanobanana_async.transport.checked import exchange
+from tests.fakes import accepted, done, reply
+
+pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+GET = WireRequest(errand=Errand.READ, method="GET", url="https://example.org/")
+
+
+class Unprintable(Exception):  # noqa: N818 - what it is called does not matter
+    """Cannot even say what it is."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Odd:
+    """A transport that does as it is told."""
+
+    def __init__(self, behave: Callable[[WireRequest], Awaitable[object]]) -> None:
+        self._behave = behave
+
+    async def send(self, request: WireRequest, **_: object) -> WireReply:
+        """Do it."""
+        await anyio.lowlevel.checkpoint()
+        return await self._behave(request)  # type: ignore[return-value]
+
+    async def aclose(self) -> None:
+        """There is nothing to close."""
+
+
+async def _unprintable(_: WireRequest) -> object:
+    raise Unprintable
+
+
+async def _cancelled_inside(_: WireRequest) -> object:
+    if anyio.get_cancelled_exc_class() is not asyncio.CancelledError:
+        raise ValueError("trio has no such accidents")
+    inner = asyncio.get_running_loop().create_future()
+    inner.cancel()
+    return await inner
+
+
+async def _nothing(_: WireRequest) -> object:
+    return None
+
+
+async def _text_for_status(_: WireRequest) -> object:
+    return WireReply(status="200")  # type: ignore[arg-type]
+
+
+async def _number_for_header(_: WireRequest) -> object:
+    return WireReply(status=200, headers={"retry-after": 5})  # type: ignore[dict-item]
+
+
+ODD = [_unprintable, _cancelled_inside, _nothing, _text_for_status, _number_for_header]
+
+
+@pytest.mark.parametrize("behave", ODD)
+async def test_whatever_a_transport_does_is_an_exchange_that_failed(
+    behave: Callable[[WireRequest], Awaitable[object]],
+) -> None:
+    """And the request may have arrived."""
+    with pytest.raises(ExchangeFailed, match="the transport failed") as caught:
+        await exchange(Odd(behave), GET, timeout_s=1)
+    assert caught.value.phase is Phase.SEND
+
+
+@pytest.mark.parametrize("behave", ODD)
+async def test_one_bad_look_stops_no_other_task(behave: Callable[[WireRequest], Awaitable[object]]) -> None:
+    """The others get their pictures, and the client lives on."""
+
+    async def mixed(request: WireRequest) -> object:
+        return await behave(request) if "ta-bad" in request.url else done("ta-good")
+
+    async with Simulator(FAST).client() as client:
+        client._api._transport = Odd(mixed)
+        ends: dict[str, object] = {}
+
+        async def wait(task_id: str) -> None:
+            try:
+                ends[task_id] = await client.task(task_id).wait(timeout_s=0.3)
+            except TransportError as exc:
+                ends[task_id] = exc
+            except Exception as exc:  # noqa: BLE001 - judged below
+                ends[task_id] = type(exc).__name__
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait, "ta-bad")
+            group.start_soon(wait, "ta-good")
+        assert ends["ta-bad"] == "TaskUnfinished"
+        assert getattr(ends["ta-good"], "task_id", None) == "ta-good"
+        assert (await client.task("ta-good").query()).is_final
+
+
+@pytest.mark.parametrize("behave", ODD)
+async def test_a_submit_that_ends_oddly_is_unknown(behave: Callable[[WireRequest], Awaitable[object]]) -> None:
+    """The money is out, and nothing says what for."""
+    async with Simulator(FAST).client() as client:
+        client._api._transport = Odd(behave)
+        with pytest.raises(SubmissionUnknown):
+            await client.submit("a fox")
+
+
+async def test_being_cancelled_is_not_a_failure() -> None:
+    """It is passed on."""
+    transport = Odd(lambda _: anyio.sleep(math.inf))
+    with anyio.move_on_after(0.05) as scope:
+        await exchange(transport, GET, timeout_s=10)
+    assert scope.cancelled_caught
+
+
+async def test_a_transport_that_hangs_holds_its_slot_no_longer_than_its_time() -> None:
+    """Others are looked at all the same."""
+
+    async def mixed(request: WireRequest) -> object:
+        if "ta-stuck" in request.url:
+            await anyio.sleep(math.inf)
+        return accepted("ta-good") if request.method == "POST" else done("ta-good")
+
+    client = NanoBananaClient("dk-test", transport=Odd(mixed), timeouts=Timeouts(query_s=5))
+    async with client, anyio.create_task_group() as group:
+        for number in range(200):
+            group.start_soon(_wait_in_vain, client, f"ta-stuck-{number}")
+        await anyio.sleep(1)
+        began_s = anyio.current_time()
+        await client.generate("a fox", timeout_s=120)
+        assert anyio.current_time() - began_s < 60
+        with pytest.raises(TransportError):
+            await client.task("ta-stuck-lone").query()
+        group.cancel_scope.cancel()
+
+
+async def _wait_in_vain(client: NanoBananaClient, task_id: str) -> None:
+    await client.task(task_id).wait(timeout_s=600)
+
+
+async def test_what_the_receiver_of_a_body_raises_is_its_own() -> None:
+    """A full disk is not the transport's fault."""
+
+    async def full(_: bytes) -> None:
+        raise OSError("no space")
+
+    class Streaming(Odd):
+        async def send(self, request: WireRequest, **options: object) -> WireReply:
+            await options["sink"](b"piece")  # type: ignore[operator]
+            return reply(200)
+
+    with pytest.raises(OSError, match="no space"):
+        await exchange(Streaming(_nothing), GET, timeout_s=1, sink=full)

@@ -1,0 +1,85 @@
+"""A tracker over a service that answers as it is told."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from random import Random
+
+import anyio
+import attrs
+
+from nanobanana_async import PollPolicy, Task, TaskStatus
+from nanobanana_async._concurrency.background import Host
+from nanobanana_async.tracking.schedule import Schedule
+from nanobanana_async.tracking.tracker import Source, TaskTracker
+
+
+def task(status: TaskStatus | str, task_id: str = "ta-1") -> Task:
+    """Return a snapshot."""
+    return Task(task_id=task_id, status=TaskStatus(status))
+
+
+@attrs.define
+class Service:
+    """A source of snapshots: what it answers follows from the id and the time since it began."""
+
+    answer: Callable[[str, float], Task | Exception]
+    slots: int = 64
+    delay_s: float = 0.01
+    looks: list[tuple[float, str]] = attrs.field(factory=list)
+    in_flight: int = 0
+    most_in_flight: int = 0
+    polls_per_s: float = 1e6
+    _semaphore: anyio.Semaphore = attrs.field(init=False)
+    _start_s: float = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._semaphore = anyio.Semaphore(self.slots)
+        self._start_s = anyio.current_time()
+
+    async def take_turn(self) -> None:
+        """Wait for a slot."""
+        await self._semaphore.acquire()
+
+    def drop_turn(self) -> None:
+        """Give it back."""
+        self._semaphore.release()
+
+    async def look(self, task_id: str) -> Task:
+        """Answer after a while."""
+        self.looks.append((anyio.current_time() - self._start_s, task_id))
+        self.in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            await anyio.sleep(self.delay_s)
+            answer = self.answer(task_id, anyio.current_time() - self._start_s)
+        finally:
+            self.in_flight -= 1
+            self._semaphore.release()
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def every(pause_s: float = 1.0, **settings: float) -> PollPolicy:
+    """Return a policy of even looks, or whatever else *settings* make of it."""
+    even = {"first_s": pause_s, "pause_s": pause_s, "factor": 1.0, "cap_s": pause_s, "jitter": 0.0}
+    return PollPolicy.backoff(**{**even, **settings})
+
+
+@asynccontextmanager
+async def tracking(service: Source, policy: PollPolicy | None = None) -> AsyncIterator[TaskTracker]:
+    """Run a tracker over *service*, by default with a look a second."""
+    host = Host()
+    await host.ensure()
+    tracker = TaskTracker(service, Schedule(policy or every(), Random(1)), host)
+    try:
+        yield tracker
+    finally:
+        tracker.close()
+        with anyio.CancelScope(shield=True):
+            await host.aclose(drain_s=1)
+
+
+def finished_after(seconds: float) -> Callable[[str, float], Task]:
+    """Return an answer that is in progress for so long, and then a success."""
+    return lambda task_id, now_s: task("success" if now_s >= seconds else "in_progress", task_id)
