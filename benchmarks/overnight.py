@@ -19,7 +19,7 @@ from typing import Final
 import anyio
 
 from benchmarks import launch
-from nanobanana_async import Batch, Done, Limits, NanoBananaClient, PollPolicy
+from nanobanana_async import Batch, Limits, NanoBananaClient, PollPolicy, Succeeded
 
 LIMITS: Final = Limits(requests_per_s=10_000, burst=1_000, submits=32)
 POLLING: Final = PollPolicy.backoff(first_s=2.0, pause_s=1.0, factor=1.2, cap_s=4.0)
@@ -50,7 +50,7 @@ async def ledger(client: NanoBananaClient, folder: Path, rows: int, in_flight: i
     """Make and save the pictures by the book."""
     async with Batch.open(folder, client) as batch:
         outcomes = batch.run((f"row {n}" for n in range(rows)), max_in_flight=in_flight)
-        return sum([isinstance(outcome, Done) async for outcome in outcomes])
+        return sum([isinstance(outcome, Succeeded) async for outcome in outcomes])
 
 
 async def contestant(name: str, port: str, rows: int, in_flight: int) -> None:

@@ -18,7 +18,7 @@ from typing import Final, TypeAlias
 
 from benchmarks import launch
 from benchmarks.server import KEY
-from nanobanana_async import HttpTransport, Limits, NanoBananaClient
+from nanobanana_async import HttpxTransport, Limits, NanoBananaClient
 
 HEADERS: Final = {"Authorization": f"Bearer {KEY}", "Accept": "application/json"}
 
@@ -102,7 +102,7 @@ async def with_sockets(url: str, polls: int, in_flight: int) -> float:
 async def measure(base_url: str, polls: int, in_flight: int) -> None:
     """Measure them all and print the ratios."""
     limits = Limits(polls=in_flight, requests_per_s=1e6, burst=1_000_000)
-    async with NanoBananaClient(KEY, base_url=base_url, limits=limits, transport=HttpTransport()) as client:
+    async with NanoBananaClient(KEY, base_url=base_url, limits=limits, transport=HttpxTransport()) as client:
         handle = await client.submit("a job")
         await asyncio.sleep(1.5)  # a fresh id is invisible for a moment
         url = f"{base_url}/api/task/query?task_id={handle.task_id}"

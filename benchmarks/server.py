@@ -21,10 +21,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
-from nanobanana_async.simulator import VendorProfile
+from nanobanana_async.simulator import SimulatorProfile
 from nanobanana_async.simulator.in_memory import tiny_png
 from nanobanana_async.simulator.server import listen, make_app
-from nanobanana_async.simulator.service import Vendor
+from nanobanana_async.simulator.service import SimulatedService
 
 KEY = "dk-test"
 
@@ -32,7 +32,7 @@ KEY = "dk-test"
 class Protocols:
     """Submit and poll as fal, Replicate, Runway and OpenAI spell them, with the fields their packages insist on."""
 
-    def __init__(self, vendor: Vendor) -> None:
+    def __init__(self, vendor: SimulatedService) -> None:
         self.vendor = vendor
         self.polls: Counter[str] = Counter()
 
@@ -162,8 +162,10 @@ def main() -> None:
     parser.add_argument("--delay", type=float, default=0.0, help="seconds our own queries take to be answered")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    profile = VendorProfile(median_s=options.latency)
-    vendor = Vendor(profile, seed=options.seed, now_s=time.monotonic, paint=tiny_png)  # to paint would cost the CPU
+    profile = SimulatorProfile(median_s=options.latency)
+    vendor = SimulatedService(
+        profile, seed=options.seed, now_s=time.monotonic, paint=tiny_png
+    )  # to paint would cost the CPU
     socket = listen("127.0.0.1", 0)
     # Idle connections are kept for longer than any client keeps them, or the two race.
     config = uvicorn.Config(

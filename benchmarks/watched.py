@@ -19,9 +19,9 @@ from typing import Final
 import anyio
 
 from nanobanana_async import PollPolicy, Task, TaskStatus
-from nanobanana_async._concurrency.background import Host
-from nanobanana_async.tracking.schedule import Schedule
-from nanobanana_async.tracking.state import Origin
+from nanobanana_async._concurrency.background import BackgroundTaskGroup
+from nanobanana_async.tracking.schedule import PollSchedule
+from nanobanana_async.tracking.state import SubmitInfo
 from nanobanana_async.tracking.tracker import TaskTracker
 from tests.virtual_time import VirtualLoop
 
@@ -55,15 +55,15 @@ def resident_bytes() -> int:
 
 async def measure(watched: int) -> None:
     """Watch so many tasks and print a line."""
-    host = Host()
+    host = BackgroundTaskGroup()
     await host.ensure()
-    tracker = TaskTracker(Source(), Schedule(PollPolicy()), host)
+    tracker = TaskTracker(Source(), PollSchedule(PollPolicy()), host)
     gc.collect()
     before = resident_bytes()
     cpu_s = time.process_time()
     now_s = anyio.current_time()
     for number in range(watched):
-        tracker.watch(f"ta{number:08d}-1234-1234-1234-123456789abc", Origin(submitted_at_s=now_s, model="m"))
+        tracker.watch(f"ta{number:08d}-1234-1234-1234-123456789abc", SubmitInfo(submitted_at_s=now_s, model="m"))
     watch_us = (time.process_time() - cpu_s) / watched * 1e6
     gc.collect()
     size = (resident_bytes() - before) / watched

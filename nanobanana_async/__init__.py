@@ -4,10 +4,10 @@ What is listed here is public; what is not is private, `nanobanana_async.simulat
 """
 
 from nanobanana_async.batch.rows import (
-    Row,
+    BatchRow,
     read_rows,
 )
-from nanobanana_async.batch.run_state import Fetcher, Progress
+from nanobanana_async.batch.run_state import BatchProgress, ImageStore
 from nanobanana_async.batch.runner import Batch
 from nanobanana_async.callbacks import CallbackReceiver, parse_callback
 from nanobanana_async.client import (
@@ -18,11 +18,11 @@ from nanobanana_async.errors import (
     AuthenticationError,
     BudgetExceeded,
     ConfigurationError,
+    ImageError,
     InsufficientCredits,
+    InvalidBatchFile,
     InvalidRequest,
-    InvalidRows,
     LedgerError,
-    MediaError,
     NanoBananaError,
     NoImage,
     NotSent,
@@ -33,33 +33,33 @@ from nanobanana_async.errors import (
     TaskError,
     TaskFailed,
     TaskNotFound,
-    TaskUnfinished,
+    TaskTimeout,
     TransportError,
 )
 from nanobanana_async.handle import (
     TaskHandle,
 )
 from nanobanana_async.ledger.budget import (
-    Funds,
+    BudgetStatus,
 )
 from nanobanana_async.ledger.schema import (
-    RowRecord,
+    LedgerRow,
     RowState,
 )
 from nanobanana_async.models import (
-    Callback,
+    CallbackPayload,
     GeneratedImage,
     GenerationRequest,
     ImageSource,
     RequestOptions,
-    SavedPicture,
+    SavedImage,
     Task,
     TaskStatus,
 )
 from nanobanana_async.outcomes import (
-    Done,
     Failed,
     Outcome,
+    Succeeded,
     Unknown,
 )
 from nanobanana_async.policies import (
@@ -69,45 +69,47 @@ from nanobanana_async.policies import (
     Timeouts,
 )
 from nanobanana_async.protocols import (
-    Errand,
-    ExchangeFailed,
+    ChunkSink,
+    ExchangeError,
     Phase,
-    Sink,
+    RequestKind,
     Transport,
-    WireReply,
     WireRequest,
+    WireResponse,
 )
 from nanobanana_async.tracking.state import (
-    Statistics,
+    TrackerStatistics,
 )
 from nanobanana_async.transport.httpx import (
-    HttpTransport,
+    HttpxTransport,
 )
 
 __all__ = [
     "ApiError",
     "AuthenticationError",
     "Batch",
+    "BatchProgress",
+    "BatchRow",
     "BudgetExceeded",
-    "Callback",
+    "BudgetStatus",
+    "CallbackPayload",
     "CallbackReceiver",
+    "ChunkSink",
     "ConfigurationError",
-    "Done",
-    "Errand",
-    "ExchangeFailed",
+    "ExchangeError",
     "Failed",
-    "Fetcher",
-    "Funds",
     "GeneratedImage",
     "GenerationRequest",
-    "HttpTransport",
+    "HttpxTransport",
+    "ImageError",
     "ImageSource",
+    "ImageStore",
     "InsufficientCredits",
+    "InvalidBatchFile",
     "InvalidRequest",
-    "InvalidRows",
     "LedgerError",
+    "LedgerRow",
     "Limits",
-    "MediaError",
     "NanoBananaClient",
     "NanoBananaError",
     "NoImage",
@@ -115,32 +117,30 @@ __all__ = [
     "Outcome",
     "Phase",
     "PollPolicy",
-    "Progress",
     "ProtocolError",
     "RateLimited",
+    "RequestKind",
     "RequestOptions",
     "RetryPolicy",
-    "Row",
-    "RowRecord",
     "RowState",
-    "SavedPicture",
+    "SavedImage",
     "ServiceUnavailable",
-    "Sink",
-    "Statistics",
     "SubmissionUnknown",
+    "Succeeded",
     "Task",
     "TaskError",
     "TaskFailed",
     "TaskHandle",
     "TaskNotFound",
     "TaskStatus",
-    "TaskUnfinished",
+    "TaskTimeout",
     "Timeouts",
+    "TrackerStatistics",
     "Transport",
     "TransportError",
     "Unknown",
-    "WireReply",
     "WireRequest",
+    "WireResponse",
     "parse_callback",
     "read_rows",
 ]

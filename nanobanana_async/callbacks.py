@@ -16,8 +16,8 @@ import anyio
 
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import ConfigurationError, NanoBananaError, ProtocolError
-from nanobanana_async.models import Callback, http_url_fault
-from nanobanana_async.tracking.state import Recent
+from nanobanana_async.models import CallbackPayload, http_url_fault
+from nanobanana_async.tracking.state import FifoCache
 from nanobanana_async.wire import codec
 from nanobanana_async.wire.body import plain
 
@@ -37,7 +37,7 @@ _EXPECTED: Final = 100_000
 """Submits that are remembered; what comes for an older one is passed on, and the poll sees to it."""
 
 
-def parse_callback(body: bytes, *, content_encoding: str = "") -> Callback:
+def parse_callback(body: bytes, *, content_encoding: str = "") -> CallbackPayload:
     """Return what the body of a callback claims, whatever its content type. It proves nothing: query the task.
 
     Raises:
@@ -46,7 +46,7 @@ def parse_callback(body: bytes, *, content_encoding: str = "") -> Callback:
     return codec.decode_callback(plain(body, content_encoding, _BODY_BYTES))
 
 
-class Expectation:
+class _RegisteredCallback:
     """One submit whose end will be announced: the URL it gives the service, and the task id once it is known."""
 
     def __init__(self, nonce: str, url: str) -> None:
@@ -112,17 +112,17 @@ class CallbackReceiver:
         self._public_url = public_url.rstrip("/")
         self._secrets = [_as_key(given) for given in (secret, previous_secret) if given is not None]
         self._forward = forward
-        self._expected: Recent[Expectation] = Recent(_EXPECTED)
+        self._expected: FifoCache[_RegisteredCallback] = FifoCache(_EXPECTED)
         self.strangers: list[Callable[[str, str], Awaitable[None]]] = []
         """Told of nonce and claimed task id when a callback is about a submit whose task is not known here."""
 
     def __repr__(self) -> str:
         return f"CallbackReceiver(public_url={self._public_url!r})"
 
-    def expect(self) -> Expectation:
+    def expect(self) -> _RegisteredCallback:
         """Return the expectation of one submit, with a URL of its own."""
         nonce = secrets.token_urlsafe(_PART_BYTES)
-        expectation = Expectation(nonce, f"{self._public_url}/{nonce}{_proof(self._secrets[0], nonce)}")
+        expectation = _RegisteredCallback(nonce, f"{self._public_url}/{nonce}{_proof(self._secrets[0], nonce)}")
         self._expected.keep(nonce, expectation)
         return expectation
 

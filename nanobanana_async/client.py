@@ -15,32 +15,32 @@ from typing import Final, Self, Unpack
 import anyio
 import attrs
 
-from nanobanana_async._concurrency.background import Host
+from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.map_unordered import each, flow
 from nanobanana_async._text import safe_name
-from nanobanana_async.api.operations import Api, Submitted
-from nanobanana_async.errors import MediaError, NanoBananaError, SubmissionUnknown
+from nanobanana_async.api.operations import AcceptedSubmit, ServiceApi
+from nanobanana_async.errors import ImageError, NanoBananaError, SubmissionUnknown
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.images.download import Downloader
 from nanobanana_async.images.formats import SUFFIXES
 from nanobanana_async.images.references import as_references
 from nanobanana_async.models import (
-    Announcer,
-    Expectation,
+    CallbackSource,
     GeneratedImage,
     GenerationRequest,
+    PendingCallback,
     RequestOptions,
-    SavedPicture,
+    SavedImage,
     Task,
 )
-from nanobanana_async.outcomes import Done, Outcome, log_unread, of_error
+from nanobanana_async.outcomes import Outcome, Succeeded, log_unread, of_error
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
 from nanobanana_async.protocols import Transport
-from nanobanana_async.tracking.schedule import Schedule
-from nanobanana_async.tracking.state import Origin, Statistics
+from nanobanana_async.tracking.schedule import PollSchedule
+from nanobanana_async.tracking.state import SubmitInfo, TrackerStatistics
 from nanobanana_async.tracking.tracker import TaskTracker
-from nanobanana_async.transport.httpx import HttpTransport
-from nanobanana_async.wire.endpoint import Endpoint, Key
+from nanobanana_async.transport.httpx import HttpxTransport
+from nanobanana_async.wire.endpoint import ApiKey, Endpoint
 
 _log: Final = logging.getLogger("nanobanana_async")
 
@@ -60,7 +60,7 @@ class NanoBananaClient:
         retry: How often something is tried again, and which unanswered submits are.
         polling: When unfinished tasks are looked at; learned, unless it says otherwise.
         timeouts: How long things may take.
-        transport: What carries the requests; None makes an `HttpTransport`. One that is handed in stays open.
+        transport: What carries the requests; None makes an `HttpxTransport`. One that is handed in stays open.
         on_orphan: Called with the handle of a task that was accepted after its caller had gone (cancelled, or out of
             time): the last chance to keep a paid id. It is logged as a warning, too.
 
@@ -80,18 +80,18 @@ class NanoBananaClient:
         transport: Transport | None = None,
         on_orphan: Callable[[TaskHandle], None] | None = None,
     ) -> None:
-        self._host = Host()  # first: `__del__` asks it
-        key = None if api_key is None else Key(api_key)
+        self._host = BackgroundTaskGroup()  # first: `__del__` asks it
+        key = None if api_key is None else ApiKey(api_key)
         del api_key  # a traceback with local variables must not show it
         self._endpoint = Endpoint.of(key, base_url)
         self.limits: Final = limits
         self.timeouts: Final = timeouts
-        self._owned = HttpTransport(connect_s=timeouts.connect_s) if transport is None else None
+        self._owned = HttpxTransport(connect_s=timeouts.connect_s) if transport is None else None
         carrier: Transport = self._owned or transport  # type: ignore[assignment]  # one of the two is there
-        self._api = Api(carrier, self._host, self._endpoint, limits=limits, retry=retry, timeouts=timeouts)
+        self._api = ServiceApi(carrier, self._host, self._endpoint, limits=limits, retry=retry, timeouts=timeouts)
         if on_orphan is not None:
             self._api.on_orphan = lambda done, request: on_orphan(self._submitted(done, request))
-        self._tracker = TaskTracker(self._api, Schedule(polling), self._host)
+        self._tracker = TaskTracker(self._api, PollSchedule(polling), self._host)
         self._host.at_end = self._tracker.close
         self._downloader = Downloader(
             carrier, limits=limits, retry=retry, timeouts=timeouts, public_only=self._endpoint.is_public
@@ -117,11 +117,11 @@ class NanoBananaClient:
         Raises:
             TaskFailed: The task ended as failed.
             NoImage: It ended as success, was paid, and holds no picture.
-            TaskUnfinished: *timeout_s* passed; `client.task(exc.task_id)` can be awaited again.
+            TaskTimeout: *timeout_s* passed; `client.task(exc.task_id)` can be awaited again.
             NotSent: Nothing was charged.
             SubmissionUnknown: It may have been charged; nothing says so.
             ApiError: The service said no.
-            MediaError: A reference image cannot be used.
+            ImageError: A reference image cannot be used.
         """
         wait_s = self.timeouts.task_s if timeout_s is None else timeout_s
         deadline_s = anyio.current_time() + wait_s
@@ -172,7 +172,7 @@ class NanoBananaClient:
                 task = await self.generate(request, timeout_s=timeout_s)
             except (NanoBananaError, ValueError) as exc:
                 return of_error(exc, key=key, request=request)
-            return Done(key=key, request=request, task=task)
+            return Succeeded(key=key, request=request, task=task)
 
         outcomes: AsyncGenerator[Outcome] = flow(self._host, keyed(), one, at_once=max_in_flight, unread=log_unread)
         async with contextlib.aclosing(outcomes):
@@ -183,7 +183,7 @@ class NanoBananaClient:
         self,
         prompt: str | GenerationRequest,
         *,
-        callback: Announcer | Expectation | None = None,
+        callback: CallbackSource | PendingCallback | None = None,
         before_send: Callable[[], Awaitable[None]] | None = None,
         **options: Unpack[RequestOptions],
     ) -> TaskHandle:
@@ -204,7 +204,7 @@ class NanoBananaClient:
         give_up_at_s = anyio.current_time() + self.timeouts.task_s
         if callback is None:
             return await self._submit(prompt, options, give_up_at_s=give_up_at_s, before_send=before_send)
-        expected = callback.expect() if isinstance(callback, Announcer) else callback
+        expected = callback.expect() if isinstance(callback, CallbackSource) else callback
         options["callback_url"] = expected.url
         try:
             handle = await self._submit(
@@ -220,7 +220,7 @@ class NanoBananaClient:
             self.notify(handle.task_id)
         return handle
 
-    async def recovered(self, expected: Expectation) -> TaskHandle | None:
+    async def recovered(self, expected: PendingCallback) -> TaskHandle | None:
         """Return the task of a submit whose answer was lost, if a callback tells it within `Timeouts.recovery_s`.
 
         What a callback claims counts only if the service knows such a task, and no other submit of ours became it.
@@ -257,10 +257,10 @@ class NanoBananaClient:
         """
         if not task_id.strip():
             raise ValueError(f"task_id: must not be empty, got {task_id!r}")
-        origin = self._tracker.memory.origins.get(task_id.strip()) or Origin()
+        origin = self._tracker.memory.origins.get(task_id.strip()) or SubmitInfo()
         if submitted_at is not None:  # a wall clock may have been set meanwhile: nothing was submitted in the future
             age_s = max(0.0, (datetime.now(UTC) - submitted_at).total_seconds())
-            origin = Origin(submitted_at_s=anyio.current_time() - age_s)
+            origin = SubmitInfo(submitted_at_s=anyio.current_time() - age_s)
         return self._handle(task_id.strip(), origin, submitted_at)
 
     async def balance(self) -> Decimal:
@@ -271,7 +271,7 @@ class NanoBananaClient:
         """Return the encoded picture: PNG, JPEG, WebP or GIF.
 
         Raises:
-            MediaError: It could not be fetched within `Timeouts.download_s`, or is no picture.
+            ImageError: It could not be fetched within `Timeouts.download_s`, or is no picture.
         """
         await self._host.ensure()
         return await self._downloader.read(image)
@@ -284,7 +284,7 @@ class NanoBananaClient:
         are `fox-2.png` and so on. Files appear whole or not at all, and replace what had their name.
 
         Raises:
-            MediaError: A picture could not be fetched, or the disk would not take it.
+            ImageError: A picture could not be fetched, or the disk would not take it.
         """
         await self._host.ensure()
         path = Path(where)
@@ -296,21 +296,21 @@ class NanoBananaClient:
             stem = base.with_name(base.name + tail)
             try:
                 paths.append((await self._downloader.save(image, stem, exact=exact)).path)
-            except MediaError as exc:
+            except ImageError as exc:
                 exc.task_id = task.task_id
                 raise
         return paths
 
-    async def save_picture(self, image: GeneratedImage, stem: Path) -> SavedPicture:
+    async def save_picture(self, image: GeneratedImage, stem: Path) -> SavedImage:
         """Write one picture to *stem* plus the suffix of its true type, durably; replaces what had that name.
 
         Raises:
-            MediaError: As `save`.
+            ImageError: As `save`.
         """
         await self._host.ensure()
         return await self._downloader.save(image, stem)
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> TrackerStatistics:
         """Return how the tracker stands: what it watches, what it has learned, what it has cost. No network."""
         return self._tracker.statistics()
 
@@ -373,13 +373,13 @@ class NanoBananaClient:
         images = await as_references(request.images, max_bytes=self.limits.reference_bytes)
         return request if images == request.images else attrs.evolve(request, images=images)
 
-    def _submitted(self, done: Submitted, request: GenerationRequest, *, is_announced: bool = False) -> TaskHandle:
-        origin = Origin(submitted_at_s=anyio.current_time(), model=request.model, is_announced=is_announced)
+    def _submitted(self, done: AcceptedSubmit, request: GenerationRequest, *, is_announced: bool = False) -> TaskHandle:
+        origin = SubmitInfo(submitted_at_s=anyio.current_time(), model=request.model, is_announced=is_announced)
         self._tracker.memory.origins.keep(done.task_id, origin)
         return self._handle(done.task_id, origin, datetime.now(UTC), done.possible_duplicates)
 
     def _handle(
-        self, task_id: str, origin: Origin, submitted_at: datetime | None, possible_duplicates: int = 0
+        self, task_id: str, origin: SubmitInfo, submitted_at: datetime | None, possible_duplicates: int = 0
     ) -> TaskHandle:
         return TaskHandle(
             self._api,

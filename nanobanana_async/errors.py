@@ -2,7 +2,7 @@
 
 NanoBananaError
 |- ConfigurationError          set up or used in a way that cannot work; nothing was sent
-|  '- InvalidRows              rows of a batch that cannot be used
+|  '- InvalidBatchFile              rows of a batch that cannot be used
 |- TransportError              the service could not be reached, or not be understood
 |  |- NotSent                  proven: the service never had the request
 |  |- SubmissionUnknown        a submit may have been paid, and no answer says so
@@ -17,8 +17,8 @@ NanoBananaError
 |- TaskError                   about one task
 |  |- TaskFailed               it ended as failed
 |  |- NoImage                  it ended as success, was paid, and holds no picture
-|  '- TaskUnfinished           it was not final in time; it runs on and can be awaited again
-|- MediaError                  a picture could not be read, fetched or written
+|  '- TaskTimeout           it was not final in time; it runs on and can be awaited again
+|- ImageError                  a picture could not be read, fetched or written
 |- LedgerError                 a batch cannot keep its books, and so must not go on
 '- BudgetExceeded              one more submit could cost more than was allowed
 """
@@ -38,7 +38,7 @@ class ConfigurationError(NanoBananaError):
     """The client was set up or used in a way that cannot work: key, URL, certificate, closed client, other loop."""
 
 
-class InvalidRows(ConfigurationError):  # noqa: N818 - the rows are what is wrong
+class InvalidBatchFile(ConfigurationError):  # noqa: N818 - the rows are what is wrong
     """Rows of a batch that cannot be used. `faults` has a text for each: `"line 7: prompt: must not be empty"`."""
 
     def __init__(self, message: str, *, faults: tuple[str, ...] = ()) -> None:
@@ -134,11 +134,11 @@ class NoImage(TaskError):  # noqa: N818 - the same
     """The task ended as success, was paid, and holds no picture; `task.texts` may hold the model's words."""
 
 
-class TaskUnfinished(TaskError):  # noqa: N818 - the same
+class TaskTimeout(TaskError):  # noqa: N818 - the same
     """The task was not final in time. It runs on at the service and can be awaited again."""
 
 
-class MediaError(NanoBananaError):
+class ImageError(NanoBananaError):
     """A picture could not be read, fetched or written. The task itself stays paid and done."""
 
 

@@ -7,11 +7,11 @@ from typing import Final
 
 import anyio
 
-from nanobanana_async.api.operations import Api
+from nanobanana_async.api.operations import ServiceApi
 from nanobanana_async.errors import NoImage, TaskError, TaskFailed, TaskNotFound
 from nanobanana_async.models import Task, TaskStatus
 from nanobanana_async.tracking.schedule import NOT_FOUND_GRACE_S
-from nanobanana_async.tracking.state import Origin
+from nanobanana_async.tracking.state import SubmitInfo
 from nanobanana_async.tracking.tracker import TaskTracker
 
 
@@ -20,12 +20,12 @@ class TaskHandle:
 
     def __init__(  # noqa: PLR0913 - clients make it, users do not
         self,
-        api: Api,
+        api: ServiceApi,
         tracker: TaskTracker,
         task_id: str,
         *,
         patience_s: float,
-        origin: Origin = Origin(),
+        origin: SubmitInfo = SubmitInfo(),
         submitted_at: datetime | None = None,
         possible_duplicates: int = 0,
     ) -> None:
@@ -69,7 +69,7 @@ class TaskHandle:
             timeout_s: Seconds to wait; None takes `Timeouts.task_s`.
 
         Raises:
-            TaskUnfinished: The time passed; `exc.task` is the last snapshot. It runs on and can be awaited again.
+            TaskTimeout: The time passed; `exc.task` is the last snapshot. It runs on and can be awaited again.
             TaskNotFound: The service does not know it.
             AuthenticationError: The service does not accept the key.
         """

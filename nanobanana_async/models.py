@@ -194,7 +194,7 @@ class Task:
 
 
 @attrs.frozen(kw_only=True)
-class SavedPicture:
+class SavedImage:
     """A picture on disk: whole, type-checked, and durable."""
 
     path: Path
@@ -204,7 +204,7 @@ class SavedPicture:
 
 
 @attrs.frozen(kw_only=True)
-class Callback:
+class CallbackPayload:
     """What somebody who posted to a callback URL claims. Not to be believed: query the task."""
 
     task_id: str
@@ -213,7 +213,7 @@ class Callback:
     """The whole object that was posted."""
 
 
-class Expectation(Protocol):
+class PendingCallback(Protocol):
     """One submit whose end will be announced."""
 
     @property
@@ -236,12 +236,12 @@ class Expectation(Protocol):
 
 
 @runtime_checkable
-class Announcer(Protocol):
+class CallbackSource(Protocol):
     """Who hears the service's callbacks: `CallbackReceiver`."""
 
     strangers: list[Callable[[str, str], Awaitable[None]]]
     """Told of nonce and claimed task id when a callback is about a submit whose task is not known here."""
 
-    def expect(self) -> Expectation:
+    def expect(self) -> PendingCallback:
         """Return the expectation of one submit."""
         ...

@@ -7,9 +7,9 @@ from typing import Final, Literal, Self, TypeAlias
 import attrs
 from attrs.validators import ge, gt, in_, le, lt
 
-Resubmit: TypeAlias = Literal["never", "envelope", "server-errors", "always"]
+ResubmitLevel: TypeAlias = Literal["never", "envelope", "server-errors", "always"]
 
-RESUBMIT_LEVELS: Final[tuple[Resubmit, ...]] = ("never", "envelope", "server-errors", "always")
+RESUBMIT_LEVELS: Final[tuple[ResubmitLevel, ...]] = ("never", "envelope", "server-errors", "always")
 """From the safest to the boldest: each level sends again in all cases of the ones before it."""
 
 
@@ -26,7 +26,7 @@ class RetryPolicy:
     """Upper bound of the first pause; it doubles with each further one."""
     cap_s: float = attrs.field(default=8.0, validator=gt(0))
     """Upper bound of any pause."""
-    resubmit: Resubmit = attrs.field(default="envelope", validator=in_(RESUBMIT_LEVELS))
+    resubmit: ResubmitLevel = attrs.field(default="envelope", validator=in_(RESUBMIT_LEVELS))
     """When a submit that may have been paid is sent again.
 
     `"envelope"`: only after the vendor's own JSON error with a 5xx status, as its documentation advises.
@@ -41,13 +41,13 @@ class RetryPolicy:
         """
         return rng.uniform(0.0, min(self.cap_s, self.first_s * 2.0 ** min(tries - 1, 32)))
 
-    def resends(self, level: Resubmit) -> bool:
+    def resends(self, level: ResubmitLevel) -> bool:
         """Tell whether this policy sends again what only *level* and bolder ones would."""
         return RESUBMIT_LEVELS.index(self.resubmit) >= RESUBMIT_LEVELS.index(level)
 
 
 @attrs.frozen(kw_only=True)
-class Ladder:
+class StaticSchedule:
     """Pauses that do not depend on what was seen: a first one, and then ever longer ones."""
 
     first_s: float = attrs.field(validator=gt(0))
@@ -76,7 +76,7 @@ class PollPolicy:
     """Largest deviation as a share of the pause: 0.1 means +/-10 %."""
     curves: Mapping[str, Sequence[float]] = attrs.field(factory=dict, repr=False)
     """What an earlier client has learned, by model: `client.statistics().curves`. None of it has to be there."""
-    ladder: Ladder | None = None
+    ladder: StaticSchedule | None = None
     """Pauses that are not learned; see `fixed` and `backoff`."""
 
     @max_s.validator
@@ -103,7 +103,7 @@ class PollPolicy:
 
         The pauses after it start at *pause_s*, grow by *factor* and end at *cap_s*.
         """
-        ladder = Ladder(first_s=first_s, pause_s=pause_s, factor=factor)
+        ladder = StaticSchedule(first_s=first_s, pause_s=pause_s, factor=factor)
         return cls(min_s=min(pause_s, cap_s), max_s=cap_s, jitter=jitter, ladder=ladder)
 
 

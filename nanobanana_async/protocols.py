@@ -7,11 +7,11 @@ from typing import Protocol, TypeAlias
 import attrs
 from attrs.validators import instance_of
 
-Sink: TypeAlias = Callable[[bytes], Awaitable[None]]
+ChunkSink: TypeAlias = Callable[[bytes], Awaitable[None]]
 """Takes the next piece of a body that is streamed rather than kept."""
 
 
-class Errand(enum.Enum):
+class RequestKind(enum.Enum):
     """What a request is for, which decides how it may travel."""
 
     SUBMIT = enum.auto()
@@ -36,7 +36,7 @@ class Phase(enum.IntEnum):
 class WireRequest:
     """One HTTP request, ready to go."""
 
-    errand: Errand
+    errand: RequestKind
     method: str
     url: str
     headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
@@ -54,7 +54,7 @@ def _check_headers(_: object, __: object, headers: Mapping[object, object]) -> N
 
 
 @attrs.frozen(kw_only=True)
-class WireReply:
+class WireResponse:
     """One HTTP reply. Header names are lower case; `body` is as it came, never decompressed."""
 
     status: int = attrs.field(validator=instance_of(int))
@@ -62,7 +62,7 @@ class WireReply:
     body: bytes = attrs.field(default=b"", repr=False, validator=instance_of(bytes))
 
 
-class ExchangeFailed(Exception):  # noqa: N818 - an event, not an error of ours: `api` turns it into one
+class ExchangeError(Exception):
     """No whole reply came. Raised by transports, never seen by users; holds text and bytes only, so no key.
 
     Attributes:
@@ -71,7 +71,9 @@ class ExchangeFailed(Exception):  # noqa: N818 - an event, not an error of ours:
         reply: What had arrived of the reply, cut where it failed; None before the status line.
     """
 
-    def __init__(self, reason: str, *, phase: Phase, permanent: bool = False, reply: WireReply | None = None) -> None:
+    def __init__(
+        self, reason: str, *, phase: Phase, permanent: bool = False, reply: WireResponse | None = None
+    ) -> None:
         super().__init__(reason)
         self.reason, self.phase, self.permanent, self.reply = reason, phase, permanent, reply
 
@@ -82,14 +84,14 @@ class Transport(Protocol):
     Callers bound how many requests are under way; an implementation must be able to carry all they send.
     """
 
-    async def send(self, request: WireRequest, *, timeout_s: float, sink: Sink | None = None) -> WireReply:
+    async def send(self, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None) -> WireResponse:
         """Return the reply to *request* within *timeout_s* seconds in all.
 
         With a *sink*, the body of a 200 goes there piece by piece and the reply's own `body` is empty.
         Cancelling gives up the connection, and nothing else.
 
         Raises:
-            ExchangeFailed: No whole reply came in time, or its body was longer than `request.max_bytes`.
+            ExchangeError: No whole reply came in time, or its body was longer than `request.max_bytes`.
         """
         ...
 

@@ -7,12 +7,12 @@ import attrs
 import pytest
 
 from nanobanana_async import ApiError, ConfigurationError, NotSent, SubmissionUnknown
-from nanobanana_async.api.operations import Api
-from nanobanana_async.simulator.service import Vendor
+from nanobanana_async.api.operations import ServiceApi
+from nanobanana_async.simulator.service import SimulatedService
 
 
 @attrs.define
-class Book:
+class ChargeAudit:
     """Both sides of the account."""
 
     accepted: list[str] = attrs.field(factory=list)
@@ -21,7 +21,7 @@ class Book:
     """Submits whose caller was cancelled: nobody heard how they ended."""
     declared: int = 0
     """Re-sends that the client says may have been charged as well."""
-    vendors: list[Vendor] = attrs.field(factory=list)
+    vendors: list[SimulatedService] = attrs.field(factory=list)
 
     def check(self) -> None:
         """Accepted is exactly one charge; all charges together are accounted for."""
@@ -34,12 +34,12 @@ class Book:
         assert excess <= 0, f"{excess} charges that no caller was told of"
 
 
-def watch(monkeypatch: pytest.MonkeyPatch) -> Book:
+def watch(monkeypatch: pytest.MonkeyPatch) -> ChargeAudit:
     """Write down every submit and every vendor from now on."""
-    book = Book()
-    submit, begin = Api.submit, Vendor.__init__
+    book = ChargeAudit()
+    submit, begin = ServiceApi.submit, SimulatedService.__init__
 
-    async def watched_submit(self: Api, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - whatever it takes
+    async def watched_submit(self: ServiceApi, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - whatever it takes
         try:
             done = await submit(self, *args, **options)
         except SubmissionUnknown as exc:
@@ -58,10 +58,10 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Book:
         book.declared += done.possible_duplicates
         return done
 
-    def watched_begin(self: Vendor, *args: Any, **options: Any) -> None:  # noqa: ANN401 - the same
+    def watched_begin(self: SimulatedService, *args: Any, **options: Any) -> None:  # noqa: ANN401 - the same
         begin(self, *args, **options)
         book.vendors.append(self)
 
-    monkeypatch.setattr(Api, "submit", watched_submit)
-    monkeypatch.setattr(Vendor, "__init__", watched_begin)
+    monkeypatch.setattr(ServiceApi, "submit", watched_submit)
+    monkeypatch.setattr(SimulatedService, "__init__", watched_begin)
     return book

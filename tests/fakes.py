@@ -7,45 +7,47 @@ from typing import TypeAlias
 import anyio
 import attrs
 
-from nanobanana_async import ExchangeFailed, Phase, Sink, WireReply, WireRequest
+from nanobanana_async import ChunkSink, ExchangeError, Phase, WireRequest, WireResponse
 from nanobanana_async.simulator.in_memory import tiny_png
-from nanobanana_async.simulator.service import PictureOrder
+from nanobanana_async.simulator.service import ImageSpec
 
-Step: TypeAlias = WireReply | ExchangeFailed | Callable[[WireRequest], Awaitable[WireReply]]
+Step: TypeAlias = WireResponse | ExchangeError | Callable[[WireRequest], Awaitable[WireResponse]]
 
-PNG = tiny_png(PictureOrder(prompt="a fox", width=8, height=8))
+PNG = tiny_png(ImageSpec(prompt="a fox", width=8, height=8))
 
 
-def reply(status: int = 200, document: object = None, *, body: bytes | None = None, **headers: str) -> WireReply:
+def reply(status: int = 200, document: object = None, *, body: bytes | None = None, **headers: str) -> WireResponse:
     """Return a reply with a JSON body, or with *body* as it is."""
     raw = body if body is not None else json.dumps(document).encode()
-    return WireReply(status=status, body=raw, headers={name.replace("_", "-"): text for name, text in headers.items()})
+    return WireResponse(
+        status=status, body=raw, headers={name.replace("_", "-"): text for name, text in headers.items()}
+    )
 
 
-def accepted(task_id: str = "ta-1") -> WireReply:
+def accepted(task_id: str = "ta-1") -> WireResponse:
     """Return the service's answer to a good submit."""
     return reply(200, {"code": 0, "message": "ok", "data": {"task_id": task_id}})
 
 
-def state(status: object, task_id: str = "ta-1", **fields: object) -> WireReply:
+def state(status: object, task_id: str = "ta-1", **fields: object) -> WireResponse:
     """Return the service's answer to a query."""
     data = {"task_id": task_id, "status": status, "result": None, **fields}
     return reply(200, {"code": 0, "message": "ok", "data": data})
 
 
-def done(task_id: str = "ta-1", url: str = "https://files.example/fox.png") -> WireReply:
+def done(task_id: str = "ta-1", url: str = "https://files.example/fox.png") -> WireResponse:
     """Return the answer to a query about a finished task."""
     return state("success", task_id, result=[{"image": url}], consumed="0.500000")
 
 
-def refused(status: int, code: int = 1, detail: str = "no", **headers: str) -> WireReply:
+def refused(status: int, code: int = 1, detail: str = "no", **headers: str) -> WireResponse:
     """Return one of the service's own errors."""
     return reply(status, {"code": code, "message": "failed", "detail": detail}, body=None, **headers)
 
 
-def lost(phase: Phase = Phase.SEND, *, permanent: bool = False, partial: WireReply | None = None) -> ExchangeFailed:
+def lost(phase: Phase = Phase.SEND, *, permanent: bool = False, partial: WireResponse | None = None) -> ExchangeError:
     """Return an exchange that broke off."""
-    return ExchangeFailed("ReadError: gone", phase=phase, permanent=permanent, reply=partial)
+    return ExchangeError("ReadError: gone", phase=phase, permanent=permanent, reply=partial)
 
 
 @attrs.define
@@ -59,7 +61,7 @@ class ScriptedTransport:
     most_in_flight: int = 0
     closed: bool = False
 
-    async def send(self, request: WireRequest, *, timeout_s: float, sink: Sink | None = None) -> WireReply:
+    async def send(self, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None) -> WireResponse:
         """Play the next step."""
         self.requests.append(request)
         self.times_s.append(anyio.current_time())
@@ -68,9 +70,9 @@ class ScriptedTransport:
         step = self.steps.pop(0) if len(self.steps) > 1 else self.steps[0]
         try:
             await anyio.lowlevel.checkpoint()
-            if isinstance(step, ExchangeFailed):
-                raise ExchangeFailed(step.reason, phase=step.phase, permanent=step.permanent, reply=step.reply)
-            answer = step if isinstance(step, WireReply) else await step(request)
+            if isinstance(step, ExchangeError):
+                raise ExchangeError(step.reason, phase=step.phase, permanent=step.permanent, reply=step.reply)
+            answer = step if isinstance(step, WireResponse) else await step(request)
         finally:
             self.in_flight -= 1
         if sink is not None and answer.status == 200:

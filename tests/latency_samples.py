@@ -10,7 +10,7 @@ from random import Random
 from typing import TypeAlias
 
 from nanobanana_async import PollPolicy
-from nanobanana_async.tracking.schedule import Schedule
+from nanobanana_async.tracking.schedule import PollSchedule
 
 Draw: TypeAlias = Callable[[Random], float]
 
@@ -28,7 +28,7 @@ def bimodal(rng: Random) -> float:
 
 def simulate(policy: PollPolicy, draw: Draw, tasks: int, *, seed: int = 1) -> tuple[list[int], list[float]]:
     """Return the looks at each task and the delay in seconds, with up to 200 tasks at a time from a cold start."""
-    rng, schedule = Random(seed), Schedule(policy, Random(seed + 1))
+    rng, schedule = Random(seed), PollSchedule(policy, Random(seed + 1))
     looks: list[int] = []
     delays_s: list[float] = []
     started = 0

@@ -35,15 +35,15 @@ MUTANTS: Final = (
     Mutant(
         "a submit is sent again after a lost reply",
         "wire/classify.py",
-        'Row("reply lost or cut", Verdict.UNKNOWN, Repeat.ALWAYS',
-        'Row("reply lost or cut", Verdict.UNKNOWN, Repeat.FREE',
+        'Rule("reply lost or cut", Verdict.UNKNOWN, RetryRule.ALWAYS',
+        'Rule("reply lost or cut", Verdict.UNKNOWN, RetryRule.FREE',
         "test_api.py",
     ),
     Mutant(
         "a gateway's 502 is taken for the vendor's own error",
         "wire/classify.py",
-        'Row("gateway", Verdict.UNKNOWN, Repeat.SERVER_ERRORS',
-        'Row("gateway", Verdict.UNKNOWN, Repeat.ENVELOPE',
+        'Rule("gateway", Verdict.UNKNOWN, RetryRule.SERVER_ERRORS',
+        'Rule("gateway", Verdict.UNKNOWN, RetryRule.ENVELOPE',
         "test_api.py",
     ),
     Mutant(
@@ -182,7 +182,7 @@ MUTANTS: Final = (
     Mutant(
         "a submit rides on a reused connection",
         "transport/httpx.py",
-        "        idle = self._idle[_origin(request)] if request.errand is Errand.READ else []\n",
+        "        idle = self._idle[_origin(request)] if request.errand is RequestKind.READ else []\n",
         "        idle = self._idle[_origin(request)]\n",
         "test_httpx_transport.py::test_reads_reuse_a_connection_and_submits_never_do",
     ),

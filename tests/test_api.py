@@ -25,13 +25,13 @@ from nanobanana_async import (
     SubmissionUnknown,
     Timeouts,
     TransportError,
-    WireReply,
     WireRequest,
+    WireResponse,
 )
-from nanobanana_async._concurrency.background import Host
-from nanobanana_async.api.operations import Api, Submitted
-from nanobanana_async.policies import Resubmit
-from nanobanana_async.wire.endpoint import Endpoint, Key
+from nanobanana_async._concurrency.background import BackgroundTaskGroup
+from nanobanana_async.api.operations import AcceptedSubmit, ServiceApi
+from nanobanana_async.policies import ResubmitLevel
+from nanobanana_async.wire.endpoint import ApiKey, Endpoint
 from tests.fakes import ScriptedTransport, Step, accepted, done, lost, refused, reply, script, submits
 from tests.virtual_time import jump
 
@@ -48,12 +48,12 @@ async def running(
     limits: Limits = Limits(),
     retry: RetryPolicy = RetryPolicy(),
     timeouts: Timeouts = Timeouts(),
-) -> AsyncIterator[Api]:
-    """Run an `Api` over *transport*."""
-    host = Host()
-    endpoint = Endpoint.of(Key("dk-test"), "https://api.example")
+) -> AsyncIterator[ServiceApi]:
+    """Run an `ServiceApi` over *transport*."""
+    host = BackgroundTaskGroup()
+    endpoint = Endpoint.of(ApiKey("dk-test"), "https://api.example")
     try:
-        yield Api(transport, host, endpoint, limits=limits, retry=retry, timeouts=timeouts)
+        yield ServiceApi(transport, host, endpoint, limits=limits, retry=retry, timeouts=timeouts)
     finally:
         with anyio.CancelScope(shield=True):
             await host.aclose(drain_s=100)
@@ -64,7 +64,7 @@ async def as_it_is(request: GenerationRequest) -> GenerationRequest:
     return request
 
 
-async def submit(transport: ScriptedTransport, *, resubmit: Resubmit = "envelope") -> Submitted:
+async def submit(transport: ScriptedTransport, *, resubmit: ResubmitLevel = "envelope") -> AcceptedSubmit:
     """Submit one request and return what came of it."""
     async with running(transport, retry=RetryPolicy(resubmit=resubmit)) as api:
         return await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
@@ -73,7 +73,7 @@ async def submit(transport: ScriptedTransport, *, resubmit: Resubmit = "envelope
 async def test_an_accepted_submit_returns_its_task_id() -> None:
     """One POST, no possible duplicates."""
     transport = script(accepted("ta-7"))
-    assert await submit(transport) == Submitted("ta-7", 0)
+    assert await submit(transport) == AcceptedSubmit("ta-7", 0)
     assert submits(transport.requests) == 1
 
 
@@ -115,7 +115,7 @@ async def test_by_default_only_what_is_safe_or_the_vendors_own_500_is_sent_again
     ("resubmit", "posts"),
     [("never", (1, 1, 1)), ("envelope", (3, 1, 1)), ("server-errors", (3, 3, 1)), ("always", (3, 3, 3))],
 )
-async def test_each_policy_resends_what_it_names(resubmit: Resubmit, posts: tuple[int, int, int]) -> None:
+async def test_each_policy_resends_what_it_names(resubmit: ResubmitLevel, posts: tuple[int, int, int]) -> None:
     """The vendor's 500, a gateway's 502, a lost reply."""
     counts = []
     for step in (refused(500), HTML, lost(Phase.SEND)):
@@ -128,7 +128,7 @@ async def test_each_policy_resends_what_it_names(resubmit: Resubmit, posts: tupl
 
 async def test_resends_that_may_have_been_charged_are_counted() -> None:
     """Twice the vendor's own 500, then an id: two possible duplicates, told to the caller."""
-    assert await submit(script(refused(500), refused(500), accepted())) == Submitted("ta-1", 2)
+    assert await submit(script(refused(500), refused(500), accepted())) == AcceptedSubmit("ta-1", 2)
 
 
 async def test_a_refusal_after_resends_tells_how_many_may_have_been_charged() -> None:
@@ -187,7 +187,7 @@ async def test_a_turn_that_comes_too_late_does_not_hide_what_the_service_said() 
 async def test_submits_in_flight_are_bounded() -> None:
     """The limit holds however many callers there are."""
 
-    async def slow(_: WireRequest) -> WireReply:
+    async def slow(_: WireRequest) -> WireResponse:
         await anyio.sleep(1)
         return accepted()
 
@@ -199,10 +199,10 @@ async def test_submits_in_flight_are_bounded() -> None:
     assert (transport.most_in_flight, submits(transport.requests)) == (3, 20)
 
 
-def slow_answer(seconds: float) -> Callable[[WireRequest], Awaitable[WireReply]]:
+def slow_answer(seconds: float) -> Callable[[WireRequest], Awaitable[WireResponse]]:
     """Return a step that takes its time and then accepts."""
 
-    async def step(_: WireRequest) -> WireReply:
+    async def step(_: WireRequest) -> WireResponse:
         await anyio.sleep(seconds)
         return accepted("ta-late")
 
@@ -254,9 +254,9 @@ async def test_giving_up_on_a_post_on_the_wire_is_unknown(caplog: pytest.LogCapt
 
 async def test_closing_waits_for_the_post_on_the_wire() -> None:
     """The caller gets its id although the client is being closed."""
-    host = Host()
-    endpoint = Endpoint.of(Key("dk-test"), "https://api.example")
-    api = Api(script(slow_answer(5)), host, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts())
+    host = BackgroundTaskGroup()
+    endpoint = Endpoint.of(ApiKey("dk-test"), "https://api.example")
+    api = ServiceApi(script(slow_answer(5)), host, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts())
     ids = []
 
     async def caller() -> None:
@@ -271,9 +271,11 @@ async def test_closing_waits_for_the_post_on_the_wire() -> None:
 
 async def test_closing_does_not_wait_for_ever() -> None:
     """What has not ended by then is unknown, and says so."""
-    host = Host()
-    endpoint = Endpoint.of(Key("dk-test"), "https://api.example")
-    api = Api(script(slow_answer(500)), host, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts())
+    host = BackgroundTaskGroup()
+    endpoint = Endpoint.of(ApiKey("dk-test"), "https://api.example")
+    api = ServiceApi(
+        script(slow_answer(500)), host, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts()
+    )
     errors: list[NanoBananaError] = []
 
     async def caller() -> None:
@@ -353,7 +355,7 @@ async def test_an_odd_acceptance_is_kept_and_logged(caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.parametrize("step", [refused(401, 401), refused(402), refused(400, 1, "insufficient balance")])
-async def test_a_definite_refusal_stops_further_submits_at_once(step: WireReply) -> None:
+async def test_a_definite_refusal_stops_further_submits_at_once(step: WireResponse) -> None:
     """A revoked key, an empty account: those already on the wire end, all others are refused without being sent."""
     transport = script(step)
     async with running(transport, limits=Limits(submits=4)) as api:
@@ -398,7 +400,7 @@ async def test_polls_go_on_while_submits_are_stopped() -> None:
 async def test_a_transport_that_raises_what_it_must_not_leaves_the_submit_unknown() -> None:
     """Whatever it was, the money may be out."""
 
-    async def broken(_: WireRequest) -> WireReply:
+    async def broken(_: WireRequest) -> WireResponse:
         raise RuntimeError("boom")
 
     with pytest.raises(SubmissionUnknown, match="RuntimeError: boom"):
@@ -429,9 +431,11 @@ async def test_a_hook_that_fails_does_not_stop_the_client(caplog: pytest.LogCapt
 
 async def test_a_submit_cut_off_by_closing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Even when nobody is there to be told."""
-    host = Host()
-    endpoint = Endpoint.of(Key("dk-test"), "https://api.example")
-    api = Api(script(slow_answer(500)), host, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts())
+    host = BackgroundTaskGroup()
+    endpoint = Endpoint.of(ApiKey("dk-test"), "https://api.example")
+    api = ServiceApi(
+        script(slow_answer(500)), host, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts()
+    )
     with anyio.move_on_after(1):
         await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
     await host.aclose(drain_s=1)
@@ -448,10 +452,10 @@ async def test_a_submit_cancelled_between_two_tries_leaves_a_record(caplog: pyte
 
 async def test_closing_between_two_tries_tells_how_the_last_one_ended() -> None:
     """Not only that the client is closed."""
-    host = Host()
-    endpoint = Endpoint.of(Key("dk-test"), "https://api.example")
+    host = BackgroundTaskGroup()
+    endpoint = Endpoint.of(ApiKey("dk-test"), "https://api.example")
     limits = Limits(requests_per_s=0.1, burst=1)
-    api = Api(script(refused(500)), host, endpoint, limits=limits, retry=RetryPolicy(), timeouts=Timeouts())
+    api = ServiceApi(script(refused(500)), host, endpoint, limits=limits, retry=RetryPolicy(), timeouts=Timeouts())
     errors: list[type[NanoBananaError]] = []
 
     async def caller() -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from nanobanana_async import GeneratedImage, NanoBananaClient, Task, TaskStatus, TaskUnfinished
-from nanobanana_async.simulator import FAST, Simulator, VendorProfile
+from nanobanana_async import GeneratedImage, NanoBananaClient, Task, TaskStatus, TaskTimeout
+from nanobanana_async.simulator import FAST, Simulator, SimulatorProfile
 from nanobanana_async.simulator.server import SimulatorServer
 from tests.fakes import PNG
 
@@ -55,13 +55,13 @@ async def test_native_cancellation_does_not_tear_a_paid_post(caplog: pytest.LogC
 
 async def test_a_shutdown_that_cancels_everything_ends_the_waits() -> None:
     """Some frameworks cancel all tasks of the loop, ours included; nobody may be left waiting for it."""
-    async with Simulator(VendorProfile(median_s=60)).client() as client:
+    async with Simulator(SimulatorProfile(median_s=60)).client() as client:
         handle = await client.submit("a fox")
         wait = asyncio.create_task(handle.wait())
         await asyncio.sleep(0.05)
         for task in asyncio.all_tasks() - {asyncio.current_task(), wait}:
             task.cancel()
-        with pytest.raises(TaskUnfinished):
+        with pytest.raises(TaskTimeout):
             await asyncio.wait_for(wait, 1)
 
 

@@ -17,13 +17,12 @@ from nanobanana_async import (
     Batch,
     BudgetExceeded,
     ConfigurationError,
-    Done,
-    ExchangeFailed,
+    ExchangeError,
     Failed,
     GenerationRequest,
+    ImageError,
     InsufficientCredits,
     LedgerError,
-    MediaError,
     NanoBananaClient,
     NanoBananaError,
     NoImage,
@@ -32,41 +31,42 @@ from nanobanana_async import (
     PollPolicy,
     RetryPolicy,
     RowState,
-    SavedPicture,
+    SavedImage,
     SubmissionUnknown,
+    Succeeded,
     TaskFailed,
     Timeouts,
     Unknown,
-    WireReply,
     WireRequest,
+    WireResponse,
 )
-from nanobanana_async.batch.rows import Keys
+from nanobanana_async.batch.rows import RowKeys
 from nanobanana_async.models import GeneratedImage
-from nanobanana_async.simulator import FAST, FAST_POLLING, Simulator, VendorProfile
+from nanobanana_async.simulator import FAST, FAST_POLLING, Simulator, SimulatorProfile
 from tests.fakes import lost, refused, reply
 
 pytestmark = pytest.mark.anyio
 
-SLOW = VendorProfile(median_s=30, sigma=0.3, invisible_s=0)
+SLOW = SimulatorProfile(median_s=30, sigma=0.3, invisible_s=0)
 FOXES = [f"fox {number}" for number in range(12)]
 
 
 @attrs.define
-class Meddler:
+class InterceptingTransport:
     """A transport that passes requests on, unless *meddle* has an answer of its own."""
 
     simulator: Simulator
-    meddle: Callable[[WireRequest], WireReply | ExchangeFailed | None] = lambda _: None
+    meddle: Callable[[WireRequest], WireResponse | ExchangeError | None] = lambda _: None
     submits: int = 0
 
-    async def send(self, request: WireRequest, **options: object) -> WireReply:
+    async def send(self, request: WireRequest, **options: object) -> WireResponse:
         """Ask *meddle* first."""
         self.submits += request.method == "POST"
         answer = self.meddle(request)
         if answer is None:
             return await self.simulator.send(request, **options)  # type: ignore[arg-type]
         await anyio.lowlevel.checkpoint()
-        if isinstance(answer, ExchangeFailed):
+        if isinstance(answer, ExchangeError):
             raise answer
         return answer
 
@@ -74,11 +74,11 @@ class Meddler:
         """There is nothing to close."""
 
 
-def posts(answer: Callable[[int], WireReply | ExchangeFailed | None]) -> Callable[[WireRequest], object]:
+def posts(answer: Callable[[int], WireResponse | ExchangeError | None]) -> Callable[[WireRequest], object]:
     """Return a meddler that answers the nth POST, counted from 0, as it is told."""
     count = -1
 
-    def meddle(request: WireRequest) -> WireReply | ExchangeFailed | None:
+    def meddle(request: WireRequest) -> WireResponse | ExchangeError | None:
         nonlocal count
         if request.method != "POST":
             return None
@@ -92,7 +92,7 @@ def client_of(simulator: Simulator, meddle: object = None, **options: object) ->
     """Return a client of the simulator, with a meddler between them."""
     client = simulator.client(**options)  # type: ignore[arg-type]
     if meddle is not None:
-        client._api._transport = Meddler(simulator, meddle)  # type: ignore[arg-type]
+        client._api._transport = InterceptingTransport(simulator, meddle)  # type: ignore[arg-type]
     return client
 
 
@@ -145,7 +145,7 @@ async def test_every_picture_is_there_and_paid_once(tmp_path: Path) -> None:
     async with batch_of(simulator, tmp_path / "run") as batch:
         outcomes = await run(batch)
         assert batch.progress().done == len(FOXES)
-    assert kinds(outcomes) == ["Done"] * len(FOXES)
+    assert kinds(outcomes) == ["Succeeded"] * len(FOXES)
     assert sorted(charge.prompt for charge in simulator.charges) == sorted(FOXES)
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert names == [*(f"{n + 1:04}-fox-{n}.png" for n in range(12)), "index.html", "ledger.db", "manifest.jsonl"]
@@ -165,9 +165,9 @@ async def test_a_second_run_tells_again_and_pays_nothing(tmp_path: Path) -> None
         first = await run(batch)
     async with batch_of(simulator, tmp_path) as batch:
         second = await run(batch)
-    assert all(isinstance(outcome, Done) and outcome.earlier for outcome in second.values())
-    assert {name: outcome.files for name, outcome in first.items() if isinstance(outcome, Done)} == {
-        name: outcome.files for name, outcome in second.items() if isinstance(outcome, Done)
+    assert all(isinstance(outcome, Succeeded) and outcome.earlier for outcome in second.values())
+    assert {name: outcome.files for name, outcome in first.items() if isinstance(outcome, Succeeded)} == {
+        name: outcome.files for name, outcome in second.items() if isinstance(outcome, Succeeded)
     }
     assert len(simulator.charges) == len(FOXES)
 
@@ -208,7 +208,7 @@ async def test_a_picture_that_was_deleted_is_fetched_again(tmp_path: Path) -> No
 
 async def test_what_fails_fails_alone_and_is_not_paid_again_unasked(tmp_path: Path) -> None:
     """Neither by the next run; with `retry_failed` it is submitted once more."""
-    simulator = Simulator(VendorProfile(median_s=0.02, invisible_s=0, failed=0.3, text_only=0.3), seed=5)
+    simulator = Simulator(SimulatorProfile(median_s=0.02, invisible_s=0, failed=0.3, text_only=0.3), seed=5)
     async with batch_of(simulator, tmp_path) as batch:
         first = await run(batch)
     errors = {name: outcome.error for name, outcome in first.items() if isinstance(outcome, Failed)}
@@ -221,7 +221,7 @@ async def test_what_fails_fails_alone_and_is_not_paid_again_unasked(tmp_path: Pa
     simulator.vendor.profile = FAST
     async with batch_of(simulator, tmp_path) as batch:
         mended = await run(batch, retry_failed=True)
-    assert kinds(mended) == ["Done"] * len(FOXES)
+    assert kinds(mended) == ["Succeeded"] * len(FOXES)
     assert len(simulator.charges) == len(FOXES) + len(errors)
 
 
@@ -243,7 +243,7 @@ async def test_each_step_is_durable_before_the_next(tmp_path: Path) -> None:
 
     async with batch_of(simulator, tmp_path, meddle) as batch:
         async for outcome in batch.run(["fox 0"]):
-            assert isinstance(outcome, Done)
+            assert isinstance(outcome, Succeeded)
             assert all(file.path.is_file() for file in outcome.files)
             (record,) = await batch._ledger.read(list)
             assert record.state is RowState.SAVED
@@ -266,7 +266,7 @@ async def test_not_more_is_under_way_than_allowed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["break", "raise"])
 async def test_a_consumer_that_leaves_loses_nothing(tmp_path: Path, ending: str) -> None:
     """What was paid is fetched by the next run."""
-    simulator = Simulator(VendorProfile(median_s=0.1, sigma=1, invisible_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=0.1, sigma=1, invisible_s=0))
 
     async def consume(batch: Batch) -> None:
         outcomes = batch.run(FOXES)
@@ -282,7 +282,7 @@ async def test_a_consumer_that_leaves_loses_nothing(tmp_path: Path, ending: str)
         else:
             await consume(batch)
     async with batch_of(simulator, tmp_path) as batch:
-        assert kinds(await run(batch)) == ["Done"] * len(FOXES)
+        assert kinds(await run(batch)) == ["Succeeded"] * len(FOXES)
     assert sorted(charge.prompt for charge in simulator.charges) == sorted(FOXES)
 
 
@@ -311,19 +311,19 @@ async def test_closing_twice_or_from_another_task_is_harmless(tmp_path: Path) ->
 async def test_one_row_at_a_time_has_a_key(tmp_path: Path) -> None:
     """Two rows with one key in one run are a mistake, and not two charges."""
     simulator = Simulator(FAST)
-    row = Keys().row(GenerationRequest("fox"), key="k")
+    row = RowKeys().row(GenerationRequest("fox"), key="k")
     async with batch_of(simulator, tmp_path) as batch:
         outcomes = [outcome async for outcome in batch.run([row, row])]
-    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Done", "Failed"]
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Succeeded", "Failed"]
     assert len(simulator.charges) == 1
 
 
 async def test_a_key_that_was_paid_for_another_prompt_is_refused(tmp_path: Path) -> None:
     """The old picture is not what is asked for, and the new one would not be what was paid."""
     simulator = Simulator(FAST)
-    for prompt, kind in (("fox", Done), ("hare", Failed)):
+    for prompt, kind in (("fox", Succeeded), ("hare", Failed)):
         async with batch_of(simulator, tmp_path) as batch:
-            outcomes = await run(batch, [Keys().row(GenerationRequest(prompt), key="k")])
+            outcomes = await run(batch, [RowKeys().row(GenerationRequest(prompt), key="k")])
         assert isinstance(outcomes[prompt], kind)
     assert [charge.prompt for charge in simulator.charges] == ["fox"]
 
@@ -366,7 +366,7 @@ async def test_a_lost_answer_is_unknown_until_somebody_decides(tmp_path: Path) -
         foreign = await batch._client.submit("by hand")
         await batch.resubmit(records[0].key)
         await batch.abandon(records[1].key)
-        mine = next(outcome.task for outcome in again.values() if isinstance(outcome, Done))
+        mine = next(outcome.task for outcome in again.values() if isinstance(outcome, Succeeded))
         with pytest.raises(LedgerError, match=f"task {mine.task_id} is what row"):
             await batch.bind(records[2].key, mine.task_id)
         await batch.bind(records[2].key, foreign.task_id)
@@ -374,10 +374,10 @@ async def test_a_lost_answer_is_unknown_until_somebody_decides(tmp_path: Path) -
             await batch.abandon(records[2].key)
     async with batch_of(simulator, tmp_path) as batch:
         final = await run(batch)
-    assert isinstance(final[unknown[0]], Done)
+    assert isinstance(final[unknown[0]], Succeeded)
     assert isinstance(final[unknown[1]], Failed)
     bound = final[unknown[2]]
-    assert isinstance(bound, Done)
+    assert isinstance(bound, Succeeded)
     assert bound.task.task_id == foreign.task_id
 
 
@@ -390,10 +390,10 @@ async def test_an_early_outage_costs_three_rows_and_not_all(tmp_path: Path) -> N
         transport = batch._client._api._transport
     assert isinstance(cause, SubmissionUnknown)
     assert kinds(outcomes) == ["Unknown"] * 3
-    assert isinstance(transport, Meddler)
+    assert isinstance(transport, InterceptingTransport)
     assert transport.submits == 3
     async with batch_of(simulator, tmp_path) as batch:
-        assert kinds(await run(batch)) == ["Done"] * 9 + ["Unknown"] * 3
+        assert kinds(await run(batch)) == ["Succeeded"] * 9 + ["Unknown"] * 3
 
 
 async def test_a_task_that_has_vanished_is_for_people_to_decide(tmp_path: Path) -> None:
@@ -434,16 +434,16 @@ def _vanish(batch: Batch) -> Callable[..., None]:
     ],
 )
 async def test_a_refused_key_or_an_empty_account_stops_submits_and_costs_nothing(
-    tmp_path: Path, answer: WireReply, error: type[Exception]
+    tmp_path: Path, answer: WireResponse, error: type[Exception]
 ) -> None:
     """F42, F43: what is paid ends well, and the next run submits the rest."""
     simulator = Simulator(FAST)
     async with batch_of(simulator, tmp_path, posts(lambda n: answer if n >= 4 else None)) as batch:
         outcomes, cause = await run_until_stopped(batch)
     assert isinstance(cause, error)
-    assert kinds(outcomes) == ["Done"] * 4
+    assert kinds(outcomes) == ["Succeeded"] * 4
     async with batch_of(simulator, tmp_path) as batch:
-        assert kinds(await run(batch)) == ["Done"] * len(FOXES)
+        assert kinds(await run(batch)) == ["Succeeded"] * len(FOXES)
     assert len(simulator.charges) == len(FOXES)
 
 
@@ -461,13 +461,13 @@ async def test_the_budget_holds_and_may_be_raised_later(tmp_path: Path) -> None:
     assert len(simulator.charges) == 5
     assert "2.5" in str(cause)
     async with batch_of(simulator, tmp_path, budget=Decimal(6)) as batch:
-        assert kinds(await run(batch)) == ["Done"] * len(FOXES)
+        assert kinds(await run(batch)) == ["Succeeded"] * len(FOXES)
 
 
 async def test_what_may_have_been_paid_is_reserved(tmp_path: Path) -> None:
     """An unknown row, and a submit that the vendor's own error made us repeat."""
     simulator = Simulator(FAST)
-    answers: dict[int, WireReply | ExchangeFailed] = {1: lost(), 3: refused(500, 1, "internal error")}
+    answers: dict[int, WireResponse | ExchangeError] = {1: lost(), 3: refused(500, 1, "internal error")}
     for number in range(2):
         async with batch_of(simulator, tmp_path, posts(answers.get) if not number else None) as batch:
             await run(batch, max_in_flight=1)
@@ -492,17 +492,17 @@ async def test_a_disk_that_takes_no_picture_stops_the_submits(tmp_path: Path, mo
     """F34: there is no use in paying for more; when there is room again, what is paid is fetched."""
     simulator = Simulator(FAST)
 
-    async def full(self: NanoBananaClient, image: GeneratedImage, stem: Path) -> SavedPicture:
-        raise MediaError(f"{stem}: cannot be written: no space") from OSError(errno.ENOSPC, "no space")
+    async def full(self: NanoBananaClient, image: GeneratedImage, stem: Path) -> SavedImage:
+        raise ImageError(f"{stem}: cannot be written: no space") from OSError(errno.ENOSPC, "no space")
 
     with monkeypatch.context() as patch:
         patch.setattr(NanoBananaClient, "save_picture", full)
         async with batch_of(simulator, tmp_path) as batch:
             outcomes, cause = await run_until_stopped(batch, max_in_flight=3)
-    assert (outcomes, isinstance(cause, MediaError)) == ({}, True)
+    assert (outcomes, isinstance(cause, ImageError)) == ({}, True)
     assert len(simulator.charges) <= 3
     async with batch_of(simulator, tmp_path) as batch:
-        assert kinds(await run(batch)) == ["Done"] * len(FOXES)
+        assert kinds(await run(batch)) == ["Succeeded"] * len(FOXES)
     assert len(simulator.charges) == len(FOXES)
 
 
@@ -530,7 +530,9 @@ async def test_books_that_cannot_be_kept_stop_everything(
         afloat = dict(batch.in_flight)
     assert isinstance(cause, LedgerError)
     assert len(simulator.charges) <= 4 + 2
-    told = {outcome.task.task_id for outcome in outcomes.values() if isinstance(outcome, Done)} | set(afloat.values())
+    told = {outcome.task.task_id for outcome in outcomes.values() if isinstance(outcome, Succeeded)} | set(
+        afloat.values()
+    )
     assert {charge.task_id for charge in simulator.charges} <= told | {
         charge.task_id for charge in simulator.charges if charge.task_id in caplog.text
     }
@@ -559,18 +561,18 @@ async def test_a_night_without_a_network_costs_time_and_nothing_else(tmp_path: P
     """Half an hour of refused connections in the middle: every row is done in the end, and paid once."""
     simulator = Simulator(SLOW)
 
-    def meddle(request: WireRequest) -> ExchangeFailed | None:
+    def meddle(request: WireRequest) -> ExchangeError | None:
         down = 20 < anyio.current_time() - began_s < 1820
-        refused_here = ExchangeFailed("ConnectError: refused", phase=lost().phase.CONNECT)
+        refused_here = ExchangeError("ConnectError: refused", phase=lost().phase.CONNECT)
         return refused_here if down and request.method == "POST" else None
 
     began_s = anyio.current_time()
     async with batch_of(simulator, tmp_path, meddle, polling=PollPolicy()) as batch:
         outcomes = await run(batch, [f"fox {number}" for number in range(30)], max_in_flight=4)
         transport = batch._client._api._transport
-    assert kinds(outcomes) == ["Done"] * 30
+    assert kinds(outcomes) == ["Succeeded"] * 30
     assert len(simulator.charges) == 30
-    assert isinstance(transport, Meddler)
+    assert isinstance(transport, InterceptingTransport)
     assert transport.submits < 150
 
 
@@ -579,15 +581,15 @@ async def test_a_night_without_a_network_costs_time_and_nothing_else(tmp_path: P
 async def test_a_network_that_does_not_come_back_ends_the_run_after_an_hour(tmp_path: Path) -> None:
     """With what it was; the rest is open."""
     simulator = Simulator(SLOW)
-    nothing = ExchangeFailed("ConnectError: refused", phase=lost().phase.CONNECT)
+    nothing = ExchangeError("ConnectError: refused", phase=lost().phase.CONNECT)
     async with batch_of(simulator, tmp_path, posts(lambda n: nothing if n >= 4 else None)) as batch:
         began_s = anyio.current_time()
         outcomes, cause = await run_until_stopped(batch)
         assert 3600 < anyio.current_time() - began_s < 4000
     assert isinstance(cause, NotSent)
-    assert kinds(outcomes) == ["Done"] * 4
+    assert kinds(outcomes) == ["Succeeded"] * 4
     async with batch_of(simulator, tmp_path) as batch:
-        assert kinds(await run(batch)) == ["Done"] * len(FOXES)
+        assert kinds(await run(batch)) == ["Succeeded"] * len(FOXES)
 
 
 @pytest.mark.virtual_time
@@ -597,27 +599,27 @@ async def test_an_outage_at_the_gateway_burns_few_rows(tmp_path: Path) -> None:
     simulator = Simulator(SLOW)
     began_s = anyio.current_time()
 
-    def meddle(request: WireRequest) -> WireReply | None:
+    def meddle(request: WireRequest) -> WireResponse | None:
         down = 20 < anyio.current_time() - began_s < 920
         return reply(502, body=b"<html></html>") if down and request.method == "POST" else None
 
     async with batch_of(simulator, tmp_path, meddle, polling=PollPolicy()) as batch:
         outcomes = await run(batch, [f"fox {number}" for number in range(100)], max_in_flight=10)
     assert kinds(outcomes).count("Unknown") <= 15
-    assert kinds(outcomes).count("Done") >= 85
+    assert kinds(outcomes).count("Succeeded") >= 85
 
 
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("no_threads")
 async def test_a_fresh_task_that_is_invisible_after_a_restart_is_waited_for(tmp_path: Path) -> None:
     """The service may not show it for half a minute; its age is known from the ledger."""
-    simulator = Simulator(VendorProfile(median_s=40, sigma=0, invisible_s=25))
+    simulator = Simulator(SimulatorProfile(median_s=40, sigma=0, invisible_s=25))
     async with batch_of(simulator, tmp_path) as batch:
         with anyio.move_on_after(1):
             await run(batch, ["fox"])
     assert len(simulator.charges) == 1
     async with batch_of(simulator, tmp_path) as batch:
-        assert kinds(await run(batch, ["fox"])) == ["Done"]
+        assert kinds(await run(batch, ["fox"])) == ["Succeeded"]
     assert len(simulator.charges) == 1
 
 
@@ -625,12 +627,12 @@ async def test_a_fresh_task_that_is_invisible_after_a_restart_is_waited_for(tmp_
 @pytest.mark.usefixtures("no_threads")
 async def test_a_picture_that_takes_too_long_is_waited_for_by_the_next_run(tmp_path: Path) -> None:
     """It is paid, and it runs on."""
-    simulator = Simulator(VendorProfile(median_s=100, sigma=0, invisible_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=100, sigma=0, invisible_s=0))
     async with batch_of(simulator, tmp_path) as batch:
         outcomes = await run(batch, ["fox"], timeout_s=50)
         assert kinds(outcomes) == ["Failed"]
     async with batch_of(simulator, tmp_path) as batch:
-        assert kinds(await run(batch, ["fox"])) == ["Done"]
+        assert kinds(await run(batch, ["fox"])) == ["Succeeded"]
     assert len(simulator.charges) == 1
 
 
@@ -639,15 +641,15 @@ async def test_a_link_that_has_expired_is_asked_for_again(tmp_path: Path) -> Non
     simulator = Simulator(FAST)
     gone = [1, 2]  # fetches that get a 410
 
-    def meddle(request: WireRequest) -> WireReply | None:
+    def meddle(request: WireRequest) -> WireResponse | None:
         if "/files/" in request.url and gone:
             gone.pop()
             return reply(410, body=b"gone")
         return None
 
-    for expected in ("Failed", "Done"):
+    for expected in ("Failed", "Succeeded"):
         client = simulator.client(retry=RetryPolicy(attempts=1))
-        client._downloader._transport = Meddler(simulator, meddle)
+        client._downloader._transport = InterceptingTransport(simulator, meddle)
         async with client, Batch.open(tmp_path, client) as batch:
             assert kinds(await run(batch, ["fox"])) == [expected]
     assert len(simulator.charges) == 1
@@ -659,7 +661,7 @@ async def test_pictures_that_are_paid_are_saved_before_more_is_submitted(tmp_pat
     stuck, most_saving = anyio.Event(), 0
 
     class Slow:
-        async def save_picture(self, image: GeneratedImage, stem: Path) -> SavedPicture:
+        async def save_picture(self, image: GeneratedImage, stem: Path) -> SavedImage:
             nonlocal most_saving
             most_saving = max(most_saving, batch._traffic.saving)
             await stuck.wait()

@@ -27,7 +27,7 @@ PROMPTS = [f"a fox, number {number}" for number in range(4)]
 
 
 @attrs.define
-class Scene:
+class CliScenario:
     """One story: its folder, its server, and how its commands ended."""
 
     folder: Path
@@ -54,23 +54,23 @@ class Scene:
         return {"DEFAPI_BASE_URL": self.server.url, "DEFAPI_API_KEY": "dk-test"}
 
 
-def _whole(scene: Scene) -> None:
+def _whole(scene: CliScenario) -> None:
     scene.batch()
     scene.batch("--json")
 
 
-def _interrupted(scene: Scene) -> None:
+def _interrupted(scene: CliScenario) -> None:
     scene.batch_until(signal.SIGINT)
     scene.batch_until(signal.SIGTERM)
     scene.batch()
 
 
-def _poor(scene: Scene) -> None:
+def _poor(scene: CliScenario) -> None:
     scene.server.vendor.profile = attrs.evolve(FAST, balance=Decimal("1.2"))
     scene.batch()
 
 
-def _crowded(scene: Scene) -> None:
+def _crowded(scene: CliScenario) -> None:
     with started("batch", "prompts.txt", "--out", "run", cwd=scene.folder, variables=scene.variables) as process:
         wait_for((scene.folder / "run" / "ledger.pid").exists)
         scene.batch()
@@ -79,7 +79,7 @@ def _crowded(scene: Scene) -> None:
     assert not err.startswith("Traceback")
 
 
-SCENES: dict[str, Callable[[Scene], None]] = {
+SCENES: dict[str, Callable[[CliScenario], None]] = {
     "whole": _whole,
     "interrupted": _interrupted,
     "poor": _poor,
@@ -88,13 +88,13 @@ SCENES: dict[str, Callable[[Scene], None]] = {
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Scene]]:
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, CliScenario]]:
     """All stories that wait for pictures, at once: each takes as long as the first look at a real one."""
     stage = {}
     for name in SCENES:
         folder = tmp_path_factory.mktemp(name)
         (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-        stage[name] = Scene(folder, SimulatorServer(FAST))
+        stage[name] = CliScenario(folder, SimulatorServer(FAST))
     with ThreadPoolExecutor(len(SCENES)) as pool:
         for scene in stage.values():
             scene.server.__enter__()
@@ -106,7 +106,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Scene
                 scene.server.__exit__()
 
 
-def test_a_file_of_prompts_becomes_a_folder_of_pictures(scenes: dict[str, Scene]) -> None:
+def test_a_file_of_prompts_becomes_a_folder_of_pictures(scenes: dict[str, CliScenario]) -> None:
     """The page on stdout, the summary on stderr; no live display where there is no terminal."""
     first, _ = scenes["whole"].acts
     assert (first.code, first.out) == (0, "run/index.html\n")
@@ -115,7 +115,7 @@ def test_a_file_of_prompts_becomes_a_folder_of_pictures(scenes: dict[str, Scene]
     assert len(list((first.folder / "run").glob("*.png"))) == 4
 
 
-def test_the_same_command_again_pays_nothing_and_tells_json_if_asked(scenes: dict[str, Scene]) -> None:
+def test_the_same_command_again_pays_nothing_and_tells_json_if_asked(scenes: dict[str, CliScenario]) -> None:
     """One object a line; what an earlier run has done says so."""
     _, again = scenes["whole"].acts
     lines = [json.loads(line) for line in again.out.splitlines()]
@@ -125,7 +125,7 @@ def test_the_same_command_again_pays_nothing_and_tells_json_if_asked(scenes: dic
     assert len(scenes["whole"].server.charges) == 4
 
 
-def test_an_interrupted_run_settles_and_says_how_to_go_on(scenes: dict[str, Scene]) -> None:
+def test_an_interrupted_run_settles_and_says_how_to_go_on(scenes: dict[str, CliScenario]) -> None:
     """130 and 143; what was paid is fetched by the same command, and not paid again."""
     scene = scenes["interrupted"]
     assert [act.code for act in scene.acts] == [130, 143, 0]
@@ -139,7 +139,7 @@ def test_an_interrupted_run_settles_and_says_how_to_go_on(scenes: dict[str, Scen
     assert len(list((scene.folder / "run").glob("*.png"))) == 4
 
 
-def test_credits_that_run_out_half_way_cost_nothing_but_time(scenes: dict[str, Scene]) -> None:
+def test_credits_that_run_out_half_way_cost_nothing_but_time(scenes: dict[str, CliScenario]) -> None:
     """What is paid is saved; what to type after a top-up is said."""
     (poor,) = scenes["poor"].acts
     assert poor.code == 1
@@ -149,7 +149,7 @@ def test_credits_that_run_out_half_way_cost_nothing_but_time(scenes: dict[str, S
     assert len(scenes["poor"].server.charges) == 2
 
 
-def test_a_second_process_is_refused(scenes: dict[str, Scene]) -> None:
+def test_a_second_process_is_refused(scenes: dict[str, CliScenario]) -> None:
     """With the pid of the first, which is not disturbed."""
     second, first = scenes["crowded"].acts
     assert (first.code, second.code) == (0, 1)

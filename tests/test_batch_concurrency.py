@@ -18,18 +18,18 @@ from nanobanana_async import (
     Batch,
     BudgetExceeded,
     CallbackReceiver,
-    Done,
     Failed,
     GenerationRequest,
     LedgerError,
     NanoBananaClient,
     RowState,
+    Succeeded,
     Unknown,
     WireRequest,
 )
-from nanobanana_async.batch.rows import Keys
+from nanobanana_async.batch.rows import RowKeys
 from nanobanana_async.ledger.sqlite import Ledger
-from nanobanana_async.simulator import FAST, Simulator, VendorProfile
+from nanobanana_async.simulator import FAST, Simulator, SimulatorProfile
 from tests.fakes import PNG, lost, refused
 from tests.test_batch import FOXES, batch_of, kinds, posts, run, run_until_stopped
 
@@ -47,7 +47,7 @@ async def test_a_write_that_cannot_be_made_takes_no_other_with_it(tmp_path: Path
                     await batch.abandon("caf\udce9")
 
         group.start_soon(spoil)
-        assert kinds(await run(batch)) == ["Done"] * len(FOXES)
+        assert kinds(await run(batch)) == ["Succeeded"] * len(FOXES)
     assert len(simulator.charges) == len(FOXES)
     async with batch_of(simulator, tmp_path) as batch:
         await run(batch)
@@ -68,16 +68,16 @@ async def test_cancelling_whoever_writes_stops_nobody_else(tmp_path: Path) -> No
 
         meddling = asyncio.ensure_future(cancel_writers())
         with anyio.fail_after(10):
-            assert kinds(await run(batch)) == ["Done"] * len(FOXES)
+            assert kinds(await run(batch)) == ["Succeeded"] * len(FOXES)
         await meddling
 
 
-@pytest.mark.parametrize("profile", [FAST, VendorProfile(median_s=0.02, invisible_s=0, text_only=1)])
-async def test_a_key_that_comes_twice_in_one_run_is_paid_once(tmp_path: Path, profile: VendorProfile) -> None:
+@pytest.mark.parametrize("profile", [FAST, SimulatorProfile(median_s=0.02, invisible_s=0, text_only=1)])
+async def test_a_key_that_comes_twice_in_one_run_is_paid_once(tmp_path: Path, profile: SimulatorProfile) -> None:
     """Whether or not the first one had ended by then."""
     simulator = Simulator(profile)
-    fox = Keys().row(GenerationRequest("fox"), key="k")
-    hare = Keys().row(GenerationRequest("hare"), key="h")
+    fox = RowKeys().row(GenerationRequest("fox"), key="k")
+    hare = RowKeys().row(GenerationRequest("hare"), key="h")
     async with batch_of(simulator, tmp_path) as batch:
         outcomes = [outcome async for outcome in batch.run([fox, fox, fox, hare], max_in_flight=1)]
     assert sorted(charge.prompt for charge in simulator.charges) == ["fox", "hare"]
@@ -114,18 +114,18 @@ async def test_a_row_that_was_refused_is_not_unknown_however_the_run_ends(tmp_pa
             await run(batch)
     async with batch_of(simulator, tmp_path) as batch:
         assert await batch.unknown() == []
-        assert kinds(await run(batch)) == ["Done"] * len(FOXES)
+        assert kinds(await run(batch)) == ["Succeeded"] * len(FOXES)
 
 
 async def test_paid_rows_that_the_file_has_no_longer_are_fetched_all_the_same(tmp_path: Path) -> None:
     """They come last."""
-    simulator = Simulator(VendorProfile(median_s=0.3, sigma=0, invisible_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=0.3, sigma=0, invisible_s=0))
     async with batch_of(simulator, tmp_path) as batch:
         with anyio.move_on_after(0.2):
             await run(batch)
     async with batch_of(simulator, tmp_path) as batch:
         outcomes = await run(batch, ["a hare"])
-    assert kinds(outcomes) == ["Done"] * (len(simulator.charges))
+    assert kinds(outcomes) == ["Succeeded"] * (len(simulator.charges))
     assert len(list(tmp_path.glob("*.png"))) == len(simulator.charges)
 
 
@@ -179,7 +179,7 @@ async def test_a_claim_about_another_rows_task_is_not_believed(tmp_path: Path) -
     async with client() as second, Batch.open(tmp_path, second) as batch:
         outcomes = await run(batch, ["hare", "fox"])
     fox = outcomes["fox"]
-    assert isinstance(fox, Done)
+    assert isinstance(fox, Succeeded)
     assert fox.task.task_id == ids["fox"]
 
 
@@ -214,7 +214,7 @@ async def test_a_transport_that_quotes_the_key_does_not_get_it_into_the_books(tm
     async with client, Batch.open(tmp_path, client) as batch:
         outcomes, cause = await run_until_stopped(batch)
     assert "dk-test" not in str(cause)
-    assert all("dk-test" not in str(o.error) for o in outcomes.values() if not isinstance(o, Done))
+    assert all("dk-test" not in str(o.error) for o in outcomes.values() if not isinstance(o, Succeeded))
     assert all(b"dk-test" not in path.read_bytes() for path in tmp_path.iterdir())
 
 
@@ -287,7 +287,7 @@ async def test_a_report_that_cannot_be_written_is_no_trouble_of_the_ledger(
     (tmp_path / "index.html").mkdir()
     simulator = Simulator(FAST)
     async with batch_of(simulator, tmp_path) as batch:
-        assert kinds(await run(batch)) == ["Done"] * len(FOXES)
+        assert kinds(await run(batch)) == ["Succeeded"] * len(FOXES)
     assert "index.html cannot be written" in caplog.text
 
 
@@ -296,7 +296,7 @@ async def test_a_refusal_that_quotes_a_prompt_about_credit_is_about_one_row(tmp_
     simulator = Simulator(FAST)
     quoting = refused(400, 1, "the prompt 'a balance of credit' breaks the rules on credit cards")
     async with batch_of(simulator, tmp_path, posts(lambda n: quoting if n == 5 else None)) as batch:
-        assert kinds(await run(batch)) == ["Done"] * (len(FOXES) - 1) + ["Failed"]
+        assert kinds(await run(batch)) == ["Succeeded"] * (len(FOXES) - 1) + ["Failed"]
 
 
 async def test_a_picture_is_encoded_beside_the_loop(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ async def test_a_picture_is_encoded_beside_the_loop(tmp_path: Path) -> None:
 
     simulator = Simulator(FAST)
     async with batch_of(simulator, tmp_path) as batch:
-        assert kinds(await run(batch, [GenerationRequest("a fox", images=[Picture()])])) == ["Done"]  # type: ignore[list-item]
+        assert kinds(await run(batch, [GenerationRequest("a fox", images=[Picture()])])) == ["Succeeded"]  # type: ignore[list-item]
     assert main not in where
 
 

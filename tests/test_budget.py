@@ -6,15 +6,15 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanobanana_async.batch.outage import PATIENCE_S, Caution
-from nanobanana_async.ledger.budget import Account
+from nanobanana_async.batch.outage import PATIENCE_S, OutageBackoff
+from nanobanana_async.ledger.budget import Budget
 
 PRICE = Decimal("0.5")
 
 
 def test_without_a_budget_everything_is_allowed() -> None:
     """And counted all the same."""
-    account = Account()
+    account = Budget()
     account.begin("m")
     account.end("m", PRICE)
     assert account.allows("m")
@@ -23,7 +23,7 @@ def test_without_a_budget_everything_is_allowed() -> None:
 
 def test_until_a_price_is_known_one_at_a_time_is_let_through() -> None:
     """The first one tells what the others cost."""
-    account = Account(Decimal(10))
+    account = Budget(Decimal(10))
     assert account.allows("m")
     account.begin("m")
     assert not account.allows("m")
@@ -38,7 +38,7 @@ def test_until_a_price_is_known_one_at_a_time_is_let_through() -> None:
 
 def test_what_is_in_flight_is_reserved_at_the_largest_price_seen() -> None:
     """So that it fits, whatever becomes of it."""
-    account = Account(Decimal(3))
+    account = Budget(Decimal(3))
     for consumed in (Decimal("0.2"), PRICE, Decimal("0.3")):
         account.begin("m")
         account.end("m", consumed)
@@ -59,7 +59,7 @@ def test_what_is_in_flight_is_reserved_at_the_largest_price_seen() -> None:
 )
 def test_the_budget_holds_whatever_comes(budget: Decimal, steps: list[tuple[int, Decimal | None]]) -> None:
     """Submits begin only when allowed, at prices never above the first, in any order of ends."""
-    account, in_flight = Account(budget), 0
+    account, in_flight = Budget(budget), 0
     account.begin("m")
     account.end("m", PRICE)
     for starts, consumed in steps:
@@ -77,13 +77,13 @@ def test_the_budget_holds_whatever_comes(budget: Decimal, steps: list[tuple[int,
 
 def test_an_account_is_made_again_from_what_the_ledger_holds() -> None:
     """What was spent, and what nobody knows the end of."""
-    account = Account.of([("m", 0, PRICE), ("m", 2, None), ("m", 1, PRICE)], Decimal(10))
+    account = Budget.of([("m", 0, PRICE), ("m", 2, None), ("m", 1, PRICE)], Decimal(10))
     assert (account.funds().spent, account.funds().reserved) == (Decimal(1), Decimal("1.5"))
 
 
 def test_the_first_submits_go_one_at_a_time() -> None:
     """A wrong key or an outage then costs one row, and not sixteen."""
-    caution = Caution()
+    caution = OutageBackoff()
     assert caution.is_needed
     caution.worked()
     assert not caution.is_needed
@@ -91,7 +91,7 @@ def test_the_first_submits_go_one_at_a_time() -> None:
 
 def test_after_three_failures_in_a_row_submits_slow_down() -> None:
     """With pauses that double, up to five minutes, and end with the first success."""
-    caution = Caution(Random(1))
+    caution = OutageBackoff(Random(1))
     caution.worked()
     for _ in range(2):
         caution.failed(0.0)
@@ -109,7 +109,7 @@ def test_after_three_failures_in_a_row_submits_slow_down() -> None:
 
 def test_a_run_that_has_worked_waits_for_an_hour() -> None:
     """One that never has does not wait at all."""
-    caution, other = Caution(), Caution()
+    caution, other = OutageBackoff(), OutageBackoff()
     caution.worked()
     for _ in range(3):
         caution.failed(100.0)

@@ -19,20 +19,20 @@ from nanobanana_async import (
     Batch,
     CallbackReceiver,
     ConfigurationError,
-    Done,
     NanoBananaClient,
     PollPolicy,
     ProtocolError,
     SubmissionUnknown,
+    Succeeded,
     TaskStatus,
     Timeouts,
     Unknown,
-    WireReply,
     WireRequest,
+    WireResponse,
     parse_callback,
 )
 from nanobanana_async.callbacks import Message, Scope
-from nanobanana_async.simulator import FAST, Simulator, VendorProfile
+from nanobanana_async.simulator import FAST, Simulator, SimulatorProfile
 from tests.fakes import lost
 
 pytestmark = pytest.mark.anyio
@@ -155,7 +155,7 @@ def test_no_invented_path_is_true(path: str) -> None:
 )
 async def test_what_is_posted_is_answered_quickly_and_tells_nothing(change: dict[str, Any], status: int) -> None:
     """A bad token is a 404 like any other; whatever else comes to a true path is taken."""
-    simulator = Simulator(VendorProfile(median_s=30, invisible_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=30, invisible_s=0))
     async with simulator.client() as client:
         receiver = receiver_of(client)
         handle = await client.submit("a fox", callback=receiver)
@@ -222,7 +222,7 @@ class Calling:
 @asynccontextmanager
 async def calling() -> AsyncIterator[Calling]:
     """Play the service, with the default schedule."""
-    simulator = Simulator(VendorProfile(median_s=20, sigma=0, invisible_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=20, sigma=0, invisible_s=0))
     async with simulator.client(polling=PollPolicy()) as client:
         yield Calling(simulator, client, receiver_of(client))
 
@@ -306,7 +306,7 @@ async def test_a_late_callback_is_a_no_op() -> None:
 @pytest.mark.virtual_time
 async def test_an_early_callback_is_remembered_until_somebody_waits() -> None:
     """Before the answer to the submit was read, or before anybody asked."""
-    profile = VendorProfile(median_s=0.5, sigma=0, invisible_s=0)
+    profile = SimulatorProfile(median_s=0.5, sigma=0, invisible_s=0)
     simulator = Simulator(profile, delay_s=4.0)
     async with simulator.client(polling=PollPolicy()) as client:
         service = Calling(simulator, client, receiver_of(client))
@@ -367,7 +367,7 @@ class Forgetful:
     simulator: Simulator
     losing: bool = True
 
-    async def send(self, request: WireRequest, **options: object) -> WireReply:
+    async def send(self, request: WireRequest, **options: object) -> WireResponse:
         """Do as the simulator does, and lose the answer."""
         reply = await self.simulator.send(request, **options)  # type: ignore[arg-type]
         if request.method == "POST" and self.losing:
@@ -381,7 +381,7 @@ class Forgetful:
 @pytest.mark.virtual_time
 async def test_a_submit_whose_answer_was_lost_is_found_by_its_callback() -> None:
     """The caller gets its handle; a claim that the service does not know is not believed."""
-    simulator = Simulator(VendorProfile(median_s=20, sigma=0, invisible_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=20, sigma=0, invisible_s=0))
     async with NanoBananaClient("dk-test", transport=Forgetful(simulator)) as client:
         service = Calling(simulator, client, receiver_of(client))
         found: list[str] = []
@@ -431,12 +431,12 @@ async def test_in_a_batch_the_ledger_binds_what_a_callback_tells(tmp_path: Path,
             if when == "in-time":
                 group.start_soon(_call_when_charged, service)
             (outcome,) = [outcome async for outcome in batch.run(["a fox"])]
-    assert isinstance(outcome, Done if when == "in-time" else Unknown)
+    assert isinstance(outcome, Succeeded if when == "in-time" else Unknown)
     transport.losing = False
     async with client() as second, Batch.open(tmp_path, second, callback=(receiver := receiver_of(second))) as batch:
         await Calling(simulator, second, receiver).call(simulator.charges[0].task_id)
         (outcome,) = [outcome async for outcome in batch.run(["a fox"])]
-    assert isinstance(outcome, Done)
+    assert isinstance(outcome, Succeeded)
     assert outcome.task.task_id == simulator.charges[0].task_id
     assert len(simulator.charges) == 1
     assert receiver.strangers == []

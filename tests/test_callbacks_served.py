@@ -16,14 +16,14 @@ from starlette.applications import Starlette
 from starlette.routing import Mount
 
 from nanobanana_async import CallbackReceiver, NanoBananaClient, PollPolicy
-from nanobanana_async.simulator import VendorProfile
+from nanobanana_async.simulator import SimulatorProfile
 from nanobanana_async.simulator.server import SimulatorServer, listen
 from tests.test_cli import started
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"])]
 
 SECRET = "a secret of more than sixteen bytes"
-PROFILE = VendorProfile(median_s=0.3, sigma=0.3, invisible_s=0)
+PROFILE = SimulatorProfile(median_s=0.3, sigma=0.3, invisible_s=0)
 
 
 @pytest.fixture

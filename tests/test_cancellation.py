@@ -14,11 +14,11 @@ import attrs
 import pytest
 
 from nanobanana_async import GeneratedImage, NanoBananaClient
-from nanobanana_async.simulator import FAST_LIMITS, Simulator, VendorProfile
+from nanobanana_async.simulator import FAST_LIMITS, Simulator, SimulatorProfile
 from nanobanana_async.simulator.subprocess import simulator_process
 from tests.fakes import PNG
 
-PROFILE = VendorProfile(median_s=0.03, sigma=0, invisible_s=0.005)
+PROFILE = SimulatorProfile(median_s=0.03, sigma=0, invisible_s=0.005)
 DELAY_S = 0.004
 MOMENTS_S = [0.0, 0.001, 0.003, 0.005, 0.009, 0.014, 0.02, 0.03, 0.05]
 STEPS = range(12)

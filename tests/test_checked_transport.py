@@ -7,15 +7,15 @@ from collections.abc import Awaitable, Callable
 import anyio
 import pytest
 
-from nanobanana_async import ExchangeFailed, NanoBananaClient, Phase, SubmissionUnknown, Timeouts, TransportError
-from nanobanana_async.protocols import Errand, WireReply, WireRequest
+from nanobanana_async import ExchangeError, NanoBananaClient, Phase, SubmissionUnknown, Timeouts, TransportError
+from nanobanana_async.protocols import RequestKind, WireRequest, WireResponse
 from nanobanana_async.simulator import FAST, Simulator
 from nanobanana_async.transport.checked import exchange
 from tests.fakes import accepted, done, reply
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
-GET = WireRequest(errand=Errand.READ, method="GET", url="https://example.org/")
+GET = WireRequest(errand=RequestKind.READ, method="GET", url="https://example.org/")
 
 
 class Unprintable(Exception):  # noqa: N818 - what it is called does not matter
@@ -25,13 +25,13 @@ class Unprintable(Exception):  # noqa: N818 - what it is called does not matter
         raise RuntimeError("no words")
 
 
-class Odd:
+class MisbehavingTransport:
     """A transport that does as it is told."""
 
     def __init__(self, behave: Callable[[WireRequest], Awaitable[object]]) -> None:
         self._behave = behave
 
-    async def send(self, request: WireRequest, **_: object) -> WireReply:
+    async def send(self, request: WireRequest, **_: object) -> WireResponse:
         """Do it."""
         await anyio.lowlevel.checkpoint()
         return await self._behave(request)  # type: ignore[return-value]
@@ -57,11 +57,11 @@ async def _nothing(_: WireRequest) -> object:
 
 
 async def _text_for_status(_: WireRequest) -> object:
-    return WireReply(status="200")  # type: ignore[arg-type]
+    return WireResponse(status="200")  # type: ignore[arg-type]
 
 
 async def _number_for_header(_: WireRequest) -> object:
-    return WireReply(status=200, headers={"retry-after": 5})  # type: ignore[dict-item]
+    return WireResponse(status=200, headers={"retry-after": 5})  # type: ignore[dict-item]
 
 
 ODD = [_unprintable, _cancelled_inside, _nothing, _text_for_status, _number_for_header]
@@ -72,8 +72,8 @@ async def test_whatever_a_transport_does_is_an_exchange_that_failed(
     behave: Callable[[WireRequest], Awaitable[object]],
 ) -> None:
     """And the request may have arrived."""
-    with pytest.raises(ExchangeFailed, match="the transport failed") as caught:
-        await exchange(Odd(behave), GET, timeout_s=1)
+    with pytest.raises(ExchangeError, match="the transport failed") as caught:
+        await exchange(MisbehavingTransport(behave), GET, timeout_s=1)
     assert caught.value.phase is Phase.SEND
 
 
@@ -85,7 +85,7 @@ async def test_one_bad_look_stops_no_other_task(behave: Callable[[WireRequest], 
         return await behave(request) if "ta-bad" in request.url else done("ta-good")
 
     async with Simulator(FAST).client() as client:
-        client._api._transport = Odd(mixed)
+        client._api._transport = MisbehavingTransport(mixed)
         ends: dict[str, object] = {}
 
         async def wait(task_id: str) -> None:
@@ -99,7 +99,7 @@ async def test_one_bad_look_stops_no_other_task(behave: Callable[[WireRequest], 
         async with anyio.create_task_group() as group:
             group.start_soon(wait, "ta-bad")
             group.start_soon(wait, "ta-good")
-        assert ends["ta-bad"] == "TaskUnfinished"
+        assert ends["ta-bad"] == "TaskTimeout"
         assert getattr(ends["ta-good"], "task_id", None) == "ta-good"
         assert (await client.task("ta-good").query()).is_final
 
@@ -108,14 +108,14 @@ async def test_one_bad_look_stops_no_other_task(behave: Callable[[WireRequest], 
 async def test_a_submit_that_ends_oddly_is_unknown(behave: Callable[[WireRequest], Awaitable[object]]) -> None:
     """The money is out, and nothing says what for."""
     async with Simulator(FAST).client() as client:
-        client._api._transport = Odd(behave)
+        client._api._transport = MisbehavingTransport(behave)
         with pytest.raises(SubmissionUnknown):
             await client.submit("a fox")
 
 
 async def test_being_cancelled_is_not_a_failure() -> None:
     """It is passed on."""
-    transport = Odd(lambda _: anyio.sleep(math.inf))
+    transport = MisbehavingTransport(lambda _: anyio.sleep(math.inf))
     with anyio.move_on_after(0.05) as scope:
         await exchange(transport, GET, timeout_s=10)
     assert scope.cancelled_caught
@@ -129,7 +129,7 @@ async def test_a_transport_that_hangs_holds_its_slot_no_longer_than_its_time() -
             await anyio.sleep(math.inf)
         return accepted("ta-good") if request.method == "POST" else done("ta-good")
 
-    client = NanoBananaClient("dk-test", transport=Odd(mixed), timeouts=Timeouts(query_s=5))
+    client = NanoBananaClient("dk-test", transport=MisbehavingTransport(mixed), timeouts=Timeouts(query_s=5))
     async with client, anyio.create_task_group() as group:
         for number in range(200):
             group.start_soon(_wait_in_vain, client, f"ta-stuck-{number}")
@@ -152,8 +152,8 @@ async def test_what_the_receiver_of_a_body_raises_is_its_own() -> None:
     async def full(_: bytes) -> None:
         raise OSError("no space")
 
-    class Streaming(Odd):
-        async def send(self, request: WireRequest, **options: object) -> WireReply:
+    class Streaming(MisbehavingTransport):
+        async def send(self, request: WireRequest, **options: object) -> WireResponse:
             await options["sink"](b"piece")  # type: ignore[operator]
             return reply(200)
 

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from nanobanana_async import NanoBananaClient
-from nanobanana_async.simulator import FAST, VendorProfile
+from nanobanana_async.simulator import FAST, SimulatorProfile
 from nanobanana_async.simulator.server import SimulatorServer
 from tests.raw_server import response, saying, serving
 
@@ -209,7 +209,7 @@ def test_an_interrupt_leaves_no_traceback_and_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, code: int, first: str
 ) -> None:
     """What is paid is named, with the command that fetches it; and that command works."""
-    with SimulatorServer(VendorProfile(median_s=0.2, sigma=0, invisible_s=0)) as server:
+    with SimulatorServer(SimulatorProfile(median_s=0.2, sigma=0, invisible_s=0)) as server:
         monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
         monkeypatch.setenv("DEFAPI_API_KEY", "dk-test")
         with started("generate", "a fox", "-o", "my pictures", cwd=tmp_path, first=first) as process:
@@ -258,7 +258,7 @@ def test_errors_are_json_too_when_json_is_asked_for(nanobanana_server: Simulator
 
 def test_a_failed_task_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the service's reason; for `wait` as for `status`."""
-    with SimulatorServer(VendorProfile(median_s=0.1, sigma=0, invisible_s=0, failed=1)) as server:
+    with SimulatorServer(SimulatorProfile(median_s=0.1, sigma=0, invisible_s=0, failed=1)) as server:
         monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
         monkeypatch.setenv("DEFAPI_API_KEY", "dk-test")
 

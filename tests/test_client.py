@@ -19,7 +19,7 @@ from nanobanana_async import (
     AuthenticationError,
     ConfigurationError,
     GenerationRequest,
-    MediaError,
+    ImageError,
     NanoBananaClient,
     NanoBananaError,
     NoImage,
@@ -29,10 +29,10 @@ from nanobanana_async import (
     TaskHandle,
     TaskNotFound,
     TaskStatus,
-    TaskUnfinished,
+    TaskTimeout,
     Timeouts,
 )
-from nanobanana_async.simulator import FAST_LIMITS, FAST_POLLING, Simulator, VendorProfile
+from nanobanana_async.simulator import FAST_LIMITS, FAST_POLLING, Simulator, SimulatorProfile
 from tests.fakes import PNG, accepted, done, refused, script, submits
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -73,7 +73,7 @@ async def test_a_bad_request_costs_nothing(nanobanana_simulator: Simulator, tmp_
     async with nanobanana_simulator.client() as client:
         with pytest.raises(ValueError, match="prompt"):
             await client.generate("")
-        with pytest.raises(MediaError, match="No such file"):
+        with pytest.raises(ImageError, match="No such file"):
             await client.generate("a fox", images=[tmp_path / "none.png"])
     assert nanobanana_simulator.vendor.requests == []
 
@@ -104,7 +104,7 @@ async def test_query_is_one_look(client: NanoBananaClient) -> None:
 
 async def test_a_fresh_task_that_is_not_visible_yet_is_pending() -> None:
     """The service answers 404 for its own new ids; a foreign id that answers 404 is not found."""
-    simulator = Simulator(VendorProfile(median_s=0.02, invisible_s=60))
+    simulator = Simulator(SimulatorProfile(median_s=0.02, invisible_s=60))
     async with simulator.client() as client:
         handle = await client.submit("a fox")
         assert (await handle.query()).status is TaskStatus.PENDING
@@ -115,12 +115,12 @@ async def test_a_fresh_task_that_is_not_visible_yet_is_pending() -> None:
 @pytest.mark.parametrize(
     ("profile", "error"),
     [
-        pytest.param(VendorProfile(median_s=0.02, invisible_s=0, failed=1), TaskFailed, id="failed"),
-        pytest.param(VendorProfile(median_s=0.02, invisible_s=0, text_only=1), NoImage, id="words-only"),
+        pytest.param(SimulatorProfile(median_s=0.02, invisible_s=0, failed=1), TaskFailed, id="failed"),
+        pytest.param(SimulatorProfile(median_s=0.02, invisible_s=0, text_only=1), NoImage, id="words-only"),
     ],
 )
 async def test_an_end_without_a_picture_is_an_error_with_the_task(
-    profile: VendorProfile, error: type[TaskFailed]
+    profile: SimulatorProfile, error: type[TaskFailed]
 ) -> None:
     """`wait` returns it; `result` and `generate` raise, and say what the service said."""
     async with Simulator(profile).client() as client:
@@ -133,9 +133,9 @@ async def test_an_end_without_a_picture_is_an_error_with_the_task(
 
 async def test_a_timeout_leaves_a_task_that_can_be_awaited_again() -> None:
     """The error carries the id; nothing is paid a second time."""
-    simulator = Simulator(VendorProfile(median_s=0.3, sigma=0, invisible_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=0.3, sigma=0, invisible_s=0))
     async with simulator.client() as client:
-        with pytest.raises(TaskUnfinished) as caught:
+        with pytest.raises(TaskTimeout) as caught:
             await client.generate("a fox", timeout_s=0.1)
         assert (await client.task(str(caught.value.task_id)).result()).images
     assert len(simulator.charges) == 1
@@ -146,7 +146,7 @@ async def test_cancelling_generate_logs_the_id_it_leaves_behind(
 ) -> None:
     """A paid id is never lost, whoever loses interest."""
     caplog.set_level(logging.WARNING, "nanobanana_async")
-    simulator = Simulator(VendorProfile(median_s=30))
+    simulator = Simulator(SimulatorProfile(median_s=30))
     async with simulator.client() as client:
         with anyio.move_on_after(0.1):
             await client.generate("a fox")
@@ -176,14 +176,14 @@ async def test_a_wrong_key_is_said_to_be_wrong(nanobanana_simulator: Simulator) 
 
 async def test_closing_ends_waits_and_refuses_new_work(nanobanana_simulator: Simulator) -> None:
     """Twice is harmless; whoever waited gets the task id."""
-    client = Simulator(VendorProfile(median_s=60)).client()
+    client = Simulator(SimulatorProfile(median_s=60)).client()
     handle = await client.submit("a fox")
     errors: list[Exception] = []
 
     async def wait() -> None:
         try:
             await handle.wait()
-        except TaskUnfinished as exc:
+        except TaskTimeout as exc:
             errors.append(exc)
 
     async with anyio.create_task_group() as group:

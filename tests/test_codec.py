@@ -23,7 +23,7 @@ from nanobanana_async import (
     ServiceUnavailable,
     TaskNotFound,
     TaskStatus,
-    WireReply,
+    WireResponse,
 )
 from nanobanana_async.wire import codec
 from tests.fakes import accepted, done, refused, reply, state
@@ -187,7 +187,7 @@ def test_an_error_quotes_the_service_at_a_bearable_length() -> None:
 @pytest.mark.parametrize("depth", range(880, 1000, 7))
 def test_nesting_near_the_limit_of_the_stack_breaks_nothing(depth: int) -> None:
     """It can be read, and not be written again."""
-    codec.read(WireReply(status=400, body=b'{"code":1,"detail":' + b"[" * depth + b"1" + b"]" * depth + b"}"))
+    codec.read(WireResponse(status=400, body=b'{"code":1,"detail":' + b"[" * depth + b"1" + b"]" * depth + b"}"))
 
 
 def test_an_answer_about_another_task_is_refused() -> None:
@@ -222,7 +222,7 @@ def test_an_answer_about_another_task_is_refused() -> None:
         pytest.param(reply(302, body=b"", location="https://evil.example/x"), InvalidRequest, id="redirect"),
     ],
 )
-def test_refusals_are_classified_by_status_then_code_then_wording(answer: WireReply, kind: type[ApiError]) -> None:
+def test_refusals_are_classified_by_status_then_code_then_wording(answer: WireResponse, kind: type[ApiError]) -> None:
     """Each with its HTTP status as an attribute."""
     with pytest.raises(ApiError) as caught:
         codec.decode_task(answer, "ta-1")
@@ -258,7 +258,7 @@ def test_a_balance_without_a_number_is_a_protocol_error() -> None:
 @pytest.mark.parametrize("content_type", ["text/html", "", "application/json"])
 def test_content_is_read_by_content(content_type: str) -> None:
     """Content types on this host are not reliable."""
-    answer = WireReply(status=200, body=accepted().body, headers={"content-type": content_type})
+    answer = WireResponse(status=200, body=accepted().body, headers={"content-type": content_type})
     assert codec.read(answer).task_id == "ta-1"
 
 
@@ -288,7 +288,7 @@ def test_nothing_else_is_success(code: object) -> None:
 def test_a_task_id_is_salvaged_from_what_arrived(body: bytes) -> None:
     """An id that was paid for is never dropped because the rest is broken."""
     coding = "gzip" if body.startswith(b"\x1f\x8b") else ""
-    assert codec.read(WireReply(status=200, body=body, headers={"content-encoding": coding})).task_id == "ta-1"
+    assert codec.read(WireResponse(status=200, body=body, headers={"content-encoding": coding})).task_id == "ta-1"
 
 
 def test_half_a_task_id_is_no_task_id() -> None:
@@ -299,7 +299,7 @@ def test_half_a_task_id_is_no_task_id() -> None:
 def test_a_compression_bomb_is_inflated_to_the_cap_and_no_further() -> None:
     """One layer, one mebibyte."""
     bomb = gzip.compress(gzip.compress(bytes(200 * 2**20)))
-    envelope = codec.read(WireReply(status=200, body=bomb, headers={"content-encoding": "gzip"}))
+    envelope = codec.read(WireResponse(status=200, body=bomb, headers={"content-encoding": "gzip"}))
     assert envelope.task_id is None
     assert len(envelope.message) < 300
 
@@ -326,7 +326,7 @@ def test_hostile_bodies_raise_only_our_errors(body: bytes, status: int) -> None:
     """Each of these once broke somebody's client."""
     for decode in (codec.decode_balance, lambda answer: codec.decode_task(answer, "ta-1")):
         try:
-            decode(WireReply(status=status, body=body))
+            decode(WireResponse(status=status, body=body))
         except NanoBananaError as exc:
             assert len(str(exc)) < 600  # noqa: PT017 - the type is what `except` asserts
 
@@ -346,7 +346,7 @@ REPLIES = st.fixed_dictionaries({}, optional={"code": JSON, "message": JSON, "de
 @given(status=st.sampled_from([200, 201, 302, 400, 401, 404, 429, 500, 503]), document=REPLIES | JSON)
 def test_every_json_document_is_a_task_or_one_of_our_errors(status: int, document: object) -> None:
     """Whatever the service answers; what is read can be written again."""
-    answer = WireReply(status=status, body=json.dumps(document).encode())
+    answer = WireResponse(status=status, body=json.dumps(document).encode())
     try:
         task = codec.decode_task(answer, "ta-1")
     except NanoBananaError as exc:
@@ -360,4 +360,4 @@ def test_every_json_document_is_a_task_or_one_of_our_errors(status: int, documen
 )
 def test_no_bytes_break_the_reader(status: int, body: bytes, coding: str) -> None:
     """`read` is total."""
-    codec.read(WireReply(status=status, body=body, headers={"content-encoding": coding}))
+    codec.read(WireResponse(status=status, body=body, headers={"content-encoding": coding}))

@@ -3,12 +3,12 @@
 import pytest
 
 from nanobanana_async.simulator import Simulator
-from tests.conformance import Book
+from tests.conformance import ChargeAudit
 
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_silent_second_payment_is_found(book: Book, nanobanana_simulator: Simulator) -> None:
+async def test_a_silent_second_payment_is_found(book: ChargeAudit, nanobanana_simulator: Simulator) -> None:
     """A submit that the caller is not told of, as a careless retry would make it."""
     async with nanobanana_simulator.client() as client:
         await client.submit("a fox")
@@ -20,7 +20,9 @@ async def test_a_silent_second_payment_is_found(book: Book, nanobanana_simulator
     book.check()
 
 
-async def test_an_accepted_id_that_was_never_charged_is_found(book: Book, nanobanana_simulator: Simulator) -> None:
+async def test_an_accepted_id_that_was_never_charged_is_found(
+    book: ChargeAudit, nanobanana_simulator: Simulator
+) -> None:
     """A client that makes ids up would pass every other test."""
     async with nanobanana_simulator.client() as client:
         await client.submit("a fox")

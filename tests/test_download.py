@@ -8,7 +8,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from nanobanana_async import GeneratedImage, Limits, MediaError, Phase, RetryPolicy, Timeouts, WireReply, WireRequest
+from nanobanana_async import GeneratedImage, ImageError, Limits, Phase, RetryPolicy, Timeouts, WireRequest, WireResponse
 from nanobanana_async._text import safe_name
 from nanobanana_async.images.download import Downloader
 from tests.fakes import PNG, ScriptedTransport, Step, lost, reply, script
@@ -84,7 +84,7 @@ async def test_a_picture_that_is_not_there_yet_is_asked_for_again(step: Step) ->
 async def test_what_will_not_come_is_an_error_that_names_the_picture(step: Step, says: str, requests: int) -> None:
     """Without its query, which may hold a signature."""
     transport = script(step)
-    with pytest.raises(MediaError, match=says) as caught:
+    with pytest.raises(ImageError, match=says) as caught:
         await downloader(transport).read(FOX)
     assert str(caught.value).startswith("https://files.example/fox.png: ")
     assert "signature" not in str(caught.value)
@@ -97,7 +97,7 @@ async def test_what_will_not_come_is_an_error_that_names_the_picture(step: Step,
 async def test_only_http_urls_are_fetched(url: str) -> None:
     """Whatever the service puts into a result."""
     transport = script(WHOLE)
-    with pytest.raises(MediaError):
+    with pytest.raises(ImageError):
         await downloader(transport).read(GeneratedImage(url=url))
     assert transport.requests == []
 
@@ -105,7 +105,7 @@ async def test_only_http_urls_are_fetched(url: str) -> None:
 async def test_https_is_https_however_it_is_spelled() -> None:
     """The scheme's letters do not matter, and a downgrade is one all the same."""
     transport = script(reply(302, body=b"", location="http://files.example/"))
-    with pytest.raises(MediaError, match="from https to"):
+    with pytest.raises(ImageError, match="from https to"):
         await downloader(transport).read(GeneratedImage(url="HTTPS://files.example/fox.png"))
 
 
@@ -125,7 +125,7 @@ async def test_each_redirect_is_judged_like_the_first_request() -> None:
 async def test_downloads_in_flight_are_bounded() -> None:
     """Each may hold megabytes."""
 
-    async def slow(_: WireRequest) -> WireReply:
+    async def slow(_: WireRequest) -> WireResponse:
         await anyio.sleep(0.01)
         return WHOLE
 
@@ -157,7 +157,7 @@ async def test_a_dot_in_a_name_is_not_taken_for_a_suffix(tmp_path: Path) -> None
 async def test_an_existing_file_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
     """A failed download leaves what was there, and nothing beside it."""
     (tmp_path / "fox.png").write_bytes(b"old")
-    with pytest.raises(MediaError):
+    with pytest.raises(ImageError):
         await downloader(script(reply(200, body=PNG[:40]))).save(FOX, tmp_path / "fox")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("fox.png", b"old")]
     await downloader(script(WHOLE)).save(FOX, tmp_path / "fox")
@@ -167,7 +167,7 @@ async def test_an_existing_file_is_replaced_only_by_a_whole_one(tmp_path: Path) 
 async def test_a_cancelled_download_leaves_nothing(tmp_path: Path) -> None:
     """Not even a part."""
 
-    async def stuck(_: WireRequest) -> WireReply:
+    async def stuck(_: WireRequest) -> WireResponse:
         await anyio.sleep_forever()
         return WHOLE
 
@@ -186,7 +186,7 @@ async def test_a_disk_that_will_not_take_it_is_an_error_and_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(f"nanobanana_async.images.download.os.{call}", full)
-    with pytest.raises(MediaError, match="cannot be written: No space left on device"):
+    with pytest.raises(ImageError, match="cannot be written: No space left on device"):
         await downloader(script(WHOLE)).save(FOX, tmp_path / "fox")
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []

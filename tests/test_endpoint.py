@@ -3,7 +3,7 @@
 import pytest
 
 from nanobanana_async import ConfigurationError, NanoBananaClient
-from nanobanana_async.wire.endpoint import Endpoint, Key
+from nanobanana_async.wire.endpoint import ApiKey, Endpoint
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ from nanobanana_async.wire.endpoint import Endpoint, Key
 )
 def test_what_people_paste_along_with_a_key_is_stripped(pasted: str) -> None:
     """Newlines, blanks, and the word Bearer."""
-    assert Endpoint.of(Key(pasted), None).headers["Authorization"] == "Bearer dk-1"
+    assert Endpoint.of(ApiKey(pasted), None).headers["Authorization"] == "Bearer dk-1"
 
 
 @pytest.mark.parametrize("key", ["dk CANARY", "dk-CANARY\u20ac", "dk-\x00CANARY", "dk-CANARY\nX: y"])
@@ -40,10 +40,10 @@ def test_the_key_is_found_under_the_names_users_already_have(monkeypatch: pytest
 
 def test_the_base_url_is_given_or_from_the_environment_or_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slash at the end makes no difference."""
-    assert Endpoint.of(Key("dk-1"), None).base_url == "https://api.defapi.org"
+    assert Endpoint.of(ApiKey("dk-1"), None).base_url == "https://api.defapi.org"
     monkeypatch.setenv("DEFAPI_BASE_URL", "https://proxy.example/")
-    assert Endpoint.of(Key("dk-1"), None).base_url == "https://proxy.example"
-    assert Endpoint.of(Key("dk-1"), "https://other.example/v1/").base_url == "https://other.example/v1"
+    assert Endpoint.of(ApiKey("dk-1"), None).base_url == "https://proxy.example"
+    assert Endpoint.of(ApiKey("dk-1"), "https://other.example/v1/").base_url == "https://other.example/v1"
 
 
 @pytest.mark.parametrize(

@@ -7,14 +7,14 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from nanobanana_async._concurrency.events import Bell
+from nanobanana_async._concurrency.events import OneShotEvent
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 
 async def test_ringing_wakes_who_waits() -> None:
     """And rings once, however often it is rung."""
-    bell, woken_s = Bell(), []
+    bell, woken_s = OneShotEvent(), []
 
     async def sleeper() -> None:
         await bell.wait()
@@ -31,7 +31,7 @@ async def test_ringing_wakes_who_waits() -> None:
 
 async def test_a_bell_that_has_rung_keeps_nobody() -> None:
     """Who comes late has missed nothing."""
-    bell = Bell()
+    bell = OneShotEvent()
     bell.ring()
     with anyio.fail_after(1):
         await bell.wait()
@@ -39,7 +39,7 @@ async def test_a_bell_that_has_rung_keeps_nobody() -> None:
 
 async def test_cancelling_ends_the_waiting_and_leaves_the_bell_harmless() -> None:
     """It may be rung afterwards, by somebody who does not know."""
-    bell = Bell()
+    bell = OneShotEvent()
     with anyio.move_on_after(1) as scope:
         await bell.wait()
     assert scope.cancelled_caught
@@ -48,7 +48,7 @@ async def test_cancelling_ends_the_waiting_and_leaves_the_bell_harmless() -> Non
 
 async def test_rung_and_cancelled_in_one_breath_is_fine() -> None:
     """Whichever of the two is heard."""
-    bell = Bell()
+    bell = OneShotEvent()
     async with anyio.create_task_group() as group:
         group.start_soon(bell.wait)
         await anyio.sleep(1)
@@ -62,7 +62,7 @@ async def test_rung_and_cancelled_in_one_breath_is_fine() -> None:
 async def test_a_trio_that_another_thread_is_importing_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is in `sys.modules` long before it can answer."""
     monkeypatch.setitem(sys.modules, "trio", ModuleType("trio"))
-    bell = Bell()
+    bell = OneShotEvent()
     async with anyio.create_task_group() as group:
         group.start_soon(bell.wait)
         await anyio.sleep(1)

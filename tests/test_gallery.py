@@ -3,7 +3,7 @@
 from html.parser import HTMLParser
 from pathlib import Path
 
-from nanobanana_async.batch.gallery import GalleryEntry, pieces, write
+from nanobanana_async.batch.gallery import GalleryCard, pieces, write
 
 
 class _Tags(HTMLParser):
@@ -22,14 +22,14 @@ def tags(page: str, name: str) -> list[dict[str, str | None]]:
     return [attributes for tag, attributes in parser.seen if tag == name]
 
 
-def page_of(title: str, entries: list[GalleryEntry]) -> str:
+def page_of(title: str, entries: list[GalleryCard]) -> str:
     """Return the whole page."""
     return "".join(pieces(title, entries))
 
 
 def test_each_entry_is_a_card_with_a_lazy_picture() -> None:
     """Five thousand of them must not all be loaded at once."""
-    page = page_of("Run", [GalleryEntry(prompt=f"fox {n}", status="done", file=f"{n}.png") for n in range(5)])
+    page = page_of("Run", [GalleryCard(prompt=f"fox {n}", status="done", file=f"{n}.png") for n in range(5)])
     images = tags(page, "img")
     assert [image["src"] for image in images] == [f"{n}.png" for n in range(5)]
     assert all(image["loading"] == "lazy" for image in images)
@@ -38,7 +38,7 @@ def test_each_entry_is_a_card_with_a_lazy_picture() -> None:
 def test_no_prompt_can_break_out_of_the_page() -> None:
     """Not by tags, not by quotes, not by template signs, not by file names."""
     evil = "<script>alert(1)</script>\" onload='x' $title ${cards}"
-    entry = GalleryEntry(prompt=evil, status=evil, file='a"b #?.png', note=evil, cost=evil)
+    entry = GalleryCard(prompt=evil, status=evil, file='a"b #?.png', note=evil, cost=evil)
     page = page_of(evil, [entry])
     assert len(tags(page, "script")) == 1
     (image,) = tags(page, "img")
@@ -49,14 +49,14 @@ def test_no_prompt_can_break_out_of_the_page() -> None:
 
 def test_what_has_no_picture_says_why() -> None:
     """A failed row is a card, too."""
-    page = page_of("Run", [GalleryEntry(prompt="fox", status="failed", note="the prompt was refused")])
+    page = page_of("Run", [GalleryCard(prompt="fox", status="failed", note="the prompt was refused")])
     assert "the prompt was refused" in page
     assert tags(page, "img") == []
 
 
 def test_status_time_and_cost_stand_under_the_prompt() -> None:
     """As far as they are known."""
-    page = page_of("Run", [GalleryEntry(prompt="fox", status="done", file="1.png", seconds=12.34, cost="0.5")])
+    page = page_of("Run", [GalleryCard(prompt="fox", status="done", file="1.png", seconds=12.34, cost="0.5")])
     assert "done &middot; 12.3 s &middot; 0.5 credits" in page
 
 

@@ -8,17 +8,17 @@ import pytest
 
 from nanobanana_async import (
     ConfigurationError,
-    Done,
     Failed,
     GenerationRequest,
     NanoBananaClient,
     NoImage,
     Outcome,
     SubmissionUnknown,
+    Succeeded,
     TaskFailed,
     Unknown,
 )
-from nanobanana_async.simulator import FAST, Simulator, VendorProfile
+from nanobanana_async.simulator import FAST, Simulator, SimulatorProfile
 from tests.fakes import PNG, lost, script
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -31,20 +31,20 @@ def prompt_of(outcome: Outcome) -> str:
 
 async def test_each_request_comes_to_one_outcome() -> None:
     """Done with its task, or failed with its error; the keys are the positions."""
-    simulator = Simulator(VendorProfile(median_s=0.02, invisible_s=0, failed=0.2, text_only=0.2), seed=3)
+    simulator = Simulator(SimulatorProfile(median_s=0.02, invisible_s=0, failed=0.2, text_only=0.2), seed=3)
     async with simulator.client() as client:
         outcomes = [outcome async for outcome in client.generate_many(f"fox {n}" for n in range(40))]
     assert sorted(int(outcome.key) for outcome in outcomes) == list(range(40))
     assert sorted(map(prompt_of, outcomes)) == sorted(charge.prompt for charge in simulator.charges)
     kinds = {type(outcome.error) for outcome in outcomes if isinstance(outcome, Failed)}
     assert kinds == {TaskFailed, NoImage}
-    assert all(outcome.task.images for outcome in outcomes if isinstance(outcome, Done))
+    assert all(outcome.task.images for outcome in outcomes if isinstance(outcome, Succeeded))
     assert all(outcome.error.task_id for outcome in outcomes if isinstance(outcome, Failed))
 
 
 async def test_what_ends_first_comes_first() -> None:
     """Whatever the order in which they were asked for."""
-    simulator = Simulator(VendorProfile(median_s=0.1, sigma=1.5, invisible_s=0), seed=1)
+    simulator = Simulator(SimulatorProfile(median_s=0.1, sigma=1.5, invisible_s=0), seed=1)
     async with simulator.client() as client:
         keys = [outcome.key async for outcome in client.generate_many(map(str, range(30)))]
     assert sorted(keys, key=int) != keys
@@ -81,20 +81,20 @@ async def test_requests_may_come_from_anywhere_and_are_taken_when_there_is_room(
         outcomes = client.generate_many(endless(), max_in_flight=3)
         done = [await anext(outcomes) for _ in range(9)]
         await outcomes.aclose()
-    assert all(isinstance(outcome, Done) for outcome in done)
+    assert all(isinstance(outcome, Succeeded) for outcome in done)
     assert taken <= 9 + 3
 
 
 async def test_ending_early_names_what_is_paid(caplog: pytest.LogCaptureFixture) -> None:
     """Nothing that was paid for disappears without a line in the log."""
-    simulator = Simulator(VendorProfile(median_s=0.2, sigma=1, invisible_s=0), seed=2)
+    simulator = Simulator(SimulatorProfile(median_s=0.2, sigma=1, invisible_s=0), seed=2)
     async with (
         simulator.client() as client,
         aclosing(client.generate_many(map(str, range(50)), max_in_flight=10)) as outcomes,
     ):
         first = await anext(outcomes)
         await anyio.sleep(0.2)  # some of the others end, and are not read
-    assert isinstance(first, Done)
+    assert isinstance(first, Succeeded)
     named = {charge.task_id for charge in simulator.charges if charge.task_id in caplog.text}
     assert named | {first.task.task_id} == {charge.task_id for charge in simulator.charges}
     assert "nobody read how it ended" in caplog.text
@@ -127,14 +127,14 @@ async def test_what_json_cannot_carry_fails_alone() -> None:
     requests = [GenerationRequest("a", extra={"x": float("nan")}), GenerationRequest("b")]
     async with Simulator(FAST).client() as client:
         outcomes = {prompt_of(outcome): outcome async for outcome in client.generate_many(requests)}
-    assert isinstance(outcomes["b"], Done)
+    assert isinstance(outcomes["b"], Succeeded)
     assert isinstance(outcomes["a"], Failed)
     assert isinstance(outcomes["a"].error, ConfigurationError)
 
 
 async def test_closing_the_client_meanwhile_is_told() -> None:
     """A loop that ends quietly would look like success."""
-    simulator = Simulator(VendorProfile(median_s=30, invisible_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=30, invisible_s=0))
     client = simulator.client()
 
     outcomes = client.generate_many(map(str, range(9)), max_in_flight=2)

@@ -16,18 +16,18 @@ from nanobanana_async import (
     Task,
     TaskNotFound,
     TaskStatus,
-    TaskUnfinished,
+    TaskTimeout,
 )
-from nanobanana_async.simulator import FAST, Simulator, VendorProfile
+from nanobanana_async.simulator import FAST, Simulator, SimulatorProfile
 from tests.fakes import accepted, script, state
-from tests.tracker_fakes import Service, every, finished_after, task, tracking
+from tests.tracker_fakes import FakePollSource, every, finished_after, task, tracking
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 
 async def test_a_handle_made_again_from_a_fresh_id_is_as_patient_as_the_first() -> None:
     """A web app submits in one request and waits in the next; the service may not show the task yet."""
-    simulator = Simulator(VendorProfile(median_s=40, sigma=0, invisible_s=25))
+    simulator = Simulator(SimulatorProfile(median_s=40, sigma=0, invisible_s=25))
     async with simulator.client() as client:
         handle = await client.submit("a fox")
         assert (await client.task(handle.task_id).query()).status is TaskStatus.PENDING
@@ -37,7 +37,7 @@ async def test_a_handle_made_again_from_a_fresh_id_is_as_patient_as_the_first() 
 
 async def test_a_handle_from_elsewhere_is_patient_if_it_is_told_when_the_task_was_submitted() -> None:
     """In another process nothing is known but the id; a clock that was set back changes nothing."""
-    simulator = Simulator(VendorProfile(median_s=40, sigma=0, invisible_s=25))
+    simulator = Simulator(SimulatorProfile(median_s=40, sigma=0, invisible_s=25))
     async with simulator.client() as client:
         task_id = (await client.submit("a fox")).task_id
     async with simulator.client() as client:
@@ -50,10 +50,10 @@ async def test_a_handle_from_elsewhere_is_patient_if_it_is_told_when_the_task_wa
 
 async def test_who_asks_again_while_a_look_is_under_way_shares_it() -> None:
     """And who comes back later goes on where it was left: no hammering by impatience."""
-    service = Service(finished_after(30), delay_s=5)
+    service = FakePollSource(finished_after(30), delay_s=5)
     async with tracking(service, every(2)) as tracker:
         for _ in range(100):
-            with pytest.raises(TaskUnfinished):
+            with pytest.raises(TaskTimeout):
                 await tracker.wait("ta-1", timeout_s=0.1)
         assert len(service.looks) <= 4
         assert service.most_in_flight == 1
@@ -77,7 +77,7 @@ async def test_one_task_that_always_fails_backs_off_alone() -> None:
     def answer(task_id: str, now_s: float) -> Task | Exception:
         return ServiceUnavailable("no") if task_id == "ta-bad" else finished_after(600)(task_id, now_s)
 
-    service = Service(answer)
+    service = FakePollSource(answer)
     async with (
         tracking(service, PollPolicy.backoff(first_s=1, pause_s=1, factor=1, cap_s=15)) as tracker,
         anyio.create_task_group() as group,
@@ -92,7 +92,7 @@ async def test_one_task_that_always_fails_backs_off_alone() -> None:
 
 async def test_who_has_left_holds_on_to_nothing() -> None:
     """The agenda may keep a deadline for a while, but not the picture."""
-    service = Service(lambda task_id, _: task("success", task_id))
+    service = FakePollSource(lambda task_id, _: task("success", task_id))
     async with tracking(service) as tracker:
         watches = [tracker.watch("ta-1") for _ in range(5)]
         entry = watches[0].entry
@@ -117,7 +117,7 @@ async def test_statistics_need_no_event_loop() -> None:
 @pytest.mark.parametrize("other_loop", [True, False])
 async def test_closing_from_another_loop_harms_nobody(other_loop: bool) -> None:  # noqa: FBT001 - a parameter
     """It is refused before anything has happened."""
-    simulator = Simulator(VendorProfile(median_s=0.3, sigma=0, invisible_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=0.3, sigma=0, invisible_s=0))
 
     async def close_elsewhere() -> None:
         with pytest.raises(ConfigurationError, match="another event loop"):

@@ -11,17 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanobanana_async import PollPolicy
-from nanobanana_async.tracking.latency import _EDGES, BINS, PRIOR_MEDIAN_S, CompletionCurve
-from nanobanana_async.tracking.schedule import Schedule
+from nanobanana_async.tracking.latency import _EDGES, BINS, PRIOR_MEDIAN_S, LatencyModel
+from nanobanana_async.tracking.schedule import PollSchedule
 from tests.latency_samples import Draw, bimodal, fixed_looks, lognormal, simulate
 
 ages = st.floats(0, 3600)
 prices = st.floats(0.01, 10)
 
 
-def taught(*latencies_s: float, every_s: float = 1.0) -> CompletionCurve:
+def taught(*latencies_s: float, every_s: float = 1.0) -> LatencyModel:
     """Return a curve that has seen tasks of these latencies, looked at every so often."""
-    curve = CompletionCurve()
+    curve = LatencyModel()
     for latency_s in latencies_s:
         since_s = 0.0
         while since_s < latency_s:
@@ -38,7 +38,7 @@ def draws(draw: Draw, count: int, seed: int = 1) -> list[float]:
 
 def test_before_it_has_seen_anything_half_are_done_in_twenty_seconds() -> None:
     """That is what everybody who uses the service reports."""
-    assert CompletionCurve().median_s() == pytest.approx(PRIOR_MEDIAN_S, rel=0.02)
+    assert LatencyModel().median_s() == pytest.approx(PRIOR_MEDIAN_S, rel=0.02)
 
 
 @pytest.mark.parametrize("median_s", [3.0, 10.0, 40.0, 150.0])
@@ -50,7 +50,7 @@ def test_the_median_of_what_was_seen_is_learned(median_s: float) -> None:
 
 def test_those_still_running_count() -> None:
     """A thousand begin together; after ten seconds only the quick ones have ended: the median is not theirs."""
-    curve = CompletionCurve()
+    curve = LatencyModel()
     for latency_s in draws(lognormal(20, 0.5), 1000):
         for since_s in range(10):
             if since_s < latency_s:
@@ -60,7 +60,7 @@ def test_those_still_running_count() -> None:
 
 def test_those_who_leave_early_do_not_bias_the_rest() -> None:
     """Half of the tasks are watched for fifteen seconds only."""
-    curve = CompletionCurve()
+    curve = LatencyModel()
     for number, latency_s in enumerate(draws(lognormal(20, 0.5), 2000)):
         last = 15 if number % 2 else 600
         for since_s in range(last):
@@ -77,7 +77,7 @@ def test_what_was_seen_fades() -> None:
 
 def test_it_learns_for_ever_without_overflow() -> None:
     """Weights grow with every task, and are brought back before they get out of hand."""
-    curve = CompletionCurve()
+    curve = LatencyModel()
     for _ in range(150_000):
         curve.learn(9.0, 11.0, done=True)
     assert all(math.isfinite(value) for value in curve.dump())
@@ -86,21 +86,21 @@ def test_it_learns_for_ever_without_overflow() -> None:
 
 def test_two_looks_at_the_same_moment_teach_nothing() -> None:
     """A clock may stand still."""
-    curve = CompletionCurve()
+    curve = LatencyModel()
     curve.learn(5.0, 5.0, done=True)
-    assert curve.dump() == CompletionCurve().dump()
+    assert curve.dump() == LatencyModel().dump()
 
 
 @given(age_s=ages, price_s=prices, max_s=st.floats(0.5, 60))
 def test_a_pause_is_positive_and_never_longer_than_allowed(age_s: float, price_s: float, max_s: float) -> None:
     """Whatever the age."""
-    assert 0 < CompletionCurve().pause_s(age_s, price_s, max_s) <= max_s
+    assert 0 < LatencyModel().pause_s(age_s, price_s, max_s) <= max_s
 
 
 @given(age_s=ages, prices_s=st.tuples(prices, prices))
 def test_a_dearer_look_comes_later(age_s: float, prices_s: tuple[float, float]) -> None:
     """Pressure, which raises the price, never makes anybody ask sooner."""
-    curve = CompletionCurve()
+    curve = LatencyModel()
     cheap, dear = (curve.pause_s(age_s, price_s, 1000) for price_s in sorted(prices_s))
     assert cheap <= dear + 1e-3
 
@@ -108,7 +108,7 @@ def test_a_dearer_look_comes_later(age_s: float, prices_s: tuple[float, float]) 
 @given(age_s=st.floats(0, 200), price_s=prices)
 def test_the_look_comes_when_the_expected_waiting_has_reached_its_price(age_s: float, price_s: float) -> None:
     """Checked against the definition, by adding up P(done) in steps of a hundredth of the pause."""
-    curve = CompletionCurve()
+    curve = LatencyModel()
     pause_s = curve.pause_s(age_s, price_s, 1e6)
     waited_s, unfinished, step_s = 0.0, 1.0, pause_s / 400
     for k in range(400):
@@ -122,7 +122,7 @@ def test_the_look_comes_when_the_expected_waiting_has_reached_its_price(age_s: f
 def test_a_curve_can_be_saved_and_restored() -> None:
     """As plain numbers."""
     curve = taught(*draws(lognormal(12, 0.4), 100))
-    again = CompletionCurve.load(curve.dump())
+    again = LatencyModel.load(curve.dump())
     assert len(curve.dump()) == 2 * BINS
     assert again.median_s() == pytest.approx(curve.median_s())
     assert again.pause_s(8, 0.3, 15) == pytest.approx(curve.pause_s(8, 0.3, 15))
@@ -132,7 +132,7 @@ def test_a_curve_can_be_saved_and_restored() -> None:
 def test_what_is_no_curve_is_refused(numbers: list[float]) -> None:
     """A file from elsewhere must not make a client look every nanosecond."""
     with pytest.raises(ValueError, match="curve: expected"):
-        CompletionCurve.load(numbers)
+        LatencyModel.load(numbers)
 
 
 @pytest.mark.parametrize("draw", [lognormal(20, 0.5), bimodal], ids=["lognormal", "bimodal"])
@@ -152,7 +152,7 @@ def test_the_very_first_fifty_tasks_are_no_worse_than_at_the_best_fixed_interval
 
 def test_a_model_has_a_curve_of_its_own() -> None:
     """Quick and slow models do not teach each other."""
-    schedule = Schedule(PollPolicy())
+    schedule = PollSchedule(PollPolicy())
     for _ in range(200):
         schedule.learn("quick", 4.0, 6.0, done=True)
         schedule.learn("slow", 58.0, 62.0, done=True)
@@ -165,16 +165,16 @@ def test_a_model_has_a_curve_of_its_own() -> None:
 
 def test_a_later_client_may_begin_with_what_an_earlier_one_has_learned() -> None:
     """`curves()` goes into `PollPolicy.curves`."""
-    schedule = Schedule(PollPolicy())
+    schedule = PollSchedule(PollPolicy())
     for _ in range(200):
         schedule.learn("quick", 4.0, 6.0, done=True)
-    later = Schedule(PollPolicy(curves=schedule.curves()))
+    later = PollSchedule(PollPolicy(curves=schedule.curves()))
     assert later.medians_s() == pytest.approx(schedule.medians_s())
 
 
 def test_any_number_of_model_names_keeps_a_bounded_number_of_curves() -> None:
     """They may come from a web form."""
-    schedule = Schedule(PollPolicy())
+    schedule = PollSchedule(PollPolicy())
     for number in range(1000):
         schedule.learn(f"model-{number}", 4.0, 6.0, done=True)
     assert len(schedule.curves()) == 64
@@ -184,25 +184,25 @@ def test_any_number_of_model_names_keeps_a_bounded_number_of_curves() -> None:
 @pytest.mark.parametrize("pressure", [1.0, 2.0, 4.0])
 def test_pressure_lengthens_learned_pauses_in_proportion(pressure: float) -> None:
     """Where the rate of completion is even; elsewhere roughly."""
-    schedule = Schedule(PollPolicy(max_s=1000))
+    schedule = PollSchedule(PollPolicy(max_s=1000))
     pause_s = schedule.pause_s(None, 30.0, 1)
     assert schedule.pause_s(None, 30.0, 1, pressure) == pytest.approx(pressure * pause_s, rel=0.25)
 
 
 def test_pressure_never_lengthens_a_pause_beyond_the_longest() -> None:
     """Nobody is forgotten."""
-    assert Schedule(PollPolicy()).pause_s(None, 30.0, 1, 1e6) == PollPolicy().max_s
+    assert PollSchedule(PollPolicy()).pause_s(None, 30.0, 1, 1e6) == PollPolicy().max_s
 
 
 def test_a_schedule_laid_down_is_kept_under_pressure() -> None:
     """Who asks for every two seconds gets every two seconds, as far as the requests last."""
-    schedule = Schedule(PollPolicy.fixed(2.0))
+    schedule = PollSchedule(PollPolicy.fixed(2.0))
     assert [schedule.pause_s("m", age_s, looks, 10.0) for age_s, looks in [(0, 0), (2, 1), (4, 2)]] == [2.0, 2.0, 2.0]
 
 
 def test_back_off_grows_to_its_cap() -> None:
     """From the first look on."""
-    schedule = Schedule(PollPolicy.backoff(first_s=8, pause_s=2, factor=2, cap_s=10))
+    schedule = PollSchedule(PollPolicy.backoff(first_s=8, pause_s=2, factor=2, cap_s=10))
     assert [schedule.pause_s("m", 0.0, looks) for looks in range(5)] == [8.0, 2.0, 4.0, 8.0, 10.0]
 
 
@@ -210,7 +210,7 @@ def test_back_off_grows_to_its_cap() -> None:
 def test_after_failures_pauses_double_and_are_left_to_chance_by_half(seed: int) -> None:
     """Up to the longest."""
     policy = PollPolicy()
-    schedule = Schedule(policy, Random(seed))
+    schedule = PollSchedule(policy, Random(seed))
     for failures in range(1, 50):
         full_s = min(policy.max_s, policy.min_s * 2**failures)
         assert full_s / 2 <= schedule.retry_s(failures) <= full_s
@@ -218,7 +218,7 @@ def test_after_failures_pauses_double_and_are_left_to_chance_by_half(seed: int) 
 
 def test_the_default_price_is_paid_in_growing_pauses() -> None:
     """From one poll to the next of a task that takes its time, for the reader to see."""
-    schedule = Schedule(PollPolicy(jitter=0))
+    schedule = PollSchedule(PollPolicy(jitter=0))
     looks_s: list[float] = []
     age_s = 0.0
     while age_s < 60:

@@ -17,16 +17,16 @@ from pathlib import Path
 import anyio
 import pytest
 
-from nanobanana_async import GenerationRequest, LedgerError, Row, RowRecord, RowState, SavedPicture
-from nanobanana_async.batch.rows import Keys
+from nanobanana_async import BatchRow, GenerationRequest, LedgerError, LedgerRow, RowState, SavedImage
+from nanobanana_async.batch.rows import RowKeys
 from nanobanana_async.ledger.sqlite import Ledger
 
 pytestmark = pytest.mark.anyio
 
 
-def row(key: str = "k", prompt: str = "a fox", name: str | None = None) -> Row:
+def row(key: str = "k", prompt: str = "a fox", name: str | None = None) -> BatchRow:
     """Return a row."""
-    return Keys().row(GenerationRequest(prompt), key=key, name=name)
+    return RowKeys().row(GenerationRequest(prompt), key=key, name=name)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ async def opened(folder: Path, **options: bool) -> AsyncIterator[Ledger]:
         await ledger.aclose()
 
 
-async def record_of(ledger: Ledger, key: str = "k") -> RowRecord:
+async def record_of(ledger: Ledger, key: str = "k") -> LedgerRow:
     """Return one record."""
     return next(record for record in await ledger.read(list) if record.key == key)
 
@@ -63,11 +63,11 @@ async def test_a_row_goes_from_intent_to_file(tmp_path: Path) -> None:
     async with opened(tmp_path) as ledger:
         record = await record_of(ledger)
         assert (record.state, record.task_id, str(record.consumed)) == (RowState.SUCCESS, "ta-1", "0.50")
-        await ledger.saved("k", [SavedPicture(path=tmp_path / "0001-a-fox.png", sha256="ab", size_bytes=3)])
+        await ledger.saved("k", [SavedImage(path=tmp_path / "0001-a-fox.png", sha256="ab", size_bytes=3)])
     async with opened(tmp_path) as ledger:
         record = await record_of(ledger)
         assert record.state is RowState.SAVED
-        assert record.files == (SavedPicture(path=tmp_path / "0001-a-fox.png", sha256="ab", size_bytes=3),)
+        assert record.files == (SavedImage(path=tmp_path / "0001-a-fox.png", sha256="ab", size_bytes=3),)
 
 
 async def test_an_intent_that_nobody_closed_is_unknown(tmp_path: Path) -> None:

@@ -24,20 +24,20 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from nanobanana_async import GenerationRequest, LedgerError, Row, RowRecord, RowState, SavedPicture
-from nanobanana_async.batch.rows import Keys
+from nanobanana_async import BatchRow, GenerationRequest, LedgerError, LedgerRow, RowState, SavedImage
+from nanobanana_async.batch.rows import RowKeys
 from nanobanana_async.ledger import schema, sqlite
 from nanobanana_async.ledger.sqlite import Ledger
 
 KEYS = ("a", "b", "c")
 
 
-def row(key: str) -> Row:
+def row(key: str) -> BatchRow:
     """Return the row with this key."""
-    return Keys().row(GenerationRequest(key), key=key)
+    return RowKeys().row(GenerationRequest(key), key=key)
 
 
-class Books(RuleBasedStateMachine):
+class LedgerMachine(RuleBasedStateMachine):
     """One ledger, three rows, and what was really charged for them."""
 
     keys = st.sampled_from(KEYS)
@@ -68,7 +68,7 @@ class Books(RuleBasedStateMachine):
         """Run to the end."""
         return self.runner.run(work)
 
-    def records(self) -> dict[str, RowRecord]:
+    def records(self) -> dict[str, LedgerRow]:
         """Return what the ledger says."""
         return {record.key: record for record in self.do(self.ledger.read(list))}
 
@@ -115,7 +115,7 @@ class Books(RuleBasedStateMachine):
     def save(self, key: str) -> None:
         """A picture is on disk."""
         if self.known.get(key) is RowState.SUCCESS:
-            self.do(self.ledger.saved(key, [SavedPicture(path=self.folder / key, sha256=key, size_bytes=1)]))
+            self.do(self.ledger.saved(key, [SavedImage(path=self.folder / key, sha256=key, size_bytes=1)]))
             self.known[key] = RowState.SAVED
 
     @rule(key=keys, again=st.booleans())
@@ -201,7 +201,7 @@ QUICK = settings(
 )
 NO_SHRINK = settings(QUICK, max_examples=300, phases=[Phase.generate], database=None, print_blob=False)
 
-Machine = Books.TestCase
+Machine = LedgerMachine.TestCase
 Machine.settings = QUICK
 
 
@@ -253,4 +253,4 @@ def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], mon
     """The machine above can fail."""
     plant(monkeypatch)
     with pytest.raises((AssertionError, LedgerError, BaseExceptionGroup, pytest.fail.Exception)):
-        run_state_machine_as_test(Books, settings=NO_SHRINK)
+        run_state_machine_as_test(LedgerMachine, settings=NO_SHRINK)

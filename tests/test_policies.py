@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanobanana_async import Limits, PollPolicy, RetryPolicy, Timeouts
-from nanobanana_async.policies import RESUBMIT_LEVELS, Resubmit
+from nanobanana_async.policies import RESUBMIT_LEVELS, ResubmitLevel
 
 
 @pytest.mark.parametrize("policy", [Limits, PollPolicy, RetryPolicy, Timeouts])
@@ -34,7 +34,7 @@ def test_pauses_are_fully_jittered_and_bounded(tries: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("level", RESUBMIT_LEVELS)
-def test_each_resubmit_level_includes_the_ones_before_it(level: Resubmit) -> None:
+def test_each_resubmit_level_includes_the_ones_before_it(level: ResubmitLevel) -> None:
     """The levels are a ladder from never to always."""
     policy = RetryPolicy(resubmit=level)
     assert [policy.resends(other) for other in RESUBMIT_LEVELS] == [

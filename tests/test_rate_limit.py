@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanobanana_async.api.rate_limit import Pacer, RetryQuota, retry_after_s
+from nanobanana_async.api.rate_limit import AdaptiveRateLimiter, RetryQuota, retry_after_s
 
 DATE = "Sat, 21 Nov 2026 12:00:00 GMT"
 
@@ -42,7 +42,7 @@ def test_no_header_breaks_the_reader(value: str, date: str) -> None:
     assert wait_s is None or 0 <= wait_s <= 300
 
 
-async def departures(pacer: Pacer, count: int) -> list[float]:
+async def departures(pacer: AdaptiveRateLimiter, count: int) -> list[float]:
     """Return when each of *count* impatient callers got through, from now."""
     start_s, times_s = anyio.current_time(), []
 
@@ -60,7 +60,7 @@ async def departures(pacer: Pacer, count: int) -> list[float]:
 @pytest.mark.virtual_time
 async def test_a_burst_leaves_at_once_and_the_rest_at_the_rate() -> None:
     """Ten per second, three at once: 0, 0, 0, then ten a second in company, at most half a burst of it."""
-    times_s = await departures(Pacer(10, 3), 8)
+    times_s = await departures(AdaptiveRateLimiter(10, 3), 8)
     assert times_s == pytest.approx([0, 0, 0, 0.2, 0.2, 0.4, 0.4, 0.6])
 
 
@@ -68,14 +68,14 @@ async def test_a_burst_leaves_at_once_and_the_rest_at_the_rate() -> None:
 @pytest.mark.virtual_time
 async def test_without_a_burst_they_leave_one_by_one() -> None:
     """Company is a use of the burst, not an addition to it."""
-    assert await departures(Pacer(10, 1), 4) == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert await departures(AdaptiveRateLimiter(10, 1), 4) == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
 @pytest.mark.anyio
 @pytest.mark.virtual_time
 async def test_quiet_time_is_saved_up_to_the_burst_and_no_further() -> None:
     """An hour of silence buys three requests, not thirty-six thousand."""
-    pacer = Pacer(10, 3)
+    pacer = AdaptiveRateLimiter(10, 3)
     await departures(pacer, 5)
     await anyio.sleep(3600)
     assert await departures(pacer, 5) == pytest.approx([0, 0, 0, 0.2, 0.2])
@@ -85,12 +85,12 @@ async def test_quiet_time_is_saved_up_to_the_burst_and_no_further() -> None:
 @pytest.mark.virtual_time
 async def test_a_hush_stops_everyone_and_ends_without_a_herd() -> None:
     """After a 429, those who waited go out at the rate, not in a burst."""
-    pacer = Pacer(10, 3)
+    pacer = AdaptiveRateLimiter(10, 3)
     pacer.hush(5)
     assert await departures(pacer, 6) == pytest.approx([5.1, 5.1, 5.3, 5.3, 5.5, 5.5])
 
 
-async def wear_down(pacer: Pacer) -> None:
+async def wear_down(pacer: AdaptiveRateLimiter) -> None:
     """Bring the rate to its lowest."""
     for _ in range(20):
         await anyio.sleep(1)
@@ -101,7 +101,7 @@ async def wear_down(pacer: Pacer) -> None:
 @pytest.mark.virtual_time
 async def test_trouble_halves_the_rate_once_however_many_requests_met_it() -> None:
     """Sixty-four answers of 429 to requests sent together are one piece of news."""
-    pacer = Pacer(64, 8)
+    pacer = AdaptiveRateLimiter(64, 8)
     sent_s = anyio.current_time()
     await anyio.sleep(1)
     assert [pacer.slow(sent_s) for _ in range(64)].count(True) == 1
@@ -114,7 +114,7 @@ async def test_a_rare_429_costs_little_and_frequent_ones_much() -> None:
     """The rate settles where the share of trouble is, and not at a trickle because of one answer in fifty."""
     rates = {}
     for share in (50, 2):
-        pacer = Pacer(300, 1)
+        pacer = AdaptiveRateLimiter(300, 1)
         for number in range(3000):
             await anyio.sleep(1 / pacer.rate)
             if number % share:
@@ -130,7 +130,7 @@ async def test_a_rare_429_costs_little_and_frequent_ones_much() -> None:
 @pytest.mark.virtual_time
 async def test_under_lasting_trouble_the_rate_ends_at_one_request_a_second_and_not_at_none() -> None:
     """Somebody has to find out that it is over."""
-    pacer = Pacer(64, 8)
+    pacer = AdaptiveRateLimiter(64, 8)
     await wear_down(pacer)
     assert pacer.rate == 1
     await pacer.permit()
@@ -142,7 +142,7 @@ async def test_under_lasting_trouble_the_rate_ends_at_one_request_a_second_and_n
 @pytest.mark.virtual_time
 async def test_after_trouble_the_rate_comes_back_by_a_factor_of_e_in_ten_seconds() -> None:
     """Successes give it back, so a service that stays away gets no more requests."""
-    pacer = Pacer(100, 8)
+    pacer = AdaptiveRateLimiter(100, 8)
     await wear_down(pacer)
     start_s, rates = anyio.current_time(), []
     while pacer.rate < 100:
@@ -160,7 +160,7 @@ async def test_clients_that_met_the_same_trouble_do_not_march_in_step() -> None:
     """Gaps are left to chance while the rate is below its best."""
     gaps: list[set[float]] = []
     for seed in (1, 2):
-        pacer = Pacer(10, 1, Random(seed))
+        pacer = AdaptiveRateLimiter(10, 1, Random(seed))
         pacer.slow(anyio.current_time())
         gaps.append({round(time_s, 3) for time_s in await departures(pacer, 20)})
     assert len(gaps[0] & gaps[1]) <= 3
@@ -170,7 +170,7 @@ async def test_clients_that_met_the_same_trouble_do_not_march_in_step() -> None:
 @pytest.mark.virtual_time
 async def test_a_hush_also_reaches_those_already_in_line() -> None:
     """They had been promised a time within it."""
-    pacer = Pacer(10, 1)
+    pacer = AdaptiveRateLimiter(10, 1)
     async with anyio.create_task_group() as group:
         times_s: list[float] = []
 
@@ -189,7 +189,7 @@ async def test_a_hush_also_reaches_those_already_in_line() -> None:
 @pytest.mark.virtual_time
 async def test_those_who_leave_the_line_cost_the_others_nothing() -> None:
     """A thousand impatient callers must not book the next hundred seconds."""
-    pacer = Pacer(10, 1)
+    pacer = AdaptiveRateLimiter(10, 1)
     await pacer.permit()
     for _ in range(1000):
         with anyio.move_on_after(0.00001):
@@ -201,7 +201,7 @@ async def test_those_who_leave_the_line_cost_the_others_nothing() -> None:
 @pytest.mark.virtual_time
 async def test_no_second_ever_sees_more_than_rate_plus_burst() -> None:
     """Whatever the mixture of waiting, cancelling and hushing."""
-    pacer = Pacer(20, 5)
+    pacer = AdaptiveRateLimiter(20, 5)
     times_s: list[float] = []
 
     async def one(delay_s: float, patience_s: float) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nanobanana_async import MediaError
+from nanobanana_async import ImageError
 from nanobanana_async.images.references import as_references
 from nanobanana_async.models import ImageSource
 from tests.fakes import PNG
@@ -67,7 +67,7 @@ async def test_a_file_that_will_not_do_is_named(tmp_path: Path, name: str, conte
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(MediaError, match=says) as caught:
+    with pytest.raises(ImageError, match=says) as caught:
         await as_references((path,), max_bytes=MIB)
     assert str(path) in str(caught.value)
 
@@ -75,11 +75,11 @@ async def test_a_file_that_will_not_do_is_named(tmp_path: Path, name: str, conte
 async def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     """Opening one waits for somebody to write, without end."""
     os.mkfifo(tmp_path / "fox.png")
-    with pytest.raises(MediaError, match="not a file"):
+    with pytest.raises(ImageError, match="not a file"):
         await as_references((tmp_path / "fox.png",), max_bytes=MIB)
 
 
 async def test_a_data_uri_has_the_same_limit() -> None:
     """It is the same picture, only spelled differently."""
-    with pytest.raises(MediaError, match="the data URI"):
+    with pytest.raises(ImageError, match="the data URI"):
         await as_references((PNG_URI + "A" * 2 * MIB,), max_bytes=MIB)

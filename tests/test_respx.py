@@ -7,7 +7,7 @@ import httpx
 import pytest
 import respx
 
-from nanobanana_async import HttpTransport, NanoBananaClient, NotSent, PollPolicy, SubmissionUnknown
+from nanobanana_async import HttpxTransport, NanoBananaClient, NotSent, PollPolicy, SubmissionUnknown
 from tests.fakes import PNG, accepted, done
 
 pytestmark = pytest.mark.anyio
@@ -49,7 +49,7 @@ async def test_a_picture_travels_the_whole_way(service: respx.MockRouter) -> Non
 async def test_the_same_over_a_client_that_is_handed_in(service: respx.MockRouter) -> None:
     """It stays open when ours is closed."""
     async with service, httpx.AsyncClient() as mine:
-        async with NanoBananaClient("dk-1", polling=QUICK, transport=HttpTransport(mine)) as client:
+        async with NanoBananaClient("dk-1", polling=QUICK, transport=HttpxTransport(mine)) as client:
             assert (await client.generate("a fox")).is_final
         assert not mine.is_closed
 

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanobanana_async import ConfigurationError, GenerationRequest, InvalidRows, Row, read_rows
-from nanobanana_async.batch.rows import Keys
+from nanobanana_async import BatchRow, ConfigurationError, GenerationRequest, InvalidBatchFile, read_rows
+from nanobanana_async.batch.rows import RowKeys
 from tests.fakes import PNG
 
 
@@ -18,7 +18,7 @@ def written(folder: Path, name: str, text: str | bytes) -> Path:
     return path
 
 
-def prompts(rows: list[Row]) -> list[str]:
+def prompts(rows: list[BatchRow]) -> list[str]:
     """Return the prompts."""
     return [row.request.prompt for row in rows]
 
@@ -71,7 +71,7 @@ def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
     path = written(
         tmp_path, "p.csv", 'prompt,images,aspect_ratio\n"two\nlines",,wide\nfox,none.png,\nok,,\n,,1:1\na,b,c,d\n'
     )
-    with pytest.raises(InvalidRows) as caught:
+    with pytest.raises(InvalidBatchFile) as caught:
         read_rows(path)
     assert [fault.partition(": ")[::2] for fault in caught.value.faults] == [
         ("line 2", "aspect_ratio: expected 'auto' or 'N:M' such as '16:9', got 'wide'"),
@@ -110,7 +110,7 @@ def test_a_file_that_cannot_be_used_is_refused_before_anything_is_paid(
     tmp_path: Path, name: str, text: str | bytes, says: str
 ) -> None:
     """With what is wrong, and a typed error."""
-    with pytest.raises(InvalidRows) as caught:
+    with pytest.raises(InvalidBatchFile) as caught:
         read_rows(written(tmp_path, name, text))
     assert says in str(caught.value)
     assert isinstance(caught.value, ConfigurationError)
@@ -118,7 +118,7 @@ def test_a_file_that_cannot_be_used_is_refused_before_anything_is_paid(
 
 def test_equal_rows_are_rows_of_their_own() -> None:
     """Three foxes are three pictures."""
-    keys = Keys()
+    keys = RowKeys()
     rows = [keys.row(GenerationRequest("a fox")) for _ in range(3)]
     assert [row.key for row in rows] == [rows[0].key, f"{rows[0].key}-2", f"{rows[0].key}-3"]
 
@@ -150,7 +150,7 @@ def test_a_row_is_the_same_from_any_working_directory(tmp_path: Path, monkeypatc
 def test_an_edited_row_is_a_new_row(other: GenerationRequest) -> None:
     """Whatever the picture depends on counts; where it is announced does not."""
     same = GenerationRequest("a fox", callback_url="https://example.org/cb")
-    first, again, edited = (Keys().row(request).key for request in (GenerationRequest("a fox"), same, other))
+    first, again, edited = (RowKeys().row(request).key for request in (GenerationRequest("a fox"), same, other))
     assert first == again != edited
 
 
@@ -161,7 +161,7 @@ def test_keys_do_not_depend_on_the_order(letters: list[str], rng: object) -> Non
     rng.shuffle(shuffled)  # type: ignore[attr-defined]
     before, after = (
         {keys.row(GenerationRequest(letter)).key for letter in order}
-        for order, keys in ((letters, Keys()), (shuffled, Keys()))
+        for order, keys in ((letters, RowKeys()), (shuffled, RowKeys()))
     )
     assert before == after
     assert len(before) == len(letters)
@@ -169,11 +169,11 @@ def test_keys_do_not_depend_on_the_order(letters: list[str], rng: object) -> Non
 
 @given(st.binary(max_size=200), st.sampled_from([".txt", ".csv", ".jsonl"]))
 def test_no_file_raises_anything_else(tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str) -> None:
-    """Rows or `InvalidRows`, whatever the bytes."""
+    """Rows or `InvalidBatchFile`, whatever the bytes."""
     path = tmp_path_factory.getbasetemp() / f"any{suffix}"
     path.write_bytes(content)
     try:
         rows = read_rows(path)
-    except InvalidRows:
+    except InvalidBatchFile:
         return
     assert len({row.key for row in rows}) == len(rows) > 0

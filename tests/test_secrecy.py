@@ -15,8 +15,8 @@ import attrs
 import httpx
 import pytest
 
-from nanobanana_async import ConfigurationError, HttpTransport, NanoBananaClient, NanoBananaError
-from nanobanana_async.simulator import FAST_POLLING, VendorProfile
+from nanobanana_async import ConfigurationError, HttpxTransport, NanoBananaClient, NanoBananaError
+from nanobanana_async.simulator import FAST_POLLING, SimulatorProfile
 from nanobanana_async.simulator.server import SimulatorServer
 from tests.faults.table import FAULTS
 from tests.faults.trial import DEADLINES, QUICK, fault_server
@@ -78,9 +78,9 @@ async def test_no_fault_makes_the_key_appear_anywhere(
 @pytest.mark.anyio
 async def test_a_picture_and_a_callback_are_fetched_and_sent_without_it() -> None:
     """The file host sees no credentials; neither does a client of the user's leak its own to it."""
-    with SimulatorServer(VendorProfile(median_s=0.05, invisible_s=0, keys=frozenset({KEY}))) as server:
+    with SimulatorServer(SimulatorProfile(median_s=0.05, invisible_s=0, keys=frozenset({KEY}))) as server:
         async with httpx.AsyncClient(headers={"X-Api-Key": KEY}, cookies={"session": KEY}) as mine:
-            for transport in (None, HttpTransport(mine)):
+            for transport in (None, HttpxTransport(mine)):
                 async with NanoBananaClient(
                     KEY, base_url=server.url, polling=FAST_POLLING, transport=transport
                 ) as client:

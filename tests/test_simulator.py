@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from nanobanana_async import NanoBananaClient, TaskStatus
-from nanobanana_async.simulator import FAST, FAST_POLLING, Simulator, VendorProfile
+from nanobanana_async.simulator import FAST, FAST_POLLING, Simulator, SimulatorProfile
 from nanobanana_async.simulator.in_memory import tiny_png
 from nanobanana_async.simulator.render import paint
 from nanobanana_async.simulator.server import SimulatorServer
-from nanobanana_async.simulator.service import Answer, PictureOrder, Vendor
+from nanobanana_async.simulator.service import ImageSpec, SimulatedResponse, SimulatedService
 from tests.raw_server import response, saying, serving
 
 pytestmark = pytest.mark.other_clients
@@ -22,25 +22,27 @@ pytestmark = pytest.mark.other_clients
 KEY = {"authorization": "Bearer dk-test"}
 
 
-class Played:
+class ManualService:
     """A vendor with a clock that is moved by hand."""
 
     def __init__(self, *, seed: int = 0, **profile: Any) -> None:  # noqa: ANN401 - any field of the profile
         self.now_s = 0.0
         settings = {"median_s": 10.0, "sigma": 0.0, "invisible_s": 1.0, **profile}
-        self.vendor = Vendor(VendorProfile(**settings), seed=seed, now_s=lambda: self.now_s, paint=tiny_png)
+        self.vendor = SimulatedService(
+            SimulatorProfile(**settings), seed=seed, now_s=lambda: self.now_s, paint=tiny_png
+        )
 
-    def submit(self, fields: dict[str, object] | None = None, *, key: dict[str, str] = KEY) -> Answer:
+    def submit(self, fields: dict[str, object] | None = None, *, key: dict[str, str] = KEY) -> SimulatedResponse:
         """Submit; by default something good."""
         body = json.dumps({"model": "google/gempix2", "prompt": "a fox", **(fields or {})}).encode()
         return self.vendor.handle("POST", "https://api.example/api/image/gen", key, body)
 
-    def query(self, task_id: str, key: dict[str, str] = KEY) -> Answer:
+    def query(self, task_id: str, key: dict[str, str] = KEY) -> SimulatedResponse:
         """Ask how it stands."""
         return self.vendor.handle("GET", f"https://api.example/api/task/query?task_id={task_id}", key, b"")
 
 
-def data(answer: Answer) -> dict[str, object]:
+def data(answer: SimulatedResponse) -> dict[str, object]:
     """Return the `data` of an answer."""
     document: dict[str, dict[str, object]] = json.loads(answer.body)
     return document["data"]
@@ -48,7 +50,7 @@ def data(answer: Answer) -> dict[str, object]:
 
 def test_a_task_goes_through_all_its_states() -> None:
     """Invisible first, then pending, submitted, in_progress and success, with a result only at the end."""
-    played = Played()
+    played = ManualService()
     task_id = str(data(played.submit())["task_id"])
     assert played.query(task_id).status == 404
     seen = []
@@ -75,7 +77,7 @@ def test_a_task_goes_through_all_its_states() -> None:
 )
 def test_bad_requests_are_answered_with_400_and_cost_nothing(fields: dict[str, object], detail: str) -> None:
     """In the documented envelope."""
-    played = Played()
+    played = ManualService()
     answer = played.submit(fields)
     assert answer.status == 400
     assert json.loads(answer.body)["code"] == 1
@@ -85,14 +87,14 @@ def test_bad_requests_are_answered_with_400_and_cost_nothing(fields: dict[str, o
 
 def test_a_wrong_key_is_code_1_at_submit_and_code_401_at_query() -> None:
     """As documented."""
-    played = Played()
+    played = ManualService()
     answers = [played.submit(key={}), played.query("ta-1", key={})]
     assert [(answer.status, json.loads(answer.body)["code"]) for answer in answers] == [(401, 1), (401, 401)]
 
 
 def test_every_accepted_submit_is_charged_once_and_the_account_runs_dry() -> None:
     """The truth that conformance tests compare with."""
-    played = Played(balance=Decimal("1.2"), price=Decimal("0.5"))
+    played = ManualService(balance=Decimal("1.2"), price=Decimal("0.5"))
     assert [played.submit().status for _ in range(4)] == [200, 200, 402, 402]
     assert (len(played.vendor.charges), played.vendor.balance) == (2, Decimal("0.2"))
 
@@ -102,7 +104,7 @@ def test_every_accepted_submit_is_charged_once_and_the_account_runs_dry() -> Non
 )
 def test_scripted_ends_are_played(rate: dict[str, Any], status: str) -> None:
     """Failures without a reason, words without a picture, pictures without a URL."""
-    played = Played(**rate)
+    played = ManualService(**rate)
     task_id = str(data(played.submit())["task_id"])
     played.now_s = 20
     state = data(played.query(task_id))
@@ -112,21 +114,21 @@ def test_scripted_ends_are_played(rate: dict[str, Any], status: str) -> None:
 
 def test_scripted_troubles_are_played_and_not_charged() -> None:
     """The vendor's own 500, and 429 with Retry-After."""
-    assert Played(error=1.0).submit().status == 500
-    busy = Played(busy=1.0)
+    assert ManualService(error=1.0).submit().status == 500
+    busy = ManualService(busy=1.0)
     assert (busy.submit().status, busy.submit().headers) == (429, {"retry-after": "1"})
     assert busy.vendor.charges == []
 
 
 def test_the_same_seed_plays_the_same_service() -> None:
     """Ids, times and troubles."""
-    runs = [[(Played(seed=seed, failed=0.5, sigma=0.5)).submit().body for _ in range(3)] for seed in (1, 1, 2)]
+    runs = [[(ManualService(seed=seed, failed=0.5, sigma=0.5)).submit().body for _ in range(3)] for seed in (1, 1, 2)]
     assert runs[0] == runs[1] != runs[2]
 
 
 def test_the_file_host_refuses_library_user_agents_and_notes_leaked_keys() -> None:
     """As the real one does; and a test can prove that nothing leaked."""
-    played = Played()
+    played = ManualService()
     task_id = str(data(played.submit())["task_id"])
     played.now_s = 20
     url = f"https://api.example/files/{task_id}.png"
@@ -139,14 +141,14 @@ def test_the_file_host_refuses_library_user_agents_and_notes_leaked_keys() -> No
 def test_a_fault_that_cannot_be_played_is_refused(text: str) -> None:
     """Instead of being ignored."""
     with pytest.raises(ValueError, match=r"faults|failed|could not convert"):
-        VendorProfile.from_faults(text)
+        SimulatorProfile.from_faults(text)
 
 
 @pytest.mark.parametrize(("ratio", "size"), [("16:9", (1024, 576)), ("1:1", (1024, 1024)), ("9:16", (576, 1024))])
 def test_a_painting_is_a_real_png_of_the_ordered_size(ratio: str, size: tuple[int, int]) -> None:
     """And shows more than one colour."""
     width, height = size
-    picture = Image.open(io.BytesIO(paint(PictureOrder(prompt="a fox " * 60, width=width, height=height))))
+    picture = Image.open(io.BytesIO(paint(ImageSpec(prompt="a fox " * 60, width=width, height=height))))
     assert (picture.format, picture.size) == ("PNG", size)
     assert len(picture.getcolors(maxcolors=2**24) or []) > 100
 

@@ -21,34 +21,34 @@ from nanobanana_async import (
     Task,
     TaskNotFound,
     TaskStatus,
-    TaskUnfinished,
+    TaskTimeout,
     TransportError,
 )
-from nanobanana_async.tracking.schedule import Schedule, has_vanished, newer
-from nanobanana_async.tracking.state import Origin
-from tests.tracker_fakes import Service, every, finished_after, task, tracking
+from nanobanana_async.tracking.schedule import PollSchedule, has_vanished, newer
+from nanobanana_async.tracking.state import SubmitInfo
+from tests.tracker_fakes import FakePollSource, every, finished_after, task, tracking
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 
 async def test_a_wait_ends_with_the_final_snapshot() -> None:
     """One look a second until the task is done."""
-    service = Service(finished_after(3.5))
+    service = FakePollSource(finished_after(3.5))
     async with tracking(service) as tracker:
-        origin = Origin(submitted_at_s=anyio.current_time())
+        origin = SubmitInfo(submitted_at_s=anyio.current_time())
         assert (await tracker.wait("ta-1", timeout_s=60, origin=origin)).status is TaskStatus.SUCCESS
     assert [round(time_s) for time_s, _ in service.looks] == [1, 2, 3, 4]
 
 
 async def test_a_failed_task_is_returned_not_raised() -> None:
     """Waiting is about the end, not about which."""
-    async with tracking(Service(lambda *_: task("failed"))) as tracker:
+    async with tracking(FakePollSource(lambda *_: task("failed"))) as tracker:
         assert (await tracker.wait("ta-1", timeout_s=60)).status is TaskStatus.FAILED
 
 
 async def test_everybody_who_waits_for_one_task_shares_its_looks() -> None:
     """A hundred waiters cost what one costs."""
-    service = Service(finished_after(3.5))
+    service = FakePollSource(finished_after(3.5))
     async with tracking(service) as tracker:
         with anyio.fail_after(5):
             async with anyio.create_task_group() as group:
@@ -59,7 +59,7 @@ async def test_everybody_who_waits_for_one_task_shares_its_looks() -> None:
 
 async def test_looks_in_flight_never_exceed_the_slots() -> None:
     """However many tasks are due at once."""
-    service = Service(finished_after(10), slots=8, delay_s=0.5)
+    service = FakePollSource(finished_after(10), slots=8, delay_s=0.5)
     async with tracking(service) as tracker, anyio.create_task_group() as group:
         for number in range(200):
             group.start_soon(partial(tracker.wait, f"ta-{number}", timeout_s=600))
@@ -68,7 +68,7 @@ async def test_looks_in_flight_never_exceed_the_slots() -> None:
 
 async def test_no_due_task_is_starved_by_the_others() -> None:
     """When there are too few slots, the longest overdue is looked at first: everybody's turn comes round."""
-    service = Service(finished_after(1000), slots=2, delay_s=1.0)
+    service = FakePollSource(finished_after(1000), slots=2, delay_s=1.0)
     async with tracking(service) as tracker, anyio.create_task_group() as group:
         for number in range(50):
             group.start_soon(partial(tracker.wait, f"ta-{number}", timeout_s=600))
@@ -84,7 +84,7 @@ async def test_no_due_task_is_starved_by_the_others() -> None:
 
 async def test_ten_thousand_tasks_are_watched_without_ten_thousand_coroutines() -> None:
     """Waiters aside, the tracker is one coroutine and the looks that are under way."""
-    service = Service(finished_after(30), slots=16, delay_s=0.001)
+    service = FakePollSource(finished_after(30), slots=16, delay_s=0.001)
     async with tracking(service, every(30.0, first_s=1.0)) as tracker, anyio.create_task_group() as group:
         for number in range(10_000):
             group.start_soon(partial(tracker.wait, f"ta-{number}", timeout_s=3600))
@@ -96,8 +96,8 @@ async def test_ten_thousand_tasks_are_watched_without_ten_thousand_coroutines() 
 
 async def test_a_timeout_raises_with_the_last_snapshot_and_the_task_can_be_awaited_again() -> None:
     """The task runs on at the service."""
-    async with tracking(Service(finished_after(10))) as tracker:
-        with pytest.raises(TaskUnfinished, match=r"not final within 5 s: it was in_progress") as caught:
+    async with tracking(FakePollSource(finished_after(10))) as tracker:
+        with pytest.raises(TaskTimeout, match=r"not final within 5 s: it was in_progress") as caught:
             await tracker.wait("ta-1", timeout_s=5)
         assert caught.value.task == task("in_progress")
         assert (await tracker.wait("ta-1", timeout_s=60)).is_final
@@ -105,14 +105,14 @@ async def test_a_timeout_raises_with_the_last_snapshot_and_the_task_can_be_await
 
 async def test_a_timeout_names_the_trouble_that_kept_answers_away() -> None:
     """So that an outage does not look like a slow picture."""
-    async with tracking(Service(lambda *_: ServiceUnavailable("Bad gateway (HTTP 502)"))) as tracker:
-        with pytest.raises(TaskUnfinished, match=r"nothing was heard of it \(the last look met: Bad gateway"):
+    async with tracking(FakePollSource(lambda *_: ServiceUnavailable("Bad gateway (HTTP 502)"))) as tracker:
+        with pytest.raises(TaskTimeout, match=r"nothing was heard of it \(the last look met: Bad gateway"):
             await tracker.wait("ta-1", timeout_s=5)
 
 
 async def test_the_last_one_to_leave_ends_the_looking() -> None:
     """Nobody is interested any more, so nothing is asked any more."""
-    service = Service(finished_after(1000))
+    service = FakePollSource(finished_after(1000))
     async with tracking(service) as tracker:
         for _ in range(2):
             with anyio.move_on_after(3.5):
@@ -136,14 +136,14 @@ async def test_the_last_one_to_leave_ends_the_looking() -> None:
 )
 async def test_a_passing_trouble_is_a_late_answer(trouble: Exception) -> None:
     """It is paid for, so one bad answer does not end the wait."""
-    async with tracking(Service(lambda _, now_s: trouble if now_s < 5 else task("success"))) as tracker:
+    async with tracking(FakePollSource(lambda _, now_s: trouble if now_s < 5 else task("success"))) as tracker:
         assert (await tracker.wait("ta-1", timeout_s=60)).is_final
 
 
 async def test_an_outage_is_said_once_and_not_mistaken_for_slow_pictures(caplog: pytest.LogCaptureFixture) -> None:
     """After three looks in a row without an answer, whichever tasks they were about."""
     trouble = ServiceUnavailable("Bad gateway (HTTP 502)")
-    service = Service(lambda task_id, now_s: trouble if now_s < 20 else task("success", task_id))
+    service = FakePollSource(lambda task_id, now_s: trouble if now_s < 20 else task("success", task_id))
     async with tracking(service) as tracker, anyio.create_task_group() as group:
         for number in range(10):
             group.start_soon(partial(tracker.wait, f"ta-{number}", timeout_s=600))
@@ -153,7 +153,7 @@ async def test_an_outage_is_said_once_and_not_mistaken_for_slow_pictures(caplog:
 async def test_a_bad_task_does_not_stop_the_others() -> None:
     """Not even one that makes the transport raise what it must not."""
     answers = {"ta-bad": RuntimeError("boom"), "ta-wrong": InvalidRequest("bad id", status=400, code=1)}
-    async with tracking(Service(lambda task_id, _: answers.get(task_id) or task("success", task_id))) as tracker:
+    async with tracking(FakePollSource(lambda task_id, _: answers.get(task_id) or task("success", task_id))) as tracker:
         with pytest.raises(TransportError, match="RuntimeError: boom"):
             await tracker.wait("ta-bad", timeout_s=60)
         with pytest.raises(InvalidRequest):
@@ -164,7 +164,7 @@ async def test_a_bad_task_does_not_stop_the_others() -> None:
 async def test_a_refused_key_ends_every_wait_each_with_its_own_error() -> None:
     """There is nothing to wait for without a key; every error names the task it is about."""
     caught: dict[str, AuthenticationError] = {}
-    service = Service(lambda *_: AuthenticationError("Invalid API key", status=401, task_id="ta-0"))
+    service = FakePollSource(lambda *_: AuthenticationError("Invalid API key", status=401, task_id="ta-0"))
 
     async def one(task_id: str) -> None:
         try:
@@ -181,18 +181,18 @@ async def test_a_refused_key_ends_every_wait_each_with_its_own_error() -> None:
 
 async def test_our_own_fresh_task_may_be_invisible_for_a_while() -> None:
     """A 404 within a minute of our submit means "not yet"."""
-    service = Service(lambda _, now_s: TaskNotFound("task not found") if now_s < 30 else task("success"))
+    service = FakePollSource(lambda _, now_s: TaskNotFound("task not found") if now_s < 30 else task("success"))
     async with tracking(service) as tracker:
-        origin = Origin(submitted_at_s=anyio.current_time())
+        origin = SubmitInfo(submitted_at_s=anyio.current_time())
         assert (await tracker.wait("ta-1", timeout_s=600, origin=origin)).is_final
 
 
 async def test_our_own_task_that_stays_away_is_gone_after_minutes_not_at_once() -> None:
     """Three late 404s over five minutes."""
-    async with tracking(Service(lambda *_: TaskNotFound("task not found")), every(30.0, first_s=1.0)) as tracker:
+    async with tracking(FakePollSource(lambda *_: TaskNotFound("task not found")), every(30.0, first_s=1.0)) as tracker:
         start_s = anyio.current_time()
         with pytest.raises(TaskNotFound):
-            await tracker.wait("ta-1", timeout_s=3600, origin=Origin(submitted_at_s=start_s))
+            await tracker.wait("ta-1", timeout_s=3600, origin=SubmitInfo(submitted_at_s=start_s))
         assert 360 <= anyio.current_time() - start_s <= 460
 
 
@@ -202,13 +202,13 @@ async def test_a_task_that_was_seen_may_be_missed_for_a_while() -> None:
     def answer(_: str, now_s: float) -> Task | Exception:
         return TaskNotFound("task not found") if 5 < now_s < 40 else task("success" if now_s > 50 else "pending")
 
-    async with tracking(Service(answer)) as tracker:
+    async with tracking(FakePollSource(answer)) as tracker:
         assert (await tracker.wait("ta-1", timeout_s=600)).is_final
 
 
 async def test_a_foreign_id_that_was_never_seen_does_not_exist() -> None:
     """A typing error is reported at the first look, not after the deadline."""
-    service = Service(lambda *_: TaskNotFound("task not found"))
+    service = FakePollSource(lambda *_: TaskNotFound("task not found"))
     async with tracking(service) as tracker:
         with pytest.raises(TaskNotFound):
             await tracker.wait("ta-typo", timeout_s=600)
@@ -219,7 +219,7 @@ async def test_updates_show_each_status_once_and_never_backwards() -> None:
     """What arrives late or twice is not news."""
     words = iter(["pending", "pending", "in_progress", "submitted", "unknown", "in_progress", "success"])
     async with (
-        tracking(Service(lambda *_: task(next(words)))) as tracker,
+        tracking(FakePollSource(lambda *_: task(next(words)))) as tracker,
         aclosing(tracker.updates("ta-1", timeout_s=60)) as updates,
     ):
         seen = [snapshot.status.value async for snapshot in updates]
@@ -228,17 +228,17 @@ async def test_updates_show_each_status_once_and_never_backwards() -> None:
 
 async def test_those_who_leave_early_leave_nothing_in_the_plan() -> None:
     """Twenty thousand short waits do not become twenty thousand items that nobody looks at."""
-    service = Service(finished_after(1e6))
+    service = FakePollSource(finished_after(1e6))
     async with tracking(service, every(1000.0)) as tracker:
         for _ in range(20_000):
             with anyio.move_on_after(0):
-                await tracker.wait("ta-1", timeout_s=600, origin=Origin(submitted_at_s=anyio.current_time()))
+                await tracker.wait("ta-1", timeout_s=600, origin=SubmitInfo(submitted_at_s=anyio.current_time()))
         assert len(tracker._looks) < 200
 
 
 async def test_a_refused_key_names_each_task_in_its_own_error() -> None:
     """In the sentence as well as in the attribute."""
-    service = Service(lambda *_: AuthenticationError("task ta-0: Invalid API key", status=401, task_id="ta-0"))
+    service = FakePollSource(lambda *_: AuthenticationError("task ta-0: Invalid API key", status=401, task_id="ta-0"))
     texts: list[str] = []
 
     async def one(task_id: str) -> None:
@@ -255,7 +255,7 @@ async def test_a_refused_key_names_each_task_in_its_own_error() -> None:
 
 async def test_leaving_updates_half_way_ends_the_looking() -> None:
     """Breaking out of the loop is leaving."""
-    async with tracking(Service(finished_after(100))) as tracker:
+    async with tracking(FakePollSource(finished_after(100))) as tracker:
         async with aclosing(tracker.updates("ta-1", timeout_s=600)) as updates:
             async for _ in updates:
                 break
@@ -264,7 +264,7 @@ async def test_leaving_updates_half_way_ends_the_looking() -> None:
 
 async def test_a_task_submitted_elsewhere_is_looked_at_at_once() -> None:
     """It may have been finished for hours."""
-    service = Service(finished_after(0))
+    service = FakePollSource(finished_after(0))
     async with tracking(service, every(first_s=100.0)) as tracker:
         await tracker.wait("ta-1", timeout_s=600)
     assert service.looks == [(0.0, "ta-1")]
@@ -280,21 +280,21 @@ async def test_closing_ends_every_wait_with_the_task_id() -> None:
         except NanoBananaError as exc:
             errors.append(exc)
 
-    async with tracking(Service(finished_after(1000))) as tracker, anyio.create_task_group() as group:
+    async with tracking(FakePollSource(finished_after(1000))) as tracker, anyio.create_task_group() as group:
         group.start_soon(one)
         await anyio.sleep(3)
         tracker.close()
-    assert [(type(error), error.task_id) for error in errors] == [(TaskUnfinished, "ta-1")]
+    assert [(type(error), error.task_id) for error in errors] == [(TaskTimeout, "ta-1")]
 
 
 async def test_a_task_due_earlier_than_all_others_wakes_the_scheduler() -> None:
     """A long sleep is cut short by whoever comes later and is due sooner."""
-    service = Service(finished_after(0))
+    service = FakePollSource(finished_after(0))
     async with tracking(service, every(first_s=100.0)) as tracker, anyio.create_task_group() as group:
-        new = Origin(submitted_at_s=anyio.current_time())
+        new = SubmitInfo(submitted_at_s=anyio.current_time())
         group.start_soon(partial(tracker.wait, "ta-late", timeout_s=600, origin=new))
         await anyio.sleep(10)
-        old = Origin(submitted_at_s=anyio.current_time() - 95)
+        old = SubmitInfo(submitted_at_s=anyio.current_time() - 95)
         await tracker.wait("ta-soon", timeout_s=600, origin=old)
         assert anyio.current_time() - service._start_s < 20
 
@@ -312,7 +312,7 @@ async def test_news_never_moves_a_task_backwards(first: TaskStatus, second: Task
 
 def test_the_first_look_comes_when_pictures_may_be_ready() -> None:
     """Counted from the submit, not from the wait."""
-    schedule = Schedule(PollPolicy.backoff(first_s=8))
+    schedule = PollSchedule(PollPolicy.backoff(first_s=8))
     assert [schedule.pause_s(None, age_s, 0) for age_s in (0.0, 5.0, 60.0)] == [8.0, 3.0, 0.0]
 
 
@@ -320,7 +320,7 @@ def test_the_first_look_comes_when_pictures_may_be_ready() -> None:
 def test_pauses_stay_between_nothing_and_the_jittered_cap(looks: int, age_s: float, seed: int) -> None:
     """No overflow, no negative sleep, no look that never comes."""
     for policy in (PollPolicy(), PollPolicy.backoff()):
-        schedule = Schedule(policy, Random(seed))
+        schedule = PollSchedule(policy, Random(seed))
         pause_s = schedule.jittered_s(schedule.pause_s("m", age_s, looks))
         assert 0 <= pause_s <= policy.max_s * (1 + policy.jitter)
 

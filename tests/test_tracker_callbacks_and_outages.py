@@ -18,21 +18,21 @@ from nanobanana_async import (
     Task,
     TaskNotFound,
     TaskStatus,
-    TaskUnfinished,
-    WireReply,
+    TaskTimeout,
     WireRequest,
+    WireResponse,
 )
-from nanobanana_async.tracking.state import Origin
+from nanobanana_async.tracking.state import SubmitInfo
 from tests.fakes import ScriptedTransport, accepted, done, refused, reply, script, state
-from tests.tracker_fakes import Service, every, finished_after, task, tracking
+from tests.tracker_fakes import FakePollSource, every, finished_after, task, tracking
 from tests.virtual_time import jump
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 
-def ours() -> Origin:
+def ours() -> SubmitInfo:
     """Return the origin of a task that this client has just submitted."""
-    return Origin(submitted_at_s=anyio.current_time(), model="m")
+    return SubmitInfo(submitted_at_s=anyio.current_time(), model="m")
 
 
 # --- news -----------------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def ours() -> Origin:
 
 async def test_news_is_followed_by_a_look_at_once() -> None:
     """A callback says that it is done long before the schedule would have asked."""
-    service = Service(finished_after(5))
+    service = FakePollSource(finished_after(5))
     async with tracking(service, every(100.0)) as tracker, anyio.create_task_group() as group:
         group.start_soon(partial(tracker.wait, "ta-1", timeout_s=600, origin=ours()))
         await anyio.sleep(6)
@@ -50,7 +50,7 @@ async def test_news_is_followed_by_a_look_at_once() -> None:
 
 async def test_a_flood_of_news_buys_one_look_in_ten_seconds() -> None:
     """Anybody may send it."""
-    service = Service(finished_after(1e9))
+    service = FakePollSource(finished_after(1e9))
     async with tracking(service, every(1000.0)) as tracker, anyio.create_task_group() as group:
         group.start_soon(partial(tracker.wait, "ta-1", timeout_s=600, origin=ours()))
         for _ in range(10_000):
@@ -64,7 +64,7 @@ async def test_a_flood_of_news_buys_one_look_in_ten_seconds() -> None:
 
 async def test_true_news_after_forged_news_is_followed_within_ten_seconds() -> None:
     """It is not thrown away with the rest."""
-    service = Service(finished_after(8))
+    service = FakePollSource(finished_after(8))
     async with tracking(service, every(1000.0)) as tracker, anyio.create_task_group() as group:
         group.start_soon(partial(tracker.wait, "ta-1", timeout_s=600, origin=ours()))
         for second in (5.0, 4.0):
@@ -75,7 +75,7 @@ async def test_true_news_after_forged_news_is_followed_within_ten_seconds() -> N
 
 async def test_news_at_ids_that_nobody_waits_for_costs_nothing() -> None:
     """Neither a look nor memory."""
-    service = Service(finished_after(5))
+    service = FakePollSource(finished_after(5))
     async with tracking(service) as tracker:
         for number in range(1000):
             tracker.notify(f"ta-{number}")
@@ -87,7 +87,7 @@ async def test_news_at_ids_that_nobody_waits_for_costs_nothing() -> None:
 
 async def test_news_that_comes_while_a_look_is_under_way_is_followed_by_another() -> None:
     """The answer on its way may be older than the news."""
-    service = Service(finished_after(6.2), delay_s=2.0)
+    service = FakePollSource(finished_after(6.2), delay_s=2.0)
     async with tracking(service, every(1000.0, first_s=5.0)) as tracker, anyio.create_task_group() as group:
         group.start_soon(partial(tracker.wait, "ta-1", timeout_s=600, origin=ours()))
         service.answer = lambda task_id, now_s: task("success" if now_s > 8 else "in_progress", task_id)
@@ -101,7 +101,7 @@ async def test_news_that_comes_while_a_look_is_under_way_is_followed_by_another(
 
 async def test_who_asks_after_the_end_is_answered_without_a_look() -> None:
     """Finished tasks are remembered for a while."""
-    service = Service(finished_after(0))
+    service = FakePollSource(finished_after(0))
     async with tracking(service) as tracker:
         first = await tracker.wait("ta-1", timeout_s=60)
         assert await tracker.wait("ta-1", timeout_s=60) is first
@@ -113,7 +113,7 @@ async def test_what_is_remembered_is_bounded_and_holds_no_pictures() -> None:
     """A few hundred finished tasks, the latest ones, and none whose picture came inline."""
     image = GeneratedImage(data=b"x" * 1000)
     heavy = attrs.evolve(task("success", "ta-heavy"), images=(image,))
-    service = Service(lambda task_id, _: heavy if task_id == "ta-heavy" else task("success", task_id))
+    service = FakePollSource(lambda task_id, _: heavy if task_id == "ta-heavy" else task("success", task_id))
     async with tracking(service) as tracker:
         await tracker.wait("ta-heavy", timeout_s=60)
         for number in range(1100):
@@ -128,11 +128,11 @@ async def test_what_is_remembered_is_bounded_and_holds_no_pictures() -> None:
 
 async def test_waits_end_in_time_while_no_request_can_leave() -> None:
     """The service asked for quiet, or all slots hang: patience does not queue behind requests."""
-    service = Service(finished_after(0), slots=1)
+    service = FakePollSource(finished_after(0), slots=1)
     await service.take_turn()  # and never gives it back
     async with tracking(service) as tracker:
         start_s = anyio.current_time()
-        with pytest.raises(TaskUnfinished, match="nothing was heard of it"):
+        with pytest.raises(TaskTimeout, match="nothing was heard of it"):
             await tracker.wait("ta-1", timeout_s=30)
         assert anyio.current_time() - start_s == pytest.approx(30, abs=1)
 
@@ -142,11 +142,11 @@ async def test_everybody_has_a_patience_of_their_own() -> None:
     ends_s: dict[float, float] = {}
 
     async def one(timeout_s: float) -> None:
-        with pytest.raises(TaskUnfinished):
+        with pytest.raises(TaskTimeout):
             await tracker.wait("ta-1", timeout_s=timeout_s)
         ends_s[timeout_s] = anyio.current_time() - start_s
 
-    async with tracking(Service(finished_after(1e9))) as tracker, anyio.create_task_group() as group:
+    async with tracking(FakePollSource(finished_after(1e9))) as tracker, anyio.create_task_group() as group:
         start_s = anyio.current_time()
         for timeout_s in (0.0, 50.0, 7.0, 0.5, 20.0, 7.5):
             group.start_soon(one, timeout_s)
@@ -155,7 +155,7 @@ async def test_everybody_has_a_patience_of_their_own() -> None:
 
 async def test_a_patience_without_end_is_allowed() -> None:
     """It is the caller's."""
-    async with tracking(Service(finished_after(3))) as tracker:
+    async with tracking(FakePollSource(finished_after(3))) as tracker:
         assert (await tracker.wait("ta-1", timeout_s=math.inf)).is_final
 
 
@@ -164,7 +164,7 @@ async def test_a_patience_without_end_is_allowed() -> None:
 
 async def test_an_unknown_status_is_looked_at_slowly_and_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     """The service has learned a new word; the task counts as running."""
-    service = Service(lambda task_id, now_s: task("success" if now_s > 100 else "unknown", task_id))
+    service = FakePollSource(lambda task_id, now_s: task("success" if now_s > 100 else "unknown", task_id))
     async with tracking(service, PollPolicy()) as tracker, anyio.create_task_group() as group:
         for number in range(5):
             group.start_soon(partial(tracker.wait, f"ta-{number}", timeout_s=600))
@@ -174,7 +174,7 @@ async def test_an_unknown_status_is_looked_at_slowly_and_warned_of_once(caplog: 
 
 async def test_a_lost_task_is_said_to_have_been_accepted() -> None:
     """It was paid for, and whoever reads the error must not take it for a typing error."""
-    async with tracking(Service(lambda *_: TaskNotFound("task not found", task_id="ta-1"))) as tracker:
+    async with tracking(FakePollSource(lambda *_: TaskNotFound("task not found", task_id="ta-1"))) as tracker:
         with pytest.raises(TaskNotFound, match="accepted and may have been charged") as caught:
             await tracker.wait("ta-1", timeout_s=3600, origin=ours())
     assert caught.value.task_id == "ta-1"
@@ -184,7 +184,7 @@ async def test_going_backwards_is_noted_and_not_passed_on(caplog: pytest.LogCapt
     """For whoever looks for the reason."""
     words = iter(["in_progress", "pending", "success"])
     with caplog.at_level(logging.DEBUG, "nanobanana_async"):
-        async with tracking(Service(lambda *_: task(next(words)))) as tracker:
+        async with tracking(FakePollSource(lambda *_: task(next(words)))) as tracker:
             seen = [snapshot.status async for snapshot in tracker.updates("ta-1", timeout_s=60)]
     assert seen == [TaskStatus.IN_PROGRESS, TaskStatus.SUCCESS]
     assert "was in_progress and is now said to be pending" in caplog.text
@@ -194,7 +194,7 @@ async def test_going_backwards_is_noted_and_not_passed_on(caplog: pytest.LogCapt
 
 
 @attrs.define
-class Paced(Service):
+class Paced(FakePollSource):
     """A service that is asked so many times per second and not more often."""
 
     next_s: float = -math.inf
@@ -238,7 +238,7 @@ async def test_nobody_waits_longer_than_the_longest_pause_and_one_round() -> Non
 
 async def test_statistics_tell_how_things_stand() -> None:
     """A frozen snapshot with units."""
-    service = Service(finished_after(30))
+    service = FakePollSource(finished_after(30))
     async with tracking(service, PollPolicy()) as tracker, anyio.create_task_group() as group:
         for number in range(50):
             group.start_soon(partial(tracker.wait, f"ta-{number}", timeout_s=600, origin=ours()))
@@ -255,7 +255,7 @@ async def test_statistics_tell_how_things_stand() -> None:
 
 async def test_tasks_of_unknown_age_teach_nothing() -> None:
     """Nobody here knows when they were submitted."""
-    async with tracking(Service(finished_after(30)), PollPolicy()) as tracker:
+    async with tracking(FakePollSource(finished_after(30)), PollPolicy()) as tracker:
         await tracker.wait("ta-foreign", timeout_s=600)
         assert not tracker.statistics().median_s
 
@@ -268,11 +268,11 @@ def vendor(finished_s: float, trouble: object = None, until_s: float = 0.0) -> S
     numbers = iter(range(10_000))
     start_s = anyio.current_time()
 
-    async def answer(request: WireRequest) -> WireReply:
+    async def answer(request: WireRequest) -> WireResponse:
         if request.method == "POST":
             return accepted(f"ta-{next(numbers)}")
         now_s = anyio.current_time() - start_s
-        if isinstance(trouble, WireReply) and 2 < now_s < until_s:
+        if isinstance(trouble, WireResponse) and 2 < now_s < until_s:
             return trouble
         task_id = request.url.rpartition("=")[2]
         return done(task_id) if now_s >= finished_s else state("in_progress", task_id)
@@ -307,7 +307,7 @@ def busiest_second(times_s: list[float], since_s: float = -math.inf) -> int:
 @pytest.mark.parametrize(
     "trouble", [reply(502, body=b"<html>Bad gateway</html>"), refused(429, retry_after="2")], ids=["502", "429"]
 )
-async def test_in_an_outage_everything_backs_off_together_and_comes_back_without_a_herd(trouble: WireReply) -> None:
+async def test_in_an_outage_everything_backs_off_together_and_comes_back_without_a_herd(trouble: WireResponse) -> None:
     """A thousand tasks, ten minutes without a useful answer: a trickle of requests, and then no flood."""
     transport = vendor(300.0, trouble, until_s=600.0)
     start_s = anyio.current_time()
@@ -341,7 +341,7 @@ async def test_one_task_that_never_answers_does_not_slow_the_others() -> None:
         bad = ServiceUnavailable("boom (HTTP 500)", status=500)
         return bad if task_id == "ta-bad" else finished_after(30)(task_id, now_s)
 
-    service = Service(answer)
+    service = FakePollSource(answer)
     async with tracking(service) as tracker, anyio.create_task_group() as group:
         bad = anyio.CancelScope()
 

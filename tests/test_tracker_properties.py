@@ -17,14 +17,14 @@ from nanobanana_async import (
     Task,
     TaskNotFound,
     TaskStatus,
-    TaskUnfinished,
+    TaskTimeout,
     TransportError,
 )
-from nanobanana_async.api.rate_limit import Pacer
-from nanobanana_async.tracking.state import Origin
+from nanobanana_async.api.rate_limit import AdaptiveRateLimiter
+from nanobanana_async.tracking.state import SubmitInfo
 from nanobanana_async.tracking.tracker import TaskTracker
 from tests.latency_samples import lognormal
-from tests.tracker_fakes import Service, every, task, tracking
+from tests.tracker_fakes import FakePollSource, every, task, tracking
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
@@ -53,7 +53,7 @@ jobs = st.lists(
 
 
 @attrs.define
-class Watchful(Service):
+class Watchful(FakePollSource):
     """A service that checks the tracker at each event, and gets into trouble by a seeded dice."""
 
     tracker: TaskTracker | None = None
@@ -121,7 +121,7 @@ async def test_everybody_who_waits_gets_the_truth_or_an_error_in_time(
         shared = job.shares and number > 0 and f"ta-{number - 1}" in begun
         task_id = f"ta-{number - 1 if shared else number}"
         began_s, latency_s = begun.setdefault(task_id, (anyio.current_time() - start_s, job.latency_s))
-        origin = Origin(submitted_at_s=start_s + began_s, model="m")
+        origin = SubmitInfo(submitted_at_s=start_s + began_s, model="m")
         asked_s, seen = anyio.current_time(), [-1]
         with anyio.move_on_after(job.leaves_s) as scope:
             try:
@@ -129,7 +129,7 @@ async def test_everybody_who_waits_gets_the_truth_or_an_error_in_time(
                 seen.extend([ORDER.index(snapshot.status) async for snapshot in updates])
                 assert seen[-1] == 3
                 assert anyio.current_time() - start_s >= began_s + latency_s - 1e-6
-            except TaskUnfinished:
+            except TaskTimeout:
                 pass
         assert seen == sorted(set(seen))
         assert anyio.current_time() - asked_s <= min(job.patience_s, job.leaves_s) + 1
@@ -165,7 +165,7 @@ async def test_a_hundred_thousand_tasks_in_an_hour_are_all_noticed() -> None:
         polls_per_s = rate
 
         def __init__(self) -> None:
-            self.pacer = Pacer(rate, burst=20)
+            self.pacer = AdaptiveRateLimiter(rate, burst=20)
 
         async def take_turn(self) -> None:
             await self.pacer.permit()
@@ -187,7 +187,7 @@ async def test_a_hundred_thousand_tasks_in_an_hour_are_all_noticed() -> None:
                 longest_s = max(longest_s, tracker.statistics().overdue_s) if number % 1000 == 0 else longest_s
             now_s = anyio.current_time()
             began[f"ta-{number}"] = (now_s - start_s, latency_s)
-            tracker.watch(f"ta-{number}", Origin(submitted_at_s=now_s, model="m"))
+            tracker.watch(f"ta-{number}", SubmitInfo(submitted_at_s=now_s, model="m"))
         await anyio.sleep(300)
         statistics = tracker.statistics()
     assert len(late_s) == 100_000

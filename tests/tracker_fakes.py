@@ -8,9 +8,9 @@ import anyio
 import attrs
 
 from nanobanana_async import PollPolicy, Task, TaskStatus
-from nanobanana_async._concurrency.background import Host
-from nanobanana_async.tracking.schedule import Schedule
-from nanobanana_async.tracking.tracker import Source, TaskTracker
+from nanobanana_async._concurrency.background import BackgroundTaskGroup
+from nanobanana_async.tracking.schedule import PollSchedule
+from nanobanana_async.tracking.tracker import PollSource, TaskTracker
 
 
 def task(status: TaskStatus | str, task_id: str = "ta-1") -> Task:
@@ -19,7 +19,7 @@ def task(status: TaskStatus | str, task_id: str = "ta-1") -> Task:
 
 
 @attrs.define
-class Service:
+class FakePollSource:
     """A source of snapshots: what it answers follows from the id and the time since it began."""
 
     answer: Callable[[str, float], Task | Exception]
@@ -67,11 +67,11 @@ def every(pause_s: float = 1.0, **settings: float) -> PollPolicy:
 
 
 @asynccontextmanager
-async def tracking(service: Source, policy: PollPolicy | None = None) -> AsyncIterator[TaskTracker]:
+async def tracking(service: PollSource, policy: PollPolicy | None = None) -> AsyncIterator[TaskTracker]:
     """Run a tracker over *service*, by default with a look a second."""
-    host = Host()
+    host = BackgroundTaskGroup()
     await host.ensure()
-    tracker = TaskTracker(service, Schedule(policy or every(), Random(1)), host)
+    tracker = TaskTracker(service, PollSchedule(policy or every(), Random(1)), host)
     try:
         yield tracker
     finally:

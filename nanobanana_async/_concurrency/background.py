@@ -22,21 +22,21 @@ T = TypeVar("T")
 _CLOSED: Final = "the client is closed, or its event loop has ended; make a new one"
 
 
-class Interrupted(Exception):  # noqa: N818 - an event inside the package, turned into an error where it is caught
+class ShieldedWorkCancelled(Exception):  # noqa: N818 - an event inside the package, turned into an error where it is caught
     """The host was closed before sheltered work had ended."""
 
 
-class _Answer(Generic[T]):
+class _ShieldedResult(Generic[T]):
     """What one sheltered call came to, for a caller who may have gone."""
 
     def __init__(self) -> None:
         self.done = anyio.Event()
         self.caller_left = False
         self.value: T | None = None
-        self.error: Exception | None = Interrupted()
+        self.error: Exception | None = ShieldedWorkCancelled()
 
 
-class Host:
+class BackgroundTaskGroup:
     """Runs background tasks from first use to `aclose`, bound to the event loop of that first use.
 
     Everything raises `ConfigurationError` after `aclose`, on another event loop, and in a forked child.
@@ -89,9 +89,9 @@ class Host:
         the result goes to *orphaned* instead.
 
         Raises:
-            Interrupted: The host was closed, and *work* did not end in the time it was given.
+            ShieldedWorkCancelled: The host was closed, and *work* did not end in the time it was given.
         """
-        answer: _Answer[T] = _Answer()
+        answer: _ShieldedResult[T] = _ShieldedResult()
         self._sheltered += 1
         self.start_soon(lambda: self._run_sheltered(work, answer, orphaned))
         try:
@@ -166,7 +166,7 @@ class Host:
             self._done.set()
 
     async def _run_sheltered(
-        self, work: Callable[[], Awaitable[T]], answer: _Answer[T], orphaned: Callable[[T], None]
+        self, work: Callable[[], Awaitable[T]], answer: _ShieldedResult[T], orphaned: Callable[[T], None]
     ) -> None:
         try:
             answer.value = await work()

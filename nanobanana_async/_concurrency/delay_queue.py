@@ -1,4 +1,4 @@
-"""`Agenda`: what is due when, for one coroutine to sleep on, whatever the number of items."""
+"""`DelayQueue`: what is due when, for one coroutine to sleep on, whatever the number of items."""
 
 import heapq
 import itertools
@@ -8,17 +8,17 @@ from typing import Final, Generic, Protocol, TypeVar
 import anyio
 
 
-class Timed(Protocol):
+class Delayed(Protocol):
     """Something that is due."""
 
     due_s: float
     """When, on the event loop's clock; infinity for never."""
 
 
-T = TypeVar("T", bound=Timed)
+T = TypeVar("T", bound=Delayed)
 
 
-class Agenda(Generic[T]):
+class DelayQueue(Generic[T]):
     """What is due, the earliest first.
 
     Deletion is lazy: an item whose time is no longer its own is stale, and is dropped when it is met, or when stale

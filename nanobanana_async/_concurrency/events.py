@@ -1,4 +1,4 @@
-"""`Bell`: wakes one task, once. A waiter among a million costs one future, not an event with a queue in it."""
+"""`OneShotEvent`: wakes one task, once. A waiter among a million costs one future, not an event with a queue in it."""
 
 import asyncio
 import sys
@@ -13,7 +13,7 @@ def trio_lowlevel() -> Any | None:  # noqa: ANN401 - a module that need not be i
     return getattr(sys.modules.get("trio"), "lowlevel", None)
 
 
-class Bell:
+class OneShotEvent:
     """Rung once, from the same event loop; waited for by one task. On asyncio and on trio.
 
     `anyio.Event` does the same for any number of tasks, and is five objects; the garbage collector stops the loop to

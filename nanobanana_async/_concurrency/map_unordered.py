@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 import anyio
 from anyio.abc import TaskGroup
 
-from nanobanana_async._concurrency.background import Host
+from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async.errors import ConfigurationError
 
 R = TypeVar("R")
@@ -29,7 +29,7 @@ async def each(rows: Iterable[R] | AsyncIterable[R]) -> AsyncGenerator[R]:
 
 
 async def flow(
-    host: Host,
+    host: BackgroundTaskGroup,
     rows: AsyncGenerator[R],
     work: Callable[[R], Awaitable[O | None]],
     *,
@@ -45,7 +45,7 @@ async def flow(
     """
     if at_once < 1:
         raise ValueError(f"max_in_flight: must be at least 1, got {at_once}")
-    feed = _Feed(rows, work, unread, at_once)
+    feed = _MapState(rows, work, unread, at_once)
     host.start_soon(feed.run)
     try:
         async for outcome in feed.inlet:
@@ -57,7 +57,7 @@ async def flow(
         raise feed.error
 
 
-class _Feed(Generic[R, O]):
+class _MapState(Generic[R, O]):
     """The side of a flow that runs in the background."""
 
     def __init__(

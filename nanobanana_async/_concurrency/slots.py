@@ -8,8 +8,8 @@ from typing import Final, TypeAlias
 import anyio
 import attrs
 
-from nanobanana_async._concurrency.delay_queue import Agenda
-from nanobanana_async._concurrency.events import Bell
+from nanobanana_async._concurrency.delay_queue import DelayQueue
+from nanobanana_async._concurrency.events import OneShotEvent
 
 StartSoon: TypeAlias = Callable[[Callable[[], Coroutine[object, object, None]]], None]
 
@@ -22,7 +22,7 @@ class _Waiter:
 
     due_s: float = math.inf
     """When its patience ends."""
-    bell: Bell = attrs.field(factory=Bell)
+    bell: OneShotEvent = attrs.field(factory=OneShotEvent)
     is_in: bool = False
     has_left: bool = False
 
@@ -38,7 +38,7 @@ class Admission:
     def __init__(self, places: int) -> None:
         self._free = places
         self._line: deque[_Waiter] = deque()
-        self._patience: Agenda[_Waiter] = Agenda(_GRAIN_S)
+        self._patience: DelayQueue[_Waiter] = DelayQueue(_GRAIN_S)
         self._has_timer = False
 
     async def enter(self, deadline_s: float, start_soon: StartSoon) -> bool:

@@ -13,9 +13,9 @@ import anyio
 import anyio.to_thread
 import attrs
 
-from nanobanana_async._concurrency.background import Host, Interrupted
+from nanobanana_async._concurrency.background import BackgroundTaskGroup, ShieldedWorkCancelled
 from nanobanana_async._concurrency.slots import Admission
-from nanobanana_async.api.rate_limit import Breaker, Pacer, RetryQuota, retry_after_s
+from nanobanana_async.api.rate_limit import AdaptiveRateLimiter, CircuitBreaker, RetryQuota, retry_after_s
 from nanobanana_async.errors import (
     ApiError,
     AuthenticationError,
@@ -29,15 +29,15 @@ from nanobanana_async.errors import (
 )
 from nanobanana_async.models import GenerationRequest, Task
 from nanobanana_async.policies import Limits, RetryPolicy, Timeouts
-from nanobanana_async.protocols import ExchangeFailed, Phase, Transport, WireReply, WireRequest
+from nanobanana_async.protocols import ExchangeError, Phase, Transport, WireRequest, WireResponse
 from nanobanana_async.transport.checked import exchange
 from nanobanana_async.wire import codec
-from nanobanana_async.wire.classify import Outcome, Repeat, Row, Verdict, judge, story, submit_error
+from nanobanana_async.wire.classify import RetryRule, Rule, SubmitExchange, Verdict, judge, story, submit_error
 from nanobanana_async.wire.endpoint import Endpoint
 
 T = TypeVar("T")
-Prepare: TypeAlias = Callable[[GenerationRequest], Awaitable[GenerationRequest]]
-Hook: TypeAlias = Callable[[], Awaitable[None]]
+PrepareRequest: TypeAlias = Callable[[GenerationRequest], Awaitable[GenerationRequest]]
+BeforeSend: TypeAlias = Callable[[], Awaitable[None]]
 
 _log: Final = logging.getLogger("nanobanana_async")
 
@@ -50,7 +50,7 @@ _LARGE_BYTES: Final = 2**20
 
 
 @attrs.frozen
-class Submitted:
+class AcceptedSubmit:
     """A submit that was accepted."""
 
     task_id: str
@@ -58,13 +58,13 @@ class Submitted:
     """Times it was sent again, under the retry policy, although the time before may have been charged."""
 
 
-class Api:
+class ServiceApi:
     """What the service offers, as this client may use it: paced, bounded, retried where that cannot pay twice."""
 
     def __init__(
         self,
         transport: Transport,
-        host: Host,
+        host: BackgroundTaskGroup,
         endpoint: Endpoint,
         limits: Limits,
         retry: RetryPolicy,
@@ -76,10 +76,10 @@ class Api:
         self._retry = retry
         self._timeouts = timeouts
         self._rng = Random()
-        self._pacer = Pacer(limits.requests_per_s, limits.burst)
+        self._pacer = AdaptiveRateLimiter(limits.requests_per_s, limits.burst)
         self._quota = RetryQuota()
-        self._breaker = Breaker()
-        self.on_orphan: Callable[[Submitted, GenerationRequest], None] | None = None
+        self._breaker = CircuitBreaker()
+        self.on_orphan: Callable[[AcceptedSubmit, GenerationRequest], None] | None = None
         """Told of each task that was accepted after its caller had gone."""
         self._hushes = 0
         self._failures = 0
@@ -90,8 +90,13 @@ class Api:
         self._poll_slots = anyio.Semaphore(limits.polls)
 
     async def submit(
-        self, request: GenerationRequest, prepare: Prepare, *, give_up_at_s: float, before_send: Hook | None = None
-    ) -> Submitted:
+        self,
+        request: GenerationRequest,
+        prepare: PrepareRequest,
+        *,
+        give_up_at_s: float,
+        before_send: BeforeSend | None = None,
+    ) -> AcceptedSubmit:
         """Ask for one picture and return its task id.
 
         *prepare* makes the images of *request* strings. It is called when the submit is let in, so that those who
@@ -154,8 +159,8 @@ class Api:
     # --- how they travel --------------------------------------------------------------------------------------------
 
     async def _submit(
-        self, wire: WireRequest, request: GenerationRequest, give_up_at_s: float, before_send: Hook | None
-    ) -> Submitted:
+        self, wire: WireRequest, request: GenerationRequest, give_up_at_s: float, before_send: BeforeSend | None
+    ) -> AcceptedSubmit:
         tries, duplicates, done_by_s = 0, 0, math.inf
         error: NanoBananaError = NotSent(_NO_TURN)
         while await self._next_try(error, tries, min(give_up_at_s, done_by_s)):
@@ -178,7 +183,7 @@ class Api:
             _log.info("submit: try %d ended as %r (%s); trying again", tries, row.name, row.verdict.value)
         raise error
 
-    async def _hooked(self, before_send: Hook) -> None:
+    async def _hooked(self, before_send: BeforeSend) -> None:
         try:
             await before_send()
         except BaseException:
@@ -190,23 +195,25 @@ class Api:
 
     async def _post(
         self, wire: WireRequest, request: GenerationRequest, *, give_up_at_s: float, done_by_s: float
-    ) -> Outcome:
+    ) -> SubmitExchange:
         """Send once. The exchange belongs to the host: it runs to its end whatever becomes of the caller."""
         exchange = partial(self._exchange, wire, done_by_s)
         with anyio.CancelScope(deadline=give_up_at_s):
             try:
                 return await self._host.shelter(exchange, orphaned=partial(self._orphaned, request))
-            except Interrupted:
-                return Outcome(failure=ExchangeFailed("the client was closed while it was under way", phase=Phase.SEND))
+            except ShieldedWorkCancelled:
+                return SubmitExchange(
+                    failure=ExchangeError("the client was closed while it was under way", phase=Phase.SEND)
+                )
         reason = "no answer yet when the caller's time was up; it runs on, and an id it brings will be logged"
-        return Outcome(failure=ExchangeFailed(reason, phase=Phase.SEND))
+        return SubmitExchange(failure=ExchangeError(reason, phase=Phase.SEND))
 
-    async def _exchange(self, wire: WireRequest, done_by_s: float) -> Outcome:
+    async def _exchange(self, wire: WireRequest, done_by_s: float) -> SubmitExchange:
         sent_s = anyio.current_time()
         try:
             reply = await exchange(self._transport, wire, timeout_s=done_by_s - sent_s)
             outcome = self._read_outcome(reply, None)
-        except ExchangeFailed as exc:
+        except ExchangeError as exc:
             outcome = self._read_outcome(exc.reply, self._endpoint.failure_without_key(exc))
         except anyio.get_cancelled_exc_class():
             _log.warning("a submit was cut off when the client was closed; it may have been charged")
@@ -217,13 +224,13 @@ class Api:
         self._heed(outcome.reply, sent_s)
         return outcome
 
-    def _read_outcome(self, reply: WireReply | None, failure: ExchangeFailed | None) -> Outcome:
+    def _read_outcome(self, reply: WireResponse | None, failure: ExchangeError | None) -> SubmitExchange:
         if reply is None:
-            return Outcome(failure=failure)
+            return SubmitExchange(failure=failure)
         reply = self._endpoint.without_key(reply)
-        return Outcome(reply=reply, envelope=codec.read(reply), failure=failure)
+        return SubmitExchange(reply=reply, envelope=codec.read(reply), failure=failure)
 
-    def _note(self, outcome: Outcome) -> None:
+    def _note(self, outcome: SubmitExchange) -> None:
         """Trip the breaker on an answer that every further submit would get; reset it when one is accepted."""
         verdict = judge(outcome).verdict
         if verdict is Verdict.ACCEPTED:
@@ -233,7 +240,7 @@ class Api:
             if isinstance(refusal, AuthenticationError | InsufficientCredits):
                 self._breaker.trip(refusal)
 
-    def _orphaned(self, request: GenerationRequest, outcome: Outcome) -> None:
+    def _orphaned(self, request: GenerationRequest, outcome: SubmitExchange) -> None:
         """Keep a paid id from being lost with its caller: the log is the last place that can hold it."""
         row = judge(outcome)
         if row.verdict is Verdict.UNKNOWN:
@@ -248,7 +255,7 @@ class Api:
             except Exception:  # noqa: BLE001 - it is the user's code, and this task must go on
                 _log.exception("on_orphan failed for task %s", submitted.task_id)
 
-    async def _read(self, wire: WireRequest, decode: Callable[[WireReply], T]) -> T:
+    async def _read(self, wire: WireRequest, decode: Callable[[WireResponse], T]) -> T:
         await self._host.ensure()
         deadline_s = anyio.current_time() + self._timeouts.query_s
         tries = 0
@@ -266,12 +273,12 @@ class Api:
                     raise
                 _log.info("%s %s: try %d failed; trying again: %s", wire.method, wire.url, tries, exc)
 
-    async def _get(self, wire: WireRequest, decode: Callable[[WireReply], T], timeout_s: float) -> T:
+    async def _get(self, wire: WireRequest, decode: Callable[[WireResponse], T], timeout_s: float) -> T:
         """Send once and decode; gives the poll slot back."""
         sent_s = anyio.current_time()
         try:
             reply = await exchange(self._transport, wire, timeout_s=timeout_s)
-        except ExchangeFailed as exc:
+        except ExchangeError as exc:
             self._heed(None, sent_s)
             failure = self._endpoint.failure_without_key(exc)
         else:
@@ -336,7 +343,7 @@ class Api:
             slots.release()
             raise
 
-    def _heed(self, reply: WireReply | None, sent_s: float) -> None:
+    def _heed(self, reply: WireResponse | None, sent_s: float) -> None:
         """Learn from a reply, or from its absence, how the service fares: its trouble slows everyone."""
         asked_s = None if reply is None else retry_after_s(reply.headers)
         if reply is not None and (reply.status == 429 or (reply.status == 503 and asked_s is not None)):
@@ -354,13 +361,13 @@ class Api:
                 self._quota.earn()
                 self._pacer.quicken()
 
-    def _may_repeat(self, row: Row, tries: int) -> bool:
+    def _may_repeat(self, row: Rule, tries: int) -> bool:
         match row.repeat:
-            case Repeat.NO:
+            case RetryRule.NO:
                 return False
-            case Repeat.ONCE:
+            case RetryRule.ONCE:
                 allowed = tries == 1
-            case Repeat.FREE | Repeat.AFTER_WAIT:
+            case RetryRule.FREE | RetryRule.AFTER_WAIT:
                 allowed = True
             case _:
                 allowed = self._retry.resends(row.repeat.value)
@@ -380,10 +387,10 @@ async def _where_it_fits(size_bytes: int, work: Callable[[], T]) -> T:
     return await anyio.to_thread.run_sync(work) if size_bytes > _LARGE_BYTES else work()
 
 
-def _accepted(outcome: Outcome, duplicates: int) -> Submitted:
+def _accepted(outcome: SubmitExchange, duplicates: int) -> AcceptedSubmit:
     task_id = outcome.envelope.task_id or ""  # the row guarantees one
     if outcome.failure is not None or not outcome.envelope.ok:
         _log.warning("task %s was accepted, though the answer was odd: %s", task_id, story(outcome))
     if duplicates:
         _log.warning("task %s: earlier tries that may have been charged as well: %d", task_id, duplicates)
-    return Submitted(task_id, duplicates)
+    return AcceptedSubmit(task_id, duplicates)

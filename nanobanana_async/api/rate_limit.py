@@ -42,7 +42,7 @@ def _date(text: str) -> float | None:
         return None
 
 
-class Pacer:
+class AdaptiveRateLimiter:
     """Lets *rate* requests per second through, at most *burst* at once, and none while the service wants quiet.
 
     First come, first served: the first in line sleeps, the others wait for it. The bucket is one number, the time at
@@ -80,7 +80,7 @@ class Pacer:
 
     @property
     def _group_s(self) -> float:
-        """How long permits pile up before they are given out together: company saves CPU, see `Agenda`."""
+        """How long permits pile up before they are given out together: company saves CPU, see `DelayQueue`."""
         return min(_GROUP_S, self._slack_s / 2) if self.rate == self._best else 0.0
 
     def _gap_s(self) -> float:
@@ -124,7 +124,7 @@ _REGAIN: Final = 0.1
 """Requests per second that a success gives back."""
 
 
-class Breaker:
+class CircuitBreaker:
     """Stops new submits after an answer that every further one would get: a refused key, an empty account.
 
     Only for definite causes; for passing trouble a breaker trips early and a quota does better.

@@ -13,7 +13,7 @@ _PAGE: Final = "gallery.html"
 
 
 @attrs.frozen(kw_only=True)
-class GalleryEntry:
+class GalleryCard:
     """One card of the page."""
 
     prompt: str
@@ -29,7 +29,7 @@ class GalleryEntry:
     """What went wrong."""
 
 
-def pieces(title: str, entries: Iterable[GalleryEntry]) -> Iterator[str]:
+def pieces(title: str, entries: Iterable[GalleryCard]) -> Iterator[str]:
     """Yield the page as HTML, a card at a time. Every text is escaped: prompts may hold anything."""
     page = files(__package__).joinpath(_PAGE).read_text(encoding="utf-8")
     head, _, tail = page.partition("$cards")
@@ -39,7 +39,7 @@ def pieces(title: str, entries: Iterable[GalleryEntry]) -> Iterator[str]:
     yield tail
 
 
-def write(page: Path, title: str, entries: Iterable[GalleryEntry]) -> None:
+def write(page: Path, title: str, entries: Iterable[GalleryCard]) -> None:
     """Write the page. Blocking.
 
     Raises:
@@ -49,7 +49,7 @@ def write(page: Path, title: str, entries: Iterable[GalleryEntry]) -> None:
         file.writelines(pieces(title, entries))
 
 
-def _card(entry: GalleryEntry) -> str:
+def _card(entry: GalleryCard) -> str:
     prompt = escape(entry.prompt)
     if entry.file is None:
         picture = f'<div class="none">{escape(entry.note or entry.status)}</div>'

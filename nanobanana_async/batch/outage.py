@@ -1,4 +1,4 @@
-"""`Caution`: how a run behaves while submits meet trouble. Rows are not burnt on a service that is down."""
+"""`OutageBackoff`: how a run behaves while submits meet trouble. Rows are not burnt on a service that is down."""
 
 import math
 from random import Random
@@ -11,7 +11,7 @@ _TOLERATED: Final = 3
 _LONGEST_S: Final = 300.0
 
 
-class Caution:
+class OutageBackoff:
     """Counts failures in a row. Pure: time is an argument."""
 
     def __init__(self, rng: Random | None = None) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from nanobanana_async.batch import gallery
-from nanobanana_async.ledger.schema import RowRecord, RowState
+from nanobanana_async.ledger.schema import LedgerRow, RowState
 
 PAGE: Final = "index.html"
 MANIFEST: Final = "manifest.jsonl"
@@ -15,7 +15,7 @@ MANIFEST: Final = "manifest.jsonl"
 _WORD: Final = {RowState.SAVED: "done", RowState.FAILED: "failed", RowState.UNKNOWN: "unknown"}
 
 
-def write(folder: Path, records: Iterable[RowRecord]) -> None:
+def write(folder: Path, records: Iterable[LedgerRow]) -> None:
     """Write both, each whole or not at all, a row at a time. Blocking.
 
     Raises:
@@ -25,7 +25,7 @@ def write(folder: Path, records: Iterable[RowRecord]) -> None:
     manifest, page = folder / f".{MANIFEST}.part", folder / f".{PAGE}.part"
     with manifest.open("w", encoding="utf-8") as lines:
 
-        def cards() -> Iterator[gallery.GalleryEntry]:
+        def cards() -> Iterator[gallery.GalleryCard]:
             for record in records:
                 lines.write(f"{json.dumps(_manifest_line(record), ensure_ascii=False)}\n")
                 if not record.state.is_open:
@@ -36,9 +36,9 @@ def write(folder: Path, records: Iterable[RowRecord]) -> None:
     page.replace(folder / PAGE)
 
 
-def _card(record: RowRecord) -> gallery.GalleryEntry:
+def _card(record: LedgerRow) -> gallery.GalleryCard:
     is_done = record.state is RowState.SAVED
-    return gallery.GalleryEntry(
+    return gallery.GalleryCard(
         prompt=record.prompt,
         status=_WORD.get(record.state, record.state.value),
         file=record.files[0].path.name if is_done and record.files else None,
@@ -48,7 +48,7 @@ def _card(record: RowRecord) -> gallery.GalleryEntry:
     )
 
 
-def _manifest_line(record: RowRecord) -> dict[str, object]:
+def _manifest_line(record: LedgerRow) -> dict[str, object]:
     return {
         "key": record.key,
         "number": record.number,
@@ -66,7 +66,7 @@ def _manifest_line(record: RowRecord) -> dict[str, object]:
     }
 
 
-def _seconds(record: RowRecord) -> float | None:
+def _seconds(record: LedgerRow) -> float | None:
     if record.saved_at is None or record.intended_at is None:
         return None
     return round(max(0.0, record.saved_at - record.intended_at), 3)

@@ -2,14 +2,14 @@
 
 from datetime import UTC, datetime
 
-from nanobanana_async.batch.rows import Row
+from nanobanana_async.batch.rows import BatchRow
 from nanobanana_async.errors import ConfigurationError, NanoBananaError, SubmissionUnknown, TaskFailed
-from nanobanana_async.ledger.schema import RowRecord, RowState
+from nanobanana_async.ledger.schema import LedgerRow, RowState
 from nanobanana_async.models import Task, TaskStatus
 from nanobanana_async.outcomes import Failed, Outcome, Unknown
 
 
-def of_earlier_run(row: Row, record: RowRecord, *, retry_failed: bool) -> Outcome | None:
+def of_earlier_run(row: BatchRow, record: LedgerRow, *, retry_failed: bool) -> Outcome | None:
     """Return what an earlier run has come to, when there is nothing more to do about it."""
     error: NanoBananaError
     if record.fingerprint != row.fingerprint:
@@ -28,12 +28,12 @@ def of_earlier_run(row: Row, record: RowRecord, *, retry_failed: bool) -> Outcom
     return Failed(key=row.key, request=row.request, error=error, earlier=True)
 
 
-def are_there(record: RowRecord) -> bool:
+def are_there(record: LedgerRow) -> bool:
     """Tell whether the pictures of a row are still where they were put. Blocking."""
     return bool(record.files) and all(file.path.is_file() for file in record.files)
 
 
-def as_task(record: RowRecord) -> Task:
+def as_task(record: LedgerRow) -> Task:
     """Return what the ledger holds of a finished task."""
     return Task(task_id=record.task_id or "", status=TaskStatus.SUCCESS, consumed=record.consumed)
 

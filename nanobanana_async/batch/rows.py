@@ -1,4 +1,4 @@
-"""Prompts from .txt, .csv, .jsonl, or any iterable: each a `Row` with a key that is the same tomorrow."""
+"""Prompts from .txt, .csv, .jsonl, or any iterable: each a `BatchRow` with a key that is the same tomorrow."""
 
 import contextlib
 import csv
@@ -15,7 +15,7 @@ import anyio.to_thread
 import attrs
 
 from nanobanana_async._concurrency.map_unordered import each
-from nanobanana_async.errors import InvalidRows
+from nanobanana_async.errors import InvalidBatchFile
 from nanobanana_async.images.formats import HEAD_BYTES, sniff
 from nanobanana_async.models import GenerationRequest, ImageSource, SupportsSave
 from nanobanana_async.policies import Limits
@@ -26,7 +26,7 @@ _MAX_KEY: Final = 200
 
 
 @attrs.frozen(kw_only=True)
-class Row:
+class BatchRow:
     """One picture that is wanted."""
 
     key: str
@@ -38,10 +38,10 @@ class Row:
     """Of the request's content: two rows with one key must not differ in it."""
 
 
-Rows: TypeAlias = Iterable[Row | GenerationRequest | str] | AsyncIterable[Row | GenerationRequest | str]
+Rows: TypeAlias = Iterable[BatchRow | GenerationRequest | str] | AsyncIterable[BatchRow | GenerationRequest | str]
 
 
-class Keys:
+class RowKeys:
     """Gives rows their keys: the given one, else the content's hash, with an ordinal for equal rows.
 
     So the order of rows does not matter, rows may be added anywhere, and an edited row is a new row.
@@ -57,7 +57,7 @@ class Keys:
         key: str | None = None,
         name: str | None = None,
         images: Iterable[str] | None = None,
-    ) -> Row:
+    ) -> BatchRow:
         """Return the row of *request*; *images* are its references as the user spelt them.
 
         Raises:
@@ -74,16 +74,16 @@ class Keys:
             self._seen[f"key {key}"] += 1
             if self._seen[f"key {key}"] > 1:
                 raise ValueError(f"key: {key!r} is the key of an earlier row, too")
-        return Row(key=key, request=request, name=name, fingerprint=content)
+        return BatchRow(key=key, request=request, name=name, fingerprint=content)
 
 
-async def keyed(rows: Rows) -> AsyncGenerator[Row | Exception]:
+async def keyed(rows: Rows) -> AsyncGenerator[BatchRow | Exception]:
     """Yield each of *rows* with a key; what goes wrong with them comes last, so that those before it are not lost."""
-    keys = Keys()
+    keys = RowKeys()
     try:
         async with contextlib.aclosing(each(rows)) as wanted:
             async for one in wanted:
-                if isinstance(one, Row):
+                if isinstance(one, BatchRow):
                     yield one
                     continue
                 request = one if isinstance(one, GenerationRequest) else GenerationRequest(one)
@@ -114,14 +114,14 @@ def _image_text(image: ImageSource) -> str:
     return hashlib.sha256(image).hexdigest()
 
 
-def read_rows(path: Path, **defaults: str | None) -> list[Row]:
+def read_rows(path: Path, **defaults: str | None) -> list[BatchRow]:
     """Return the rows of a file: a prompt a line (.txt), or records with `COLUMNS` (.csv, .jsonl).
 
     Images are URLs, data URIs, or paths from the file's own folder; in a .csv, several are parted by `|`. *defaults*
     stand in for columns that a row leaves empty. Blocking.
 
     Raises:
-        InvalidRows: Some rows cannot be used: `faults` names them all, with their lines.
+        InvalidBatchFile: Some rows cannot be used: `faults` names them all, with their lines.
         OSError: The file cannot be read.
     """
     readers: dict[str, Callable[[str], Iterable[_Record]]] = {
@@ -131,36 +131,36 @@ def read_rows(path: Path, **defaults: str | None) -> list[Row]:
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise InvalidRows(f"{path}: rows are read from .txt, .csv and .jsonl files")
+        raise InvalidBatchFile(f"{path}: rows are read from .txt, .csv and .jsonl files")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         line = exc.object[: exc.start].count(b"\n") + 1
-        raise InvalidRows(
+        raise InvalidBatchFile(
             f"{path}: line {line} is not UTF-8 (byte {exc.object[exc.start]:#x}); save it as UTF-8"
         ) from None
     try:
         GenerationRequest("-", **{name: value for name, value in defaults.items() if value})  # type: ignore[arg-type]
     except ValueError as exc:
-        raise InvalidRows(str(exc)) from None  # else every row would be blamed for it
-    rows, faults, keys = [], [], Keys()
+        raise InvalidBatchFile(str(exc)) from None  # else every row would be blamed for it
+    rows, faults, keys = [], [], RowKeys()
     try:
         for line, record in reader(text):
             try:
                 rows.append(_row(record, keys, path.parent, defaults))
             except (ValueError, TypeError) as exc:
                 faults.append(f"line {line}: {exc}")
-    except _Unreadable as exc:
+    except _FileError as exc:
         faults.append(str(exc))
     if faults:
         count = "a row" if len(faults) == 1 else f"{len(faults)} rows"
-        raise InvalidRows(f"{path}: {count} cannot be used; nothing was submitted", faults=tuple(faults))
+        raise InvalidBatchFile(f"{path}: {count} cannot be used; nothing was submitted", faults=tuple(faults))
     if not rows:
-        raise InvalidRows(f"{path}: there is no row in it")
+        raise InvalidBatchFile(f"{path}: there is no row in it")
     return rows
 
 
-class _Unreadable(Exception):  # noqa: N818 - never leaves this file
+class _FileError(Exception):
     """The file has no rows in the sense of its suffix."""
 
 
@@ -179,7 +179,7 @@ def _from_csv(text: str) -> Iterator[_Record]:
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
     columns = [name.strip().lower() for name in _next(reader) or []]
     if "prompt" not in columns:
-        raise _Unreadable(f"line 1: expected a header with a column 'prompt', got {header.strip()!r:.80}")
+        raise _FileError(f"line 1: expected a header with a column 'prompt', got {header.strip()!r:.80}")
     _check_columns(columns)
     line = reader.line_num + 1
     while (cells := _next(reader)) is not None:
@@ -200,7 +200,7 @@ def _next(reader: "Iterator[list[str]]") -> list[str] | None:
     try:
         return next(reader, None)
     except csv.Error as exc:
-        raise _Unreadable(f"line {reader.line_num}: {exc}; is there a quote that is not closed?") from None  # type: ignore[attr-defined]  # a csv reader has it
+        raise _FileError(f"line {reader.line_num}: {exc}; is there a quote that is not closed?") from None  # type: ignore[attr-defined]  # a csv reader has it
 
 
 def _from_jsonl(text: str) -> Iterator[_Record]:
@@ -218,12 +218,12 @@ def _from_jsonl(text: str) -> Iterator[_Record]:
 def _check_columns(names: Iterable[str]) -> None:
     names = list(names)
     if unknown := [name for name in names if name not in COLUMNS]:
-        raise _Unreadable(f"line 1: {unknown[0]!r} is not one of {', '.join(COLUMNS)}")
+        raise _FileError(f"line 1: {unknown[0]!r} is not one of {', '.join(COLUMNS)}")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise _Unreadable(f"line 1: there are two columns {twice[0]!r}")
+        raise _FileError(f"line 1: there are two columns {twice[0]!r}")
 
 
-def _row(record: Mapping[str, object], keys: Keys, folder: Path, defaults: Mapping[str, str | None]) -> Row:
+def _row(record: Mapping[str, object], keys: RowKeys, folder: Path, defaults: Mapping[str, str | None]) -> BatchRow:
     if "fault" in record:
         raise ValueError(record["fault"])
     if unknown := record.keys() - set(COLUMNS):

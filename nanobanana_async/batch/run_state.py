@@ -1,4 +1,4 @@
-"""`Traffic`: what the rows of one run have in common: how many are where, and what has stopped it."""
+"""`RunState`: what the rows of one run have in common: how many are where, and what has stopped it."""
 
 from pathlib import Path
 from typing import Protocol
@@ -7,20 +7,20 @@ import anyio
 import attrs
 
 from nanobanana_async.errors import NanoBananaError
-from nanobanana_async.ledger.budget import Funds
-from nanobanana_async.models import GeneratedImage, SavedPicture
+from nanobanana_async.ledger.budget import BudgetStatus
+from nanobanana_async.models import GeneratedImage, SavedImage
 
 
-class Fetcher(Protocol):
+class ImageStore(Protocol):
     """Who writes the pictures: the client, or something that lets other machines do it."""
 
-    async def save_picture(self, image: GeneratedImage, stem: Path) -> SavedPicture:
-        """Write one picture, durably, to *stem* plus the suffix of its type. Raises `MediaError`."""
+    async def save_picture(self, image: GeneratedImage, stem: Path) -> SavedImage:
+        """Write one picture, durably, to *stem* plus the suffix of its type. Raises `ImageError`."""
         ...
 
 
 @attrs.frozen(kw_only=True)
-class Progress:
+class BatchProgress:
     """How a run stands, at one moment."""
 
     done: int
@@ -30,16 +30,16 @@ class Progress:
     """Those of the three above that an earlier run had come to."""
     in_flight: int
     """Submitted, and not on disk."""
-    funds: Funds
+    funds: BudgetStatus
     trouble: str | None
     """What the last submit met, while fewer are tried because of it; None when all is well."""
 
 
-class Stopped(Exception):  # noqa: N818 - never leaves this folder
-    """The run takes nothing more on; why stands in `Traffic.cause`."""
+class RunStopped(Exception):  # noqa: N818 - never leaves this folder
+    """The run takes nothing more on; why stands in `RunState.cause`."""
 
 
-class Traffic:
+class RunState:
     """Counts, and wakes whoever waits for them to change."""
 
     def __init__(self) -> None:
@@ -59,9 +59,9 @@ class Traffic:
         self.change()
 
     def check(self) -> None:
-        """Raise `Stopped` if it is."""
+        """Raise `RunStopped` if it is."""
         if self.cause is not None:
-            raise Stopped
+            raise RunStopped
 
     def change(self) -> None:
         """Wake all who wait: a count has changed."""
@@ -69,7 +69,7 @@ class Traffic:
         self._changed = anyio.Event()
 
     async def changed(self) -> None:
-        """Return at the next change; raise `Stopped` if there is nothing to wait for any more."""
+        """Return at the next change; raise `RunStopped` if there is nothing to wait for any more."""
         self.check()
         await self._changed.wait()
         self.check()

@@ -15,30 +15,30 @@ import anyio
 import anyio.to_thread
 import attrs
 
-from nanobanana_async._concurrency.background import Host
+from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.map_unordered import flow
 from nanobanana_async.batch import report
 from nanobanana_async.batch.resume import are_there, as_task, moment, of_earlier_run
-from nanobanana_async.batch.rows import Row, Rows, keyed
-from nanobanana_async.batch.run_state import Fetcher, Progress, Stopped, Traffic
+from nanobanana_async.batch.rows import BatchRow, Rows, keyed
+from nanobanana_async.batch.run_state import BatchProgress, ImageStore, RunState, RunStopped
 from nanobanana_async.batch.submitter import Submitter
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import (
     AuthenticationError,
     ConfigurationError,
+    ImageError,
     LedgerError,
-    MediaError,
     NanoBananaError,
     SubmissionUnknown,
     TaskNotFound,
 )
 from nanobanana_async.handle import TaskHandle, without_picture
 from nanobanana_async.images.download import sweep
-from nanobanana_async.ledger.budget import Account
-from nanobanana_async.ledger.schema import RowRecord, RowState
+from nanobanana_async.ledger.budget import Budget
+from nanobanana_async.ledger.schema import LedgerRow, RowState
 from nanobanana_async.ledger.sqlite import Ledger
-from nanobanana_async.models import Announcer, GenerationRequest, SavedPicture, Task
-from nanobanana_async.outcomes import Done, Failed, Outcome, Unknown, of_error
+from nanobanana_async.models import CallbackSource, GenerationRequest, SavedImage, Task
+from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown, of_error
 
 _ENTERED_AT_ONCE: Final = 100
 _log: Final = logging.getLogger("nanobanana_async")
@@ -59,17 +59,17 @@ class Batch:
         self,
         ledger: Ledger,
         client: NanoBananaClient,
-        account: Account,
-        fetcher: Fetcher | None,
-        callback: Announcer | None,
+        account: Budget,
+        fetcher: ImageStore | None,
+        callback: CallbackSource | None,
     ) -> None:
         self.folder: Final = ledger.folder
         self._ledger = ledger
         self._client = client
         self._account = account
-        self._fetcher: Fetcher = fetcher or client
-        self._host = Host()
-        self._traffic = Traffic()
+        self._fetcher: ImageStore = fetcher or client
+        self._host = BackgroundTaskGroup()
+        self._traffic = RunState()
         self._submitter = Submitter(ledger, client, account, self._traffic, callback)
         self._ended: Counter[type[Outcome] | str] = Counter()
         self._heard_s: dict[str, float] = {}
@@ -87,8 +87,8 @@ class Batch:
         client: NanoBananaClient,
         *,
         budget: Decimal | None = None,
-        fetcher: Fetcher | None = None,
-        callback: Announcer | None = None,
+        fetcher: ImageStore | None = None,
+        callback: CallbackSource | None = None,
     ) -> AsyncGenerator["Batch"]:
         """Open the batch in *folder*, made if missing. Leaving the block settles it: see `aclose`.
 
@@ -107,7 +107,7 @@ class Batch:
         ledger = await Ledger.open(Path(folder))
         try:
             await anyio.to_thread.run_sync(sweep, ledger.folder)
-            batch = cls(ledger, client, Account.of(await ledger.costs(), budget), fetcher, callback)
+            batch = cls(ledger, client, Budget.of(await ledger.costs(), budget), fetcher, callback)
         except BaseException:
             await ledger.aclose()
             raise
@@ -128,22 +128,22 @@ class Batch:
         no longer among *rows* come last.
 
         Args:
-            rows: `Row`s (from `read_rows`), requests or prompts. Taken as there is room.
+            rows: `BatchRow`s (from `read_rows`), requests or prompts. Taken as there is room.
             max_in_flight: Rows under way, or ended and not yet yielded. A slow consumer slows the submits.
             retry_failed: Submit failed rows once more; each may be paid again.
             timeout_s: Seconds to wait for each picture; None takes `Timeouts.task_s`. One that is not final by then
-                is `Failed` with `TaskUnfinished`, and the next run goes on waiting.
+                is `Failed` with `TaskTimeout`, and the next run goes on waiting.
 
         Raises, after the last outcome, what keeps the run from submitting more:
             AuthenticationError, InsufficientCredits: By the service.
             BudgetExceeded: One more picture could cost too much.
             LedgerError: The disk would not take what must be written.
-            MediaError: The disk would not take a picture.
+            ImageError: The disk would not take a picture.
             NotSent, RateLimited, ServiceUnavailable, SubmissionUnknown: No submit has worked for an hour, or ever.
         """
         await self._host.ensure()
 
-        async def work(entered: tuple[Row, RowRecord | None]) -> Outcome | None:
+        async def work(entered: tuple[BatchRow, LedgerRow | None]) -> Outcome | None:
             row, record = entered
             if record is None:
                 error = ConfigurationError(f"row {row.key}: another row has this key, too")
@@ -169,11 +169,11 @@ class Batch:
         """Row key to task id of what is paid and not on disk. After a `LedgerError`, the last place that has them."""
         return self._traffic.tasks
 
-    def progress(self) -> Progress:
+    def progress(self) -> BatchProgress:
         """Return how it stands. No disk, no network."""
         ended = self._ended
-        return Progress(
-            done=ended[Done],
+        return BatchProgress(
+            done=ended[Succeeded],
             failed=ended[Failed],
             unknown=ended[Unknown],
             earlier=ended["earlier"],
@@ -200,7 +200,7 @@ class Batch:
                 await self._ledger.aclose()
 
     async def _report(self) -> None:
-        def write(records: Iterator[RowRecord]) -> OSError | None:
+        def write(records: Iterator[LedgerRow]) -> OSError | None:
             try:
                 report.write(self.folder, records)
             except OSError as exc:  # no trouble of the ledger's, which can make all of it again, any time
@@ -218,7 +218,7 @@ class Batch:
 
     # --- what nobody knows the end of -------------------------------------------------------------------------------
 
-    async def unknown(self) -> list[RowRecord]:
+    async def unknown(self) -> list[LedgerRow]:
         """Return the rows that may have been paid, and for which nothing says so."""
         return await self._ledger.read(list, RowState.UNKNOWN)
 
@@ -253,10 +253,10 @@ class Batch:
 
     # --- all rows ---------------------------------------------------------------------------------------------------
 
-    async def _entered(self, rows: Rows) -> AsyncGenerator[tuple[Row, RowRecord | None]]:
+    async def _entered(self, rows: Rows) -> AsyncGenerator[tuple[BatchRow, LedgerRow | None]]:
         """Enter rows in the ledger, many in one transaction, until something stops the run. None: its key was met."""
         most = 1 if isinstance(rows, AsyncIterable) else _ENTERED_AT_ONCE  # the next one may be long in coming
-        waiting: list[Row] = []
+        waiting: list[BatchRow] = []
         error: Exception | None = None
         async with contextlib.aclosing(keyed(rows)) as all_rows:
             async for row in all_rows:
@@ -279,12 +279,12 @@ class Batch:
         for pair in await self._left_over():
             yield pair
 
-    async def _left_over(self) -> list[tuple[Row, RowRecord]]:
+    async def _left_over(self) -> list[tuple[BatchRow, LedgerRow]]:
         """Return rows of earlier runs that are paid, not fetched, and were not met in this one."""
         found = await self._ledger.read(list, RowState.SUBMITTED, RowState.SUCCESS)
         return [(_as_row(record), record) for record in found if record.key not in self._met]
 
-    async def _enter(self, waiting: list[Row]) -> list[tuple[Row, RowRecord]]:
+    async def _enter(self, waiting: list[BatchRow]) -> list[tuple[BatchRow, LedgerRow]]:
         entered = list(zip(waiting, await self._ledger.enter(waiting), strict=True))
         waiting.clear()
         return entered
@@ -292,12 +292,12 @@ class Batch:
     # --- one row ----------------------------------------------------------------------------------------------------
 
     async def _tried(
-        self, row: Row, record: RowRecord, *, retry_failed: bool, timeout_s: float | None
+        self, row: BatchRow, record: LedgerRow, *, retry_failed: bool, timeout_s: float | None
     ) -> Outcome | None:
         """Return what became of the row; None when the run stopped before it came to anything."""
         try:
             return await self._advance(row, record, retry_failed=retry_failed, timeout_s=timeout_s)
-        except Stopped:
+        except RunStopped:
             return None
         except AuthenticationError as exc:
             self._traffic.stop(exc)
@@ -307,11 +307,13 @@ class Batch:
         except (NanoBananaError, ValueError) as exc:
             return of_error(exc, key=row.key, request=row.request)
 
-    async def _advance(self, row: Row, record: RowRecord, *, retry_failed: bool, timeout_s: float | None) -> Outcome:
+    async def _advance(
+        self, row: BatchRow, record: LedgerRow, *, retry_failed: bool, timeout_s: float | None
+    ) -> Outcome:
         if (outcome := of_earlier_run(row, record, retry_failed=retry_failed)) is not None:
             return outcome
         if record.state is RowState.SAVED and await anyio.to_thread.run_sync(are_there, record):
-            return Done(key=row.key, request=row.request, task=as_task(record), files=record.files, earlier=True)
+            return Succeeded(key=row.key, request=row.request, task=as_task(record), files=record.files, earlier=True)
         if record.state.may_be_submitted:
             handle = await self._submitter.submit(row)
             record = attrs.evolve(record, state=RowState.SUBMITTED)
@@ -333,7 +335,7 @@ class Batch:
             self._traffic.pending -= 1
             self._traffic.change()
 
-    async def _finish(self, row: Row, record: RowRecord, handle: TaskHandle, timeout_s: float | None) -> Outcome:
+    async def _finish(self, row: BatchRow, record: LedgerRow, handle: TaskHandle, timeout_s: float | None) -> Outcome:
         """Wait for the task, write its end down, and have its picture on disk."""
         try:
             task = await handle.wait(timeout_s=timeout_s)
@@ -348,9 +350,9 @@ class Batch:
             raise without_picture(task)
         files = await self._save(record.stem, task, handle.task_id)
         await self._ledger.saved(row.key, files)
-        return Done(key=row.key, request=row.request, task=task, files=files)
+        return Succeeded(key=row.key, request=row.request, task=task, files=files)
 
-    async def _settle(self, row: Row, task: Task) -> None:
+    async def _settle(self, row: BatchRow, task: Task) -> None:
         state = RowState.SUCCESS if task.images else RowState.FAILED
         consumed = None if task.consumed is None else f"{task.consumed:f}"
         reason = None if task.images else (task.reason or " ".join(task.texts) or "the service gave no reason")
@@ -358,15 +360,15 @@ class Batch:
         if consumed is not None or state is RowState.FAILED:
             self._account.end(row.request.model, task.consumed)
 
-    async def _save(self, stem: str, task: Task, task_id: str) -> tuple[SavedPicture, ...]:
+    async def _save(self, stem: str, task: Task, task_id: str) -> tuple[SavedImage, ...]:
         self._traffic.saving += 1
         try:
             try:
                 return await self._write(stem, task)
-            except MediaError as exc:
+            except ImageError as exc:
                 if isinstance(exc.__cause__, OSError):  # the disk: no picture would fare better
                     self._traffic.stop(exc)
-                    raise Stopped from None
+                    raise RunStopped from None
                 fresh = await self._client.task(task_id).query()  # the link may have expired
                 if not fresh.images:
                     raise
@@ -375,7 +377,7 @@ class Batch:
             self._traffic.saving -= 1
             self._traffic.change()
 
-    async def _write(self, stem: str, task: Task) -> tuple[SavedPicture, ...]:
+    async def _write(self, stem: str, task: Task) -> tuple[SavedImage, ...]:
         names = [stem, *(f"{stem}.{number}" for number in range(2, len(task.images) + 1))]
         return tuple(
             [
@@ -385,9 +387,9 @@ class Batch:
         )
 
 
-def _as_row(record: RowRecord) -> Row:
+def _as_row(record: LedgerRow) -> BatchRow:
     request = GenerationRequest(record.prompt, model=record.model)
-    return Row(key=record.key, request=request, fingerprint=record.fingerprint)
+    return BatchRow(key=record.key, request=request, fingerprint=record.fingerprint)
 
 
 def _in_the_ledger(_: Outcome) -> None:

@@ -6,9 +6,9 @@ from typing import Final
 
 import anyio
 
-from nanobanana_async.batch.outage import Caution
-from nanobanana_async.batch.rows import Row
-from nanobanana_async.batch.run_state import Stopped, Traffic
+from nanobanana_async.batch.outage import OutageBackoff
+from nanobanana_async.batch.rows import BatchRow
+from nanobanana_async.batch.run_state import RunState, RunStopped
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import (
     AuthenticationError,
@@ -23,10 +23,10 @@ from nanobanana_async.errors import (
     SubmissionUnknown,
 )
 from nanobanana_async.handle import TaskHandle
-from nanobanana_async.ledger.budget import Account
+from nanobanana_async.ledger.budget import Budget
 from nanobanana_async.ledger.schema import RowState
 from nanobanana_async.ledger.sqlite import Ledger
-from nanobanana_async.models import Announcer, Expectation
+from nanobanana_async.models import CallbackSource, PendingCallback
 
 _log: Final = logging.getLogger("nanobanana_async")
 
@@ -41,24 +41,24 @@ class Submitter:
         self,
         ledger: Ledger,
         client: NanoBananaClient,
-        account: Account,
-        traffic: Traffic,
-        callback: Announcer | None,
+        account: Budget,
+        traffic: RunState,
+        callback: CallbackSource | None,
     ) -> None:
         self._ledger = ledger
         self._client = client
         self._account = account
         self._traffic = traffic
         self._callback = callback
-        self._expected: dict[str, Expectation] = {}
+        self._expected: dict[str, PendingCallback] = {}
         """By row key, of submits whose answer has not come."""
-        self._caution = Caution()
+        self._caution = OutageBackoff()
         self.trouble: str | None = None
         """What the last submit met, while fewer are tried because of it."""
         self._alone = anyio.Lock()
         self._few = anyio.Semaphore(client.limits.submits)
 
-    async def submit(self, row: Row) -> TaskHandle:
+    async def submit(self, row: BatchRow) -> TaskHandle:
         """Return the handle of the row's task, once its id is durable.
 
         While the service is in trouble that charges nothing, waits. Cancelling is heeded up to the intent; from there
@@ -67,7 +67,7 @@ class Submitter:
         Raises:
             SubmissionUnknown: It may be paid.
             NanoBananaError: The service, or a reference image, is against it.
-            Stopped: The run takes nothing more on.
+            RunStopped: The run takes nothing more on.
         """
         try:
             return await self._submit(row)
@@ -78,7 +78,7 @@ class Submitter:
         finally:
             self._expected.pop(row.key, None)
 
-    async def _submit(self, row: Row) -> TaskHandle:
+    async def _submit(self, row: BatchRow) -> TaskHandle:
         handle = None
         while handle is None:
             if self._caution.is_needed:
@@ -89,7 +89,7 @@ class Submitter:
             handle = await self._try(row)
         return handle
 
-    async def _try(self, row: Row) -> TaskHandle | None:
+    async def _try(self, row: BatchRow) -> TaskHandle | None:
         """Submit once; None when nothing was charged, and it is to be tried again."""
         try:
             async with self._few:  # the others are judged when it is nearly their turn, and not before
@@ -105,7 +105,7 @@ class Submitter:
             raise
         except (AuthenticationError, InsufficientCredits, ConfigurationError) as exc:
             self._traffic.stop(exc)
-            raise Stopped from None
+            raise RunStopped from None
         self._caution.worked()
         self.trouble = None
         return handle
@@ -143,7 +143,7 @@ class Submitter:
             f"and {next_one}"
         )
 
-    async def _reserved(self, row: Row) -> TaskHandle:
+    async def _reserved(self, row: BatchRow) -> TaskHandle:
         """Submit what `_clearance` has counted in; on return it still counts."""
         try:
             return await self._post(row)
@@ -152,7 +152,7 @@ class Submitter:
             self._traffic.change()
             raise
 
-    async def _post(self, row: Row) -> TaskHandle:
+    async def _post(self, row: BatchRow) -> TaskHandle:
         """Submit, by the book."""
         model, sends = row.request.model, 0
         expected = None if self._callback is None else self._callback.expect()
@@ -174,7 +174,7 @@ class Submitter:
         with anyio.CancelScope() as scope:
             try:
                 handle = await self._client.submit(row.request, callback=expected, before_send=intend)
-            except (NanoBananaError, Stopped) as exc:
+            except (NanoBananaError, RunStopped) as exc:
                 if sends:
                     await self._close_books(row, exc, sends)
                 raise
@@ -184,7 +184,7 @@ class Submitter:
             await self._keep_id(row, handle)
         return handle
 
-    async def _recovered(self, row: Row) -> TaskHandle | None:
+    async def _recovered(self, row: BatchRow) -> TaskHandle | None:
         """Return the task that a callback tells, after an answer was lost. Cancelling leaves the row unknown."""
         expected = self._expected.get(row.key)
         found = None if expected is None else await self._client.recovered(expected)
@@ -195,7 +195,7 @@ class Submitter:
         self._traffic.pending += 1
         return found
 
-    async def _close_books(self, row: Row, exc: Exception, sends: int) -> None:
+    async def _close_books(self, row: BatchRow, exc: Exception, sends: int) -> None:
         if isinstance(exc, SubmissionUnknown):
             await self._ledger.move(row.key, RowState.UNKNOWN, reason=str(exc))
             return
@@ -204,7 +204,7 @@ class Submitter:
         await self._ledger.move(row.key, state, reason=str(exc), ended_at=time.time())
         self._account.end(row.request.model, None)
 
-    async def _keep_id(self, row: Row, handle: TaskHandle) -> None:
+    async def _keep_id(self, row: BatchRow, handle: TaskHandle) -> None:
         self._traffic.tasks[row.key] = handle.task_id
         try:
             await self._ledger.move(row.key, RowState.SUBMITTED, task_id=handle.task_id, submitted_at=time.time())

@@ -21,13 +21,13 @@ from nanobanana_async.batch import report
 from nanobanana_async.batch.rows import read_rows
 from nanobanana_async.batch.runner import Batch
 from nanobanana_async.cli.generate import check_writable, json_option, timeout_option
-from nanobanana_async.cli.progress import Bar
+from nanobanana_async.cli.progress import ProgressBar
 from nanobanana_async.cli.resolve import closing_words, resolve
 from nanobanana_async.cli.runtime import (
     DONE,
     FAILED,
     UNKNOWN,
-    Session,
+    CommandContext,
     emit,
     error_record,
     one_line,
@@ -37,7 +37,7 @@ from nanobanana_async.cli.runtime import (
 )
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import LedgerError
-from nanobanana_async.outcomes import Done, Failed, Outcome, Unknown
+from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown
 from nanobanana_async.wire.body import printable
 
 _REFRESH_S: Final = 0.5
@@ -115,7 +115,7 @@ def run_batch(  # noqa: PLR0913 - one parameter per option
     """
     command = shlex.join(["nanobanana", *sys.argv[1:]])
 
-    async def work(session: Session) -> int:
+    async def work(session: CommandContext) -> int:
         rows = await anyio.to_thread.run_sync(lambda: read_rows(file, **defaults))
         check_writable(out)
         keys = {row.key for row in rows}
@@ -124,7 +124,7 @@ def run_batch(  # noqa: PLR0913 - one parameter per option
                 session.last_words = partial(closing_words, out, command, keys, budget)
             async with Batch.open(out, client, budget=budget) as batch:
                 outcomes = batch.run(rows, max_in_flight=max_in_flight, retry_failed=retry_failed, timeout_s=timeout_s)
-                watcher = _Watcher(batch, client, len(rows), max_in_flight, as_json=as_json)
+                watcher = _ProgressReporter(batch, client, len(rows), max_in_flight, as_json=as_json)
                 try:
                     code = await watcher.watch(outcomes)
                 except LedgerError:
@@ -137,7 +137,7 @@ def run_batch(  # noqa: PLR0913 - one parameter per option
     run(work, as_json=as_json)
 
 
-class _Watcher(logging.Handler):
+class _ProgressReporter(logging.Handler):
     """Shows a run while it goes on."""
 
     def __init__(
@@ -149,7 +149,7 @@ class _Watcher(logging.Handler):
         self._total = total
         self._max_in_flight = max_in_flight
         self._as_json = as_json
-        self._bar = Bar(total, quiet=as_json, plain_every_s=_PLAIN_EVERY_S)
+        self._bar = ProgressBar(total, quiet=as_json, plain_every_s=_PLAIN_EVERY_S)
         self._started_s = anyio.current_time()
         self._told = 0
 
@@ -174,7 +174,7 @@ class _Watcher(logging.Handler):
     def _tell(self, outcome: Outcome) -> None:
         if self._as_json:
             emit(_record(outcome))
-        elif not isinstance(outcome, Done) and not outcome.earlier:
+        elif not isinstance(outcome, Succeeded) and not outcome.earlier:
             self._say(f"{printable(outcome.request.prompt)[:60]!r}: {one_line(outcome.error)}")
 
     def _say(self, line: str) -> None:
@@ -245,7 +245,7 @@ def eta_s(left: int, median_s: float, max_in_flight: int, rate_per_s: float | No
 
 def _exit_code(outcome: Outcome) -> int:
     match outcome:
-        case Done():
+        case Succeeded():
             return DONE
         case Failed():
             return FAILED
@@ -255,7 +255,7 @@ def _exit_code(outcome: Outcome) -> int:
 
 def _record(outcome: Outcome) -> dict[str, object]:
     record = {"key": outcome.key, "prompt": outcome.request.prompt, "earlier": outcome.earlier}
-    if isinstance(outcome, Done):
+    if isinstance(outcome, Succeeded):
         files = [str(file.path) for file in outcome.files]
         return {**record, "outcome": "done", "files": files, **task_record(outcome.task), "error": None}
     kind = "failed" if isinstance(outcome, Failed) else "unknown"

@@ -9,8 +9,8 @@ import click
 from nanobanana_async.batch import gallery
 from nanobanana_async.cli.generate import check_writable
 from nanobanana_async.cli.jobs import Job, make, report_failures
-from nanobanana_async.cli.progress import Board
-from nanobanana_async.cli.runtime import Session, run
+from nanobanana_async.cli.progress import JobProgressBar
+from nanobanana_async.cli.runtime import CommandContext, run
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.models import GenerationRequest
 from nanobanana_async.policies import PollPolicy
@@ -43,16 +43,21 @@ def demo(output: str) -> None:
         for number, (prompt, ratio) in enumerate(pairs, start=1)
     ]
 
-    async def work(_: Session) -> int:  # what is unfinished is never told: the simulator takes its tasks with it
+    async def work(_: CommandContext) -> int:  # what is unfinished is never told: the simulator takes its tasks with it
         check_writable(folder)
         async with (
             simulator_process("--latency", str(_LATENCY_S)) as simulator,
             NanoBananaClient(simulator.key, base_url=simulator.url, polling=_POLLING) as client,
         ):
             click.echo(f"Making {len(jobs)} pictures with a simulator on {simulator.url}", err=True)
-            with Board(len(jobs)) as board:
+            with JobProgressBar(len(jobs)) as board:
                 code = await make(
-                    client, jobs, session=Session(), board=board, timeout_s=60, finished=lambda job: _say(board, job)
+                    client,
+                    jobs,
+                    session=CommandContext(),
+                    board=board,
+                    timeout_s=60,
+                    finished=lambda job: _say(board, job),
                 )
         report_failures(jobs)
         page = folder / "index.html"
@@ -65,13 +70,13 @@ def demo(output: str) -> None:
     run(work)
 
 
-def _say(board: Board, job: Job) -> None:
+def _say(board: JobProgressBar, job: Job) -> None:
     for file in job.files:
         board.say(f"{job.seconds:5.1f} s  {file}")
 
 
-def _entry(job: Job, folder: Path) -> gallery.GalleryEntry:
-    return gallery.GalleryEntry(
+def _entry(job: Job, folder: Path) -> gallery.GalleryCard:
+    return gallery.GalleryCard(
         prompt=job.request.prompt,
         status="failed" if job.error else "done",
         file=job.files[0].relative_to(folder).as_posix() if job.files else None,

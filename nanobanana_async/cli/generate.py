@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from nanobanana_async.cli.jobs import Job, make, report_failures
-from nanobanana_async.cli.progress import Board
-from nanobanana_async.cli.runtime import Session, emit, run, say
+from nanobanana_async.cli.progress import JobProgressBar
+from nanobanana_async.cli.runtime import CommandContext, emit, run, say
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.images.formats import SUFFIXES
@@ -62,13 +62,13 @@ def generate(
         raise click.UsageError(str(exc)) from exc
     jobs = [Job(request=request, where=where) for request in requests]
 
-    async def work(session: Session) -> int:
+    async def work(session: CommandContext) -> int:
         def keep(handle: TaskHandle) -> None:
             session.unfinished.setdefault(handle.task_id, ("accepted while this was interrupted", output))
 
         async with NanoBananaClient(on_orphan=keep) as client:
             check_writable(where)
-            with Board(len(jobs), quiet=as_json) as board:
+            with JobProgressBar(len(jobs), quiet=as_json) as board:
                 code = await make(
                     client,
                     jobs,

@@ -8,8 +8,17 @@ import anyio
 import attrs
 import click
 
-from nanobanana_async.cli.progress import Board
-from nanobanana_async.cli.runtime import DONE, FAILED, UNKNOWN, Session, error_record, exit_code, one_line, task_record
+from nanobanana_async.cli.progress import JobProgressBar
+from nanobanana_async.cli.runtime import (
+    DONE,
+    FAILED,
+    UNKNOWN,
+    CommandContext,
+    error_record,
+    exit_code,
+    one_line,
+    task_record,
+)
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NanoBananaError, NoImage, TaskFailed, TaskNotFound
 from nanobanana_async.models import GenerationRequest, Task
@@ -47,8 +56,8 @@ async def make(
     client: NanoBananaClient,
     jobs: Sequence[Job],
     *,
-    session: Session,
-    board: Board,
+    session: CommandContext,
+    board: JobProgressBar,
     timeout_s: float | None,
     finished: Callable[[Job], None],
 ) -> int:
@@ -69,7 +78,7 @@ async def make(
 
 
 async def _make_one(
-    client: NanoBananaClient, job: Job, session: Session, timeout_s: float | None, move: Callable[[str], None]
+    client: NanoBananaClient, job: Job, session: CommandContext, timeout_s: float | None, move: Callable[[str], None]
 ) -> None:
     started_s = anyio.current_time()
     move("submitting")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _ORDER: Final = ("waiting", "submitting", "pending", "submitted", "in_progress", "saving", "done", "failed", "unknown")
 
 
-class Bar:
+class ProgressBar:
     """So many of *total* have ended, and what there is to say about them. Use it with `with`; silent when *quiet*.
 
     Where there is no terminal, what `show` says is a line every *plain_every_s* seconds; None is never.
@@ -57,7 +57,7 @@ class Bar:
             click.echo(line, err=True)
 
 
-class Board(Bar):
+class JobProgressBar(ProgressBar):
     """Counts jobs by where they stand."""
 
     def __init__(self, total: int, *, quiet: bool = False) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 import click
 
 from nanobanana_async.cli.generate import json_option
-from nanobanana_async.cli.runtime import DONE, Session, emit, run, say
+from nanobanana_async.cli.runtime import DONE, CommandContext, emit, run, say
 from nanobanana_async.errors import ConfigurationError
-from nanobanana_async.ledger.budget import Account
-from nanobanana_async.ledger.schema import RowRecord, RowState
+from nanobanana_async.ledger.budget import Budget
+from nanobanana_async.ledger.schema import LedgerRow, RowState
 from nanobanana_async.ledger.sqlite import Ledger
 from nanobanana_async.wire.body import printable
 
@@ -54,10 +54,10 @@ def resolve(  # noqa: PLR0913 - one parameter per option
         raise click.UsageError("name KEYs (see --list), or say --all.")
     decided = task_id is not None or resubmit or abandon
 
-    async def work(_: Session) -> int:
+    async def work(_: CommandContext) -> int:
         async with aclosing(await Ledger.open(out, adopt=adopt, create=False)) as ledger:
             unknown = await ledger.read(list, RowState.UNKNOWN)
-            account = Account.of(await ledger.costs())
+            account = Budget.of(await ledger.costs())
             chosen = keys or tuple(record.key for record in unknown)
             if strangers := set(chosen) - {record.key for record in unknown}:
                 raise ConfigurationError(f"{min(strangers)!r} is the key of no unknown row; --list shows them")
@@ -77,7 +77,7 @@ def resolve(  # noqa: PLR0913 - one parameter per option
     run(work, as_json=as_json)
 
 
-def _show(unknown: list[RowRecord], account: Account, *, as_json: bool) -> None:
+def _show(unknown: list[LedgerRow], account: Budget, *, as_json: bool) -> None:
     total: Decimal | None = Decimal(0)
     for record in unknown:
         price = account.price(record.model)
@@ -103,7 +103,7 @@ async def closing_words(out: Path, command: str, keys: set[str], budget: Decimal
     """
     async with aclosing(await Ledger.open(out, create=False)) as ledger:
         states, strangers = await ledger.read(partial(_count, keys))
-        funds = Account.of(await ledger.costs(), budget).funds()
+        funds = Budget.of(await ledger.costs(), budget).funds()
     done, failed = (sum(states[state] for state in group) for group in (_DONE, _FAILED))
     unknown = states[RowState.UNKNOWN]
     paid = states[RowState.SUBMITTED] + states[RowState.SUCCESS]
@@ -135,7 +135,7 @@ async def closing_words(out: Path, command: str, keys: set[str], budget: Decimal
             click.echo("if the budget is used up, with a larger --budget", err=True)
 
 
-def _count(keys: set[str], records: Iterator[RowRecord]) -> tuple[Counter[RowState], int]:
+def _count(keys: set[str], records: Iterator[LedgerRow]) -> tuple[Counter[RowState], int]:
     """Return how many of *keys* are in which state, and how many records have other keys."""
     states: Counter[RowState] = Counter()
     strangers = 0

@@ -16,7 +16,7 @@ import anyio
 import attrs
 import click
 
-from nanobanana_async.errors import InvalidRows, NanoBananaError, SubmissionUnknown
+from nanobanana_async.errors import InvalidBatchFile, NanoBananaError, SubmissionUnknown
 from nanobanana_async.models import Task
 from nanobanana_async.wire.body import printable
 
@@ -31,7 +31,7 @@ _LINES: Final = 25
 
 
 @attrs.define
-class Session:
+class CommandContext:
     """What a command leaves behind when it ends before its time."""
 
     unfinished: dict[str, tuple[str, str]] = attrs.field(factory=dict)
@@ -51,13 +51,13 @@ class Session:
             click.echo(f"paid, and not saved: {printable(about)!r}; to fetch it: {command}", err=True)
 
 
-def run(work: Callable[[Session], Awaitable[int]], *, as_json: bool = False) -> NoReturn:
+def run(work: Callable[[CommandContext], Awaitable[int]], *, as_json: bool = False) -> NoReturn:
     """Run *work* and exit with the code it returns: 0 all done, 1 something failed, 3 something is unknown.
 
     Interrupted, it exits with 130 (129 and 143 after SIGHUP and SIGTERM): what is on the wire is settled first, and a
     second Ctrl-C does not wait for that. However it ends, tasks that are paid and not saved are named.
     """
-    session = Session()
+    session = CommandContext()
     try:
         code = anyio.run(_until_signalled, work, session)
     except KeyboardInterrupt:  # where signals cannot be received, on Windows
@@ -83,7 +83,7 @@ def run(work: Callable[[Session], Awaitable[int]], *, as_json: bool = False) -> 
     sys.exit(code)
 
 
-async def _until_signalled(work: Callable[[Session], Awaitable[int]], session: Session) -> int:
+async def _until_signalled(work: Callable[[CommandContext], Awaitable[int]], session: CommandContext) -> int:
     """Run *work* until it ends, or a signal cancels it.
 
     The handlers stay to the end of the process, longer than the event loop: an impatient third Ctrl-C must not tear
@@ -124,7 +124,7 @@ def fail(exc: Exception, *, as_json: bool = False) -> int:
     if as_json:
         emit(error_record(exc))
     else:
-        lines = str(exc).splitlines() if isinstance(exc, InvalidRows) else [one_line(exc)]
+        lines = str(exc).splitlines() if isinstance(exc, InvalidBatchFile) else [one_line(exc)]
         if len(lines) > _LINES:
             lines[_LINES:] = [f"and {len(lines) - _LINES} more"]
         click.echo("\n".join(f"nanobanana: {printable(line)}" for line in lines), err=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nanobanana_async.cli.runtime import emit, listening
-from nanobanana_async.simulator.service import VendorProfile
+from nanobanana_async.simulator.service import SimulatorProfile
 
 if TYPE_CHECKING:
     from nanobanana_async.simulator.server import SimulatorServer
@@ -72,7 +72,7 @@ def _make_server(
     except ModuleNotFoundError as exc:
         sys.exit(f"nanobanana: the simulator needs {exc.name}: pip install 'nanobanana-async[cli,simulator]'")
     try:
-        profile = VendorProfile.from_faults(faults, **settings)
+        profile = SimulatorProfile.from_faults(faults, **settings)
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
     with listening(*address):

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from nanobanana_async.cli.generate import check_writable, json_option, timeout_option
-from nanobanana_async.cli.runtime import DONE, FAILED, Session, emit, run, say, task_record
+from nanobanana_async.cli.runtime import DONE, FAILED, CommandContext, emit, run, say, task_record
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NoImage, TaskFailed
 from nanobanana_async.models import Task, TaskStatus
@@ -18,7 +18,7 @@ from nanobanana_async.wire.body import printable
 def status(task_id: str, *, as_json: bool) -> None:
     """Tell how a task stands."""
 
-    async def work(_: Session) -> int:
+    async def work(_: CommandContext) -> int:
         async with NanoBananaClient() as client:
             task = await client.task(task_id).query()
         _show(task, as_json=as_json)
@@ -35,7 +35,7 @@ def status(task_id: str, *, as_json: bool) -> None:
 def wait(task_id: str, output: str | None, timeout_s: float | None, *, as_json: bool) -> None:
     """Wait for a task to finish, and save its pictures with -o."""
 
-    async def work(_: Session) -> int:
+    async def work(_: CommandContext) -> int:
         if output is not None:
             check_writable(Path(output))
         async with NanoBananaClient() as client:
@@ -58,7 +58,7 @@ def wait(task_id: str, output: str | None, timeout_s: float | None, *, as_json: 
 def balance(*, as_json: bool) -> None:
     """Tell how many credits are left."""
 
-    async def work(_: Session) -> int:
+    async def work(_: CommandContext) -> int:
         async with NanoBananaClient() as client:
             credit = await client.balance()
         if as_json:

@@ -15,11 +15,11 @@ from urllib.parse import urljoin
 import anyio
 import anyio.to_thread
 
-from nanobanana_async.errors import MediaError
-from nanobanana_async.images.formats import HEAD_BYTES, PictureFormat, sniff
-from nanobanana_async.models import GeneratedImage, SavedPicture, http_url_fault
+from nanobanana_async.errors import ImageError
+from nanobanana_async.images.formats import HEAD_BYTES, ImageFormat, sniff
+from nanobanana_async.models import GeneratedImage, SavedImage, http_url_fault
 from nanobanana_async.policies import Limits, RetryPolicy, Timeouts
-from nanobanana_async.protocols import Errand, ExchangeFailed, Sink, Transport, WireReply, WireRequest
+from nanobanana_async.protocols import ChunkSink, ExchangeError, RequestKind, Transport, WireRequest, WireResponse
 from nanobanana_async.transport.checked import exchange
 from nanobanana_async.wire.endpoint import USER_AGENT
 
@@ -48,17 +48,17 @@ class _Target(Protocol):
 
 
 T = TypeVar("T")
-Target = TypeVar("Target", bound=_Target)
+WriterT = TypeVar("WriterT", bound=_Target)
 
 
-class _Judged:
+class _ValidatingWriter:
     """Passes pieces on, refuses what is no picture as soon as that shows, and remembers how it ended."""
 
     def __init__(self, target: _Target) -> None:
         self._target = target
         self._head = b""
         self._tail = b""
-        self.format: PictureFormat | None = None
+        self.format: ImageFormat | None = None
 
     async def write(self, piece: bytes) -> None:
         if self.format is None:
@@ -69,23 +69,23 @@ class _Judged:
         self._tail = (self._tail + piece[-HEAD_BYTES:])[-HEAD_BYTES:]
         await self._target.write(piece)
 
-    def finish(self, reply: WireReply) -> PictureFormat:
+    def finish(self, reply: WireResponse) -> ImageFormat:
         """Return the format; refuse an empty body, and one that was cut where nothing but its own end could tell."""
         if self.format is None:
-            raise _Trouble(f"not a picture, only {len(self._head)} bytes")
+            raise _DownloadError(f"not a picture, only {len(self._head)} bytes")
         framed = "content-length" in reply.headers or "chunked" in reply.headers.get("transfer-encoding", "")
         if not framed and not self._tail.endswith(self.format.trailer):
-            raise _Trouble("the picture was cut off", passing=True)
+            raise _DownloadError("the picture was cut off", passing=True)
         return self.format
 
-    def _sniffed(self) -> PictureFormat:
+    def _sniffed(self) -> ImageFormat:
         picture = sniff(self._head)
         if picture is None:
-            raise _Trouble("not a PNG, JPEG, WebP or GIF")
+            raise _DownloadError("not a PNG, JPEG, WebP or GIF")
         return picture
 
 
-class _Trouble(Exception):  # noqa: N818 - never leaves this file
+class _DownloadError(Exception):
     """Why one try brought no picture; *passing* when another try may."""
 
     def __init__(self, reason: str, *, passing: bool = False) -> None:
@@ -93,7 +93,7 @@ class _Trouble(Exception):  # noqa: N818 - never leaves this file
         self.passing = passing
 
 
-class _Memory:
+class _BytesWriter:
     def __init__(self) -> None:
         self.data = bytearray()
 
@@ -146,11 +146,11 @@ class _PartFile:
         while data:
             data = data[os.write(self._descriptor, data) :]
 
-    async def publish(self, path: Path) -> SavedPicture:
+    async def publish(self, path: Path) -> SavedImage:
         """Put the whole file in its place, durably."""
         await self._flush()
         await anyio.to_thread.run_sync(self._exclusively, self._publish, path)
-        return SavedPicture(path=path, sha256=self._digest.hexdigest(), size_bytes=self._size_bytes)
+        return SavedImage(path=path, sha256=self._digest.hexdigest(), size_bytes=self._size_bytes)
 
     def _publish(self, path: Path) -> None:
         os.fsync(self._descriptor)
@@ -212,18 +212,18 @@ class Downloader:
         """Return the encoded picture.
 
         Raises:
-            MediaError: It could not be fetched within `Timeouts.download_s`, or is no picture we take.
+            ImageError: It could not be fetched within `Timeouts.download_s`, or is no picture we take.
         """
-        target, _ = await self._receive(image, _Memory)
+        target, _ = await self._receive(image, _BytesWriter)
         return bytes(target.data)
 
-    async def save(self, image: GeneratedImage, stem: Path, *, exact: bool = False) -> SavedPicture:
+    async def save(self, image: GeneratedImage, stem: Path, *, exact: bool = False) -> SavedImage:
         """Write the picture to *stem* plus the suffix of its true type, or to *stem* itself if *exact*.
 
         The name appears only when the file is whole; a file that had it is replaced. Missing folders are made.
 
         Raises:
-            MediaError: As `read`, or the disk would not take it.
+            ImageError: As `read`, or the disk would not take it.
         """
         try:
             file, picture = await self._receive(image, partial(_PartFile, stem))
@@ -233,9 +233,9 @@ class Downloader:
             finally:
                 file.discard()
         except OSError as exc:
-            raise MediaError(f"{exc.filename or stem}: cannot be written: {exc.strerror or exc}") from exc
+            raise ImageError(f"{exc.filename or stem}: cannot be written: {exc.strerror or exc}") from exc
 
-    async def _receive(self, image: GeneratedImage, new_target: Callable[[], Target]) -> tuple[Target, PictureFormat]:
+    async def _receive(self, image: GeneratedImage, new_target: Callable[[], WriterT]) -> tuple[WriterT, ImageFormat]:
         async with self._slots if image.data is None else nullcontext():
             deadline_s = anyio.current_time() + self._timeouts.download_s
             tries = 0
@@ -243,20 +243,20 @@ class Downloader:
                 tries += 1
                 try:
                     return await _attempt(new_target, partial(self._deliver, image, deadline_s=deadline_s))
-                except _Trouble as exc:
+                except _DownloadError as exc:
                     pause_s = self._retry.pause_s(tries, self._rng)
                     spent = tries >= self._retry.attempts + _EXTRA_TRIES
                     if spent or not exc.passing or anyio.current_time() + pause_s >= deadline_s:
-                        raise MediaError(f"{_name(image)}: {exc}" + f" (tries: {tries})" * exc.passing) from None
+                        raise ImageError(f"{_name(image)}: {exc}" + f" (tries: {tries})" * exc.passing) from None
                 await anyio.sleep(pause_s)
 
-    async def _deliver(self, image: GeneratedImage, sink: Sink, *, deadline_s: float) -> WireReply:
+    async def _deliver(self, image: GeneratedImage, sink: ChunkSink, *, deadline_s: float) -> WireResponse:
         if image.data is None:
             return await self._follow(image.url or "", sink, deadline_s)
         await sink(image.data)
-        return WireReply(status=200, headers={"content-length": str(len(image.data))})
+        return WireResponse(status=200, headers={"content-length": str(len(image.data))})
 
-    async def _follow(self, url: str, sink: Sink, deadline_s: float) -> WireReply:
+    async def _follow(self, url: str, sink: ChunkSink, deadline_s: float) -> WireResponse:
         """Get *url*, walking up to three redirects by hand so that each hop is judged like the first."""
         for _ in range(_MAX_REDIRECTS + 1):
             reply = await self._get(url, sink, deadline_s)
@@ -265,21 +265,21 @@ class Downloader:
             location = reply.headers.get("location")
             if reply.status not in (301, 302, 303, 307, 308) or not location:
                 passing = reply.status in (403, 404, 408, 425, 429) or reply.status >= 500
-                raise _Trouble(f"the file host answered HTTP {reply.status}", passing=passing)
+                raise _DownloadError(f"the file host answered HTTP {reply.status}", passing=passing)
             try:
                 target = urljoin(url, location)
             except ValueError:
-                raise _Trouble("the file host redirects to what is no URL") from None
+                raise _DownloadError("the file host redirects to what is no URL") from None
             if url.lower().startswith("https:") and not target.lower().startswith("https:"):
-                raise _Trouble("the file host redirects from https to something less")
+                raise _DownloadError("the file host redirects from https to something less")
             url = target
-        raise _Trouble(f"the file host redirects more than {_MAX_REDIRECTS} times")
+        raise _DownloadError(f"the file host redirects more than {_MAX_REDIRECTS} times")
 
-    async def _get(self, url: str, sink: Sink, deadline_s: float) -> WireReply:
+    async def _get(self, url: str, sink: ChunkSink, deadline_s: float) -> WireResponse:
         if fault := http_url_fault(url):
-            raise _Trouble(f"the picture's URL {fault}")
+            raise _DownloadError(f"the picture's URL {fault}")
         request = WireRequest(
-            errand=Errand.FETCH,
+            errand=RequestKind.FETCH,
             method="GET",
             url=url,
             headers=_HEADERS,
@@ -288,21 +288,21 @@ class Downloader:
         )
         try:
             reply = await exchange(self._transport, request, timeout_s=deadline_s - anyio.current_time(), sink=sink)
-        except ExchangeFailed as exc:
+        except ExchangeError as exc:
             failure = exc
         else:
             if reply.headers.get("content-encoding", "identity") != "identity":
-                raise _Trouble("the file host compressed what it was asked to send as it is")
+                raise _DownloadError("the file host compressed what it was asked to send as it is")
             return reply
-        raise _Trouble(failure.reason, passing=not failure.permanent)
+        raise _DownloadError(failure.reason, passing=not failure.permanent)
 
 
 async def _attempt(
-    new_target: Callable[[], Target], deliver: Callable[[Sink], Awaitable[WireReply]]
-) -> tuple[Target, PictureFormat]:
+    new_target: Callable[[], WriterT], deliver: Callable[[ChunkSink], Awaitable[WireResponse]]
+) -> tuple[WriterT, ImageFormat]:
     """Return a fresh target, filled and judged; whatever goes wrong, nothing of it stays behind."""
     target = new_target()
-    judged = _Judged(target)
+    judged = _ValidatingWriter(target)
     try:
         reply = await deliver(judged.write)
         return target, judged.finish(reply)

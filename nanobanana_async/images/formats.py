@@ -9,7 +9,7 @@ HEAD_BYTES: Final = 12
 
 
 @attrs.frozen
-class PictureFormat:
+class ImageFormat:
     """One of the formats that are accepted."""
 
     media_type: str
@@ -19,15 +19,15 @@ class PictureFormat:
     """What a whole file ends with; empty when the format does not say."""
 
 
-_PNG: Final = PictureFormat("image/png", ".png", b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")
-_JPEG: Final = PictureFormat("image/jpeg", ".jpg", b"\xff\xd8\xff", b"\xff\xd9")
-_GIF: Final = PictureFormat("image/gif", ".gif", b"GIF8", b";")
-_WEBP: Final = PictureFormat("image/webp", ".webp", b"RIFF", b"")
+_PNG: Final = ImageFormat("image/png", ".png", b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")
+_JPEG: Final = ImageFormat("image/jpeg", ".jpg", b"\xff\xd8\xff", b"\xff\xd9")
+_GIF: Final = ImageFormat("image/gif", ".gif", b"GIF8", b";")
+_WEBP: Final = ImageFormat("image/webp", ".webp", b"RIFF", b"")
 
 SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp"})
 
 
-def sniff(head: bytes) -> PictureFormat | None:
+def sniff(head: bytes) -> ImageFormat | None:
     """Return the format of a file that starts with *head*; None when it is no picture we take."""
     for picture in (_PNG, _JPEG, _GIF):
         if head.startswith(picture.magic):

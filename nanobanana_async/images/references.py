@@ -8,7 +8,7 @@ from pathlib import Path
 
 import anyio.to_thread
 
-from nanobanana_async.errors import MediaError
+from nanobanana_async.errors import ImageError
 from nanobanana_async.images.formats import HEAD_BYTES, sniff
 from nanobanana_async.models import ImageSource, SupportsSave
 
@@ -17,7 +17,7 @@ async def as_references(images: tuple[ImageSource, ...], *, max_bytes: int) -> t
     """Return one URL or data URI for each of *images*. Files are read and encoded off the event loop.
 
     Raises:
-        MediaError: A file cannot be read, is no PNG, JPEG, WebP or GIF, or is larger than *max_bytes*.
+        ImageError: A file cannot be read, is no PNG, JPEG, WebP or GIF, or is larger than *max_bytes*.
     """
     return tuple([await _as_reference(image, max_bytes) for image in images])
 
@@ -40,20 +40,20 @@ def _as_data_uri(image: Path | bytes | SupportsSave, max_bytes: int) -> str:
     _check_size(name, len(data), max_bytes)
     picture = sniff(data[:HEAD_BYTES])
     if picture is None:
-        raise MediaError(f"{name}: not a PNG, JPEG, WebP or GIF (it starts with {data[:HEAD_BYTES]!r})")
+        raise ImageError(f"{name}: not a PNG, JPEG, WebP or GIF (it starts with {data[:HEAD_BYTES]!r})")
     return f"data:{picture.media_type};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def _read(path: Path, max_bytes: int) -> bytes:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for without end
-            raise MediaError(f"{path}: cannot be read: it is not a file")
+            raise ImageError(f"{path}: cannot be read: it is not a file")
         with path.open("rb") as file:
             # Judged before reading: somebody will point this at a film.
             _check_size(str(path), os.fstat(file.fileno()).st_size, max_bytes)
             return file.read(max_bytes + 1)
     except OSError as exc:
-        raise MediaError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
+        raise ImageError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
 
 
 def _as_png(image: SupportsSave) -> bytes:
@@ -61,13 +61,13 @@ def _as_png(image: SupportsSave) -> bytes:
     try:
         image.save(file, format="PNG")
     except (OSError, ValueError) as exc:
-        raise MediaError(f"the PIL image cannot be written as PNG: {exc}") from exc
+        raise ImageError(f"the PIL image cannot be written as PNG: {exc}") from exc
     return file.getvalue()
 
 
 def _check_size(name: str, size_bytes: int, max_bytes: int) -> None:
     if size_bytes > max_bytes:
-        raise MediaError(
+        raise ImageError(
             f"{name}: {size_bytes / 2**20:.1f} MiB, but a reference image may have {max_bytes / 2**20:.1f} MiB "
             "(Limits.reference_bytes); scale it down"
         )

@@ -1,4 +1,4 @@
-"""`Account`: what a run has spent and may still come to cost. Pure; credits are Decimal, never float."""
+"""`Budget`: what a run has spent and may still come to cost. Pure; credits are Decimal, never float."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ import attrs
 
 
 @attrs.frozen(kw_only=True)
-class Funds:
+class BudgetStatus:
     """How the account stands. Credits."""
 
     spent: Decimal
@@ -20,7 +20,7 @@ class Funds:
     """Of the budget; None without one."""
 
 
-class Account:
+class Budget:
     """Keeps what is spent and reserved at or below *budget*; None is no limit.
 
     A submit is reserved at the largest price seen for its model. Until one is known, one at a time is let through, at
@@ -67,11 +67,11 @@ class Account:
         """Return the largest price seen for *model*; None when none was."""
         return self._price.get(model)
 
-    def funds(self) -> Funds:
+    def funds(self) -> BudgetStatus:
         """Return how it stands."""
         reserved = self._reserved()
         left = None if self._budget is None else self._budget - self._spent - reserved
-        return Funds(spent=self._spent, reserved=reserved, left=left)
+        return BudgetStatus(spent=self._spent, reserved=reserved, left=left)
 
     def _reserved(self) -> Decimal:
         return sum((self._guess(model) * count for model, count in self._open.items()), Decimal(0))

@@ -12,8 +12,8 @@ from typing import Final
 import attrs
 
 from nanobanana_async._text import safe_name
-from nanobanana_async.batch.rows import Row
-from nanobanana_async.models import SavedPicture
+from nanobanana_async.batch.rows import BatchRow
+from nanobanana_async.models import SavedImage
 
 
 class RowState(enum.StrEnum):
@@ -86,7 +86,7 @@ _LAST_OF: Final = "(key, attempt) = (SELECT key, attempt FROM rows WHERE key = ?
 
 
 @attrs.frozen(kw_only=True)
-class RowRecord:
+class LedgerRow:
     """One row as the ledger knows it: its last attempt. Times are Unix seconds, None when it has not come to that."""
 
     key: str
@@ -107,10 +107,10 @@ class RowRecord:
     saved_at: float | None
     consumed: Decimal | None = attrs.field(converter=attrs.converters.optional(Decimal))
     reason: str | None
-    files: tuple[SavedPicture, ...]
+    files: tuple[SavedImage, ...]
 
 
-def enter(db: sqlite3.Connection, row: Row) -> sqlite3.Row:
+def enter(db: sqlite3.Connection, row: BatchRow) -> sqlite3.Row:
     """Return the line of *row*; enter it as open if it is new, update it if nothing of it is paid and to come."""
     found: sqlite3.Row | None = db.execute(f"{SELECT} WHERE key = ?", (row.key,)).fetchone()
     content = (row.fingerprint, row.request.prompt, row.request.model)
@@ -131,7 +131,7 @@ _EDITABLE: Final = (RowState.OPEN, RowState.REFUSED, RowState.FAILED)
 """States in which a row with a key of the user's own may get another prompt: nothing of it is paid and to come."""
 
 
-def _stem(db: sqlite3.Connection, row: Row, number: int) -> str:
+def _stem(db: sqlite3.Connection, row: BatchRow, number: int) -> str:
     stem = safe_name(f"{number:04}-{row.request.prompt.lower()}", limit=45) if row.name is None else safe_name(row.name)
     while db.execute("SELECT 1 FROM rows WHERE stem = ?", (stem,)).fetchone():
         stem = f"{stem}-{number}"
@@ -213,11 +213,11 @@ def cost(line: sqlite3.Row) -> tuple[str, int, Decimal | None]:
     return line["model"], line["sends"] - (not unsettled), consumed
 
 
-def as_record(line: sqlite3.Row, folder: Path) -> RowRecord:
+def as_record(line: sqlite3.Row, folder: Path) -> LedgerRow:
     """Return a line of `SELECT` as a record."""
     fields = dict(line)
     files = tuple(
-        SavedPicture(path=folder / name, sha256=digest, size_bytes=size)
+        SavedImage(path=folder / name, sha256=digest, size_bytes=size)
         for name, digest, size in json.loads(fields.pop("files"))
     )
-    return RowRecord(**fields, files=files)
+    return LedgerRow(**fields, files=files)

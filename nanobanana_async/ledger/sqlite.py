@@ -17,13 +17,13 @@ from typing import Final, Generic, Self, TypeVar
 import anyio
 import anyio.to_thread
 
-from nanobanana_async._concurrency.background import Host
-from nanobanana_async._concurrency.events import Bell
-from nanobanana_async.batch.rows import Row
+from nanobanana_async._concurrency.background import BackgroundTaskGroup
+from nanobanana_async._concurrency.events import OneShotEvent
+from nanobanana_async.batch.rows import BatchRow
 from nanobanana_async.errors import LedgerError
 from nanobanana_async.ledger import schema
-from nanobanana_async.ledger.schema import RowRecord, RowState
-from nanobanana_async.models import SavedPicture
+from nanobanana_async.ledger.schema import LedgerRow, RowState
+from nanobanana_async.models import SavedImage
 
 T = TypeVar("T")
 
@@ -35,12 +35,12 @@ _GATHER_S = 0.025
 _CUT_OFF: Final = "the program ended before an answer came"
 
 
-class _Order(Generic[T]):
+class _Write(Generic[T]):
     """One piece of work, to be done in somebody's transaction."""
 
     def __init__(self, work: Callable[[sqlite3.Connection], T]) -> None:
         self.work = work
-        self.bell = Bell()
+        self.bell = OneShotEvent()
         self.is_done = False
         self.value: T | None = None
         self.error: str | None = None
@@ -61,8 +61,8 @@ class Ledger:
         self._limiter = anyio.CapacityLimiter(1)
         self._is_writing = False
         self._inodes = self._on_disk()
-        self._host = Host()
-        self._orders: list[_Order[object]] = []
+        self._host = BackgroundTaskGroup()
+        self._orders: list[_Write[object]] = []
         self._broken: str | None = None
         self._is_closed = False
         self._host.at_end = self._let_go
@@ -146,7 +146,7 @@ class Ledger:
 
     # --- one row ----------------------------------------------------------------------------------------------------
 
-    async def enter(self, rows: Iterable[Row]) -> list[RowRecord]:
+    async def enter(self, rows: Iterable[BatchRow]) -> list[LedgerRow]:
         """Return the record of each of *rows*; new ones are entered as open."""
         rows = list(rows)
         return await self._durably(lambda db: [schema.as_record(schema.enter(db, row), self.folder) for row in rows])
@@ -174,14 +174,14 @@ class Ledger:
         """Note which task the unknown row *key* became, as somebody says; refused if another row is that task."""
         await self._durably(lambda db: schema.bind(db, key, task_id), key)
 
-    async def saved(self, key: str, files: Iterable[SavedPicture]) -> None:
+    async def saved(self, key: str, files: Iterable[SavedImage]) -> None:
         """Note that the pictures of *key* are on disk, whole."""
         listed = json.dumps([[file.path.name, file.sha256, file.size_bytes] for file in files])
         await self.move(key, RowState.SAVED, files=listed, saved_at=time.time())
 
     # --- all rows ---------------------------------------------------------------------------------------------------
 
-    async def read(self, use: Callable[[Iterator[RowRecord]], T], *states: RowState) -> T:
+    async def read(self, use: Callable[[Iterator[LedgerRow]], T], *states: RowState) -> T:
         """Return what *use* makes of the records in order (all of them, or those in *states*). It runs in a thread."""
         where = f" WHERE coalesce(state, 'open') IN ({', '.join('?' * len(states))})" if states else ""
 
@@ -208,7 +208,7 @@ class Ledger:
         Whoever comes first waits a moment and writes for all who have come by then: their one fsync is shared. Not
         cancellable: half a write helps nobody, and it takes milliseconds.
         """
-        order = _Order(work)
+        order = _Write(work)
         if not self._host.is_open:
             raise LedgerError(f"{self.folder / _NAME}: is closed")
         self._orders.append(order)  # type: ignore[arg-type]  # whatever it returns
@@ -225,7 +225,7 @@ class Ledger:
 
     async def _write(self) -> None:
         """Write what has come, until nothing comes. Belongs to nobody who could be cancelled."""
-        orders: list[_Order[object]] = []
+        orders: list[_Write[object]] = []
         try:
             while self._orders:
                 await anyio.sleep(_GATHER_S)
@@ -244,7 +244,7 @@ class Ledger:
         for order in self._orders:
             order.bell.ring()
 
-    def _commit(self, orders: list[_Order[object]]) -> None:
+    def _commit(self, orders: list[_Write[object]]) -> None:
         with self._mutex:
             if self._broken is None:
                 try:
@@ -256,7 +256,7 @@ class Ledger:
                 order.error = order.error or self._broken
                 order.is_done = True
 
-    def _commit_alone(self, order: _Order[object]) -> None:
+    def _commit_alone(self, order: _Write[object]) -> None:
         if self._broken is not None:
             return
         try:
@@ -266,7 +266,7 @@ class Ledger:
         except Exception as exc:  # noqa: BLE001 - what it was asked to write cannot be written
             order.error = f"cannot take this: {exc}"
 
-    def _transact(self, orders: list[_Order[object]]) -> None:
+    def _transact(self, orders: list[_Write[object]]) -> None:
         if self._on_disk() != self._inodes:
             raise OSError("its file was taken away")
         self._db.execute("BEGIN IMMEDIATE")

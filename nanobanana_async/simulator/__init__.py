@@ -6,6 +6,6 @@
 """
 
 from nanobanana_async.simulator.in_memory import FAST, FAST_LIMITS, FAST_POLLING, Simulator
-from nanobanana_async.simulator.service import Charge, VendorProfile
+from nanobanana_async.simulator.service import Charge, SimulatorProfile
 
-__all__ = ["FAST", "FAST_LIMITS", "FAST_POLLING", "Charge", "Simulator", "VendorProfile"]
+__all__ = ["FAST", "FAST_LIMITS", "FAST_POLLING", "Charge", "Simulator", "SimulatorProfile"]

@@ -9,10 +9,10 @@ import attrs
 
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
-from nanobanana_async.protocols import ExchangeFailed, Phase, Sink, WireReply, WireRequest
-from nanobanana_async.simulator.service import Charge, PictureOrder, Vendor, VendorProfile
+from nanobanana_async.protocols import ChunkSink, ExchangeError, Phase, WireRequest, WireResponse
+from nanobanana_async.simulator.service import Charge, ImageSpec, SimulatedService, SimulatorProfile
 
-FAST: Final = VendorProfile(median_s=0.02, sigma=0.3, invisible_s=0.0)
+FAST: Final = SimulatorProfile(median_s=0.02, sigma=0.3, invisible_s=0.0)
 """Pictures in a fiftieth of a second: for tests in real time."""
 FAST_POLLING: Final = PollPolicy.backoff(first_s=0.01, pause_s=0.01, factor=1.2, cap_s=0.2)
 FAST_LIMITS: Final = Limits(requests_per_s=10_000, burst=1_000)
@@ -29,8 +29,8 @@ class Simulator:
         delay_s: How long every exchange takes.
     """
 
-    def __init__(self, profile: VendorProfile = FAST, *, seed: int = 0, delay_s: float = 0.0) -> None:
-        self.vendor: Final = Vendor(profile, seed=seed, now_s=anyio.current_time, paint=tiny_png)
+    def __init__(self, profile: SimulatorProfile = FAST, *, seed: int = 0, delay_s: float = 0.0) -> None:
+        self.vendor: Final = SimulatedService(profile, seed=seed, now_s=anyio.current_time, paint=tiny_png)
         self.delay_s = delay_s
 
     @property
@@ -50,14 +50,14 @@ class Simulator:
         key = min(self.vendor.profile.keys)
         return NanoBananaClient(key, limits=limits, retry=retry, polling=polling, timeouts=timeouts, transport=self)
 
-    async def send(self, request: WireRequest, *, timeout_s: float, sink: Sink | None = None) -> WireReply:
+    async def send(self, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None) -> WireResponse:
         """See `Transport.send`. The request counts as arrived when half of `delay_s` has passed."""
         with anyio.move_on_after(timeout_s):
             await anyio.sleep(self.delay_s / 2)
             headers = {name.lower(): value for name, value in request.headers.items()}
             answer = self.vendor.handle(request.method, request.url, headers, request.body or b"")
             await anyio.sleep(self.delay_s / 2)
-            reply = WireReply(
+            reply = WireResponse(
                 status=answer.status,
                 headers={
                     "content-type": answer.media_type,
@@ -67,18 +67,18 @@ class Simulator:
                 body=answer.body,
             )
             if len(reply.body) > request.max_bytes:
-                raise ExchangeFailed("the body is too long", phase=Phase.REPLY, permanent=True)
+                raise ExchangeError("the body is too long", phase=Phase.REPLY, permanent=True)
             if sink is None or reply.status != 200:
                 return reply
             await sink(reply.body)
             return attrs.evolve(reply, body=b"")
-        raise ExchangeFailed(f"no whole reply within {timeout_s:.3g} s", phase=Phase.SEND)
+        raise ExchangeError(f"no whole reply within {timeout_s:.3g} s", phase=Phase.SEND)
 
     async def aclose(self) -> None:
         """Do nothing: there is nothing to close."""
 
 
-def tiny_png(order: PictureOrder) -> bytes:
+def tiny_png(order: ImageSpec) -> bytes:
     """Return a PNG of 8 x 8 pixels in a colour that follows from the prompt. Needs no Pillow."""
     colour = struct.pack(">I", zlib.crc32(order.prompt.encode()))[:3]
     rows = (b"\0" + colour * 8) * 8

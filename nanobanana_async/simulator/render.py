@@ -8,7 +8,7 @@ from zlib import crc32
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-from nanobanana_async.simulator.service import PictureOrder
+from nanobanana_async.simulator.service import ImageSpec
 
 Colour: TypeAlias = tuple[int, int, int]
 
@@ -25,7 +25,7 @@ _PALETTES: Final[tuple[tuple[Colour, Colour, Colour, Colour], ...]] = (
 _LAYERS: Final = 5
 
 
-def paint(order: PictureOrder) -> bytes:
+def paint(order: ImageSpec) -> bytes:
     """Return an encoded PNG of the ordered size. The same order gives the same picture."""
     rng = Random(crc32(order.prompt.encode()))
     above, horizon, sun, hills = rng.choice(_PALETTES)

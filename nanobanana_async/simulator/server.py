@@ -18,22 +18,22 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from nanobanana_async.protocols import Errand, ExchangeFailed, WireRequest
+from nanobanana_async.protocols import ExchangeError, RequestKind, WireRequest
 from nanobanana_async.simulator.render import paint
-from nanobanana_async.simulator.service import Charge, PlayedTask, Vendor, VendorProfile
-from nanobanana_async.transport.httpx import HttpTransport
+from nanobanana_async.simulator.service import Charge, SimulatedService, SimulatedTask, SimulatorProfile
+from nanobanana_async.transport.httpx import HttpxTransport
 
 _CALLBACK_TRIES: Final = 3
 
 
-def make_vendor(profile: VendorProfile, *, seed: int = 0) -> Vendor:
+def make_vendor(profile: SimulatorProfile, *, seed: int = 0) -> SimulatedService:
     """Return a vendor in real time that paints real pictures."""
-    return Vendor(profile, seed=seed, now_s=time.monotonic, paint=paint)
+    return SimulatedService(profile, seed=seed, now_s=time.monotonic, paint=paint)
 
 
-def make_app(vendor: Vendor) -> Starlette:
+def make_app(vendor: SimulatedService) -> Starlette:
     """Return the ASGI app: the API, the pictures, and callbacks sent from its lifespan."""
-    posts = HttpTransport()
+    posts = HttpxTransport()
     background: list[TaskGroup] = []
 
     async def answer(request: Request) -> Response:
@@ -62,17 +62,17 @@ def make_app(vendor: Vendor) -> Starlette:
     return Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])], lifespan=lifespan)
 
 
-async def _call_back(vendor: Vendor, task: PlayedTask, files_url: str, posts: HttpTransport) -> None:
+async def _call_back(vendor: SimulatedService, task: SimulatedTask, files_url: str, posts: HttpxTransport) -> None:
     await anyio.sleep(max(0.0, task.final_s - time.monotonic()))
     request = WireRequest(
-        errand=Errand.FETCH,
+        errand=RequestKind.FETCH,
         method="POST",
         url=task.callback_url or "",
         headers={"Content-Type": "application/json"},
         body=vendor.callback_body(task, files_url),
     )
     for _ in range(_CALLBACK_TRIES):
-        with contextlib.suppress(ExchangeFailed):
+        with contextlib.suppress(ExchangeError):
             if (await posts.send(request, timeout_s=10)).status < 300:
                 return
         await anyio.sleep(1)
@@ -104,7 +104,7 @@ class SimulatorServer:
         OSError: The port is taken.
     """
 
-    def __init__(self, profile: VendorProfile, *, seed: int = 0, host: str = "127.0.0.1", port: int = 0) -> None:
+    def __init__(self, profile: SimulatorProfile, *, seed: int = 0, host: str = "127.0.0.1", port: int = 0) -> None:
         self.vendor: Final = make_vendor(profile, seed=seed)
         self._socket = listen(host, port)
         name = f"[{host}]" if ":" in host else host

@@ -29,7 +29,7 @@ def _rate() -> float:
 
 
 @attrs.frozen(kw_only=True)
-class VendorProfile:
+class SimulatorProfile:
     """How the played service behaves. Rates are shares of submits, in [0, 1]."""
 
     median_s: float = attrs.field(default=20.0, validator=gt(0))
@@ -56,7 +56,7 @@ class VendorProfile:
     """The API keys it accepts."""
 
     @classmethod
-    def from_faults(cls, text: str, **settings: object) -> "VendorProfile":
+    def from_faults(cls, text: str, **settings: object) -> "SimulatorProfile":
         """Return a profile with rates from text such as `"failed=0.05,inline=0.2"`.
 
         Raises:
@@ -83,7 +83,7 @@ class Charge:
 
 
 @attrs.frozen(kw_only=True)
-class Answer:
+class SimulatedResponse:
     """What the service sends back."""
 
     status: int
@@ -93,7 +93,7 @@ class Answer:
 
 
 @attrs.frozen(kw_only=True)
-class PictureOrder:
+class ImageSpec:
     """What a painter needs to know."""
 
     prompt: str
@@ -102,11 +102,11 @@ class PictureOrder:
 
 
 @attrs.frozen(kw_only=True)
-class PlayedTask:
+class SimulatedTask:
     """One task inside the vendor. Its whole life is fixed when it is accepted; the clock only reveals it."""
 
     task_id: str
-    order: PictureOrder
+    order: ImageSpec
     accepted_s: float
     latency_s: float
     ending: str
@@ -126,20 +126,20 @@ class PlayedTask:
         return "pending" if share < 0.1 else "submitted" if share < 0.2 else "in_progress"
 
 
-class Vendor:
+class SimulatedService:
     """The service's mind. `charges` is the truth that tests compare with what a client believes."""
 
     def __init__(
         self,
-        profile: VendorProfile,
+        profile: SimulatorProfile,
         *,
         seed: int = 0,
         now_s: Callable[[], float],
-        paint: Callable[[PictureOrder], bytes],
+        paint: Callable[[ImageSpec], bytes],
     ) -> None:
         self.profile = profile
         self.charges: list[Charge] = []
-        self.tasks: dict[str, PlayedTask] = {}
+        self.tasks: dict[str, SimulatedTask] = {}
         self.requests: list[str] = []
         """Every request as `"POST /api/image/gen"`, in order of arrival."""
         self.leaks: list[str] = []
@@ -154,7 +154,7 @@ class Vendor:
         """Credits left on the account."""
         return self.profile.balance - self._spent
 
-    def handle(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> Answer:
+    def handle(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> SimulatedResponse:
         """Answer one HTTP request. *url* is absolute; header names are lower case."""
         parts = urlsplit(url)
         self.requests.append(f"{method} {parts.path}")
@@ -171,16 +171,16 @@ class Vendor:
                 return _json(200, {"code": 0, "message": "ok", "data": {"credit": str(self.balance)}})
             case "GET", "/api/task/query" | "/api/user":
                 return _failed(401, 401, "Invalid API key")
-        return Answer(status=404, body=_NGINX_404, media_type="text/html")
+        return SimulatedResponse(status=404, body=_NGINX_404, media_type="text/html")
 
-    def callback_body(self, task: PlayedTask, files_url: str) -> bytes:
+    def callback_body(self, task: SimulatedTask, files_url: str) -> bytes:
         """Return what the service posts to the callback URL: flat, and in final states only."""
         state = self._state(task, files_url)
         return json.dumps(
             {key: state[key] for key in ("result", "status", "task_id", "consumed", "status_reason")}
         ).encode()
 
-    def _submit(self, body: bytes) -> Answer:
+    def _submit(self, body: bytes) -> SimulatedResponse:
         # All dice are thrown for every submit, so that a changed rate does not shift the others.
         trouble, ending, spread = self._rng.random(), self._rng.random(), self._rng.gauss(0.0, 1.0)
         task_id = f"ta{UUID(int=self._rng.getrandbits(128), version=4)}"
@@ -197,7 +197,7 @@ class Vendor:
             return _failed(500, 1, "internal error")
         if self.balance < profile.price:
             return _failed(402, 1, "insufficient credit")
-        task = PlayedTask(
+        task = SimulatedTask(
             task_id=task_id,
             order=_order(request),
             accepted_s=self._now_s(),
@@ -211,7 +211,7 @@ class Vendor:
         self._spent += charge.credits
         is_lost = 0 <= trouble - profile.busy - profile.error < profile.lost
         accepted = _json(200, {"code": 0, "message": "ok", "data": {"task_id": task_id}})
-        return Answer(status=502, body=_NGINX_502, media_type="text/html") if is_lost else accepted
+        return SimulatedResponse(status=502, body=_NGINX_502, media_type="text/html") if is_lost else accepted
 
     def _ending(self, dice: float) -> str:
         for name, rate in (
@@ -224,13 +224,13 @@ class Vendor:
             dice -= rate
         return "image"
 
-    def _query(self, task_id: str, files_url: str) -> Answer:
+    def _query(self, task_id: str, files_url: str) -> SimulatedResponse:
         task = self.tasks.get(task_id)
         if task is None or self._now_s() - task.accepted_s < self.profile.invisible_s:
             return _failed(404, 1, "task not found")
         return _json(200, {"code": 0, "message": "ok", "data": self._state(task, files_url)})
 
-    def _state(self, task: PlayedTask, files_url: str) -> dict[str, object]:
+    def _state(self, task: SimulatedTask, files_url: str) -> dict[str, object]:
         status = task.status(self._now_s())
         result: list[dict[str, str]] | None = None
         if status == "success":
@@ -244,22 +244,22 @@ class Vendor:
             "status_reason": {"message": "the prompt was refused" if status == "failed" else None},
         }
 
-    def _item(self, task: PlayedTask, files_url: str) -> dict[str, str]:
+    def _item(self, task: SimulatedTask, files_url: str) -> dict[str, str]:
         if task.ending == "text":
             return {"text": "I would rather describe it in words."}
         if task.ending == "inline":
             return {"image": f"data:image/png;base64,{b64encode(self._paint(task.order)).decode()}"}
         return {"image": f"{files_url}/files/{task.task_id}.png"}
 
-    def _file(self, path: str, headers: Mapping[str, str]) -> Answer:
+    def _file(self, path: str, headers: Mapping[str, str]) -> SimulatedResponse:
         if "authorization" in headers or "cookie" in headers:
             self.leaks.append(path)
         if headers.get("user-agent", "curl").lower().startswith(_LIBRARY_AGENTS):
-            return Answer(status=403, body=b"error code: 1010", media_type="text/plain")
+            return SimulatedResponse(status=403, body=b"error code: 1010", media_type="text/plain")
         task = self.tasks.get(path.removeprefix("/files/").removesuffix(".png"))
         if task is None or task.status(self._now_s()) != "success":
-            return Answer(status=404, body=_NGINX_404, media_type="text/html")
-        return Answer(status=200, body=self._paint(task.order), media_type="image/png")
+            return SimulatedResponse(status=404, body=_NGINX_404, media_type="text/html")
+        return SimulatedResponse(status=200, body=self._paint(task.order), media_type="image/png")
 
 
 def _fault(request: object) -> str | None:
@@ -277,19 +277,19 @@ def _fault(request: object) -> str | None:
     return None
 
 
-def _order(request: Mapping[str, object]) -> PictureOrder:
+def _order(request: Mapping[str, object]) -> ImageSpec:
     """Read the wanted size: 1k, 2k or 4k is the longer side; the ratio is N:M."""
     longer = {"2k": 2048, "4k": 4096}.get(str(request.get("image_size")), 1024)
     wide, _, high = str(request.get("aspect_ratio", "1:1")).partition(":")
     ratio = int(wide) / int(high) if wide.isdigit() and high.isdigit() and int(high) else 1.0
     ratio = min(max(ratio, 0.25), 4.0)
     width, height = (longer, round(longer / ratio)) if ratio >= 1 else (round(longer * ratio), longer)
-    return PictureOrder(prompt=str(request["prompt"]), width=width, height=height)
+    return ImageSpec(prompt=str(request["prompt"]), width=width, height=height)
 
 
-def _json(status: int, document: object) -> Answer:
-    return Answer(status=status, body=json.dumps(document).encode())
+def _json(status: int, document: object) -> SimulatedResponse:
+    return SimulatedResponse(status=status, body=json.dumps(document).encode())
 
 
-def _failed(status: int, code: int, detail: str) -> Answer:
+def _failed(status: int, code: int, detail: str) -> SimulatedResponse:
     return _json(status, {"code": code, "message": "failed", "detail": detail})

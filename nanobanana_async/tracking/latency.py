@@ -1,4 +1,4 @@
-"""`CompletionCurve`: what is known of how long pictures take, and when a look at an unfinished one pays. Pure.
+"""`LatencyModel`: what is known of how long pictures take, and when a look at an unfinished one pays. Pure.
 
 The method. Time since the submit is cut into bins, and each bin has a rate of completion: events over time at risk, as
 in a life table. Every look adds what it saw. Looks only bracket the end of a task, so one that ended between two looks
@@ -57,7 +57,7 @@ def _prior() -> tuple[tuple[float, ...], tuple[float, ...]]:
 _PRIOR_EVENTS, _PRIOR_AT_RISK_S = _prior()
 
 
-class CompletionCurve:
+class LatencyModel:
     """Learns from looks, at a cost of a few bins per look."""
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ from typing import Final
 
 from nanobanana_async.models import TaskStatus
 from nanobanana_async.policies import PollPolicy
-from nanobanana_async.tracking.latency import PRIOR_MEDIAN_S, CompletionCurve
+from nanobanana_async.tracking.latency import PRIOR_MEDIAN_S, LatencyModel
 
 # A fresh id may answer 404 for 25-30 s, longer with reference images (several public clients allow for it).
 NOT_FOUND_GRACE_S: Final = 60.0
@@ -41,13 +41,13 @@ def has_vanished(late_looks: int, late_for_s: float) -> bool:
     return late_looks >= VANISHED_LOOKS and late_for_s >= VANISHED_AFTER_S
 
 
-class Schedule:
+class PollSchedule:
     """The pauses of a `PollPolicy`, learned or laid down, and what is learned meanwhile."""
 
     def __init__(self, policy: PollPolicy, rng: Random | None = None) -> None:
         self.policy: Final = policy
         self._rng = rng or Random()
-        self._prior = CompletionCurve()
+        self._prior = LatencyModel()
         self._curves = {model: _loaded(model, numbers) for model, numbers in policy.curves.items()}
 
     def pause_s(self, model: str | None, age_s: float, looks: int, pressure: float = 1.0) -> float:
@@ -90,7 +90,7 @@ class Schedule:
         if curve is None:
             if len(self._curves) >= _MOST_MODELS:
                 del self._curves[next(iter(self._curves))]
-            curve = self._curves[model] = CompletionCurve()
+            curve = self._curves[model] = LatencyModel()
         curve.learn(since_s, age_s, done=done)
 
     def medians_s(self) -> Mapping[str, float]:
@@ -102,8 +102,8 @@ class Schedule:
         return {model: curve.dump() for model, curve in self._curves.items()}
 
 
-def _loaded(model: str, numbers: Sequence[float]) -> CompletionCurve:
+def _loaded(model: str, numbers: Sequence[float]) -> LatencyModel:
     try:
-        return CompletionCurve.load(numbers)
+        return LatencyModel.load(numbers)
     except (ValueError, TypeError, OverflowError) as exc:
         raise ValueError(f"curves: what is given for {model!r} is not what `statistics().curves` gave: {exc}") from None

@@ -7,7 +7,7 @@ from typing import Final, Generic, TypeVar
 
 import attrs
 
-from nanobanana_async._concurrency.events import Bell
+from nanobanana_async._concurrency.events import OneShotEvent
 from nanobanana_async.errors import NanoBananaError, TaskNotFound
 from nanobanana_async.models import Task
 
@@ -18,7 +18,7 @@ CONFIRM_PAUSE_S: Final = 10.0
 
 
 @attrs.frozen(kw_only=True)
-class Origin:
+class SubmitInfo:
     """What is known of a task before it is first looked at."""
 
     submitted_at_s: float | None = None
@@ -29,7 +29,7 @@ class Origin:
 
 
 @attrs.define(eq=False, weakref_slot=False)
-class Entry:
+class TrackedTask:
     """One watched task. There may be a million of them, so it holds no container that it need not."""
 
     task_id: str
@@ -40,7 +40,7 @@ class Entry:
     """Whether this client submitted it, so that its age is known."""
     is_announced: bool = False
     """Whether news of its end is expected."""
-    first: "Watch | None" = None
+    first: "Waiter | None" = None
     """Who waits: the head of a chain, for neither joining nor leaving may cost more where many do."""
     due_s: float = math.inf
     """When it is next looked at; infinity while a look is under way."""
@@ -76,20 +76,20 @@ class Entry:
         """Whether its last snapshot will never change again."""
         return self.task is not None and self.task.is_final
 
-    def adopt(self, origin: "Origin") -> None:
+    def adopt(self, origin: "SubmitInfo") -> None:
         """Learn where it comes from, if nobody has said so before."""
         if origin.submitted_at_s is not None and not self.is_ours:
             self.is_ours, self.born_s, self.model = True, origin.submitted_at_s, origin.model
             self.is_announced = origin.is_announced
 
-    def join(self, watch: "Watch") -> None:
+    def join(self, watch: "Waiter") -> None:
         """Let one more wait."""
         watch.after = self.first
         if self.first is not None:
             self.first.before = watch
         self.first = watch
 
-    def part(self, watch: "Watch") -> None:
+    def part(self, watch: "Waiter") -> None:
         """Let it go; with the last one goes what only they wanted, however large."""
         if watch.before is not None:
             watch.before.after = watch.after
@@ -117,15 +117,15 @@ class Entry:
 
 
 @attrs.define(eq=False, weakref_slot=False)
-class Watch:
+class Waiter:
     """One who is interested in a task. Costs nothing but itself until `bell` is waited for."""
 
-    entry: Entry
+    entry: TrackedTask
     due_s: float = math.inf
     """When its patience ends."""
-    bell: Bell | None = None
-    before: "Watch | None" = None
-    after: "Watch | None" = None
+    bell: OneShotEvent | None = None
+    before: "Waiter | None" = None
+    after: "Waiter | None" = None
 
     def ring(self) -> None:
         """Wake it."""
@@ -133,7 +133,7 @@ class Watch:
             self.bell.ring()
 
 
-NOBODYS: Final = Entry("", None, 0.0, is_ours=False)
+NOBODYS: Final = TrackedTask("", None, 0.0, is_ours=False)
 """What the watch of somebody who has left is about."""
 
 
@@ -145,7 +145,7 @@ def about(exc: NanoBananaError, task_id: str) -> NanoBananaError:
     return mine
 
 
-def vanished(entry: Entry, exc: TaskNotFound) -> TaskNotFound:
+def vanished(entry: TrackedTask, exc: TaskNotFound) -> TaskNotFound:
     """Return what those get who wait for a task that the service has lost."""
     last = "it never showed" if entry.task is None else f"it was last {entry.task.status}"
     was = "was accepted and may have been charged" if entry.is_ours else "was there"
@@ -153,7 +153,7 @@ def vanished(entry: Entry, exc: TaskNotFound) -> TaskNotFound:
     return TaskNotFound(what, status=exc.status, code=exc.code, task_id=entry.task_id)
 
 
-class Recent(Generic[T]):
+class FifoCache(Generic[T]):
     """The last so many things, by task id."""
 
     def __init__(self, most: int) -> None:
@@ -180,17 +180,17 @@ class Recent(Generic[T]):
         return self._things.pop(task_id, None)
 
 
-class Memory:
+class TaskCache:
     """What a tracker keeps of tasks that nobody waits for just now; all of it bounded."""
 
     def __init__(self) -> None:
-        self.finals: Final[Recent[Task]] = Recent(256)
+        self.finals: Final[FifoCache[Task]] = FifoCache(256)
         """Finished ones, for those who ask late. Ones that carry their picture inline are not kept."""
-        self.left: Final[Recent[Entry]] = Recent(256)
+        self.left: Final[FifoCache[TrackedTask]] = FifoCache(256)
         """Unfinished ones: who comes back goes on where it was."""
-        self.origins: Final[Recent[Origin]] = Recent(4096)
+        self.origins: Final[FifoCache[SubmitInfo]] = FifoCache(4096)
         """Own submits, for handles that are made again from an id: a web app's second request."""
-        self.heard: Final[Recent[bool]] = Recent(4096)
+        self.heard: Final[FifoCache[bool]] = FifoCache(4096)
         """Own submits of which news came while nobody waited for them."""
 
     def finish(self, task: Task) -> None:
@@ -200,7 +200,7 @@ class Memory:
 
 
 @attrs.frozen(kw_only=True)
-class Statistics:
+class TrackerStatistics:
     """How a client's tracker stands, at one moment."""
 
     watched: int

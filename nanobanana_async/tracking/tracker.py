@@ -13,20 +13,29 @@ from typing import Final, Protocol
 
 import anyio
 
-from nanobanana_async._concurrency.background import Host
-from nanobanana_async._concurrency.delay_queue import Agenda
-from nanobanana_async._concurrency.events import Bell
+from nanobanana_async._concurrency.background import BackgroundTaskGroup
+from nanobanana_async._concurrency.delay_queue import DelayQueue
+from nanobanana_async._concurrency.events import OneShotEvent
 from nanobanana_async.errors import (
     AuthenticationError,
     InvalidRequest,
     NanoBananaError,
     TaskNotFound,
-    TaskUnfinished,
+    TaskTimeout,
     TransportError,
 )
 from nanobanana_async.models import Task, TaskStatus
-from nanobanana_async.tracking.schedule import FOREIGN_AGE_S, NOT_FOUND_GRACE_S, Schedule, has_vanished, newer
-from nanobanana_async.tracking.state import NOBODYS, Entry, Memory, Origin, Statistics, Watch, about, vanished
+from nanobanana_async.tracking.schedule import FOREIGN_AGE_S, NOT_FOUND_GRACE_S, PollSchedule, has_vanished, newer
+from nanobanana_async.tracking.state import (
+    NOBODYS,
+    SubmitInfo,
+    TaskCache,
+    TrackedTask,
+    TrackerStatistics,
+    Waiter,
+    about,
+    vanished,
+)
 
 _log: Final = logging.getLogger("nanobanana_async")
 
@@ -40,7 +49,7 @@ _ORIGINS: Final = 4096
 """Own submits that are remembered, for handles that are made again from an id: a web app's second request."""
 
 
-class Source(Protocol):
+class PollSource(Protocol):
     """Where the tracker asks."""
 
     @property
@@ -67,15 +76,15 @@ class TaskTracker:
     Starts its coroutine with the first wait. One bad task, and one bad answer, never stops another task.
     """
 
-    def __init__(self, source: Source, schedule: Schedule, host: Host) -> None:
+    def __init__(self, source: PollSource, schedule: PollSchedule, host: BackgroundTaskGroup) -> None:
         self._source = source
         self._schedule = schedule
         self._host = host
-        self._watched: dict[str, Entry] = {}
-        self.memory: Final = Memory()
+        self._watched: dict[str, TrackedTask] = {}
+        self.memory: Final = TaskCache()
         grain_s = min(_GRAIN_S, schedule.policy.min_s / 2)
-        self._looks: Agenda[Entry] = Agenda(grain_s)
-        self._deadlines: Agenda[Watch] = Agenda(grain_s)
+        self._looks: DelayQueue[TrackedTask] = DelayQueue(grain_s)
+        self._deadlines: DelayQueue[Waiter] = DelayQueue(grain_s)
         self._wanted_per_s = 0.0
         self._running = False
         self._failures = 0
@@ -85,13 +94,13 @@ class TaskTracker:
         self._unannounced = 0
         """Tasks in a row whose end should have been announced, and was found by a look."""
 
-    async def wait(self, task_id: str, *, timeout_s: float, origin: Origin = Origin()) -> Task:
+    async def wait(self, task_id: str, *, timeout_s: float, origin: SubmitInfo = SubmitInfo()) -> Task:
         """Return the task once its status is final, whether it succeeded or failed.
 
         Shares polls with all who wait for the same id. Cancelling stops the waiting, not the task.
 
         Raises:
-            TaskUnfinished: *timeout_s* passed, or the client was closed; `exc.task` is the last snapshot.
+            TaskTimeout: *timeout_s* passed, or the client was closed; `exc.task` is the last snapshot.
             TaskNotFound: The service does not know the id.
             AuthenticationError: The service does not accept the key; this ends every wait.
             InvalidRequest: The service does not accept the id.
@@ -108,7 +117,9 @@ class TaskTracker:
         finally:
             self.leave(watch)
 
-    async def updates(self, task_id: str, *, timeout_s: float, origin: Origin = Origin()) -> AsyncGenerator[Task]:
+    async def updates(
+        self, task_id: str, *, timeout_s: float, origin: SubmitInfo = SubmitInfo()
+    ) -> AsyncGenerator[Task]:
         """Yield a snapshot at each change of status, the final one last. Raises as `wait` does."""
         await self._host.ensure()
         if (final := self.memory.finals.get(task_id)) is not None:
@@ -127,7 +138,7 @@ class TaskTracker:
         finally:
             self.leave(watch)
 
-    def watch(self, task_id: str, origin: Origin = Origin()) -> Watch:
+    def watch(self, task_id: str, origin: SubmitInfo = SubmitInfo()) -> Waiter:
         """Have *task_id* looked at until it is final, or until `leave`. The host must be running."""
         origin = origin if origin.submitted_at_s is not None else self.memory.origins.get(task_id) or origin
         entry = self._watched.get(task_id)
@@ -141,18 +152,18 @@ class TaskTracker:
                 self._running = True
                 self._host.start_soon(self._run)
         entry.adopt(origin)
-        watch = Watch(entry)
+        watch = Waiter(entry)
         entry.join(watch)
         return watch
 
-    def _new(self, task_id: str, origin: Origin) -> Entry:
-        entry = Entry(task_id, None, anyio.current_time() - FOREIGN_AGE_S, is_ours=False)
+    def _new(self, task_id: str, origin: SubmitInfo) -> TrackedTask:
+        entry = TrackedTask(task_id, None, anyio.current_time() - FOREIGN_AGE_S, is_ours=False)
         entry.adopt(origin)
         if self.memory.heard.pop(task_id):
             entry.plan_confirmation(anyio.current_time())
         return entry
 
-    def leave(self, watch: Watch) -> None:
+    def leave(self, watch: Waiter) -> None:
         """End *watch*; the last to leave ends the looking."""
         self._deadlines.remove(watch)
         entry, watch.entry = watch.entry, NOBODYS  # the agenda may hold on to it for a while
@@ -177,13 +188,13 @@ class TaskTracker:
         if entry.confirm_s < entry.due_s < math.inf:  # with a look under way, `_plan` will see to it
             self._looks.plan(entry, entry.confirm_s)
 
-    def statistics(self) -> Statistics:
+    def statistics(self) -> TrackerStatistics:
         """Return how things stand. O(watched)."""
         try:
             now_s = anyio.current_time()
         except RuntimeError:  # no event loop (any more): nothing is late
             now_s = -math.inf
-        return Statistics(
+        return TrackerStatistics(
             watched=len(self._watched),
             in_flight=self._in_flight,
             overdue=self._looks.late(now_s),
@@ -201,11 +212,11 @@ class TaskTracker:
             reason = (
                 f"the client was closed while waiting for task {entry.task_id}; it runs on and can be awaited again"
             )
-            self._end(entry, TaskUnfinished(reason, task=entry.task, task_id=entry.task_id))
+            self._end(entry, TaskTimeout(reason, task=entry.task, task_id=entry.task_id))
 
     # --- who waits --------------------------------------------------------------------------------------------------
 
-    def _bell(self, watch: Watch, deadline_s: float, timeout_s: float) -> Bell:
+    def _bell(self, watch: Waiter, deadline_s: float, timeout_s: float) -> OneShotEvent:
         """Return what rings when there may be news; raise what ended the watching, or that the time is up."""
         entry = watch.entry
         if entry.error is not None:
@@ -213,12 +224,12 @@ class TaskTracker:
         if anyio.current_time() < deadline_s:
             if watch.due_s != deadline_s:
                 self._deadlines.plan(watch, deadline_s)
-            watch.bell = Bell()
+            watch.bell = OneShotEvent()
             return watch.bell
         unheard = "its callback has not come" if entry.is_announced else "nothing was heard of it"
         last = unheard if entry.task is None else f"it was {entry.task.status}"
         trouble = entry.trouble and f" (the last look met: {entry.trouble})"
-        raise TaskUnfinished(
+        raise TaskTimeout(
             f"task {entry.task_id} was not final within {timeout_s:.3g} s: {last}{trouble}. It runs on; wait again",
             task=entry.task,
             task_id=entry.task_id,
@@ -230,7 +241,7 @@ class TaskTracker:
             await self._deadlines.until_due()
             self._deadlines.pop().ring()
 
-    def _drop(self, entry: Entry) -> None:
+    def _drop(self, entry: TrackedTask) -> None:
         self._looks.remove(entry)
         self._wanted_per_s -= entry.wanted_per_s
         entry.wanted_per_s = 0.0
@@ -239,7 +250,7 @@ class TaskTracker:
         if not self._watched:
             self._wanted_per_s = 0.0  # so that rounding errors do not add up over years
 
-    def _end(self, entry: Entry, error: NanoBananaError | None = None) -> None:
+    def _end(self, entry: TrackedTask, error: NanoBananaError | None = None) -> None:
         """Stop watching: the task is final, or *error* is what every waiter gets."""
         entry.error = error
         self._drop(entry)
@@ -251,7 +262,7 @@ class TaskTracker:
     def _pressure(self) -> float:
         return max(1.0, self._wanted_per_s / self._source.polls_per_s)
 
-    def _plan(self, entry: Entry, *, failures: int = 0) -> None:
+    def _plan(self, entry: TrackedTask, *, failures: int = 0) -> None:
         """Choose when to look next, after *failures* looks in a row that brought no answer."""
         now_s = anyio.current_time()
         if self._watched.get(entry.task_id) is not entry:  # everybody who waited has gone while a look was under way
@@ -262,7 +273,7 @@ class TaskTracker:
             due_s = min(due_s, max(now_s, entry.confirm_s))
         self._looks.plan(entry, due_s)
 
-    def _pause_s(self, entry: Entry, now_s: float, failures: int) -> float:
+    def _pause_s(self, entry: TrackedTask, now_s: float, failures: int) -> float:
         if failures:
             return self._schedule.retry_s(failures)
         if not entry.looks and not entry.is_ours:
@@ -310,7 +321,7 @@ class TaskTracker:
             self._in_flight += 1
             self._host.start_soon(partial(self._look, entry))
 
-    async def _look(self, entry: Entry) -> None:
+    async def _look(self, entry: TrackedTask) -> None:
         try:
             task = await self._source.look(entry.task_id)
         except AuthenticationError as exc:
@@ -335,7 +346,7 @@ class TaskTracker:
             entry.is_asked = False
             self._in_flight -= 1
 
-    def _failed(self, entry: Entry, exc: NanoBananaError) -> None:
+    def _failed(self, entry: TrackedTask, exc: NanoBananaError) -> None:
         """Back off, the longer the more looks failed in a row: at this task, or whichever tasks they were about."""
         self._failures += 1
         entry.failures += 1
@@ -344,7 +355,7 @@ class TaskTracker:
         entry.trouble = str(exc)
         self._plan(entry, failures=max(self._failures, entry.failures))
 
-    def _saw(self, entry: Entry, task: Task) -> None:
+    def _saw(self, entry: TrackedTask, task: Task) -> None:
         now_s = anyio.current_time()
         self._failures = 0
         entry.there_s, entry.late_since_s, entry.late_looks = now_s, math.inf, 0
@@ -372,7 +383,7 @@ class TaskTracker:
         if known is None or entry.task is not known:
             entry.ring()
 
-    def _missed(self, entry: Entry, exc: TaskNotFound) -> None:
+    def _missed(self, entry: TrackedTask, exc: TaskNotFound) -> None:
         """Judge a 404: fresh ids are invisible for a while, foreign ones never seen do not exist."""
         now_s = anyio.current_time()
         if not entry.is_ours and entry.task is None:

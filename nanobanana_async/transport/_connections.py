@@ -31,7 +31,7 @@ _ONE: Final = httpx.Limits(max_connections=1, max_keepalive_connections=1)
 
 
 @attrs.frozen
-class Target:
+class Destination:
     """Where to connect for one request: with a pinned address, the name lives on in `Host` and in SNI."""
 
     url: httpx.URL
@@ -40,7 +40,7 @@ class Target:
 
 
 @attrs.frozen
-class Opened:
+class StreamingResponse:
     """A reply whose head has arrived. `pieces` is the body as it comes, never decompressed."""
 
     status: int
@@ -57,10 +57,10 @@ class Opened:
             await self._close()
 
 
-class Lane(Protocol):
+class Connection(Protocol):
     """What one exchange travels on."""
 
-    async def open(self, request: WireRequest, target: Target, extensions: dict[str, object]) -> Opened:
+    async def open(self, request: WireRequest, target: Destination, extensions: dict[str, object]) -> StreamingResponse:
         """Send *request* and return when the head of the reply is there. Raises the library's own exceptions."""
         ...
 
@@ -74,7 +74,7 @@ class Lane(Protocol):
         ...
 
 
-class _Body(httpx.AsyncByteStream):
+class _RequestBody(httpx.AsyncByteStream):
     """A request body in one piece.
 
     The libraries' own are async generators, left unfinished when writing fails, and trio complains about those.
@@ -92,7 +92,7 @@ class _Body(httpx.AsyncByteStream):
         raise StopAsyncIteration
 
 
-def _headers(request: WireRequest, target: Target) -> dict[str, str]:
+def _headers(request: WireRequest, target: Destination) -> dict[str, str]:
     headers = {"Host": target.url.netloc.decode("ascii"), **target.headers}
     if request.body is not None:
         headers["Content-Length"] = str(len(request.body))
@@ -111,17 +111,21 @@ def _core_url(url: httpx.URL) -> "httpcore.URL":
     return httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
 
 
-def _core_request(request: WireRequest, target: Target, extensions: dict[str, object]) -> "httpcore.Request":
+def _core_request(request: WireRequest, target: Destination, extensions: dict[str, object]) -> "httpcore.Request":
     # Built in a call of its own, so that no frame of a suspended exchange has the headers among its variables.
     import httpcore  # noqa: PLC0415 - the same
 
     headers = [(name.encode("ascii"), value.encode("ascii")) for name, value in _headers(request, target).items()]
     return httpcore.Request(
-        request.method, _core_url(target.url), headers=headers, content=_Body(request.body), extensions=extensions
+        request.method,
+        _core_url(target.url),
+        headers=headers,
+        content=_RequestBody(request.body),
+        extensions=extensions,
     )
 
 
-class DirectLane:
+class DirectConnection:
     """One connection of ours. Only after `load_engine`."""
 
     def __init__(self, url: httpx.URL, tls: ssl.SSLContext) -> None:
@@ -130,28 +134,28 @@ class DirectLane:
         origin = _core_url(url).origin
         self._connection = httpcore.AsyncHTTPConnection(origin, ssl_context=tls, keepalive_expiry=_KEEP_ALIVE_S)
 
-    async def open(self, request: WireRequest, target: Target, extensions: dict[str, object]) -> Opened:
-        """See `Lane.open`."""
+    async def open(self, request: WireRequest, target: Destination, extensions: dict[str, object]) -> StreamingResponse:
+        """See `Connection.open`."""
         response = await self._connection.handle_async_request(_core_request(request, target, extensions))
         headers: dict[str, str] = {}
         for raw_name, raw_value in response.headers:
             name, value = raw_name.decode("ascii").lower(), raw_value.decode("latin-1")
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
         assert isinstance(response.stream, AsyncIterable)  # noqa: S101 - what an async connection answers with
-        return Opened(response.status, headers, response.stream, response.aclose)
+        return StreamingResponse(response.status, headers, response.stream, response.aclose)
 
     @property
     def is_ready(self) -> bool:
-        """See `Lane.is_ready`."""
+        """See `Connection.is_ready`."""
         return self._connection.is_idle() and not self._connection.has_expired()
 
     async def aclose(self) -> None:
-        """See `Lane.aclose`."""
+        """See `Connection.aclose`."""
         with anyio.move_on_after(_GOODBYE_S, shield=True):
             await self._connection.aclose()
 
 
-class ProxyLane:
+class ProxyConnection:
     """One connection of ours through a proxy.
 
     Raises:
@@ -165,42 +169,42 @@ class ProxyLane:
     def __init__(self, proxy: str, tls: ssl.SSLContext) -> None:
         self._transport = httpx.AsyncHTTPTransport(verify=tls, limits=_ONE, proxy=proxy)
 
-    async def open(self, request: WireRequest, target: Target, extensions: dict[str, object]) -> Opened:
-        """See `Lane.open`."""
+    async def open(self, request: WireRequest, target: Destination, extensions: dict[str, object]) -> StreamingResponse:
+        """See `Connection.open`."""
         response = await self._transport.handle_async_request(_built(request, target, extensions))
         return _opened(response)
 
     async def aclose(self) -> None:
-        """See `Lane.aclose`."""
+        """See `Connection.aclose`."""
         with anyio.move_on_after(_GOODBYE_S, shield=True):
             await self._transport.aclose()
 
 
-def _built(request: WireRequest, target: Target, extensions: dict[str, object]) -> httpx.Request:
-    stream = _Body(request.body)
+def _built(request: WireRequest, target: Destination, extensions: dict[str, object]) -> httpx.Request:
+    stream = _RequestBody(request.body)
     return httpx.Request(
         request.method, target.url, headers=_headers(request, target), stream=stream, extensions=extensions
     )
 
 
-def _opened(response: "httpx.Response | httpx2.Response") -> Opened:
+def _opened(response: "httpx.Response | httpx2.Response") -> StreamingResponse:
     headers = dict(response.headers.items())
     if response.is_stream_consumed:  # by an event hook, or it never was a stream: httpx has read and decoded it
         headers.pop("content-encoding", None)
         headers["content-length"] = str(len(response.content))
-        return Opened(response.status_code, headers, _Body(response.content), response.aclose)
-    return Opened(response.status_code, headers, response.aiter_raw(), response.aclose)
+        return StreamingResponse(response.status_code, headers, _RequestBody(response.content), response.aclose)
+    return StreamingResponse(response.status_code, headers, response.aiter_raw(), response.aclose)
 
 
 @attrs.frozen
-class LentLane:
+class ClientConnection:
     """The user's client, httpx's or httpx2's: what we call is the same on both."""
 
     client: "httpx.AsyncClient | httpx2.AsyncClient"
     is_ready = True
 
-    async def open(self, request: WireRequest, target: Target, extensions: dict[str, object]) -> Opened:
-        """See `Lane.open`."""
+    async def open(self, request: WireRequest, target: Destination, extensions: dict[str, object]) -> StreamingResponse:
+        """See `Connection.open`."""
         built = self.client.build_request(
             request.method, str(target.url), headers=target.headers, content=request.body, extensions=extensions
         )

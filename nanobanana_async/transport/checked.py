@@ -7,25 +7,25 @@ from typing import Final
 
 import anyio
 
-from nanobanana_async.protocols import ExchangeFailed, Phase, Sink, Transport, WireReply, WireRequest
+from nanobanana_async.protocols import ChunkSink, ExchangeError, Phase, Transport, WireRequest, WireResponse
 
 _LEEWAY_S: Final = 0.5
 """What a transport may take beyond its time, so that it can say itself how far it got."""
 
 
 async def exchange(
-    transport: Transport, request: WireRequest, *, timeout_s: float, sink: Sink | None = None
-) -> WireReply:
+    transport: Transport, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None
+) -> WireResponse:
     """Return what `transport.send` returns, within *timeout_s* and half a second. *sink* may raise what it likes.
 
     Raises:
-        ExchangeFailed: Whatever else happened. The request may have arrived, unless the transport says otherwise.
+        ExchangeError: Whatever else happened. The request may have arrived, unless the transport says otherwise.
     """
     own: list[Exception] = []
     with anyio.CancelScope(deadline=anyio.current_time() + max(timeout_s, 0) + _LEEWAY_S):
         try:
             reply = await transport.send(request, timeout_s=timeout_s, sink=sink and _remembering(sink, own))
-        except ExchangeFailed:
+        except ExchangeError:
             raise
         except anyio.get_cancelled_exc_class():
             if _is_cancelled():
@@ -36,14 +36,14 @@ async def exchange(
                 raise
             reason = _words(exc)
         else:
-            if isinstance(reply, WireReply):
+            if isinstance(reply, WireResponse):
                 return reply
             reason = f"it returned {type(reply).__name__}"
-        raise ExchangeFailed(f"the transport failed: {reason}", phase=Phase.SEND)
-    raise ExchangeFailed(f"the transport did not end within {timeout_s:.3g} s", phase=Phase.SEND)
+        raise ExchangeError(f"the transport failed: {reason}", phase=Phase.SEND)
+    raise ExchangeError(f"the transport did not end within {timeout_s:.3g} s", phase=Phase.SEND)
 
 
-def _remembering(sink: Sink, own: list[Exception]) -> Callable[[bytes], Awaitable[None]]:
+def _remembering(sink: ChunkSink, own: list[Exception]) -> Callable[[bytes], Awaitable[None]]:
     async def take(piece: bytes) -> None:
         try:
             await sink(piece)

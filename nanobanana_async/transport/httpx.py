@@ -1,4 +1,4 @@
-"""`HttpTransport`: requests over httpx. Sockets, deadlines and phases; nothing about what is said.
+"""`HttpxTransport`: requests over httpx. Sockets, deadlines and phases; nothing about what is said.
 
 One httpx pool with 64 connections costs 10-19 ms of CPU per request, for httpcore re-scans the pool on each event.
 Here every request under way has a lane of its own, with one connection. Lanes share one TLS context, come from a
@@ -20,14 +20,14 @@ import attrs
 import httpx
 
 from nanobanana_async.models import http_url_fault
-from nanobanana_async.protocols import Errand, ExchangeFailed, Phase, Sink, WireReply, WireRequest
+from nanobanana_async.protocols import ChunkSink, ExchangeError, Phase, RequestKind, WireRequest, WireResponse
 from nanobanana_async.transport._connections import (
-    DirectLane,
-    Lane,
-    LentLane,
-    Opened,
-    ProxyLane,
-    Target,
+    ClientConnection,
+    Connection,
+    Destination,
+    DirectConnection,
+    ProxyConnection,
+    StreamingResponse,
     check_client,
     load_engine,
 )
@@ -52,12 +52,12 @@ _HOPELESS: Final = ("InvalidURL", "UnsupportedProtocol", "LocalProtocolError")
 
 
 @attrs.define
-class _Progress:
+class _ExchangeState:
     """What is known of one exchange while it runs, for whoever has to judge it if it breaks off."""
 
     phase: Phase = Phase.SEND
     """Assume the worst: only a trace may say that no byte has left yet."""
-    reply: WireReply | None = None
+    reply: WireResponse | None = None
     received: bytearray = attrs.field(factory=bytearray)
     in_sink: bool = False
 
@@ -68,10 +68,10 @@ class _Progress:
         elif event.endswith("send_request_headers.started"):
             self.phase = Phase.SEND
 
-    def failed(self, reason: str, *, phase: Phase | None = None, permanent: bool = False) -> ExchangeFailed:
+    def failed(self, reason: str, *, phase: Phase | None = None, permanent: bool = False) -> ExchangeError:
         reply = self.reply and attrs.evolve(self.reply, body=bytes(self.received))
         phase = self.phase if phase is None else phase
-        return ExchangeFailed(reason, phase=phase, permanent=permanent, reply=reply)
+        return ExchangeError(reason, phase=phase, permanent=permanent, reply=reply)
 
 
 @lru_cache(2048)  # a task is asked about several times, and parsing costs a tenth of a request
@@ -85,7 +85,7 @@ def _parsed(text: str) -> httpx.URL | str:
         return f"not a URL: {exc}"
 
 
-class HttpTransport:
+class HttpxTransport:
     """Carries requests over httpx, on asyncio and on trio.
 
     Args:
@@ -110,22 +110,22 @@ class HttpTransport:
         self._connect_s = connect_s
         self._trust_env = trust_env
         self._proxies = getproxies() if trust_env else {}
-        self._idle: defaultdict[str, list[Lane]] = defaultdict(list)
+        self._idle: defaultdict[str, list[Connection]] = defaultdict(list)
         """Lanes at rest, by origin."""
         self._tls: ssl.SSLContext | None = None
         self._tls_lock = anyio.Lock()
         self._closed = False
 
-    async def send(self, request: WireRequest, *, timeout_s: float, sink: Sink | None = None) -> WireReply:
+    async def send(self, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None) -> WireResponse:
         """See `Transport.send`."""
-        failure = ExchangeFailed("the time was up before it began", phase=Phase.CONNECT)
+        failure = ExchangeError("the time was up before it began", phase=Phase.CONNECT)
         deadline = anyio.current_time() + timeout_s
         for target in await self._targets(request, timeout_s):
             time_left_s = deadline - anyio.current_time()
             if time_left_s <= 0:
                 break
             outcome = await self._exchange(request, target, time_left_s, sink)
-            if isinstance(outcome, WireReply):
+            if isinstance(outcome, WireResponse):
                 return outcome
             failure = outcome
             if failure.phase is not Phase.CONNECT or failure.permanent:
@@ -141,23 +141,23 @@ class HttpTransport:
                 await lane.aclose()
 
     async def _exchange(
-        self, request: WireRequest, target: Target, timeout_s: float, sink: Sink | None
-    ) -> WireReply | ExchangeFailed:
-        progress = _Progress()
+        self, request: WireRequest, target: Destination, timeout_s: float, sink: ChunkSink | None
+    ) -> WireResponse | ExchangeError:
+        progress = _ExchangeState()
         with anyio.move_on_after(timeout_s):
             try:
                 lane = await self._take_lane(request, target)
                 keep = False
                 try:
                     reply = await self._converse(lane, request, target, timeout_s, progress, sink)
-                    keep = request.errand is Errand.READ and self._client is None and not self._closed
+                    keep = request.errand is RequestKind.READ and self._client is None and not self._closed
                     return reply
                 finally:
                     if keep:
                         self._idle[_origin(request)].append(lane)
                     else:
                         await lane.aclose()
-            except ExchangeFailed as exc:
+            except ExchangeError as exc:
                 return exc
             except Exception as exc:
                 if progress.in_sink:
@@ -167,24 +167,24 @@ class HttpTransport:
 
     async def _converse(
         self,
-        lane: Lane,
+        lane: Connection,
         request: WireRequest,
-        target: Target,
+        target: Destination,
         timeout_s: float,
-        progress: _Progress,
-        sink: Sink | None,
-    ) -> WireReply:
+        progress: _ExchangeState,
+        sink: ChunkSink | None,
+    ) -> WireResponse:
         # A timer per read would only repeat the total deadline, except where that one is long and a retry helps.
-        silence_s = min(timeout_s, _SILENCE_S) if request.errand is Errand.FETCH else None
+        silence_s = min(timeout_s, _SILENCE_S) if request.errand is RequestKind.FETCH else None
         extensions = {
             **target.extensions,
             "timeout": {"connect": self._connect_s, "read": silence_s, "write": silence_s, "pool": self._connect_s},
         }
-        if request.errand is Errand.SUBMIT:
+        if request.errand is RequestKind.SUBMIT:
             extensions["trace"] = progress.trace
         opened = await lane.open(request, target, extensions)
         progress.phase = Phase.REPLY
-        progress.reply = WireReply(status=opened.status, headers=opened.headers)
+        progress.reply = WireResponse(status=opened.status, headers=opened.headers)
         try:
             streamed = sink if opened.status == 200 else None
             cap = request.max_bytes if opened.status == 200 else min(request.max_bytes, _ERROR_BYTES)
@@ -193,13 +193,13 @@ class HttpTransport:
             await opened.aclose()
         return attrs.evolve(progress.reply, body=bytes(progress.received))
 
-    async def _take_lane(self, request: WireRequest, target: Target) -> Lane:
+    async def _take_lane(self, request: WireRequest, target: Destination) -> Connection:
         """Return a lane at rest, if *request* may ride on a connection that was used before, or a new one."""
-        if self._client is not None and request.errand is not Errand.FETCH:
+        if self._client is not None and request.errand is not RequestKind.FETCH:
             if self._client.is_closed:
-                raise ExchangeFailed("the handed-in client is closed", phase=Phase.CONNECT, permanent=True)
-            return LentLane(self._client)
-        idle = self._idle[_origin(request)] if request.errand is Errand.READ else []
+                raise ExchangeError("the handed-in client is closed", phase=Phase.CONNECT, permanent=True)
+            return ClientConnection(self._client)
+        idle = self._idle[_origin(request)] if request.errand is RequestKind.READ else []
         while idle:
             lane = idle.pop()
             if lane.is_ready:
@@ -209,10 +209,10 @@ class HttpTransport:
         await load_engine()
         try:
             tls = _NO_TLS if proxy is None and request.url.startswith("http://") else await self._tls_context()
-            return DirectLane(target.url, tls) if proxy is None else ProxyLane(proxy, tls)
+            return DirectConnection(target.url, tls) if proxy is None else ProxyConnection(proxy, tls)
         except (ImportError, ValueError, OSError) as exc:
             reason = f"a proxy or certificate file named in the environment cannot be used: {exc}"
-        raise ExchangeFailed(reason, phase=Phase.CONNECT, permanent=True)
+        raise ExchangeError(reason, phase=Phase.CONNECT, permanent=True)
 
     def _proxy_for(self, url: str) -> str | None:
         if not self._proxies:
@@ -229,16 +229,16 @@ class HttpTransport:
                 self._tls = await anyio.to_thread.run_sync(lambda: httpx.create_ssl_context(trust_env=self._trust_env))
         return self._tls
 
-    async def _targets(self, request: WireRequest, timeout_s: float) -> list[Target]:
+    async def _targets(self, request: WireRequest, timeout_s: float) -> list[Destination]:
         """Return where to connect, in order. A guarded request dials the very address that was judged."""
         url = _parsed(request.url)
         if isinstance(url, str):
-            raise ExchangeFailed(url, phase=Phase.CONNECT, permanent=True)
+            raise ExchangeError(url, phase=Phase.CONNECT, permanent=True)
         if request.public_only:
             return await self._guarded(url, request.headers, timeout_s)
-        return [Target(url, request.headers, {})]
+        return [Destination(url, request.headers, {})]
 
-    async def _guarded(self, url: httpx.URL, headers: Mapping[str, str], timeout_s: float) -> list[Target]:
+    async def _guarded(self, url: httpx.URL, headers: Mapping[str, str], timeout_s: float) -> list[Destination]:
         host = url.raw_host.decode("ascii")
         addresses: list[str] = []
         reason = f"{host} does not resolve in time"
@@ -248,17 +248,17 @@ class HttpTransport:
             except (OSError, UnicodeError) as exc:
                 reason = f"{host} does not resolve: {exc}"
         if refused := next((address for address in addresses if not is_public(address)), None):
-            raise ExchangeFailed(
+            raise ExchangeError(
                 f"{host} leads to {refused}, which is not a public address", phase=Phase.CONNECT, permanent=True
             )
         if self._proxy_for(str(url)):
-            return [Target(url, headers, {})]  # the proxy resolves and connects; it may know names that we do not
+            return [Destination(url, headers, {})]  # the proxy resolves and connects; it may know names that we do not
         if not addresses:
-            raise ExchangeFailed(reason, phase=Phase.CONNECT)
+            raise ExchangeError(reason, phase=Phase.CONNECT)
         pinned = {**headers, "Host": url.netloc.decode("ascii")}
-        return [Target(url.copy_with(host=address), pinned, {"sni_hostname": host}) for address in addresses]
+        return [Destination(url.copy_with(host=address), pinned, {"sni_hostname": host}) for address in addresses]
 
-    def _translate(self, exc: Exception, progress: _Progress) -> ExchangeFailed:
+    def _translate(self, exc: Exception, progress: _ExchangeState) -> ExchangeError:
         """Say in our words what a foreign exception means. Its text is kept, the exception is not."""
         name = next((c.__name__ for c in type(exc).__mro__ if c.__name__ in _NEVER_SENT), "")
         sent = not name and not isinstance(exc, UnicodeEncodeError)
@@ -276,7 +276,7 @@ class HttpTransport:
         return progress.failed(reason, phase=Phase.CONNECT, permanent=permanent)
 
 
-async def _drain(opened: Opened, max_bytes: int, progress: _Progress, sink: Sink | None) -> None:
+async def _drain(opened: StreamingResponse, max_bytes: int, progress: _ExchangeState, sink: ChunkSink | None) -> None:
     """Read the body raw, so that what came before a failure is kept, and stop at the cap.
 
     When we are the ones to stop, or are cancelled, the connection is closed and the iteration goes on to its end, which
@@ -305,7 +305,7 @@ async def _drain(opened: Opened, max_bytes: int, progress: _Progress, sink: Sink
         raise stopped
 
 
-async def _take(piece: bytes, excess: int, progress: _Progress, sink: Sink | None) -> None:
+async def _take(piece: bytes, excess: int, progress: _ExchangeState, sink: ChunkSink | None) -> None:
     if excess > 0:
         if sink is None:
             progress.received += piece[:-excess]

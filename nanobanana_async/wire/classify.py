@@ -18,7 +18,7 @@ from nanobanana_async.errors import (
     NotSent,
     SubmissionUnknown,
 )
-from nanobanana_async.protocols import ExchangeFailed, Phase, WireReply
+from nanobanana_async.protocols import ExchangeError, Phase, WireResponse
 from nanobanana_async.wire.codec import Envelope, refusal
 
 
@@ -35,8 +35,8 @@ class Verdict(enum.Enum):
     """It may have been paid, and no answer says so."""
 
 
-class Repeat(enum.Enum):
-    """Whether sending it again is in order, attempts and time left allowing. Values of three are `Resubmit` levels."""
+class RetryRule(enum.Enum):
+    """Whether sending it again is in order, attempts and time left allowing. Three are values of `ResubmitLevel`."""
 
     NO = "no"
     FREE = "free"
@@ -52,18 +52,18 @@ class Repeat(enum.Enum):
     @property
     def may_pay_twice(self) -> bool:
         """Whether a repeat under this row counts as a possible duplicate."""
-        return self in (Repeat.ENVELOPE, Repeat.SERVER_ERRORS, Repeat.ALWAYS)
+        return self in (RetryRule.ENVELOPE, RetryRule.SERVER_ERRORS, RetryRule.ALWAYS)
 
 
 @attrs.frozen(kw_only=True)
-class Outcome:
+class SubmitExchange:
     """How one POST ended, as far as anybody can tell."""
 
-    reply: WireReply | None = None
+    reply: WireResponse | None = None
     """The reply, whole or cut; None when not even a status line came."""
     envelope: Envelope = attrs.field(factory=Envelope)
     """What the body of `reply` says."""
-    failure: ExchangeFailed | None = None
+    failure: ExchangeError | None = None
     """Why the reply is not whole; None when it is."""
 
     @property
@@ -82,59 +82,59 @@ class Outcome:
         return self.failure is not None and self.failure.phase is Phase.CONNECT
 
 
-_Test: TypeAlias = Callable[[Outcome], bool]
+_Predicate: TypeAlias = Callable[[SubmitExchange], bool]
 
 
 @attrs.frozen
-class Row:
+class Rule:
     """One line of the table: the first whose test holds decides."""
 
     name: str
     verdict: Verdict
-    repeat: Repeat
-    test: _Test
+    repeat: RetryRule
+    test: _Predicate
 
 
-def _refused(outcome: Outcome) -> bool:
+def _refused(outcome: SubmitExchange) -> bool:
     """A whole, readable no of the vendor's own."""
     return outcome.failure is None and outcome.envelope.is_vendor and not outcome.envelope.ok
 
 
-def _own_error(outcome: Outcome) -> bool:
+def _own_error(outcome: SubmitExchange) -> bool:
     """The vendor's application itself, and not a gateway that speaks JSON: its statuses, its numeric code."""
     return outcome.status in (500, 503) and _refused(outcome) and outcome.envelope.code is not None
 
 
-def _no_access_or_credit(outcome: Outcome) -> bool:
+def _no_access_or_credit(outcome: SubmitExchange) -> bool:
     return outcome.reply is not None and isinstance(
         refusal(outcome.reply, outcome.envelope), AuthenticationError | InsufficientCredits
     )
 
 
 TABLE: Final = (
-    Row("task id", Verdict.ACCEPTED, Repeat.NO, lambda o: o.envelope.task_id is not None),
-    Row("hopeless", Verdict.NOT_SENT, Repeat.NO, lambda o: o.unsent and o.permanent),
-    Row("never connected", Verdict.NOT_SENT, Repeat.FREE, lambda o: o.unsent),
-    Row("reply lost or cut", Verdict.UNKNOWN, Repeat.ALWAYS, lambda o: o.failure is not None),
-    Row("no access, no credit", Verdict.REJECTED, Repeat.NO, _no_access_or_credit),
+    Rule("task id", Verdict.ACCEPTED, RetryRule.NO, lambda o: o.envelope.task_id is not None),
+    Rule("hopeless", Verdict.NOT_SENT, RetryRule.NO, lambda o: o.unsent and o.permanent),
+    Rule("never connected", Verdict.NOT_SENT, RetryRule.FREE, lambda o: o.unsent),
+    Rule("reply lost or cut", Verdict.UNKNOWN, RetryRule.ALWAYS, lambda o: o.failure is not None),
+    Rule("no access, no credit", Verdict.REJECTED, RetryRule.NO, _no_access_or_credit),
     # RFC 9110 (408, 421) and RFC 8470 (425): the server says that it did not process the request.
-    Row("not processed", Verdict.NOT_SENT, Repeat.ONCE, lambda o: o.status in (408, 421, 425)),
-    Row("slow down", Verdict.REJECTED, Repeat.AFTER_WAIT, lambda o: o.status == 429),
-    Row("vendor's own 5xx", Verdict.REJECTED, Repeat.ENVELOPE, _own_error),
-    Row("gateway", Verdict.UNKNOWN, Repeat.SERVER_ERRORS, lambda o: o.status >= 500),
-    Row("redirect or 4xx", Verdict.REJECTED, Repeat.NO, lambda o: o.status >= 300),
-    Row("code says no", Verdict.REJECTED, Repeat.NO, _refused),
+    Rule("not processed", Verdict.NOT_SENT, RetryRule.ONCE, lambda o: o.status in (408, 421, 425)),
+    Rule("slow down", Verdict.REJECTED, RetryRule.AFTER_WAIT, lambda o: o.status == 429),
+    Rule("vendor's own 5xx", Verdict.REJECTED, RetryRule.ENVELOPE, _own_error),
+    Rule("gateway", Verdict.UNKNOWN, RetryRule.SERVER_ERRORS, lambda o: o.status >= 500),
+    Rule("redirect or 4xx", Verdict.REJECTED, RetryRule.NO, lambda o: o.status >= 300),
+    Rule("code says no", Verdict.REJECTED, RetryRule.NO, _refused),
     # 200 without an id, or with a body nobody can read: something happened, and very likely it was paid.
-    Row("no id", Verdict.UNKNOWN, Repeat.NO, lambda _: True),
+    Rule("no id", Verdict.UNKNOWN, RetryRule.NO, lambda _: True),
 )
 
 
-def judge(outcome: Outcome) -> Row:
+def judge(outcome: SubmitExchange) -> Rule:
     """Return the row that decides about *outcome*; the table is total."""
     return next(row for row in TABLE if row.test(outcome))
 
 
-def submit_error(outcome: Outcome, row: Row, duplicates: int, base_url: str) -> NanoBananaError:
+def submit_error(outcome: SubmitExchange, row: Rule, duplicates: int, base_url: str) -> NanoBananaError:
     """Return the public error for a submit that brought no task id."""
     told = story(outcome)
     if row.verdict is Verdict.REJECTED and outcome.reply is not None:
@@ -153,7 +153,7 @@ def submit_error(outcome: Outcome, row: Row, duplicates: int, base_url: str) -> 
     )
 
 
-def story(outcome: Outcome) -> str:
+def story(outcome: SubmitExchange) -> str:
     """Return what is known of *outcome*, in words."""
     said = ""
     if outcome.reply is not None:  # a gateway's page often begins with the status itself

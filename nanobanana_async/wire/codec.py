@@ -27,8 +27,8 @@ from nanobanana_async.errors import (
     ServiceUnavailable,
     TaskNotFound,
 )
-from nanobanana_async.models import Callback, GeneratedImage, GenerationRequest, JsonValue, Task, TaskStatus
-from nanobanana_async.protocols import Errand, WireReply, WireRequest
+from nanobanana_async.models import CallbackPayload, GeneratedImage, GenerationRequest, JsonValue, Task, TaskStatus
+from nanobanana_async.protocols import RequestKind, WireRequest, WireResponse
 from nanobanana_async.wire.body import excerpt, inline_image, parse, plain, printable
 
 SUBMIT_PATH: Final = "/api/image/gen"
@@ -60,7 +60,7 @@ def encode_submit(base_url: str, request: GenerationRequest) -> WireRequest:
     except (TypeError, ValueError, RecursionError) as exc:
         raise ValueError(f"extra: cannot be sent as JSON: {exc}") from exc
     return WireRequest(
-        errand=Errand.SUBMIT,
+        errand=RequestKind.SUBMIT,
         method="POST",
         url=base_url + SUBMIT_PATH,
         headers={"Content-Type": "application/json"},
@@ -72,12 +72,12 @@ def encode_submit(base_url: str, request: GenerationRequest) -> WireRequest:
 def encode_query(base_url: str, task_id: str) -> WireRequest:
     """Return the GET that asks how the task stands."""
     url = f"{base_url}{QUERY_PATH}?task_id={quote(task_id, safe='')}"
-    return WireRequest(errand=Errand.READ, method="GET", url=url, max_bytes=QUERY_BYTES)
+    return WireRequest(errand=RequestKind.READ, method="GET", url=url, max_bytes=QUERY_BYTES)
 
 
 def encode_balance(base_url: str) -> WireRequest:
     """Return the GET that asks for the credits left."""
-    return WireRequest(errand=Errand.READ, method="GET", url=base_url + BALANCE_PATH, max_bytes=JSON_BYTES)
+    return WireRequest(errand=RequestKind.READ, method="GET", url=base_url + BALANCE_PATH, max_bytes=JSON_BYTES)
 
 
 # --- in: the envelope -----------------------------------------------------------------------------------------------
@@ -99,7 +99,7 @@ class Envelope:
     """A task id in `data`, or one salvaged from a body that was cut or is not JSON."""
 
 
-def read(reply: WireReply) -> Envelope:
+def read(reply: WireResponse) -> Envelope:
     """Make sense of the body of *reply*; never raises. Decodes by content, for content types are not reliable."""
     body = plain(reply.body, reply.headers.get("content-encoding", ""), JSON_BYTES)
     try:
@@ -122,7 +122,7 @@ def read(reply: WireReply) -> Envelope:
     )
 
 
-def refusal(reply: WireReply, envelope: Envelope, *, task_id: str | None = None) -> ApiError:
+def refusal(reply: WireResponse, envelope: Envelope, *, task_id: str | None = None) -> ApiError:
     """Return the error for an answer that is a refusal: by HTTP status first, then by code and wording."""
     kind = _refusal_kind(reply.status, envelope)
     code = "" if envelope.code is None else f", code {envelope.code}"
@@ -149,7 +149,7 @@ def _refusal_kind(status: int, envelope: Envelope) -> type[ApiError]:
     return TaskNotFound if status == 404 and envelope.is_vendor else InvalidRequest
 
 
-def _redirection(reply: WireReply) -> str:
+def _redirection(reply: WireResponse) -> str:
     """Name the host a redirect points to, and nothing more of it: we never follow one with the key."""
     if not 300 <= reply.status < 400:
         return ""
@@ -167,7 +167,7 @@ def _lacks_credit(envelope: Envelope) -> bool:
 # --- in: what the operations answer -----------------------------------------------------------------------------
 
 
-def decode_task(reply: WireReply, task_id: str) -> Task:
+def decode_task(reply: WireResponse, task_id: str) -> Task:
     """Return the task of a query reply.
 
     Raises:
@@ -186,7 +186,7 @@ def decode_task(reply: WireReply, task_id: str) -> Task:
     raise ProtocolError(f"the answer about task {task_id} cannot be used: {what}", task_id=task_id, status=reply.status)
 
 
-def decode_callback(body: bytes) -> Callback:
+def decode_callback(body: bytes) -> CallbackPayload:
     """Return what a posted body claims. The same fields as a task's, flat (vendor's documentation).
 
     Raises:
@@ -200,10 +200,10 @@ def decode_callback(body: bytes) -> Callback:
     task_id = _id(claim.get("task_id"))
     if task_id is None:
         raise ProtocolError(f"the callback names no task: {excerpt(body) or 'empty'}")
-    return Callback(task_id=task_id, status=_status(claim.get("status"), None), raw=claim)
+    return CallbackPayload(task_id=task_id, status=_status(claim.get("status"), None), raw=claim)
 
 
-def decode_balance(reply: WireReply) -> Decimal:
+def decode_balance(reply: WireResponse) -> Decimal:
     """Return the credits left.
 
     Raises:
@@ -217,7 +217,7 @@ def decode_balance(reply: WireReply) -> Decimal:
     return credit
 
 
-def _accepted(reply: WireReply, task_id: str | None = None) -> Envelope:
+def _accepted(reply: WireResponse, task_id: str | None = None) -> Envelope:
     envelope = read(reply)
     if reply.status >= 300 or (envelope.is_vendor and not envelope.ok):
         raise refusal(reply, envelope, task_id=task_id)
@@ -239,7 +239,7 @@ class _Reason:
 
 
 @attrs.frozen(kw_only=True)
-class _Item:
+class _ResultItem:
     """One entry of `result`: a picture, words, or both."""
 
     image: GeneratedImage | None = None
@@ -252,7 +252,7 @@ class _TaskData:
 
     task_id: str = ""
     status: TaskStatus = TaskStatus.UNKNOWN
-    result: tuple[_Item, ...] = ()
+    result: tuple[_ResultItem, ...] = ()
     consumed: Decimal | None = None
     created_at: datetime | None = None
     status_reason: _Reason = _Reason()
@@ -304,17 +304,17 @@ def _moment(value: object, _: object) -> datetime | None:
     return None
 
 
-def _items(value: object, _: object) -> tuple[_Item, ...]:
+def _items(value: object, _: object) -> tuple[_ResultItem, ...]:
     """Normalise `result`: null is (), one object or string is (it,); what is neither is passed over (see `raw`)."""
     entries = value if isinstance(value, list) else [value]
     return tuple(item for entry in entries if (item := _item(entry)) is not None)
 
 
-def _item(entry: object) -> _Item | None:
+def _item(entry: object) -> _ResultItem | None:
     if isinstance(entry, str):
-        return _Item(image=_image(entry))
+        return _ResultItem(image=_image(entry))
     if isinstance(entry, dict):
-        return _Item(image=_image(entry.get("image")), text=_words(entry.get("text")))
+        return _ResultItem(image=_image(entry.get("image")), text=_words(entry.get("text")))
     return None
 
 
@@ -363,7 +363,7 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook(datetime | None, _moment)
     converter.register_structure_hook(_Reason, _reason)
     converter.register_structure_hook(str, lambda value, _: value if isinstance(value, str) else "")
-    converter.register_structure_hook_func(lambda kind: kind == tuple[_Item, ...], _items)
+    converter.register_structure_hook_func(lambda kind: kind == tuple[_ResultItem, ...], _items)
     converter.register_structure_hook_func(lambda kind: kind == Mapping[str, JsonValue], lambda value, _: value)
     converter.register_structure_hook(_TaskData, make_dict_structure_fn(_TaskData, converter))
     # Unset fields are left out, never sent as null.

@@ -14,7 +14,7 @@ import attrs
 
 from nanobanana_async.errors import ConfigurationError
 from nanobanana_async.models import http_url_fault
-from nanobanana_async.protocols import ExchangeFailed, WireReply
+from nanobanana_async.protocols import ExchangeError, WireResponse
 from nanobanana_async.transport.addresses import is_public, resolve
 
 DEFAULT_BASE_URL: Final = "https://api.defapi.org"
@@ -29,18 +29,18 @@ USER_AGENT: Final = f"nanobanana-async/{version('nanobanana-async')}"
 
 
 @attrs.frozen
-class Key:
+class ApiKey:
     """An API key that no repr shows, so neither does a traceback that prints local variables."""
 
     text: str = attrs.field(repr=False)
 
-    def cleaned(self) -> "Key":
+    def cleaned(self) -> "ApiKey":
         """Return it without what people paste along with a key.
 
         Raises:
             ConfigurationError: Nothing is left, or it cannot stand in a header. The message does not quote it.
         """
-        clean = Key(re.sub(r"^bearer(\s+|$)", "", self.text.strip(), flags=re.IGNORECASE).strip())
+        clean = ApiKey(re.sub(r"^bearer(\s+|$)", "", self.text.strip(), flags=re.IGNORECASE).strip())
         if not clean.text:
             raise ConfigurationError(f"no API key: set {KEY_VARIABLES[0]} (in a program, api_key=... does as well)")
         if not re.fullmatch(r"[!-~]+", clean.text):
@@ -55,11 +55,11 @@ class Endpoint:
     """The service as this client sees it. The key is in no repr."""
 
     base_url: str
-    _key: Key
+    _key: ApiKey
     _is_public: bool | None = attrs.field(default=None, init=False, eq=False)
 
     @classmethod
-    def of(cls, api_key: Key | None, base_url: str | None) -> "Endpoint":
+    def of(cls, api_key: ApiKey | None, base_url: str | None) -> "Endpoint":
         """Return the endpoint for what the caller gave, or else what the environment says.
 
         Raises:
@@ -67,7 +67,7 @@ class Endpoint:
         """
         name = "base_url" if base_url else BASE_URL_VARIABLE
         url = _clean_url(base_url or os.getenv(BASE_URL_VARIABLE) or DEFAULT_BASE_URL, name)
-        key = api_key or Key(next(filter(None, map(os.getenv, KEY_VARIABLES)), ""))
+        key = api_key or ApiKey(next(filter(None, map(os.getenv, KEY_VARIABLES)), ""))
         return cls(url, key.cleaned())
 
     @property
@@ -81,12 +81,12 @@ class Endpoint:
             "User-Agent": USER_AGENT,
         }
 
-    def without_key(self, reply: WireReply) -> WireReply:
+    def without_key(self, reply: WireResponse) -> WireResponse:
         """Return *reply* with the key struck out: some servers quote it back, and errors quote what servers say."""
         key = self._key.text.encode()
         return attrs.evolve(reply, body=reply.body.replace(key, b"[API key]")) if key in reply.body else reply
 
-    def failure_without_key(self, failure: ExchangeFailed) -> ExchangeFailed:
+    def failure_without_key(self, failure: ExchangeError) -> ExchangeError:
         """The same for what a transport says went wrong: one that was handed in may quote the request."""
         if self._key.text in failure.reason:
             failure.reason = failure.reason.replace(self._key.text, "[API key]")

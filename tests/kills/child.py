@@ -14,7 +14,7 @@ from nanobanana_async import Batch, NanoBananaClient, WireRequest
 from nanobanana_async.images.download import _PartFile
 from nanobanana_async.ledger import sqlite
 from nanobanana_async.simulator import FAST_LIMITS, FAST_POLLING
-from nanobanana_async.transport.httpx import HttpTransport
+from nanobanana_async.transport.httpx import HttpxTransport
 
 NEVER = 10**9
 
@@ -103,9 +103,9 @@ def _around_commits(point: Callable[[str], None]) -> None:
 
 
 def _around_posts(point: Callable[[str], None]) -> None:
-    send = HttpTransport.send
+    send = HttpxTransport.send
 
-    async def watched(self: HttpTransport, request: WireRequest, **options: Any) -> Any:  # noqa: ANN401 - the same
+    async def watched(self: HttpxTransport, request: WireRequest, **options: Any) -> Any:  # noqa: ANN401 - the same
         if request.method == "POST":
             point("POST leaves")
         reply = await send(self, request, **options)
@@ -113,7 +113,7 @@ def _around_posts(point: Callable[[str], None]) -> None:
             point("POST answered")
         return reply
 
-    HttpTransport.send = watched  # type: ignore[method-assign]
+    HttpxTransport.send = watched  # type: ignore[method-assign]
 
 
 def _around_files(point: Callable[[str], None]) -> None:

@@ -12,16 +12,16 @@ from random import Random
 import anyio
 import attrs
 
-from nanobanana_async.ledger.schema import RowRecord, RowState
+from nanobanana_async.ledger.schema import LedgerRow, RowState
 from nanobanana_async.ledger.sqlite import Ledger
-from nanobanana_async.simulator import VendorProfile
+from nanobanana_async.simulator import SimulatorProfile
 from nanobanana_async.simulator.in_memory import tiny_png
 from nanobanana_async.simulator.server import SimulatorServer
-from nanobanana_async.simulator.service import Answer, PictureOrder
+from nanobanana_async.simulator.service import ImageSpec, SimulatedResponse
 from tests.kills import child
 
 ROWS = 8
-PROFILE = VendorProfile(median_s=0.03, sigma=0.5, invisible_s=0.0)
+PROFILE = SimulatorProfile(median_s=0.03, sigma=0.5, invisible_s=0.0)
 _LONGEST_S = 60
 
 
@@ -53,7 +53,7 @@ class Harness:
         server.vendor._paint = tiny_png
         handle = server.vendor.handle
 
-        def watched(method: str, *rest: object) -> Answer:
+        def watched(method: str, *rest: object) -> SimulatedResponse:
             answer = handle(method, *rest)  # type: ignore[arg-type]
             if method == "POST":
                 self._posted()
@@ -139,12 +139,12 @@ class Harness:
             tally.lost.append(f"left behind: {stray}")
 
 
-def _is_whole(record: RowRecord) -> bool:
-    picture = tiny_png(PictureOrder(prompt=record.prompt, width=8, height=8))
+def _is_whole(record: LedgerRow) -> bool:
+    picture = tiny_png(ImageSpec(prompt=record.prompt, width=8, height=8))
     return record.state is RowState.SAVED and [file.path.read_bytes() for file in record.files] == [picture]
 
 
-async def _records(folder: Path) -> list[RowRecord]:
+async def _records(folder: Path) -> list[LedgerRow]:
     ledger = await Ledger.open(folder, create=False)
     try:
         return await ledger.read(list)

@@ -36,7 +36,7 @@ async def surface(client: nb.NanoBananaClient, image: nb.GeneratedImage) -> None
 
 def transports(one: httpx.AsyncClient, other: httpx2.AsyncClient) -> list[nb.Transport]:
     """Hand in every kind of transport."""
-    return [nb.HttpTransport(), nb.HttpTransport(one), nb.HttpTransport(other), Simulator()]
+    return [nb.HttpxTransport(), nb.HttpxTransport(one), nb.HttpxTransport(other), Simulator()]
 
 
 def errors(error: nb.TaskError, unknown: nb.SubmissionUnknown, api: nb.ApiError) -> None:
