@@ -61,8 +61,8 @@ def main() -> None:
         with launch.server("--latency", str(options.latency)) as port:
             arguments = ("--contestant", kind, port, str(options.jobs))
             noticed_s: dict[str, float] = launch.client("benchmarks.callbacks", *arguments)
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/truth", timeout=60) as reply:
-                truth = json.load(reply)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/truth", timeout=60) as response:
+                truth = json.load(response)
         delays_s = sorted(at_s - truth[task_id][1] for task_id, at_s in noticed_s.items())
         polls = sum(count for _, _, count in truth.values()) / len(noticed_s)
         p95_s = delays_s[int(0.95 * (len(delays_s) - 1))]

@@ -21,8 +21,8 @@ import anyio
 from benchmarks import launch
 from nanobanana_async import Batch, Limits, NanoBananaClient, PollPolicy, Succeeded
 
-LIMITS: Final = Limits(requests_per_s=10_000, burst=1_000, submits=32)
-POLLING: Final = PollPolicy.backoff(first_s=2.0, pause_s=1.0, factor=1.2, cap_s=4.0)
+LIMITS: Final = Limits(requests_per_s=10_000, burst=1_000, max_submits=32)
+POLLING: Final = PollPolicy.backoff(first_poll_s=2.0, initial_s=1.0, multiplier=1.2, max_s=4.0)
 
 
 async def bare(client: NanoBananaClient, folder: Path, rows: int, in_flight: int) -> int:
@@ -34,7 +34,7 @@ async def bare(client: NanoBananaClient, folder: Path, rows: int, in_flight: int
         nonlocal done
         try:
             task = await client.generate(f"row {number}")
-            await client.save_picture(task.images[0], folder / str(number))
+            await client.save_image(task.images[0], folder / str(number))
             done += 1
         finally:
             places.release()

@@ -68,8 +68,8 @@ async def with_aiohttp(url: str, polls: int, in_flight: int) -> float:
     async with aiohttp.ClientSession(headers=HEADERS, connector=aiohttp.TCPConnector(limit=in_flight)) as session:
 
         async def poll() -> object:
-            async with session.get(url) as reply:
-                return json.loads(await reply.read())
+            async with session.get(url) as response:
+                return json.loads(await response.read())
 
         return await cpu_ms(poll, polls, in_flight)
 
@@ -101,7 +101,7 @@ async def with_sockets(url: str, polls: int, in_flight: int) -> float:
 
 async def measure(base_url: str, polls: int, in_flight: int) -> None:
     """Measure them all and print the ratios."""
-    limits = Limits(polls=in_flight, requests_per_s=1e6, burst=1_000_000)
+    limits = Limits(max_polls=in_flight, requests_per_s=1e6, burst=1_000_000)
     async with NanoBananaClient(KEY, base_url=base_url, limits=limits, transport=HttpxTransport()) as client:
         handle = await client.submit("a job")
         await asyncio.sleep(1.5)  # a fresh id is invisible for a moment

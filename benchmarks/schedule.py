@@ -35,14 +35,14 @@ LATENCIES: Final = {"lognormal, median 20 s": lognormal(20, 0.5), "bimodal, 12 s
 class Outcome:
     """What a schedule came to."""
 
-    looks: float
+    polls: float
     mean_s: float
     p95_s: float
 
     @classmethod
-    def of(cls, looks: Sequence[int], delays_s: Sequence[float]) -> "Outcome":
+    def of(cls, polls: Sequence[int], delays_s: Sequence[float]) -> "Outcome":
         """Summarise one run."""
-        return cls(statistics.fmean(looks), statistics.fmean(delays_s), sorted(delays_s)[int(0.95 * len(delays_s))])
+        return cls(statistics.fmean(polls), statistics.fmean(delays_s), sorted(delays_s)[int(0.95 * len(delays_s))])
 
 
 def run(policy: PollPolicy, draw: Draw, tasks: int, *, seed: int = 1) -> Outcome:
@@ -65,10 +65,10 @@ def score(looks_at: Sequence[float], draw: Draw) -> Outcome:
     return Outcome.of([i + 1 for i in index], [looks_at[i] - age for i, age in zip(index, ages, strict=True)])
 
 
-def optimum(draw: Draw, price_s: float) -> Outcome:
+def optimum(draw: Draw, cost_s: float) -> Outcome:
     """Return the schedule with the least price * looks + delay, if the latencies are known."""
     done = known(draw)
-    size, reach = len(done), int(PollPolicy().max_s / GRAIN_S)
+    size, reach = len(done), int(PollPolicy().max_interval_s / GRAIN_S)
     done += [1.0] * reach
     summed = [0.0]
     for share in done:
@@ -76,7 +76,7 @@ def optimum(draw: Draw, price_s: float) -> Outcome:
     cost, following = [0.0] * (size + reach), [0] * size
     for k in range(size - 1, -1, -1):
         cost[k], following[k] = min(
-            (price_s * (1 - done[k]) + summed[j] - summed[k] - done[k] * (j - k) * GRAIN_S + cost[j], j)
+            (cost_s * (1 - done[k]) + summed[j] - summed[k] - done[k] * (j - k) * GRAIN_S + cost[j], j)
             for j in range(k + 1, k + reach)
         )
     looks_at, k = [], 0
@@ -89,7 +89,7 @@ def optimum(draw: Draw, price_s: float) -> Outcome:
 def by_share(draw: Draw, share: float) -> Outcome:
     """Return the schedule that looks whenever *share* of what was unfinished should be done, for known latencies."""
     done = known(draw)
-    reach = int(PollPolicy().max_s / GRAIN_S)
+    reach = int(PollPolicy().max_interval_s / GRAIN_S)
     looks_at, k = [], 0
     while k < len(done):
         k = min(max(bisect_left(done, done[k] + share * (1 - done[k])), k + 5), k + reach)
@@ -97,20 +97,20 @@ def by_share(draw: Draw, share: float) -> Outcome:
     return score(looks_at, draw)
 
 
-def fixed_looks(curve: Sequence[Outcome], mean_s: float) -> float:
+def fixed_looks(model: Sequence[Outcome], mean_s: float) -> float:
     """Return the looks of the fixed interval with that mean delay, between the measured ones on logarithmic scales."""
-    for one, other in pairwise(curve):
+    for one, other in pairwise(model):
         if one.mean_s <= mean_s <= other.mean_s:
             share = math.log(mean_s / one.mean_s) / math.log(other.mean_s / one.mean_s)
-            return math.exp((1 - share) * math.log(one.looks) + share * math.log(other.looks))
+            return math.exp((1 - share) * math.log(one.polls) + share * math.log(other.polls))
     raise ValueError(f"no fixed interval was measured near a mean delay of {mean_s:.2f} s")
 
 
-def first_fifty(draw: Draw, curve: Sequence[Outcome]) -> float:
+def first_fifty(draw: Draw, model: Sequence[Outcome]) -> float:
     """Return how many times more requests the best fixed interval needs for the very first fifty tasks."""
     runs = [run(PollPolicy(), draw, 50, seed=seed) for seed in range(100, 200)]
     mean_s = statistics.fmean(run.mean_s for run in runs)
-    return fixed_looks(curve, mean_s) / statistics.fmean(run.looks for run in runs)
+    return fixed_looks(model, mean_s) / statistics.fmean(run.polls for run in runs)
 
 
 def plot(points: dict[str, dict[str, list[Outcome]]], file: Path) -> None:
@@ -127,7 +127,7 @@ def plot(points: dict[str, dict[str, list[Outcome]]], file: Path) -> None:
     for panel, (name, series) in zip(panels, points.items(), strict=True):
         for label, outcomes in series.items():
             ordered = sorted(outcomes, key=lambda outcome: outcome.mean_s)
-            x, y = [o.mean_s for o in ordered], [o.looks for o in ordered]
+            x, y = [o.mean_s for o in ordered], [o.polls for o in ordered]
             panel.plot(x, y, styles[label], label=label, color=colours[label], markersize=4)
         panel.set(xscale="log", yscale="log", xlim=(0.4, 6), ylim=(2, 30), xlabel="mean notice delay, s", title=name)
         panel.set_xticks([0.5, 1, 2, 4], ["0.5", "1", "2", "4"])
@@ -149,25 +149,25 @@ def main() -> None:
     points: dict[str, dict[str, list[Outcome]]] = {}
     for name, draw in LATENCIES.items():
         print(f"\n{name:24} {'polls':>6} {'mean s':>7} {'p95 s':>6} {'x fixed':>8}")
-        curve = [run(PollPolicy.fixed(s, jitter=0), draw, options.tasks) for s in INTERVALS_S]
+        model = [run(PollPolicy.fixed(s, jitter=0), draw, options.tasks) for s in INTERVALS_S]
 
-        def show(label: str, outcome: Outcome, curve: Sequence[Outcome] = curve) -> None:
-            ratio = fixed_looks(curve, outcome.mean_s) / outcome.looks
-            print(f"{label:24} {outcome.looks:6.2f} {outcome.mean_s:7.2f} {outcome.p95_s:6.2f} {ratio:7.2f}x")
+        def show(label: str, outcome: Outcome, curve: Sequence[Outcome] = model) -> None:
+            ratio = fixed_looks(curve, outcome.mean_s) / outcome.polls
+            print(f"{label:24} {outcome.polls:6.2f} {outcome.mean_s:7.2f} {outcome.p95_s:6.2f} {ratio:7.2f}x")
 
-        for pause_s in (1.0, 2.0, 5.0):
-            show(f"fixed {pause_s:g} s", run(PollPolicy.fixed(pause_s, jitter=0), draw, options.tasks))
+        for interval_s in (1.0, 2.0, 5.0):
+            show(f"fixed {interval_s:g} s", run(PollPolicy.fixed(interval_s, jitter=0), draw, options.tasks))
         backoff = run(PollPolicy.backoff(), draw, options.tasks)
         show("back-off 8, 2.5 x 1.3", backoff)
-        learned = [run(PollPolicy(look_price_s=p), draw, options.tasks) for p in PRICES_S]
-        for price_s, outcome in zip(PRICES_S, learned, strict=True):
-            default = " (default)" if price_s == PollPolicy().look_price_s else ""
-            show(f"learned {price_s:g} s{default}", outcome)
+        learned = [run(PollPolicy(poll_cost_s=p), draw, options.tasks) for p in PRICES_S]
+        for cost_s, outcome in zip(PRICES_S, learned, strict=True):
+            default = " (default)" if cost_s == PollPolicy().poll_cost_s else ""
+            show(f"learned {cost_s:g} s{default}", outcome)
         show("0.2 likelier (known)", by_share(draw, 0.2))
         best = [optimum(draw, price_s) for price_s in PRICES_S]
         show("optimum (known)", best[2])
-        print(f"the very first 50 tasks: {first_fifty(draw, curve):.2f}x fixed")
-        points[name] = {"fixed": curve, "back-off": [backoff], "learned": learned, "optimum": best}
+        print(f"the very first 50 tasks: {first_fifty(draw, model):.2f}x fixed")
+        points[name] = {"fixed": model, "back-off": [backoff], "learned": learned, "optimum": best}
     if options.plot:
         plot(points, options.plot)
 

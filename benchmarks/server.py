@@ -32,8 +32,8 @@ KEY = "dk-test"
 class Protocols:
     """Submit and poll as fal, Replicate, Runway and OpenAI spell them, with the fields their packages insist on."""
 
-    def __init__(self, vendor: SimulatedService) -> None:
-        self.vendor = vendor
+    def __init__(self, service: SimulatedService) -> None:
+        self.service = service
         self.polls: Counter[str] = Counter()
 
     def routes(self) -> list[Route]:
@@ -57,19 +57,19 @@ class Protocols:
         return JSONResponse(
             {
                 task.task_id: [began_s + task.accepted_s, began_s + task.final_s, self.polls[task.task_id]]
-                for task in self.vendor.tasks.values()
+                for task in self.service.tasks.values()
             }
         )
 
     def accept(self) -> str:
         """Take a job as the vendor would, and return its id."""
         body = json.dumps({"prompt": "a job", "model": "m"}).encode()
-        answer = self.vendor.handle("POST", "http://x/api/image/gen", {"authorization": f"Bearer {KEY}"}, body)
+        answer = self.service.handle("POST", "http://x/api/image/gen", {"authorization": f"Bearer {KEY}"}, body)
         return str(json.loads(answer.body)["data"]["task_id"])
 
     def is_done(self, request: Request, *, poll: bool = True) -> tuple[str, bool]:
         """Return the id asked about, and whether it is final."""
-        task = self.vendor.tasks[request.path_params["id"]]
+        task = self.service.tasks[request.path_params["id"]]
         self.polls[task.task_id] += poll
         return task.task_id, time.monotonic() >= task.final_s
 
@@ -146,7 +146,7 @@ def counted(app: Starlette, protocols: Protocols, delay_s: float) -> Starlette:
     async def query(request: Request) -> Response:
         await anyio.sleep(delay_s)
         protocols.polls[request.query_params["task_id"]] += 1
-        handle = protocols.vendor.handle("GET", str(request.url), dict(request.headers), b"")
+        handle = protocols.service.handle("GET", str(request.url), dict(request.headers), b"")
         return Response(handle.body, handle.status, dict(handle.headers), handle.media_type)
 
     return Starlette(
@@ -163,15 +163,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     profile = SimulatorProfile(median_s=options.latency)
-    vendor = SimulatedService(
+    service = SimulatedService(
         profile, seed=options.seed, now_s=time.monotonic, paint=tiny_png
     )  # to paint would cost the CPU
     socket = listen("127.0.0.1", 0)
     # Idle connections are kept for longer than any client keeps them, or the two race.
     config = uvicorn.Config(
-        counted(make_app(vendor), Protocols(vendor), options.delay), log_level="error", access_log=False, backlog=4096,
+        counted(make_app(service), Protocols(service), options.delay),
+        log_level="error",
+        access_log=False,
+        backlog=4096,
         timeout_keep_alive=75,
-    )  # fmt: skip
+    )
     server = uvicorn.Server(config)
     print(socket.getsockname()[1], flush=True)
 

@@ -35,14 +35,14 @@ class Source:
 
     polls_per_s = POLLS_PER_S
 
-    async def take_turn(self) -> None:
+    async def acquire_poll_slot(self) -> None:
         """Wait for the next thousandth of a second."""
         await anyio.sleep(1 / POLLS_PER_S)
 
-    def drop_turn(self) -> None:
+    def release_poll_slot(self) -> None:
         """Do nothing."""
 
-    async def look(self, task_id: str) -> Task:
+    async def poll(self, task_id: str) -> Task:
         """Answer."""
         return Task(task_id=task_id, status=TaskStatus.IN_PROGRESS)
 
@@ -55,15 +55,15 @@ def resident_bytes() -> int:
 
 async def measure(watched: int) -> None:
     """Watch so many tasks and print a line."""
-    host = BackgroundTaskGroup()
-    await host.ensure()
-    tracker = TaskTracker(Source(), PollSchedule(PollPolicy()), host)
+    background = BackgroundTaskGroup()
+    await background.ensure_started()
+    tracker = TaskTracker(Source(), PollSchedule(PollPolicy()), background)
     gc.collect()
     before = resident_bytes()
     cpu_s = time.process_time()
     now_s = anyio.current_time()
     for number in range(watched):
-        tracker.watch(f"ta{number:08d}-1234-1234-1234-123456789abc", SubmitInfo(submitted_at_s=now_s, model="m"))
+        tracker.track(f"ta{number:08d}-1234-1234-1234-123456789abc", SubmitInfo(submitted_at_s=now_s, model="m"))
     watch_us = (time.process_time() - cpu_s) / watched * 1e6
     gc.collect()
     size = (resident_bytes() - before) / watched
@@ -77,7 +77,7 @@ async def measure(watched: int) -> None:
         flush=True,
     )
     tracker.close()
-    await host.aclose(drain_s=1)
+    await background.aclose(drain_s=1)
 
 
 def main() -> None:

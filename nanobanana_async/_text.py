@@ -4,7 +4,7 @@ import re
 import unicodedata
 
 
-def safe_name(text: str, *, limit: int = 80) -> str:
+def slugify(text: str, *, limit: int = 80) -> str:
     """Return a stem of `[A-Za-z0-9_-]{1,80}` made from *text*: nothing remote picks a path.
 
     Letters lose their accents.

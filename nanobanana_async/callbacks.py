@@ -16,10 +16,10 @@ import anyio
 
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import ConfigurationError, NanoBananaError, ProtocolError
-from nanobanana_async.models import CallbackPayload, http_url_fault
+from nanobanana_async.models import CallbackPayload, url_problem
 from nanobanana_async.tracking.state import FifoCache
 from nanobanana_async.wire import codec
-from nanobanana_async.wire.body import plain
+from nanobanana_async.wire.body import decompress
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -28,12 +28,12 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 
 _log: Final = logging.getLogger("nanobanana_async")
 
-_BODY_BYTES: Final = 2**20
-_BODY_S: Final = 10.0
-_SECRET_BYTES: Final = 16
-_PART_BYTES: Final = 16
+_MAX_BODY_BYTES: Final = 2**20
+_BODY_TIMEOUT_S: Final = 10.0
+_MIN_SECRET_BYTES: Final = 16
+_TOKEN_BYTES: Final = 16
 """Of chance, and of proof, in a token: 128 bits each."""
-_EXPECTED: Final = 100_000
+_MAX_PENDING: Final = 100_000
 """Submits that are remembered; what comes for an older one is passed on, and the poll sees to it."""
 
 
@@ -43,7 +43,7 @@ def parse_callback(body: bytes, *, content_encoding: str = "") -> CallbackPayloa
     Raises:
         ProtocolError: It claims nothing about a task.
     """
-    return codec.decode_callback(plain(body, content_encoding, _BODY_BYTES))
+    return codec.decode_callback(decompress(body, content_encoding, _MAX_BODY_BYTES))
 
 
 class _RegisteredCallback:
@@ -54,28 +54,28 @@ class _RegisteredCallback:
         self.url: Final = url
         self.task_id: str | None = None
         self._claimed: str | None = None
-        self._told = anyio.Event()
-        self._came = False
+        self._event = anyio.Event()
+        self._received = False
 
     def bind(self, task_id: str) -> bool:
         """Note which task the submit became; True when a callback has come already."""
         self.task_id = task_id
-        return self._came
+        return self._received
 
-    def claim(self, task_id: str) -> bool:
+    def record_callback(self, task_id: str) -> bool:
         """Note which task a callback says it became; False when it is known to be another one."""
         if self.task_id is not None:
             return self.task_id == task_id
-        self._came = True
+        self._received = True
         self._claimed = task_id
-        self._told.set()
+        self._event.set()
         return True
 
-    async def claimed(self) -> str:
+    async def wait_task_id(self) -> str:
         """Return the task id that a callback brings, when one comes."""
         while self._claimed is None:
-            await self._told.wait()
-        claimed, self._claimed, self._told = self._claimed, None, anyio.Event()
+            await self._event.wait()
+        claimed, self._claimed, self._event = self._claimed, None, anyio.Event()
         return claimed
 
 
@@ -106,25 +106,25 @@ class CallbackReceiver:
         previous_secret: str | bytes | None = None,
         forward: Callable[[str, bytes], Awaitable[None]] | None = None,
     ) -> None:
-        if fault := http_url_fault(public_url):
-            raise ConfigurationError(f"public_url: {public_url!r} {fault}")
+        if problem := url_problem(public_url):
+            raise ConfigurationError(f"public_url: {public_url!r} {problem}")
         self._client = client
         self._public_url = public_url.rstrip("/")
-        self._secrets = [_as_key(given) for given in (secret, previous_secret) if given is not None]
+        self._secrets = [_to_hmac_key(given) for given in (secret, previous_secret) if given is not None]
         self._forward = forward
-        self._expected: FifoCache[_RegisteredCallback] = FifoCache(_EXPECTED)
-        self.strangers: list[Callable[[str, str], Awaitable[None]]] = []
+        self._pending: FifoCache[_RegisteredCallback] = FifoCache(_MAX_PENDING)
+        self.unmatched_hooks: list[Callable[[str, str], Awaitable[None]]] = []
         """Told of nonce and claimed task id when a callback is about a submit whose task is not known here."""
 
     def __repr__(self) -> str:
         return f"CallbackReceiver(public_url={self._public_url!r})"
 
-    def expect(self) -> _RegisteredCallback:
+    def register(self) -> _RegisteredCallback:
         """Return the expectation of one submit, with a URL of its own."""
-        nonce = secrets.token_urlsafe(_PART_BYTES)
-        expectation = _RegisteredCallback(nonce, f"{self._public_url}/{nonce}{_proof(self._secrets[0], nonce)}")
-        self._expected.keep(nonce, expectation)
-        return expectation
+        nonce = secrets.token_urlsafe(_TOKEN_BYTES)
+        pending = _RegisteredCallback(nonce, f"{self._public_url}/{nonce}{_signature(self._secrets[0], nonce)}")
+        self._pending.add(nonce, pending)
+        return pending
 
     def verify(self, path: str) -> str | None:
         """Return the nonce of a path that was made here, with the present secret or the one before; else None.
@@ -132,48 +132,48 @@ class CallbackReceiver:
         Looks at the last part of *path*. Takes the same time for all forgeries.
         """
         token = path.rpartition("/")[2]
-        nonce, proof = token[:_NONCE_LETTERS], token[_NONCE_LETTERS:]
+        nonce, proof = token[:_NONCE_CHARS], token[_NONCE_CHARS:]
         given = proof.encode("utf-8", "replace")
-        fits = [hmac.compare_digest(_proof(secret, nonce).encode(), given) for secret in self._secrets]
-        return nonce if any(fits) else None
+        matches = [hmac.compare_digest(_signature(secret, nonce).encode(), given) for secret in self._secrets]
+        return nonce if any(matches) else None
 
-    async def deliver(self, path: str, body: bytes, *, content_encoding: str = "", pass_on: bool = False) -> bool:
+    async def deliver(self, path: str, body: bytes, *, content_encoding: str = "", may_forward: bool = False) -> bool:
         """Take a callback; True asks for an answer of 2xx, False for 404. For other frameworks, and for `forward`.
 
         Args:
             path: The path it was posted to, or its last part, the token.
             body: As it came.
             content_encoding: That header's value.
-            pass_on: Call `forward` when the submit is not one of this process.
+            may_forward: Call `forward` when the submit is not one of this process.
         """
         nonce = self.verify(path)
         if nonce is None:
             return False
-        body = plain(body, content_encoding, _BODY_BYTES)
+        body = decompress(body, content_encoding, _MAX_BODY_BYTES)
         try:
             claimed: str | None = codec.decode_callback(body).task_id
         except ProtocolError as exc:
             _log.warning("a callback came that nobody can read: %s", exc)
             claimed = None
-        expectation = self._expected.get(nonce)
-        if claimed is not None and (expectation is None or expectation.task_id is None):
-            for tell in list(self.strangers):
+        pending = self._pending.get(nonce)
+        if claimed is not None and (pending is None or pending.task_id is None):
+            for tell in list(self.unmatched_hooks):
                 try:
                     await tell(nonce, claimed)
                 except NanoBananaError as exc:
                     _log.warning("the callback about task %s was lost on a batch: %s", claimed, exc)
-        if expectation is None:
-            if pass_on and self._forward is not None:
-                await self._pass_on(path.rpartition("/")[2], body)
+        if pending is None:
+            if may_forward and self._forward is not None:
+                await self._forward_to_workers(path.rpartition("/")[2], body)
             return True
-        if claimed is not None and not expectation.claim(claimed):
-            _log.info("a callback for task %s claims to be about another one; refused", expectation.task_id)
+        if claimed is not None and not pending.record_callback(claimed):
+            _log.info("a callback for task %s claims to be about another one; refused", pending.task_id)
             return False
-        if expectation.task_id is not None:
-            self._client.notify(expectation.task_id)
+        if pending.task_id is not None:
+            self._client.notify(pending.task_id)
         return True
 
-    async def _pass_on(self, token: str, body: bytes) -> None:
+    async def _forward_to_workers(self, token: str, body: bytes) -> None:
         assert self._forward is not None  # noqa: S101 - the caller looked
         try:
             await self._forward(token, body)
@@ -185,37 +185,37 @@ class CallbackReceiver:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection of the ASGI server."""
         if scope["type"] == "http":
-            await _answer(send, await self._judge(scope, receive))
+            await _send_response(send, await self._response_status(scope, receive))
         elif scope["type"] == "lifespan":
-            await _live(receive, send)
+            await _run_lifespan(receive, send)
         else:
             await send({"type": "websocket.close"})
 
-    async def _judge(self, scope: Scope, receive: Receive) -> int:
+    async def _response_status(self, scope: Scope, receive: Receive) -> int:
         """Return the status to answer with."""
         if scope["method"] != "POST":
             return 405
         if self.verify(scope["path"]) is None:
             return 404
-        with anyio.move_on_after(_BODY_S):
+        with anyio.move_on_after(_BODY_TIMEOUT_S):
             body = bytearray()
             while True:
                 message = await receive()
                 body += message.get("body") or b""
                 if message["type"] == "http.disconnect":
                     return 400
-                if len(body) > _BODY_BYTES:
+                if len(body) > _MAX_BODY_BYTES:
                     return 413
                 if not message.get("more_body"):
                     break
             headers = {name.lower(): value for name, value in scope["headers"]}
             coding = headers.get(b"content-encoding", b"").decode("latin-1")
-            known = await self.deliver(scope["path"], bytes(body), content_encoding=coding, pass_on=True)
+            known = await self.deliver(scope["path"], bytes(body), content_encoding=coding, may_forward=True)
             return 204 if known else 404
         return 408
 
 
-async def _answer(send: Send, status: int) -> None:
+async def _send_response(send: Send, status: int) -> None:
     headers = [(b"allow", b"POST")] if status == 405 else []
     if status >= 400:
         headers.append((b"connection", b"close"))  # there may be more of the body
@@ -225,7 +225,7 @@ async def _answer(send: Send, status: int) -> None:
     await send({"type": "http.response.body", "body": b""})
 
 
-async def _live(receive: Receive, send: Send) -> None:
+async def _run_lifespan(receive: Receive, send: Send) -> None:
     """Take part in the server's start and end, when this is the whole app."""
     while True:
         message = await receive()
@@ -234,18 +234,19 @@ async def _live(receive: Receive, send: Send) -> None:
             return
 
 
-def _as_key(secret: str | bytes) -> bytes:
+def _to_hmac_key(secret: str | bytes) -> bytes:
     key = secret.encode() if isinstance(secret, str) else bytes(secret)
-    if len(key) < _SECRET_BYTES:
+    if len(key) < _MIN_SECRET_BYTES:
         raise ConfigurationError(
-            f"secret: at least {_SECRET_BYTES} bytes are needed; python -c 'import secrets; print(secrets.token_hex())'"
+            f"secret: expected at least {_MIN_SECRET_BYTES} bytes, got {len(key)}. "
+            "To make one, run: python -c 'import secrets; print(secrets.token_hex())'"
         )
     return key
 
 
-def _proof(key: bytes, nonce: str) -> str:
+def _signature(key: bytes, nonce: str) -> str:
     digest = hmac.digest(key, nonce.encode("utf-8", "replace"), hashlib.sha256)
-    return base64.urlsafe_b64encode(digest[:_PART_BYTES]).decode("ascii").rstrip("=")
+    return base64.urlsafe_b64encode(digest[:_TOKEN_BYTES]).decode("ascii").rstrip("=")
 
 
-_NONCE_LETTERS: Final = len(secrets.token_urlsafe(_PART_BYTES))
+_NONCE_CHARS: Final = len(secrets.token_urlsafe(_TOKEN_BYTES))

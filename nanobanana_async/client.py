@@ -16,14 +16,14 @@ import anyio
 import attrs
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
-from nanobanana_async._concurrency.map_unordered import each, flow
-from nanobanana_async._text import safe_name
+from nanobanana_async._concurrency.map_unordered import iter_any, map_unordered
+from nanobanana_async._text import slugify
 from nanobanana_async.api.operations import AcceptedSubmit, ServiceApi
 from nanobanana_async.errors import ImageError, NanoBananaError, SubmissionUnknown
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.images.download import Downloader
 from nanobanana_async.images.formats import SUFFIXES
-from nanobanana_async.images.references import as_references
+from nanobanana_async.images.references import encode_references
 from nanobanana_async.models import (
     CallbackSource,
     GeneratedImage,
@@ -33,7 +33,7 @@ from nanobanana_async.models import (
     SavedImage,
     Task,
 )
-from nanobanana_async.outcomes import Outcome, Succeeded, log_unread, of_error
+from nanobanana_async.outcomes import Outcome, Succeeded, log_unconsumed, outcome_from_error
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
 from nanobanana_async.protocols import Transport
 from nanobanana_async.tracking.schedule import PollSchedule
@@ -44,7 +44,7 @@ from nanobanana_async.wire.endpoint import ApiKey, Endpoint
 
 _log: Final = logging.getLogger("nanobanana_async")
 
-_CONFIRM_S: Final = 10.0
+_CONFIRM_INTERVAL_S: Final = 10.0
 
 
 class NanoBananaClient:
@@ -80,21 +80,21 @@ class NanoBananaClient:
         transport: Transport | None = None,
         on_orphan: Callable[[TaskHandle], None] | None = None,
     ) -> None:
-        self._host = BackgroundTaskGroup()  # first: `__del__` asks it
+        self._background = BackgroundTaskGroup()  # first: `__del__` asks it
         key = None if api_key is None else ApiKey(api_key)
         del api_key  # a traceback with local variables must not show it
-        self._endpoint = Endpoint.of(key, base_url)
+        self._endpoint = Endpoint.resolve(key, base_url)
         self.limits: Final = limits
         self.timeouts: Final = timeouts
-        self._owned = HttpxTransport(connect_s=timeouts.connect_s) if transport is None else None
-        carrier: Transport = self._owned or transport  # type: ignore[assignment]  # one of the two is there
-        self._api = ServiceApi(carrier, self._host, self._endpoint, limits=limits, retry=retry, timeouts=timeouts)
+        self._owned_transport = HttpxTransport(connect_s=timeouts.connect_s) if transport is None else None
+        active: Transport = self._owned_transport or transport  # type: ignore[assignment]  # one of the two is there
+        self._api = ServiceApi(active, self._background, self._endpoint, limits=limits, retry=retry, timeouts=timeouts)
         if on_orphan is not None:
-            self._api.on_orphan = lambda done, request: on_orphan(self._submitted(done, request))
-        self._tracker = TaskTracker(self._api, PollSchedule(polling), self._host)
-        self._host.at_end = self._tracker.close
+            self._api.on_orphan = lambda done, request: on_orphan(self._handle_for(done, request))
+        self._tracker = TaskTracker(self._api, PollSchedule(polling), self._background)
+        self._background.on_stopped = self._tracker.close
         self._downloader = Downloader(
-            carrier, limits=limits, retry=retry, timeouts=timeouts, public_only=self._endpoint.is_public
+            active, limits=limits, retry=retry, timeouts=timeouts, public_only=self._endpoint.is_public
         )
 
     async def generate(
@@ -125,7 +125,7 @@ class NanoBananaClient:
         """
         wait_s = self.timeouts.task_s if timeout_s is None else timeout_s
         deadline_s = anyio.current_time() + wait_s
-        handle = await self._submit(prompt, options, give_up_at_s=deadline_s)
+        handle = await self._submit(prompt, options, deadline_s=deadline_s)
         try:
             return await handle.result(timeout_s=max(0.0, deadline_s - anyio.current_time()))
         except anyio.get_cancelled_exc_class():
@@ -157,24 +157,26 @@ class NanoBananaClient:
             ValueError: A prompt is empty, or the like. What was under way by then is yielded first.
             ConfigurationError: The client was closed meanwhile.
         """
-        await self._host.ensure()
+        await self._background.ensure_started()
 
         async def keyed() -> AsyncGenerator[tuple[str, GenerationRequest]]:
             number = 0
-            async with contextlib.aclosing(each(requests)) as wanted:
+            async with contextlib.aclosing(iter_any(requests)) as wanted:
                 async for request in wanted:
                     yield str(number), request if isinstance(request, GenerationRequest) else GenerationRequest(request)
                     number += 1
 
-        async def one(row: tuple[str, GenerationRequest]) -> Outcome:
+        async def generate_one(row: tuple[str, GenerationRequest]) -> Outcome:
             key, request = row
             try:
                 task = await self.generate(request, timeout_s=timeout_s)
             except (NanoBananaError, ValueError) as exc:
-                return of_error(exc, key=key, request=request)
+                return outcome_from_error(exc, key=key, request=request)
             return Succeeded(key=key, request=request, task=task)
 
-        outcomes: AsyncGenerator[Outcome] = flow(self._host, keyed(), one, at_once=max_in_flight, unread=log_unread)
+        outcomes: AsyncGenerator[Outcome] = map_unordered(
+            self._background, keyed(), generate_one, max_in_flight=max_in_flight, on_unconsumed=log_unconsumed
+        )
         async with contextlib.aclosing(outcomes):
             async for outcome in outcomes:
                 yield outcome
@@ -201,26 +203,26 @@ class NanoBananaClient:
                 instead of tried again, so that the books can be closed.
             **options: As for `generate`.
         """
-        give_up_at_s = anyio.current_time() + self.timeouts.task_s
+        deadline_s = anyio.current_time() + self.timeouts.task_s
         if callback is None:
-            return await self._submit(prompt, options, give_up_at_s=give_up_at_s, before_send=before_send)
-        expected = callback.expect() if isinstance(callback, CallbackSource) else callback
-        options["callback_url"] = expected.url
+            return await self._submit(prompt, options, deadline_s=deadline_s, before_send=before_send)
+        pending_callback = callback.register() if isinstance(callback, CallbackSource) else callback
+        options["callback_url"] = pending_callback.url
         try:
             handle = await self._submit(
-                prompt, options, give_up_at_s=give_up_at_s, before_send=before_send, is_announced=True
+                prompt, options, deadline_s=deadline_s, before_send=before_send, has_callback=True
             )
         except SubmissionUnknown as exc:
-            found = await self.recovered(expected) if expected is not callback else None
+            found = await self.recover(pending_callback) if pending_callback is not callback else None
             if found is None:
                 raise
             _log.warning("task %s was found by its callback; its submit said: %s", found.task_id, exc)
             handle = found
-        if expected.bind(handle.task_id):
+        if pending_callback.bind(handle.task_id):
             self.notify(handle.task_id)
         return handle
 
-    async def recovered(self, expected: PendingCallback) -> TaskHandle | None:
+    async def recover(self, callback: PendingCallback) -> TaskHandle | None:
         """Return the task of a submit whose answer was lost, if a callback tells it within `Timeouts.recovery_s`.
 
         What a callback claims counts only if the service knows such a task, and no other submit of ours became it.
@@ -230,9 +232,9 @@ class NanoBananaClient:
         claimed: str | None = None
         with anyio.move_on_after(self.timeouts.recovery_s):
             while True:
-                with anyio.move_on_after(math.inf if claimed is None else _CONFIRM_S):
-                    claimed = await expected.claimed()
-                if claimed is None or self._tracker.memory.origins.get(claimed) is not None:
+                with anyio.move_on_after(math.inf if claimed is None else _CONFIRM_INTERVAL_S):
+                    claimed = await callback.wait_task_id()
+                if claimed is None or self._tracker.cache.submits.get(claimed) is not None:
                     continue
                 handle = self.task(claimed)
                 with contextlib.suppress(NanoBananaError):
@@ -257,26 +259,26 @@ class NanoBananaClient:
         """
         if not task_id.strip():
             raise ValueError(f"task_id: must not be empty, got {task_id!r}")
-        origin = self._tracker.memory.origins.get(task_id.strip()) or SubmitInfo()
+        submit_info = self._tracker.cache.submits.get(task_id.strip()) or SubmitInfo()
         if submitted_at is not None:  # a wall clock may have been set meanwhile: nothing was submitted in the future
             age_s = max(0.0, (datetime.now(UTC) - submitted_at).total_seconds())
-            origin = SubmitInfo(submitted_at_s=anyio.current_time() - age_s)
-        return self._handle(task_id.strip(), origin, submitted_at)
+            submit_info = SubmitInfo(submitted_at_s=anyio.current_time() - age_s)
+        return self._handle(task_id.strip(), submit_info, submitted_at)
 
     async def balance(self) -> Decimal:
         """Return the credits left on the account."""
         return await self._api.balance()
 
-    async def fetch(self, image: GeneratedImage) -> bytes:
+    async def download(self, image: GeneratedImage) -> bytes:
         """Return the encoded picture: PNG, JPEG, WebP or GIF.
 
         Raises:
             ImageError: It could not be fetched within `Timeouts.download_s`, or is no picture.
         """
-        await self._host.ensure()
-        return await self._downloader.read(image)
+        await self._background.ensure_started()
+        return await self._downloader.download(image)
 
-    async def save(self, task: Task, where: str | os.PathLike[str], *, name: str | None = None) -> list[Path]:
+    async def save(self, task: Task, path: str | os.PathLike[str], *, name: str | None = None) -> list[Path]:
         """Write the pictures of *task* and return their paths, in order; [] when it has none.
 
         *where* is a folder, made if missing, in which files get *name* (None: the task id), made safe, and the suffix
@@ -286,28 +288,28 @@ class NanoBananaClient:
         Raises:
             ImageError: A picture could not be fetched, or the disk would not take it.
         """
-        await self._host.ensure()
-        path = Path(where)
+        await self._background.ensure_started()
+        path = Path(path)
         exact = path.suffix.lower() in SUFFIXES
-        base = path.with_suffix("") if exact else path / safe_name(name or task.task_id)
+        base = path.with_suffix("") if exact else path / slugify(name or task.task_id)
         paths = []
         for number, image in enumerate(task.images, start=1):
             tail = (f"-{number}" if number > 1 else "") + (path.suffix if exact else "")
             stem = base.with_name(base.name + tail)
             try:
-                paths.append((await self._downloader.save(image, stem, exact=exact)).path)
+                paths.append((await self._downloader.save(image, stem, keep_suffix=exact)).path)
             except ImageError as exc:
                 exc.task_id = task.task_id
                 raise
         return paths
 
-    async def save_picture(self, image: GeneratedImage, stem: Path) -> SavedImage:
+    async def save_image(self, image: GeneratedImage, stem: Path) -> SavedImage:
         """Write one picture to *stem* plus the suffix of its true type, durably; replaces what had that name.
 
         Raises:
             ImageError: As `save`.
         """
-        await self._host.ensure()
+        await self._background.ensure_started()
         return await self._downloader.save(image, stem)
 
     def statistics(self) -> TrackerStatistics:
@@ -319,18 +321,18 @@ class NanoBananaClient:
 
         From any task of the client's event loop; twice is harmless.
         """
-        self._host.check_home()
+        self._background.check_owner()
         self._tracker.close()
         bound_s = self.timeouts.submit_s + self.timeouts.close_s
         with anyio.move_on_after(bound_s, shield=True):
             try:
-                await self._host.aclose(drain_s=self.timeouts.submit_s)
+                await self._background.aclose(drain_s=self.timeouts.submit_s)
             finally:
-                if self._owned is not None:
-                    await self._owned.aclose()
+                if self._owned_transport is not None:
+                    await self._owned_transport.aclose()
 
     async def __aenter__(self) -> Self:
-        self._host.check_open()
+        self._background.check_open()
         return self
 
     async def __aexit__(
@@ -339,7 +341,7 @@ class NanoBananaClient:
         await self.aclose()
 
     def __del__(self) -> None:
-        if self._host.is_open:
+        if self._background.is_open:
             warnings.warn(
                 f"unclosed {self!r}: use 'async with' or 'await client.aclose()'",
                 ResourceWarning,
@@ -356,37 +358,37 @@ class NanoBananaClient:
         prompt: str | GenerationRequest,
         options: RequestOptions,
         *,
-        give_up_at_s: float,
+        deadline_s: float,
         before_send: Callable[[], Awaitable[None]] | None = None,
-        is_announced: bool = False,
+        has_callback: bool = False,
     ) -> TaskHandle:
         if isinstance(prompt, GenerationRequest):
             request = attrs.evolve(prompt, **options)
         else:
             request = GenerationRequest(prompt, **options)
-        done = await self._api.submit(
-            request, self._with_references, give_up_at_s=give_up_at_s, before_send=before_send
-        )
-        return self._submitted(done, request, is_announced=is_announced)
+        done = await self._api.submit(request, self._with_references, deadline_s=deadline_s, before_send=before_send)
+        return self._handle_for(done, request, has_callback=has_callback)
 
     async def _with_references(self, request: GenerationRequest) -> GenerationRequest:
-        images = await as_references(request.images, max_bytes=self.limits.reference_bytes)
+        images = await encode_references(request.images, max_bytes=self.limits.max_reference_bytes)
         return request if images == request.images else attrs.evolve(request, images=images)
 
-    def _submitted(self, done: AcceptedSubmit, request: GenerationRequest, *, is_announced: bool = False) -> TaskHandle:
-        origin = SubmitInfo(submitted_at_s=anyio.current_time(), model=request.model, is_announced=is_announced)
-        self._tracker.memory.origins.keep(done.task_id, origin)
-        return self._handle(done.task_id, origin, datetime.now(UTC), done.possible_duplicates)
+    def _handle_for(
+        self, done: AcceptedSubmit, request: GenerationRequest, *, has_callback: bool = False
+    ) -> TaskHandle:
+        submit_info = SubmitInfo(submitted_at_s=anyio.current_time(), model=request.model, has_callback=has_callback)
+        self._tracker.cache.submits.add(done.task_id, submit_info)
+        return self._handle(done.task_id, submit_info, datetime.now(UTC), done.possible_duplicates)
 
     def _handle(
-        self, task_id: str, origin: SubmitInfo, submitted_at: datetime | None, possible_duplicates: int = 0
+        self, task_id: str, submit_info: SubmitInfo, submitted_at: datetime | None, possible_duplicates: int = 0
     ) -> TaskHandle:
         return TaskHandle(
             self._api,
             self._tracker,
             task_id,
-            patience_s=self.timeouts.task_s,
-            origin=origin,
+            default_timeout_s=self.timeouts.task_s,
+            submit_info=submit_info,
             submitted_at=submitted_at,
             possible_duplicates=possible_duplicates,
         )

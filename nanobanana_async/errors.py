@@ -41,12 +41,12 @@ class ConfigurationError(NanoBananaError):
 class InvalidBatchFile(ConfigurationError):  # noqa: N818 - the rows are what is wrong
     """Rows of a batch that cannot be used. `faults` has a text for each: `"line 7: prompt: must not be empty"`."""
 
-    def __init__(self, message: str, *, faults: tuple[str, ...] = ()) -> None:
+    def __init__(self, message: str, *, errors: tuple[str, ...] = ()) -> None:
         super().__init__(message)
-        self.faults = faults
+        self.errors = errors
 
     def __str__(self) -> str:
-        return "\n".join([str(self.args[0]), *self.faults])
+        return "\n".join([str(self.args[0]), *self.errors])
 
 
 class TransportError(NanoBananaError):
@@ -61,12 +61,12 @@ class SubmissionUnknown(TransportError):  # noqa: N818 - the same
     """A submit may have reached the service (and been paid), but no answer says so.
 
     Sending it again may pay twice, so that is yours to decide. `status` is the HTTP status when at least that much
-    arrived. `sent_again` counts the times the retry policy had already repeated it.
+    arrived. `possible_duplicates` counts the times the retry policy had already repeated it.
     """
 
-    def __init__(self, message: str, *, status: int | None = None, sent_again: int = 0) -> None:
+    def __init__(self, message: str, *, status: int | None = None, possible_duplicates: int = 0) -> None:
         super().__init__(message)
-        self.status, self.sent_again = status, sent_again
+        self.status, self.possible_duplicates = status, possible_duplicates
 
 
 class ProtocolError(TransportError):

@@ -24,15 +24,15 @@ class TaskHandle:
         tracker: TaskTracker,
         task_id: str,
         *,
-        patience_s: float,
-        origin: SubmitInfo = SubmitInfo(),
+        default_timeout_s: float,
+        submit_info: SubmitInfo = SubmitInfo(),
         submitted_at: datetime | None = None,
         possible_duplicates: int = 0,
     ) -> None:
         self._api = api
         self._tracker = tracker
-        self._patience_s = patience_s
-        self._origin = origin
+        self._default_timeout_s = default_timeout_s
+        self._submit_info = submit_info
         self._final: Task | None = None
         self.task_id: Final = task_id
         self.submitted_at: Final = submitted_at
@@ -49,16 +49,16 @@ class TaskHandle:
         A task submitted by this client that the service does not show yet is pending. Raises as `wait` does, and
         `TransportError` when no answer came.
         """
-        if (final := self._final or self._tracker.memory.finals.get(self.task_id)) is not None:
-            return self._keep(final)
+        if (final := self._final or self._tracker.cache.finished.get(self.task_id)) is not None:
+            return self._remember(final)
         try:
             task = await self._api.query(self.task_id)
         except TaskNotFound:
-            since_s = self._origin.submitted_at_s
+            since_s = self._submit_info.submitted_at_s
             if since_s is None or anyio.current_time() - since_s > NOT_FOUND_GRACE_S:
                 raise
             return Task(task_id=self.task_id, status=TaskStatus.PENDING)
-        return self._keep(task)
+        return self._remember(task)
 
     async def wait(self, *, timeout_s: float | None = None) -> Task:
         """Return the task once it is final, whether it succeeded or failed.
@@ -73,7 +73,7 @@ class TaskHandle:
             TaskNotFound: The service does not know it.
             AuthenticationError: The service does not accept the key.
         """
-        return self._final or self._keep(await self._await_final(timeout_s))
+        return self._final or self._remember(await self._await_final(timeout_s))
 
     async def result(self, *, timeout_s: float | None = None) -> Task:
         """Return the task once it is a success with at least one image.
@@ -84,9 +84,9 @@ class TaskHandle:
             TaskFailed: It ended as failed.
             NoImage: It ended as success, was paid, and holds no picture; `exc.task.texts` may say why.
         """
-        task = self._final or self._keep(await self._await_final(timeout_s))
+        task = self._final or self._remember(await self._await_final(timeout_s))
         if task.status is TaskStatus.FAILED or not task.images:
-            raise without_picture(task)
+            raise no_image_error(task)
         return task
 
     async def updates(self, *, timeout_s: float | None = None) -> AsyncGenerator[Task]:
@@ -94,25 +94,25 @@ class TaskHandle:
         if self._final is not None:
             yield self._final
             return
-        news = self._tracker.updates(self.task_id, timeout_s=self._timeout_s(timeout_s), origin=self._origin)
+        news = self._tracker.updates(self.task_id, timeout_s=self._timeout_s(timeout_s), submit_info=self._submit_info)
         async with contextlib.aclosing(news):
             async for task in news:
-                yield self._keep(task)
+                yield self._remember(task)
 
     def _await_final(self, timeout_s: float | None) -> Coroutine[object, object, Task]:
         # Not async: among ten thousand waiters, one more frame each shows.
-        return self._tracker.wait(self.task_id, timeout_s=self._timeout_s(timeout_s), origin=self._origin)
+        return self._tracker.wait(self.task_id, timeout_s=self._timeout_s(timeout_s), submit_info=self._submit_info)
 
     def _timeout_s(self, timeout_s: float | None) -> float:
-        return self._patience_s if timeout_s is None else timeout_s
+        return self._default_timeout_s if timeout_s is None else timeout_s
 
-    def _keep(self, task: Task) -> Task:
+    def _remember(self, task: Task) -> Task:
         if task.is_final:
             self._final = self._final or task  # the first end stands, whatever the service says later
         return self._final or task
 
 
-def without_picture(task: Task) -> TaskError:
+def no_image_error(task: Task) -> TaskError:
     """Return why *task*, which is final, brought no picture."""
     if task.status is TaskStatus.FAILED:
         return TaskFailed(f"task {task.task_id} failed: {task.reason or 'the service gave no reason'}", task=task)

@@ -40,7 +40,7 @@ class TaskStatus(enum.StrEnum):
     IN_PROGRESS = "in_progress"
     SUCCESS = "success"
     FAILED = "failed"
-    UNKNOWN = "unknown"
+    UNRECOGNIZED = "unrecognized"
 
     @property
     def is_final(self) -> bool:
@@ -48,7 +48,7 @@ class TaskStatus(enum.StrEnum):
         return self in (TaskStatus.SUCCESS, TaskStatus.FAILED)
 
 
-def http_url_fault(url: str) -> str | None:
+def url_problem(url: str) -> str | None:
     """Say what keeps *url* from being an absolute http(s) URL that is safe to send; None when nothing does."""
     if not url.isascii() or not url.isprintable() or " " in url:
         return "has blanks, control or non-ASCII characters; percent-encode them"
@@ -64,22 +64,24 @@ def http_url_fault(url: str) -> str | None:
     return None
 
 
-def _short(value: object) -> str:
+def _abbreviated(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _count(values: tuple[object, ...]) -> str:
+def _repr_length(values: tuple[object, ...]) -> str:
     return f"<{len(values)}>"
 
 
 def _check_text(_: object, field: "attrs.Attribute[str]", value: str) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"{field.name}: expected str, got {_short(value)}")
+        raise TypeError(f"{field.name}: expected str, got {_abbreviated(value)}")
     if not value.strip():
-        raise ValueError(f"{field.name}: must not be empty, got {_short(value)}")
+        raise ValueError(f"{field.name}: must not be empty, got {_abbreviated(value)}")
     if any("\ud800" <= character <= "\udfff" for character in value):
-        raise ValueError(f"{field.name}: holds half of a surrogate pair, which no JSON text can carry: {_short(value)}")
+        raise ValueError(
+            f"{field.name}: holds half of a surrogate pair, which no JSON text can carry: {_abbreviated(value)}"
+        )
 
 
 def _check_images(_: object, __: object, images: tuple[ImageSource, ...]) -> None:
@@ -87,19 +89,19 @@ def _check_images(_: object, __: object, images: tuple[ImageSource, ...]) -> Non
         raise ValueError(f"images: the service takes at most {MAX_IMAGES}, got {len(images)}; leave some out")
     for image in images:
         if not isinstance(image, str | Path | bytes | SupportsSave):
-            raise TypeError(f"images: expected URL, data URI, Path, bytes or PIL image, got {_short(image)}")
-        if isinstance(image, str) and not image.startswith("data:") and (fault := http_url_fault(image)):
-            raise ValueError(f"images: {_short(image)} {fault} (for a file on disk, pass pathlib.Path)")
+            raise TypeError(f"images: expected URL, data URI, Path, bytes or PIL image, got {_abbreviated(image)}")
+        if isinstance(image, str) and not image.startswith("data:") and (problem := url_problem(image)):
+            raise ValueError(f"images: {_abbreviated(image)} {problem} (for a file on disk, pass pathlib.Path)")
 
 
 def _check_aspect_ratio(_: object, __: object, value: str | None) -> None:
     if value is not None and value != "auto" and not re.fullmatch(r"[1-9]\d{0,3}:[1-9]\d{0,3}", value, re.ASCII):
-        raise ValueError(f"aspect_ratio: expected 'auto' or 'N:M' such as '16:9', got {_short(value)}")
+        raise ValueError(f"aspect_ratio: expected 'auto' or 'N:M' such as '16:9', got {_abbreviated(value)}")
 
 
 def _check_callback_url(_: object, __: object, value: str | None) -> None:
-    if value is not None and (fault := http_url_fault(value)):
-        raise ValueError(f"callback_url: {_short(value)} {fault}")
+    if value is not None and (problem := url_problem(value)):
+        raise ValueError(f"callback_url: {_abbreviated(value)} {problem}")
 
 
 def _lower(value: str | None) -> str | None:
@@ -128,7 +130,7 @@ class GenerationRequest:
 
     prompt: str = attrs.field(validator=_check_text, kw_only=False)
     images: tuple[ImageSource, ...] = attrs.field(
-        default=(), converter=_as_images, validator=_check_images, repr=_count
+        default=(), converter=_as_images, validator=_check_images, repr=_repr_length
     )
     """At most four reference images."""
     model: str = attrs.field(default=DEFAULT_MODEL, validator=_check_text)
@@ -230,7 +232,7 @@ class PendingCallback(Protocol):
         """Note which task the submit became; True when a callback for it has come already."""
         ...
 
-    async def claimed(self) -> str:
+    async def wait_task_id(self) -> str:
         """Return the task id that a callback brings, when one comes."""
         ...
 
@@ -239,9 +241,9 @@ class PendingCallback(Protocol):
 class CallbackSource(Protocol):
     """Who hears the service's callbacks: `CallbackReceiver`."""
 
-    strangers: list[Callable[[str, str], Awaitable[None]]]
+    unmatched_hooks: list[Callable[[str, str], Awaitable[None]]]
     """Told of nonce and claimed task id when a callback is about a submit whose task is not known here."""
 
-    def expect(self) -> PendingCallback:
+    def register(self) -> PendingCallback:
         """Return the expectation of one submit."""
         ...

@@ -16,7 +16,7 @@ class _OutcomeBase:
     key: str
     """Of the row; of `generate_many`, the position of the request, counted from 0."""
     request: GenerationRequest
-    earlier: bool = False
+    replayed: bool = False
     """Whether an earlier run of the same batch had come to this already."""
 
 
@@ -47,7 +47,9 @@ class Unknown(_OutcomeBase):
 Outcome: TypeAlias = Succeeded | Failed | Unknown
 
 
-def of_error(error: NanoBananaError | ValueError, *, key: str, request: GenerationRequest) -> Failed | Unknown:
+def outcome_from_error(
+    error: NanoBananaError | ValueError, *, key: str, request: GenerationRequest
+) -> Failed | Unknown:
     """Return what *request* has come to when it ended in *error*."""
     if isinstance(error, SubmissionUnknown):
         return Unknown(key=key, request=request, error=error)
@@ -56,7 +58,7 @@ def of_error(error: NanoBananaError | ValueError, *, key: str, request: Generati
     return Failed(key=key, request=request, error=error)
 
 
-def log_unread(outcome: Outcome) -> None:
+def log_unconsumed(outcome: Outcome) -> None:
     """Write down what nobody will read: the log is the last place that can hold a paid id."""
     task_id = outcome.task.task_id if isinstance(outcome, Succeeded) else outcome.error.task_id
     if task_id is not None:

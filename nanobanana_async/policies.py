@@ -7,9 +7,9 @@ from typing import Final, Literal, Self, TypeAlias
 import attrs
 from attrs.validators import ge, gt, in_, le, lt
 
-ResubmitLevel: TypeAlias = Literal["never", "envelope", "server-errors", "always"]
+ResubmitLevel: TypeAlias = Literal["never", "api-5xx", "any-5xx", "always"]
 
-RESUBMIT_LEVELS: Final[tuple[ResubmitLevel, ...]] = ("never", "envelope", "server-errors", "always")
+RESUBMIT_LEVELS: Final[tuple[ResubmitLevel, ...]] = ("never", "api-5xx", "any-5xx", "always")
 """From the safest to the boldest: each level sends again in all cases of the ones before it."""
 
 
@@ -22,26 +22,26 @@ class RetryPolicy:
 
     attempts: int = attrs.field(default=3, validator=[ge(1), le(10)])
     """Tries in all, the first included."""
-    first_s: float = attrs.field(default=0.5, validator=gt(0))
+    initial_s: float = attrs.field(default=0.5, validator=gt(0))
     """Upper bound of the first pause; it doubles with each further one."""
-    cap_s: float = attrs.field(default=8.0, validator=gt(0))
+    max_s: float = attrs.field(default=8.0, validator=gt(0))
     """Upper bound of any pause."""
-    resubmit: ResubmitLevel = attrs.field(default="envelope", validator=in_(RESUBMIT_LEVELS))
+    resubmit: ResubmitLevel = attrs.field(default="api-5xx", validator=in_(RESUBMIT_LEVELS))
     """When a submit that may have been paid is sent again.
 
-    `"envelope"`: only after the vendor's own JSON error with a 5xx status, as its documentation advises.
-    `"server-errors"`: after any 5xx, gateways included. `"always"`: also after time-outs and lost connections.
+    `"api-5xx"`: only after the vendor's own JSON error with a 5xx status, as its documentation advises.
+    `"any-5xx"`: after any 5xx, gateways included. `"always"`: also after time-outs and lost connections.
     `"never"`: not at all. Requests that provably never arrived are sent again under every setting.
     """
 
-    def pause_s(self, tries: int, rng: Random) -> float:
+    def backoff_s(self, attempts: int, rng: Random) -> float:
         """Return the pause after *tries* failed tries: full jitter, uniform in [0, min(cap, first * 2^(tries-1))].
 
         Source: "Exponential Backoff And Jitter", AWS Architecture Blog; full jitter sends the fewest calls.
         """
-        return rng.uniform(0.0, min(self.cap_s, self.first_s * 2.0 ** min(tries - 1, 32)))
+        return rng.uniform(0.0, min(self.max_s, self.initial_s * 2.0 ** min(attempts - 1, 32)))
 
-    def resends(self, level: ResubmitLevel) -> bool:
+    def allows_resubmit(self, level: ResubmitLevel) -> bool:
         """Tell whether this policy sends again what only *level* and bolder ones would."""
         return RESUBMIT_LEVELS.index(self.resubmit) >= RESUBMIT_LEVELS.index(level)
 
@@ -50,9 +50,9 @@ class RetryPolicy:
 class StaticSchedule:
     """Pauses that do not depend on what was seen: a first one, and then ever longer ones."""
 
-    first_s: float = attrs.field(validator=gt(0))
-    pause_s: float = attrs.field(validator=gt(0))
-    factor: float = attrs.field(validator=[ge(1), le(10)])
+    first_poll_s: float = attrs.field(validator=gt(0))
+    initial_s: float = attrs.field(validator=gt(0))
+    multiplier: float = attrs.field(validator=[ge(1), le(10)])
 
 
 @attrs.frozen(kw_only=True)
@@ -64,66 +64,70 @@ class PollPolicy:
     follow what is learned.
     """
 
-    look_price_s: float = attrs.field(default=0.21, validator=[gt(0), le(_DAY_S)])
+    poll_cost_s: float = attrs.field(default=0.21, validator=[gt(0), le(_DAY_S)])
     """What one look is worth: it is taken when the seconds that the picture may have been waiting, times the chance
     that it is, add up to this. Four times the price halves the looks and doubles the delay."""
-    min_s: float = attrs.field(default=0.5, validator=[gt(0), le(_DAY_S)])
+    min_interval_s: float = attrs.field(default=0.5, validator=[gt(0), le(_DAY_S)])
     """Shortest pause between two looks at one task."""
-    max_s: float = attrs.field(default=15.0, validator=[gt(0), le(_DAY_S)])
+    max_interval_s: float = attrs.field(default=15.0, validator=[gt(0), le(_DAY_S)])
     """Longest pause, whatever was learned. When more looks are due than `Limits.requests_per_s` leaves room for, they
     queue besides, the longest overdue first."""
     jitter: float = attrs.field(default=0.1, validator=[ge(0), lt(1)])
     """Largest deviation as a share of the pause: 0.1 means +/-10 %."""
-    curves: Mapping[str, Sequence[float]] = attrs.field(factory=dict, repr=False)
+    latency_models: Mapping[str, Sequence[float]] = attrs.field(factory=dict, repr=False)
     """What an earlier client has learned, by model: `client.statistics().curves`. None of it has to be there."""
-    ladder: StaticSchedule | None = None
+    static_schedule: StaticSchedule | None = None
     """Pauses that are not learned; see `fixed` and `backoff`."""
 
-    @max_s.validator
+    @max_interval_s.validator
     def _check_max(self, _: object, value: float) -> None:
-        if value < self.min_s:
-            raise ValueError(f"max_s: must not be less than min_s ({self.min_s:g}), got {value:g}")
+        if value < self.min_interval_s:
+            raise ValueError(
+                f"max_interval_s: must not be less than min_interval_s ({self.min_interval_s:g}), got {value:g}"
+            )
 
     @classmethod
-    def fixed(cls, pause_s: float, *, jitter: float = 0.1) -> Self:
+    def fixed(cls, interval_s: float, *, jitter: float = 0.1) -> Self:
         """Return a policy that looks every *pause_s* seconds, the first time so long after the submit."""
-        return cls.backoff(first_s=pause_s, pause_s=pause_s, factor=1.0, cap_s=pause_s, jitter=jitter)
+        return cls.backoff(
+            first_poll_s=interval_s, initial_s=interval_s, multiplier=1.0, max_s=interval_s, jitter=jitter
+        )
 
     @classmethod
     def backoff(
         cls,
         *,
-        first_s: float = 8.0,
-        pause_s: float = 2.5,
-        factor: float = 1.3,
-        cap_s: float = 10.0,
+        first_poll_s: float = 8.0,
+        initial_s: float = 2.5,
+        multiplier: float = 1.3,
+        max_s: float = 10.0,
         jitter: float = 0.2,
     ) -> Self:
         """Return a policy whose first look comes *first_s* after the submit.
 
         The pauses after it start at *pause_s*, grow by *factor* and end at *cap_s*.
         """
-        ladder = StaticSchedule(first_s=first_s, pause_s=pause_s, factor=factor)
-        return cls(min_s=min(pause_s, cap_s), max_s=cap_s, jitter=jitter, ladder=ladder)
+        schedule = StaticSchedule(first_poll_s=first_poll_s, initial_s=initial_s, multiplier=multiplier)
+        return cls(min_interval_s=min(initial_s, max_s), max_interval_s=max_s, jitter=jitter, static_schedule=schedule)
 
 
 @attrs.frozen(kw_only=True)
 class Limits:
     """How much is on the wire at once, and how fast it goes out."""
 
-    submits: int = attrs.field(default=16, validator=ge(1))
+    max_submits: int = attrs.field(default=16, validator=ge(1))
     """Submits in flight. Each may carry up to four reference images."""
-    polls: int = attrs.field(default=64, validator=ge(1))
+    max_polls: int = attrs.field(default=64, validator=ge(1))
     """Queries in flight, whatever the number of tasks."""
-    downloads: int = attrs.field(default=16, validator=ge(1))
+    max_downloads: int = attrs.field(default=16, validator=ge(1))
     """Pictures on their way to memory or disk."""
     requests_per_s: float = attrs.field(default=300.0, validator=gt(0))
     """API requests (submits and queries together) per second, averaged."""
     burst: int = attrs.field(default=30, validator=ge(1))
     """API requests that may leave at once after a quiet time."""
-    image_bytes: int = attrs.field(default=50 * 2**20, validator=ge(1))
+    max_image_bytes: int = attrs.field(default=50 * 2**20, validator=ge(1))
     """Largest picture that is downloaded."""
-    reference_bytes: int = attrs.field(default=10 * 2**20, validator=ge(1))
+    max_reference_bytes: int = attrs.field(default=10 * 2**20, validator=ge(1))
     """Largest reference image that is sent (other clients of the service keep to 10 MB)."""
 
 
@@ -138,7 +142,7 @@ class Timeouts:
     query_s: float = attrs.field(default=20.0, validator=gt(0))
     """One query or balance call, its retries included."""
     download_s: float = attrs.field(default=120.0, validator=gt(0))
-    """One picture, its retries included, counted from its turn (`Limits.downloads`)."""
+    """One picture, its retries included, counted from its turn (`Limits.max_downloads`)."""
     task_s: float = attrs.field(default=900.0, validator=gt(0))
     """How long `generate`, `result`, `wait` and `updates` wait when they are not told, and how long a submit may wait
     for its turn. Minutes are possible."""

@@ -18,7 +18,7 @@ class RequestKind(enum.Enum):
     """Costs money. A fresh connection: on a reused one, 20 of 4800 failed ambiguously (measured)."""
     READ = enum.auto()
     """An API call that is safe to repeat. Reuses connections."""
-    FETCH = enum.auto()
+    DOWNLOAD = enum.auto()
     """A file on somebody else's host: never with credentials, cookies or a handed-in client."""
 
 
@@ -28,7 +28,7 @@ class Phase(enum.IntEnum):
     CONNECT = 0
     SEND = 1
     """The request was on its way: it may have arrived whole, in part or not at all."""
-    REPLY = 2
+    RESPONSE = 2
     """At least the status line of a reply had arrived."""
 
 
@@ -36,7 +36,7 @@ class Phase(enum.IntEnum):
 class WireRequest:
     """One HTTP request, ready to go."""
 
-    errand: RequestKind
+    kind: RequestKind
     method: str
     url: str
     headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
@@ -72,10 +72,10 @@ class ExchangeError(Exception):
     """
 
     def __init__(
-        self, reason: str, *, phase: Phase, permanent: bool = False, reply: WireResponse | None = None
+        self, reason: str, *, phase: Phase, permanent: bool = False, response: WireResponse | None = None
     ) -> None:
         super().__init__(reason)
-        self.reason, self.phase, self.permanent, self.reply = reason, phase, permanent, reply
+        self.reason, self.phase, self.permanent, self.response = reason, phase, permanent, response
 
 
 class Transport(Protocol):

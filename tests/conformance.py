@@ -25,7 +25,7 @@ class ChargeAudit:
 
     def check(self) -> None:
         """Accepted is exactly one charge; all charges together are accounted for."""
-        charges = Counter(charge.task_id for vendor in self.vendors for charge in vendor.charges)
+        charges = Counter(charge.task_id for service in self.vendors for charge in service.charges)
         known = {task_id for vendor in self.vendors for task_id in vendor.tasks}
         for task_id, times in Counter(self.accepted).items():
             if task_id in known:
@@ -34,34 +34,34 @@ class ChargeAudit:
         assert excess <= 0, f"{excess} charges that no caller was told of"
 
 
-def watch(monkeypatch: pytest.MonkeyPatch) -> ChargeAudit:
+def watch_charges(monkeypatch: pytest.MonkeyPatch) -> ChargeAudit:
     """Write down every submit and every vendor from now on."""
-    book = ChargeAudit()
+    audit = ChargeAudit()
     submit, begin = ServiceApi.submit, SimulatedService.__init__
 
     async def watched_submit(self: ServiceApi, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - whatever it takes
         try:
             done = await submit(self, *args, **options)
         except SubmissionUnknown as exc:
-            book.unknown += 1
-            book.declared += exc.sent_again
+            audit.unknown += 1
+            audit.declared += exc.possible_duplicates
             raise
         except ApiError as exc:
-            book.declared += exc.possible_duplicates
+            audit.declared += exc.possible_duplicates
             raise
         except (NotSent, ConfigurationError, ValueError):
             raise
         except BaseException:
-            book.left += 1
+            audit.left += 1
             raise
-        book.accepted.append(done.task_id)
-        book.declared += done.possible_duplicates
+        audit.accepted.append(done.task_id)
+        audit.declared += done.possible_duplicates
         return done
 
     def watched_begin(self: SimulatedService, *args: Any, **options: Any) -> None:  # noqa: ANN401 - the same
         begin(self, *args, **options)
-        book.vendors.append(self)
+        audit.vendors.append(self)
 
     monkeypatch.setattr(ServiceApi, "submit", watched_submit)
     monkeypatch.setattr(SimulatedService, "__init__", watched_begin)
-    return book
+    return audit

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.conformance import ChargeAudit, watch
+from tests.conformance import ChargeAudit, watch_charges
 from tests.virtual_time import backend_options
 
 pytest_plugins = ["nanobanana_async.simulator.pytest_plugin"]
@@ -41,12 +41,12 @@ def _no_key_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def book(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ChargeAudit]:
+def audit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ChargeAudit]:
     """Conformance, after every test: what the client believes is what was charged.
 
     Not where the mark `other_clients` says that submits come from other processes, or from the test itself.
     """
-    book = watch(monkeypatch)
-    yield book
+    audit = watch_charges(monkeypatch)
+    yield audit
     if not request.node.get_closest_marker("other_clients"):
-        book.check()
+        audit.check()

@@ -16,7 +16,7 @@ Step: TypeAlias = WireResponse | ExchangeError | Callable[[WireRequest], Awaitab
 PNG = tiny_png(ImageSpec(prompt="a fox", width=8, height=8))
 
 
-def reply(status: int = 200, document: object = None, *, body: bytes | None = None, **headers: str) -> WireResponse:
+def response(status: int = 200, document: object = None, *, body: bytes | None = None, **headers: str) -> WireResponse:
     """Return a reply with a JSON body, or with *body* as it is."""
     raw = body if body is not None else json.dumps(document).encode()
     return WireResponse(
@@ -26,28 +26,28 @@ def reply(status: int = 200, document: object = None, *, body: bytes | None = No
 
 def accepted(task_id: str = "ta-1") -> WireResponse:
     """Return the service's answer to a good submit."""
-    return reply(200, {"code": 0, "message": "ok", "data": {"task_id": task_id}})
+    return response(200, {"code": 0, "message": "ok", "data": {"task_id": task_id}})
 
 
 def state(status: object, task_id: str = "ta-1", **fields: object) -> WireResponse:
     """Return the service's answer to a query."""
     data = {"task_id": task_id, "status": status, "result": None, **fields}
-    return reply(200, {"code": 0, "message": "ok", "data": data})
+    return response(200, {"code": 0, "message": "ok", "data": data})
 
 
-def done(task_id: str = "ta-1", url: str = "https://files.example/fox.png") -> WireResponse:
+def finished(task_id: str = "ta-1", url: str = "https://files.example/fox.png") -> WireResponse:
     """Return the answer to a query about a finished task."""
     return state("success", task_id, result=[{"image": url}], consumed="0.500000")
 
 
-def refused(status: int, code: int = 1, detail: str = "no", **headers: str) -> WireResponse:
+def rejected(status: int, code: int = 1, detail: str = "no", **headers: str) -> WireResponse:
     """Return one of the service's own errors."""
-    return reply(status, {"code": code, "message": "failed", "detail": detail}, body=None, **headers)
+    return response(status, {"code": code, "message": "failed", "detail": detail}, body=None, **headers)
 
 
 def lost(phase: Phase = Phase.SEND, *, permanent: bool = False, partial: WireResponse | None = None) -> ExchangeError:
     """Return an exchange that broke off."""
-    return ExchangeError("ReadError: gone", phase=phase, permanent=permanent, reply=partial)
+    return ExchangeError("ReadError: gone", phase=phase, permanent=permanent, response=partial)
 
 
 @attrs.define
@@ -71,7 +71,7 @@ class ScriptedTransport:
         try:
             await anyio.lowlevel.checkpoint()
             if isinstance(step, ExchangeError):
-                raise ExchangeError(step.reason, phase=step.phase, permanent=step.permanent, reply=step.reply)
+                raise ExchangeError(step.reason, phase=step.phase, permanent=step.permanent, response=step.response)
             answer = step if isinstance(step, WireResponse) else await step(request)
         finally:
             self.in_flight -= 1

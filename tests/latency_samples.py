@@ -29,15 +29,15 @@ def bimodal(rng: Random) -> float:
 def simulate(policy: PollPolicy, draw: Draw, tasks: int, *, seed: int = 1) -> tuple[list[int], list[float]]:
     """Return the looks at each task and the delay in seconds, with up to 200 tasks at a time from a cold start."""
     rng, schedule = Random(seed), PollSchedule(policy, Random(seed + 1))
-    looks: list[int] = []
+    polls: list[int] = []
     delays_s: list[float] = []
     started = 0
     due: list[tuple[float, int, float, float, float, int]] = []
 
     def start(now_s: float) -> None:
         nonlocal started
-        pause_s = schedule.jittered_s(schedule.pause_s("m", 0.0, 0))
-        heapq.heappush(due, (now_s + pause_s, started, now_s, draw(rng), 0.0, 0))
+        interval_s = schedule.jittered_s(schedule.next_poll_in_s("m", 0.0, 0))
+        heapq.heappush(due, (now_s + interval_s, started, now_s, draw(rng), 0.0, 0))
         started += 1
 
     for number in range(min(200, tasks)):
@@ -45,35 +45,35 @@ def simulate(policy: PollPolicy, draw: Draw, tasks: int, *, seed: int = 1) -> tu
     while due:
         now_s, number, born_s, latency_s, last_s, taken = heapq.heappop(due)
         age_s = now_s - born_s
-        schedule.learn("m", last_s, age_s, done=age_s >= latency_s)
+        schedule.observe("m", last_s, age_s, done=age_s >= latency_s)
         if age_s < latency_s:
-            pause_s = schedule.jittered_s(schedule.pause_s("m", age_s, taken + 1))
+            pause_s = schedule.jittered_s(schedule.next_poll_in_s("m", age_s, taken + 1))
             heapq.heappush(due, (now_s + pause_s, number, born_s, latency_s, age_s, taken + 1))
             continue
-        looks.append(taken + 1)
+        polls.append(taken + 1)
         delays_s.append(age_s - latency_s)
         if started < tasks:
             start(now_s)
-    return looks, delays_s
+    return polls, delays_s
 
 
 @cache
 def _fixed(draw: Draw, tasks: int) -> list[tuple[float, float]]:
     rng = Random(1)
     ages_s = [draw(rng) for _ in range(tasks)]
-    curve = []
+    model = []
     for k in range(12):
-        pause_s = 1.25**k
-        looks = [math.ceil(age_s / pause_s) for age_s in ages_s]
-        late_s = [n * pause_s - age_s for n, age_s in zip(looks, ages_s, strict=True)]
-        curve.append((statistics.fmean(looks), statistics.fmean(late_s)))
-    return curve
+        interval_s = 1.25**k
+        polls = [math.ceil(age_s / interval_s) for age_s in ages_s]
+        late_s = [n * interval_s - age_s for n, age_s in zip(polls, ages_s, strict=True)]
+        model.append((statistics.fmean(polls), statistics.fmean(late_s)))
+    return model
 
 
 def fixed_looks(draw: Draw, mean_s: float, tasks: int) -> float:
     """Return the looks per task of the fixed interval with that mean delay."""
-    for (looks, late_s), (fewer, later_s) in pairwise(_fixed(draw, tasks)):
+    for (polls, late_s), (fewer, later_s) in pairwise(_fixed(draw, tasks)):
         if late_s <= mean_s <= later_s:
             share = math.log(mean_s / late_s) / math.log(later_s / late_s)
-            return math.exp((1 - share) * math.log(looks) + share * math.log(fewer))
+            return math.exp((1 - share) * math.log(polls) + share * math.log(fewer))
     raise AssertionError(f"no fixed interval was tried near a mean delay of {mean_s:.2f} s")

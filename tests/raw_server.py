@@ -69,17 +69,17 @@ def read_request(peer: socket.socket) -> bytes:
     """Return one whole request, or nothing at the end of the connection."""
     data = b""
     while b"\r\n\r\n" not in data:
-        if not (piece := peer.recv(65536)):
+        if not (chunk := peer.recv(65536)):
             return b""
-        data += piece
+        data += chunk
     head, _, body = data.partition(b"\r\n\r\n")
     length = next(
         (int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")), 0
     )
     while len(body) < length:
-        if not (piece := peer.recv(65536)):
+        if not (chunk := peer.recv(65536)):
             return b""
-        body += piece
+        body += chunk
     return head + b"\r\n\r\n" + body
 
 
@@ -109,22 +109,22 @@ def serving(handle: Handler, *, reads: bool = True, tls: ssl.SSLContext | None =
         thread.join()
 
 
-def saying(*pieces: bytes) -> Handler:
+def saying(*chunks: bytes) -> Handler:
     """Return a handler that says *pieces* and keeps the connection."""
 
     def handle(peer: socket.socket, _: bytes) -> None:
-        for piece in pieces:
-            peer.sendall(piece)
+        for chunk in chunks:
+            peer.sendall(chunk)
 
     return handle
 
 
-def saying_then(end: Callable[[socket.socket], None], *pieces: bytes) -> Handler:
+def saying_then(end: Callable[[socket.socket], None], *chunks: bytes) -> Handler:
     """Return a handler that says *pieces* and then does *end* to the connection."""
 
     def handle(peer: socket.socket, _: bytes) -> None:
-        for piece in pieces:
-            peer.sendall(piece)
+        for chunk in chunks:
+            peer.sendall(chunk)
         end(peer)
 
     return handle

@@ -32,13 +32,13 @@ from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async.api.operations import AcceptedSubmit, ServiceApi
 from nanobanana_async.policies import ResubmitLevel
 from nanobanana_async.wire.endpoint import ApiKey, Endpoint
-from tests.fakes import ScriptedTransport, Step, accepted, done, lost, refused, reply, script, submits
+from tests.fakes import ScriptedTransport, Step, accepted, finished, lost, rejected, response, script, submits
 from tests.virtual_time import jump
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 FOX = GenerationRequest("a fox")
-HTML = reply(502, body=b"<html>Bad gateway</html>")
+HTML = response(502, body=b"<html>Bad gateway</html>")
 
 
 @asynccontextmanager
@@ -50,13 +50,13 @@ async def running(
     timeouts: Timeouts = Timeouts(),
 ) -> AsyncIterator[ServiceApi]:
     """Run an `ServiceApi` over *transport*."""
-    host = BackgroundTaskGroup()
-    endpoint = Endpoint.of(ApiKey("dk-test"), "https://api.example")
+    background = BackgroundTaskGroup()
+    endpoint = Endpoint.resolve(ApiKey("dk-test"), "https://api.example")
     try:
-        yield ServiceApi(transport, host, endpoint, limits=limits, retry=retry, timeouts=timeouts)
+        yield ServiceApi(transport, background, endpoint, limits=limits, retry=retry, timeouts=timeouts)
     finally:
         with anyio.CancelScope(shield=True):
-            await host.aclose(drain_s=100)
+            await background.aclose(drain_s=100)
 
 
 async def as_it_is(request: GenerationRequest) -> GenerationRequest:
@@ -64,10 +64,10 @@ async def as_it_is(request: GenerationRequest) -> GenerationRequest:
     return request
 
 
-async def submit(transport: ScriptedTransport, *, resubmit: ResubmitLevel = "envelope") -> AcceptedSubmit:
+async def submit(transport: ScriptedTransport, *, resubmit: ResubmitLevel = "api-5xx") -> AcceptedSubmit:
     """Submit one request and return what came of it."""
     async with running(transport, retry=RetryPolicy(resubmit=resubmit)) as api:
-        return await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
+        return await api.submit(FOX, as_it_is, deadline_s=math.inf)
 
 
 async def test_an_accepted_submit_returns_its_task_id() -> None:
@@ -90,13 +90,13 @@ async def test_what_never_connected_is_sent_again() -> None:
         pytest.param(lost(Phase.CONNECT), NotSent, 3, id="never-connected"),
         pytest.param(lost(Phase.CONNECT, permanent=True), ConfigurationError, 1, id="bad-certificate"),
         pytest.param(lost(Phase.SEND), SubmissionUnknown, 1, id="no-reply"),
-        pytest.param(lost(Phase.REPLY, partial=reply(body=b"{")), SubmissionUnknown, 1, id="cut-reply"),
-        pytest.param(reply(200, body=b"<html>"), SubmissionUnknown, 1, id="200-html"),
-        pytest.param(reply(408, body=b""), NotSent, 2, id="408-once-more"),
-        pytest.param(refused(400, 1, "prompt is required"), InvalidRequest, 1, id="400"),
-        pytest.param(refused(401), AuthenticationError, 1, id="401"),
-        pytest.param(refused(429, retry_after="1"), RateLimited, 3, id="429"),
-        pytest.param(refused(500), ServiceUnavailable, 3, id="vendors-500"),
+        pytest.param(lost(Phase.RESPONSE, partial=response(body=b"{")), SubmissionUnknown, 1, id="cut-reply"),
+        pytest.param(response(200, body=b"<html>"), SubmissionUnknown, 1, id="200-html"),
+        pytest.param(response(408, body=b""), NotSent, 2, id="408-once-more"),
+        pytest.param(rejected(400, 1, "prompt is required"), InvalidRequest, 1, id="400"),
+        pytest.param(rejected(401), AuthenticationError, 1, id="401"),
+        pytest.param(rejected(429, retry_after="1"), RateLimited, 3, id="429"),
+        pytest.param(rejected(500), ServiceUnavailable, 3, id="vendors-500"),
         pytest.param(HTML, SubmissionUnknown, 1, id="gateway-502"),
     ],
 )
@@ -113,12 +113,12 @@ async def test_by_default_only_what_is_safe_or_the_vendors_own_500_is_sent_again
 
 @pytest.mark.parametrize(
     ("resubmit", "posts"),
-    [("never", (1, 1, 1)), ("envelope", (3, 1, 1)), ("server-errors", (3, 3, 1)), ("always", (3, 3, 3))],
+    [("never", (1, 1, 1)), ("api-5xx", (3, 1, 1)), ("any-5xx", (3, 3, 1)), ("always", (3, 3, 3))],
 )
 async def test_each_policy_resends_what_it_names(resubmit: ResubmitLevel, posts: tuple[int, int, int]) -> None:
     """The vendor's 500, a gateway's 502, a lost reply."""
     counts = []
-    for step in (refused(500), HTML, lost(Phase.SEND)):
+    for step in (rejected(500), HTML, lost(Phase.SEND)):
         transport = script(step)
         with pytest.raises(NanoBananaError):
             await submit(transport, resubmit=resubmit)
@@ -128,21 +128,21 @@ async def test_each_policy_resends_what_it_names(resubmit: ResubmitLevel, posts:
 
 async def test_resends_that_may_have_been_charged_are_counted() -> None:
     """Twice the vendor's own 500, then an id: two possible duplicates, told to the caller."""
-    assert await submit(script(refused(500), refused(500), accepted())) == AcceptedSubmit("ta-1", 2)
+    assert await submit(script(rejected(500), rejected(500), accepted())) == AcceptedSubmit("ta-1", 2)
 
 
 async def test_a_refusal_after_resends_tells_how_many_may_have_been_charged() -> None:
     """The error carries the count."""
     with pytest.raises(ServiceUnavailable) as caught:
-        await submit(script(refused(500)))
+        await submit(script(rejected(500)))
     assert caught.value.possible_duplicates == 2
 
 
 async def test_never_connecting_after_a_resend_is_not_called_unsent() -> None:
     """The first try may have been charged, so the whole submit is unknown."""
     with pytest.raises(SubmissionUnknown) as caught:
-        await submit(script(refused(500), lost(Phase.CONNECT)))
-    assert caught.value.sent_again == 1
+        await submit(script(rejected(500), lost(Phase.CONNECT)))
+    assert caught.value.possible_duplicates == 1
 
 
 async def test_unknown_says_what_is_known_and_what_to_do() -> None:
@@ -154,24 +154,24 @@ async def test_unknown_says_what_is_known_and_what_to_do() -> None:
 
 async def test_a_429_slows_everybody_for_as_long_as_it_says() -> None:
     """The next request of anybody leaves after Retry-After."""
-    transport = script(refused(429, retry_after="7"), accepted())
+    transport = script(rejected(429, retry_after="7"), accepted())
     await submit(transport)
     assert transport.times_s[1] - transport.times_s[0] >= 7
 
 
 async def test_a_wait_that_exceeds_the_time_left_is_raised_at_once() -> None:
     """Sleeping through the deadline helps nobody; the error says how long the service asked for."""
-    async with running(script(refused(429, retry_after="200")), timeouts=Timeouts(submit_s=30)) as api:
+    async with running(script(rejected(429, retry_after="200")), timeouts=Timeouts(submit_s=30)) as api:
         start_s = anyio.current_time()
         with pytest.raises(RateLimited) as caught:
-            await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
+            await api.submit(FOX, as_it_is, deadline_s=math.inf)
         assert anyio.current_time() - start_s < 1
         assert caught.value.retry_after_s == 200
 
 
 async def test_a_turn_that_comes_too_late_does_not_hide_what_the_service_said() -> None:
     """The loop stood still over the deadline, and the wait for the turn ended before anybody could cancel it."""
-    transport = script(refused(429, retry_after="7"))
+    transport = script(rejected(429, retry_after="7"))
     async with running(transport, timeouts=Timeouts(submit_s=10)) as api, anyio.create_task_group() as group:
 
         async def stall() -> None:
@@ -180,7 +180,7 @@ async def test_a_turn_that_comes_too_late_does_not_hide_what_the_service_said() 
 
         group.start_soon(stall)
         with pytest.raises(RateLimited):
-            await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
+            await api.submit(FOX, as_it_is, deadline_s=math.inf)
     assert len(transport.times_s) == 1
 
 
@@ -192,10 +192,10 @@ async def test_submits_in_flight_are_bounded() -> None:
         return accepted()
 
     transport = script(slow)
-    limits = Limits(submits=3, requests_per_s=1000, burst=100)
+    limits = Limits(max_submits=3, requests_per_s=1000, burst=100)
     async with running(transport, limits=limits) as api, anyio.create_task_group() as group:
         for _ in range(20):
-            group.start_soon(lambda: api.submit(FOX, as_it_is, give_up_at_s=math.inf))
+            group.start_soon(lambda: api.submit(FOX, as_it_is, deadline_s=math.inf))
     assert (transport.most_in_flight, submits(transport.requests)) == (3, 20)
 
 
@@ -214,7 +214,7 @@ async def test_cancelling_the_caller_does_not_tear_a_post_on_the_wire(caplog: py
     transport = script(slow_answer(5))
     async with running(transport) as api:
         with anyio.move_on_after(1):
-            await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
+            await api.submit(FOX, as_it_is, deadline_s=math.inf)
         assert transport.in_flight == 1
         await anyio.sleep(10)
         assert transport.in_flight == 0
@@ -224,23 +224,26 @@ async def test_cancelling_the_caller_does_not_tear_a_post_on_the_wire(caplog: py
 async def test_a_caller_cancelled_while_queueing_has_paid_nothing() -> None:
     """Until the POST begins, cancelling is free, and the slot is given back."""
     transport = script(slow_answer(5))
-    async with running(transport, limits=Limits(submits=1)) as api:
+    async with running(transport, limits=Limits(max_submits=1)) as api:
         async with anyio.create_task_group() as group:
-            group.start_soon(lambda: api.submit(FOX, as_it_is, give_up_at_s=math.inf))
+            group.start_soon(lambda: api.submit(FOX, as_it_is, deadline_s=math.inf))
             await anyio.sleep(1)
             with anyio.move_on_after(1):
-                await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
+                await api.submit(FOX, as_it_is, deadline_s=math.inf)
         assert submits(transport.requests) == 1
-        await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
+        await api.submit(FOX, as_it_is, deadline_s=math.inf)
 
 
 async def test_giving_up_while_queueing_says_that_nothing_was_sent() -> None:
     """The caller's time ended before its turn."""
-    async with running(script(slow_answer(50)), limits=Limits(submits=1)) as api, anyio.create_task_group() as group:
-        group.start_soon(lambda: api.submit(FOX, as_it_is, give_up_at_s=math.inf))
+    async with (
+        running(script(slow_answer(50)), limits=Limits(max_submits=1)) as api,
+        anyio.create_task_group() as group,
+    ):
+        group.start_soon(lambda: api.submit(FOX, as_it_is, deadline_s=math.inf))
         await anyio.sleep(1)
         with pytest.raises(NotSent, match="nothing was sent"):
-            await api.submit(FOX, as_it_is, give_up_at_s=anyio.current_time() + 2)
+            await api.submit(FOX, as_it_is, deadline_s=anyio.current_time() + 2)
         group.cancel_scope.cancel()
 
 
@@ -248,46 +251,48 @@ async def test_giving_up_on_a_post_on_the_wire_is_unknown(caplog: pytest.LogCapt
     """It may be paid, and it runs on."""
     async with running(script(slow_answer(5))) as api:
         with pytest.raises(SubmissionUnknown, match="it runs on"):
-            await api.submit(FOX, as_it_is, give_up_at_s=anyio.current_time() + 1)
+            await api.submit(FOX, as_it_is, deadline_s=anyio.current_time() + 1)
     assert "ta-late" in caplog.text
 
 
 async def test_closing_waits_for_the_post_on_the_wire() -> None:
     """The caller gets its id although the client is being closed."""
-    host = BackgroundTaskGroup()
-    endpoint = Endpoint.of(ApiKey("dk-test"), "https://api.example")
-    api = ServiceApi(script(slow_answer(5)), host, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts())
+    background = BackgroundTaskGroup()
+    endpoint = Endpoint.resolve(ApiKey("dk-test"), "https://api.example")
+    api = ServiceApi(
+        script(slow_answer(5)), background, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts()
+    )
     ids = []
 
     async def caller() -> None:
-        ids.append((await api.submit(FOX, as_it_is, give_up_at_s=math.inf)).task_id)
+        ids.append((await api.submit(FOX, as_it_is, deadline_s=math.inf)).task_id)
 
     async with anyio.create_task_group() as group:
         group.start_soon(caller)
         await anyio.sleep(1)
-        await host.aclose(drain_s=60)
+        await background.aclose(drain_s=60)
     assert ids == ["ta-late"]
 
 
 async def test_closing_does_not_wait_for_ever() -> None:
     """What has not ended by then is unknown, and says so."""
-    host = BackgroundTaskGroup()
-    endpoint = Endpoint.of(ApiKey("dk-test"), "https://api.example")
+    background = BackgroundTaskGroup()
+    endpoint = Endpoint.resolve(ApiKey("dk-test"), "https://api.example")
     api = ServiceApi(
-        script(slow_answer(500)), host, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts()
+        script(slow_answer(500)), background, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts()
     )
     errors: list[NanoBananaError] = []
 
     async def caller() -> None:
         try:
-            await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
+            await api.submit(FOX, as_it_is, deadline_s=math.inf)
         except NanoBananaError as exc:
             errors.append(exc)
 
     async with anyio.create_task_group() as group:
         group.start_soon(caller)
         await anyio.sleep(1)
-        await host.aclose(drain_s=3)
+        await background.aclose(drain_s=3)
     assert [type(error) for error in errors] == [SubmissionUnknown]
 
 
@@ -296,16 +301,16 @@ async def test_closing_does_not_wait_for_ever() -> None:
     [
         pytest.param(lost(Phase.CONNECT), id="never-connected"),
         pytest.param(lost(Phase.SEND), id="no-reply"),
-        pytest.param(lost(Phase.REPLY, partial=reply(body=b"{")), id="cut"),
-        pytest.param(reply(200, body=b"<html>"), id="html"),
-        pytest.param(refused(429, retry_after="1"), id="429"),
-        pytest.param(refused(500), id="500"),
+        pytest.param(lost(Phase.RESPONSE, partial=response(body=b"{")), id="cut"),
+        pytest.param(response(200, body=b"<html>"), id="html"),
+        pytest.param(rejected(429, retry_after="1"), id="429"),
+        pytest.param(rejected(500), id="500"),
         pytest.param(HTML, id="502"),
     ],
 )
 async def test_a_query_is_repeated_after_every_passing_trouble(step: Step) -> None:
     """A GET costs nothing."""
-    async with running(script(step, step, done())) as api:
+    async with running(script(step, step, finished())) as api:
         assert (await api.query("ta-1")).is_final
 
 
@@ -314,7 +319,7 @@ async def test_a_query_is_repeated_after_every_passing_trouble(step: Step) -> No
     [
         pytest.param(lost(Phase.CONNECT), NotSent, id="never-connected"),
         pytest.param(lost(Phase.SEND), TransportError, id="no-reply"),
-        pytest.param(reply(200, body=b"<html>"), ProtocolError, id="html"),
+        pytest.param(response(200, body=b"<html>"), ProtocolError, id="html"),
         pytest.param(HTML, ServiceUnavailable, id="502"),
     ],
 )
@@ -339,7 +344,7 @@ async def test_an_outage_is_not_met_with_three_times_the_traffic() -> None:
 
 async def test_every_operation_ends_by_its_deadline() -> None:
     """Even when the transport never answers in time and every answer asks to wait."""
-    async with running(script(refused(503, retry_after="15")), timeouts=Timeouts(query_s=20)) as api:
+    async with running(script(rejected(503, retry_after="15")), timeouts=Timeouts(query_s=20)) as api:
         start_s = anyio.current_time()
         with pytest.raises(NanoBananaError):
             await api.balance()
@@ -349,21 +354,21 @@ async def test_every_operation_ends_by_its_deadline() -> None:
 async def test_an_odd_acceptance_is_kept_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     """An id despite an error code: paid, ours, and worth a warning."""
     caplog.set_level(logging.WARNING, "nanobanana_async")
-    transport = script(reply(200, {"code": 1, "message": "hm", "data": {"task_id": "ta-odd"}}))
+    transport = script(response(200, {"code": 1, "message": "hm", "data": {"task_id": "ta-odd"}}))
     assert (await submit(transport)).task_id == "ta-odd"
     assert "ta-odd" in caplog.text
 
 
-@pytest.mark.parametrize("step", [refused(401, 401), refused(402), refused(400, 1, "insufficient balance")])
+@pytest.mark.parametrize("step", [rejected(401, 401), rejected(402), rejected(400, 1, "insufficient balance")])
 async def test_a_definite_refusal_stops_further_submits_at_once(step: WireResponse) -> None:
     """A revoked key, an empty account: those already on the wire end, all others are refused without being sent."""
     transport = script(step)
-    async with running(transport, limits=Limits(submits=4)) as api:
+    async with running(transport, limits=Limits(max_submits=4)) as api:
         errors: list[type[Exception]] = []
 
         async def one() -> None:
             try:
-                await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
+                await api.submit(FOX, as_it_is, deadline_s=math.inf)
             except NanoBananaError as exc:
                 errors.append(type(exc))
 
@@ -377,23 +382,23 @@ async def test_a_definite_refusal_stops_further_submits_at_once(step: WireRespon
 
 async def test_a_refused_account_is_tried_again_every_half_minute_and_recovers() -> None:
     """Topping up needs no restart: one submit is let through to see."""
-    transport = script(refused(402), refused(402), accepted())
+    transport = script(rejected(402), rejected(402), accepted())
     async with running(transport) as api:
-        for pause_s, posts in ((0, 1), (1, 1), (30, 2), (1, 2)):
-            await anyio.sleep(pause_s)
+        for interval_s, posts in ((0, 1), (1, 1), (30, 2), (1, 2)):
+            await anyio.sleep(interval_s)
             with pytest.raises(InsufficientCredits):
-                await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
+                await api.submit(FOX, as_it_is, deadline_s=math.inf)
             assert submits(transport.requests) == posts
         await anyio.sleep(30)
         for _ in range(3):
-            assert (await api.submit(FOX, as_it_is, give_up_at_s=math.inf)).task_id == "ta-1"
+            assert (await api.submit(FOX, as_it_is, deadline_s=math.inf)).task_id == "ta-1"
 
 
 async def test_polls_go_on_while_submits_are_stopped() -> None:
     """What is paid is fetched."""
-    async with running(script(refused(402), done())) as api:
+    async with running(script(rejected(402), finished())) as api:
         with pytest.raises(InsufficientCredits):
-            await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
+            await api.submit(FOX, as_it_is, deadline_s=math.inf)
         assert (await api.query("ta-1")).is_final
 
 
@@ -409,9 +414,9 @@ async def test_a_transport_that_raises_what_it_must_not_leaves_the_submit_unknow
 
 async def test_running_out_of_time_after_a_possible_charge_is_not_called_unsent() -> None:
     """The vendor's 500 may have been charged; the second try never had its turn."""
-    async with running(script(refused(500), slow_answer(50)), limits=Limits(submits=1, burst=1)) as api:
+    async with running(script(rejected(500), slow_answer(50)), limits=Limits(max_submits=1, burst=1)) as api:
         with pytest.raises((ServiceUnavailable, SubmissionUnknown)):
-            await api.submit(FOX, as_it_is, give_up_at_s=anyio.current_time() + 3)
+            await api.submit(FOX, as_it_is, deadline_s=anyio.current_time() + 3)
 
 
 async def test_a_hook_that_fails_does_not_stop_the_client(caplog: pytest.LogCaptureFixture) -> None:
@@ -423,49 +428,51 @@ async def test_a_hook_that_fails_does_not_stop_the_client(caplog: pytest.LogCapt
 
         api.on_orphan = hook
         with anyio.move_on_after(0.5):
-            await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
+            await api.submit(FOX, as_it_is, deadline_s=math.inf)
         await anyio.sleep(1)
-        assert (await api.submit(FOX, as_it_is, give_up_at_s=math.inf)).task_id == "ta-late"
+        assert (await api.submit(FOX, as_it_is, deadline_s=math.inf)).task_id == "ta-late"
     assert caplog.text.count("on_orphan failed for task ta-late") == 1
 
 
 async def test_a_submit_cut_off_by_closing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Even when nobody is there to be told."""
-    host = BackgroundTaskGroup()
-    endpoint = Endpoint.of(ApiKey("dk-test"), "https://api.example")
+    background = BackgroundTaskGroup()
+    endpoint = Endpoint.resolve(ApiKey("dk-test"), "https://api.example")
     api = ServiceApi(
-        script(slow_answer(500)), host, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts()
+        script(slow_answer(500)), background, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts()
     )
     with anyio.move_on_after(1):
-        await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
-    await host.aclose(drain_s=1)
+        await api.submit(FOX, as_it_is, deadline_s=math.inf)
+    await background.aclose(drain_s=1)
     assert "may have been charged" in caplog.text
 
 
 async def test_a_submit_cancelled_between_two_tries_leaves_a_record(caplog: pytest.LogCaptureFixture) -> None:
     """The first one may have been charged, and nobody else will tell."""
-    async with running(script(refused(500)), limits=Limits(requests_per_s=0.1, burst=1)) as api:
+    async with running(script(rejected(500)), limits=Limits(requests_per_s=0.1, burst=1)) as api:
         with anyio.move_on_after(5):
-            await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
+            await api.submit(FOX, as_it_is, deadline_s=math.inf)
     assert "cancelled between two tries; the last one ended so: no (HTTP 500, code 1)" in caplog.text
 
 
 async def test_closing_between_two_tries_tells_how_the_last_one_ended() -> None:
     """Not only that the client is closed."""
-    host = BackgroundTaskGroup()
-    endpoint = Endpoint.of(ApiKey("dk-test"), "https://api.example")
+    background = BackgroundTaskGroup()
+    endpoint = Endpoint.resolve(ApiKey("dk-test"), "https://api.example")
     limits = Limits(requests_per_s=0.1, burst=1)
-    api = ServiceApi(script(refused(500)), host, endpoint, limits=limits, retry=RetryPolicy(), timeouts=Timeouts())
+    api = ServiceApi(
+        script(rejected(500)), background, endpoint, limits=limits, retry=RetryPolicy(), timeouts=Timeouts()
+    )
     errors: list[type[NanoBananaError]] = []
 
     async def caller() -> None:
         try:
-            await api.submit(FOX, as_it_is, give_up_at_s=math.inf)
+            await api.submit(FOX, as_it_is, deadline_s=math.inf)
         except NanoBananaError as exc:
             errors.append(type(exc))
 
     async with anyio.create_task_group() as group:
         group.start_soon(caller)
         await anyio.sleep(5)
-        await host.aclose(drain_s=1)
+        await background.aclose(drain_s=1)
     assert errors == [ServiceUnavailable]

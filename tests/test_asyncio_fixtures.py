@@ -8,7 +8,7 @@ import pytest
 import pytest_asyncio
 
 from nanobanana_async import GeneratedImage, NanoBananaClient, Task, TaskStatus, TaskTimeout
-from nanobanana_async.simulator import FAST, Simulator, SimulatorProfile
+from nanobanana_async.simulator import FAST_PROFILE, Simulator, SimulatorProfile
 from nanobanana_async.simulator.server import SimulatorServer
 from tests.fakes import PNG
 
@@ -43,7 +43,7 @@ async def test_a_client_opened_by_one_bare_task_serves_others(nanobanana_simulat
 
 async def test_native_cancellation_does_not_tear_a_paid_post(caplog: pytest.LogCaptureFixture) -> None:
     """`task.cancel()` is what web frameworks do when the browser goes away; no shield of anyio's stops that."""
-    simulator = Simulator(FAST, delay_s=0.2)
+    simulator = Simulator(FAST_PROFILE, delay_s=0.2)
     async with simulator.client() as client:
         task = asyncio.create_task(client.generate("a fox"))
         await asyncio.sleep(0.05)
@@ -67,10 +67,10 @@ async def test_a_shutdown_that_cancels_everything_ends_the_waits() -> None:
 
 async def test_a_save_that_is_cancelled_leaves_no_part_behind(nanobanana_simulator: Simulator, tmp_path: Path) -> None:
     """`task.cancel()` leaves the writing thread to itself; what it writes after that is removed all the same."""
-    picture = GeneratedImage(data=PNG + bytes(3_000_000))
+    image = GeneratedImage(data=PNG + bytes(3_000_000))
     async with nanobanana_simulator.client() as client:
         for number in range(60):
-            task = Task(task_id=f"ta-{number}", status=TaskStatus.SUCCESS, images=(picture,))
+            task = Task(task_id=f"ta-{number}", status=TaskStatus.SUCCESS, images=(image,))
             saving = asyncio.create_task(client.save(task, tmp_path))
             await asyncio.sleep(number * 0.0001)
             saving.cancel()
@@ -98,7 +98,7 @@ async def test_the_loop_stays_free_while_pictures_are_made() -> None:
             await asyncio.sleep(0.005)
             pauses_s[-1] = max(pauses_s[-1], loop.time() - before_s - 0.005)
 
-    with SimulatorServer(FAST) as server:
+    with SimulatorServer(FAST_PROFILE) as server:
         async with NanoBananaClient("dk-test", base_url=server.url) as client:
             await client.balance()
             beat = asyncio.create_task(heartbeat())

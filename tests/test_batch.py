@@ -42,12 +42,12 @@ from nanobanana_async import (
 )
 from nanobanana_async.batch.rows import RowKeys
 from nanobanana_async.models import GeneratedImage
-from nanobanana_async.simulator import FAST, FAST_POLLING, Simulator, SimulatorProfile
-from tests.fakes import lost, refused, reply
+from nanobanana_async.simulator import FAST_POLLING, FAST_PROFILE, Simulator, SimulatorProfile
+from tests.fakes import lost, rejected, response
 
 pytestmark = pytest.mark.anyio
 
-SLOW = SimulatorProfile(median_s=30, sigma=0.3, invisible_s=0)
+SLOW = SimulatorProfile(median_s=30, sigma=0.3, visibility_delay_s=0)
 FOXES = [f"fox {number}" for number in range(12)]
 
 
@@ -56,13 +56,13 @@ class InterceptingTransport:
     """A transport that passes requests on, unless *meddle* has an answer of its own."""
 
     simulator: Simulator
-    meddle: Callable[[WireRequest], WireResponse | ExchangeError | None] = lambda _: None
+    intercept: Callable[[WireRequest], WireResponse | ExchangeError | None] = lambda _: None
     submits: int = 0
 
     async def send(self, request: WireRequest, **options: object) -> WireResponse:
         """Ask *meddle* first."""
         self.submits += request.method == "POST"
-        answer = self.meddle(request)
+        answer = self.intercept(request)
         if answer is None:
             return await self.simulator.send(request, **options)  # type: ignore[arg-type]
         await anyio.lowlevel.checkpoint()
@@ -78,21 +78,21 @@ def posts(answer: Callable[[int], WireResponse | ExchangeError | None]) -> Calla
     """Return a meddler that answers the nth POST, counted from 0, as it is told."""
     count = -1
 
-    def meddle(request: WireRequest) -> WireResponse | ExchangeError | None:
+    def intercept(request: WireRequest) -> WireResponse | ExchangeError | None:
         nonlocal count
         if request.method != "POST":
             return None
         count += 1
         return answer(count)
 
-    return meddle
+    return intercept
 
 
-def client_of(simulator: Simulator, meddle: object = None, **options: object) -> NanoBananaClient:
+def client_of(simulator: Simulator, intercept: object = None, **options: object) -> NanoBananaClient:
     """Return a client of the simulator, with a meddler between them."""
     client = simulator.client(**options)  # type: ignore[arg-type]
-    if meddle is not None:
-        client._api._transport = InterceptingTransport(simulator, meddle)  # type: ignore[arg-type]
+    if intercept is not None:
+        client._api._transport = InterceptingTransport(simulator, intercept)  # type: ignore[arg-type]
     return client
 
 
@@ -100,13 +100,16 @@ def client_of(simulator: Simulator, meddle: object = None, **options: object) ->
 async def batch_of(
     simulator: Simulator,
     folder: Path,
-    meddle: object = None,
+    intercept: object = None,
     *,
     polling: PollPolicy = FAST_POLLING,
     **options: object,
 ) -> AsyncIterator[Batch]:
     """Open a batch with a client of its own."""
-    async with client_of(simulator, meddle, polling=polling) as client, Batch.open(folder, client, **options) as batch:  # type: ignore[arg-type]
+    async with (
+        client_of(simulator, intercept, polling=polling) as client,
+        Batch.open(folder, client, **options) as batch,  # type: ignore[arg-type]
+    ):
         yield batch
 
 
@@ -141,10 +144,10 @@ def kinds(outcomes: dict[str, Outcome]) -> list[str]:
 
 async def test_every_picture_is_there_and_paid_once(tmp_path: Path) -> None:
     """Files in the order of the rows, a page, a manifest, and no key anywhere."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path / "run") as batch:
         outcomes = await run(batch)
-        assert batch.progress().done == len(FOXES)
+        assert batch.progress().succeeded == len(FOXES)
     assert kinds(outcomes) == ["Succeeded"] * len(FOXES)
     assert sorted(charge.prompt for charge in simulator.charges) == sorted(FOXES)
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
@@ -160,12 +163,12 @@ async def test_every_picture_is_there_and_paid_once(tmp_path: Path) -> None:
 
 async def test_a_second_run_tells_again_and_pays_nothing(tmp_path: Path) -> None:
     """For a program that died between a picture and its own use of it."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         first = await run(batch)
     async with batch_of(simulator, tmp_path) as batch:
         second = await run(batch)
-    assert all(isinstance(outcome, Succeeded) and outcome.earlier for outcome in second.values())
+    assert all(isinstance(outcome, Succeeded) and outcome.replayed for outcome in second.values())
     assert {name: outcome.files for name, outcome in first.items() if isinstance(outcome, Succeeded)} == {
         name: outcome.files for name, outcome in second.items() if isinstance(outcome, Succeeded)
     }
@@ -174,18 +177,18 @@ async def test_a_second_run_tells_again_and_pays_nothing(tmp_path: Path) -> None
 
 async def test_rows_may_be_added_removed_and_shuffled(tmp_path: Path) -> None:
     """Only what is new is submitted."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         await run(batch)
     async with batch_of(simulator, tmp_path) as batch:
         outcomes = await run(batch, ["a hare", *reversed(FOXES[3:])])
-    assert not outcomes["a hare"].earlier
+    assert not outcomes["a hare"].replayed
     assert [charge.prompt for charge in simulator.charges[len(FOXES) :]] == ["a hare"]
 
 
 async def test_equal_rows_are_pictures_of_their_own(tmp_path: Path) -> None:
     """Three foxes, three files, three charges; and still three after another run."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     for _ in range(2):
         async with batch_of(simulator, tmp_path) as batch:
             keys = [outcome.key async for outcome in batch.run(["fox"] * 3)]
@@ -195,20 +198,22 @@ async def test_equal_rows_are_pictures_of_their_own(tmp_path: Path) -> None:
 
 async def test_a_picture_that_was_deleted_is_fetched_again(tmp_path: Path) -> None:
     """It is paid for."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         await run(batch)
     (tmp_path / "0001-fox-0.png").unlink()
     async with batch_of(simulator, tmp_path) as batch:
         outcomes = await run(batch)
-    assert not outcomes["fox 0"].earlier
+    assert not outcomes["fox 0"].replayed
     assert (tmp_path / "0001-fox-0.png").exists()
     assert len(simulator.charges) == len(FOXES)
 
 
 async def test_what_fails_fails_alone_and_is_not_paid_again_unasked(tmp_path: Path) -> None:
     """Neither by the next run; with `retry_failed` it is submitted once more."""
-    simulator = Simulator(SimulatorProfile(median_s=0.02, invisible_s=0, failed=0.3, text_only=0.3), seed=5)
+    simulator = Simulator(
+        SimulatorProfile(median_s=0.02, visibility_delay_s=0, failed_tasks=0.3, text_only=0.3), seed=5
+    )
     async with batch_of(simulator, tmp_path) as batch:
         first = await run(batch)
     errors = {name: outcome.error for name, outcome in first.items() if isinstance(outcome, Failed)}
@@ -218,7 +223,7 @@ async def test_what_fails_fails_alone_and_is_not_paid_again_unasked(tmp_path: Pa
         again = await run(batch)
     assert kinds(again) == kinds(first)
     assert len(simulator.charges) == len(FOXES)
-    simulator.vendor.profile = FAST
+    simulator.service.profile = FAST_PROFILE
     async with batch_of(simulator, tmp_path) as batch:
         mended = await run(batch, retry_failed=True)
     assert kinds(mended) == ["Succeeded"] * len(FOXES)
@@ -230,10 +235,10 @@ async def test_what_fails_fails_alone_and_is_not_paid_again_unasked(tmp_path: Pa
 
 async def test_each_step_is_durable_before_the_next(tmp_path: Path) -> None:
     """P2, P3: the intent before the POST, the id before anything else, the file before the outcome."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     seen: list[RowState] = []
 
-    def meddle(request: WireRequest) -> None:
+    def intercept(request: WireRequest) -> None:
         prompt = "fox 0" if b"fox 0" in (request.body or b"") else ""
         if prompt or (request.method == "GET" and simulator.charges and simulator.charges[0].task_id in request.url):
             (state,) = batch._ledger._db.execute(
@@ -241,19 +246,19 @@ async def test_each_step_is_durable_before_the_next(tmp_path: Path) -> None:
             ).fetchone()
             seen.append(RowState(state))
 
-    async with batch_of(simulator, tmp_path, meddle) as batch:
+    async with batch_of(simulator, tmp_path, intercept) as batch:
         async for outcome in batch.run(["fox 0"]):
             assert isinstance(outcome, Succeeded)
             assert all(file.path.is_file() for file in outcome.files)
-            (record,) = await batch._ledger.read(list)
+            (record,) = await batch._ledger.query_rows(list)
             assert record.state is RowState.SAVED
-    assert seen[0] is RowState.INTENT
+    assert seen[0] is RowState.SUBMITTING
     assert set(seen[1:]) == {RowState.SUBMITTED}
 
 
 async def test_not_more_is_under_way_than_allowed(tmp_path: Path) -> None:
     """And a slow consumer stops new submits."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     read = most = 0
     async with batch_of(simulator, tmp_path) as batch:
         async for _ in batch.run(FOXES, max_in_flight=3):
@@ -266,7 +271,7 @@ async def test_not_more_is_under_way_than_allowed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["break", "raise"])
 async def test_a_consumer_that_leaves_loses_nothing(tmp_path: Path, ending: str) -> None:
     """What was paid is fetched by the next run."""
-    simulator = Simulator(SimulatorProfile(median_s=0.1, sigma=1, invisible_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=0.1, sigma=1, visibility_delay_s=0))
 
     async def consume(batch: Batch) -> None:
         outcomes = batch.run(FOXES)
@@ -293,13 +298,13 @@ async def test_cancelling_lets_a_submit_on_the_wire_come_to_a_durable_end(tmp_pa
         with anyio.move_on_after(0.15):  # the service has it, and the answer is under way
             await run(batch, ["fox"])
     async with batch_of(simulator, tmp_path) as batch:
-        (record,) = await batch._ledger.read(list)
+        (record,) = await batch._ledger.query_rows(list)
     assert (record.state, record.task_id) == (RowState.SUBMITTED, simulator.charges[0].task_id)
 
 
 async def test_closing_twice_or_from_another_task_is_harmless(tmp_path: Path) -> None:
     """Bots do that."""
-    async with batch_of(Simulator(FAST), tmp_path) as batch:
+    async with batch_of(Simulator(FAST_PROFILE), tmp_path) as batch:
         await run(batch)
         async with anyio.create_task_group() as group:
             group.start_soon(batch.aclose)
@@ -310,17 +315,17 @@ async def test_closing_twice_or_from_another_task_is_harmless(tmp_path: Path) ->
 
 async def test_one_row_at_a_time_has_a_key(tmp_path: Path) -> None:
     """Two rows with one key in one run are a mistake, and not two charges."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     row = RowKeys().row(GenerationRequest("fox"), key="k")
     async with batch_of(simulator, tmp_path) as batch:
         outcomes = [outcome async for outcome in batch.run([row, row])]
-    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Succeeded", "Failed"]
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["Failed", "Succeeded"]
     assert len(simulator.charges) == 1
 
 
 async def test_a_key_that_was_paid_for_another_prompt_is_refused(tmp_path: Path) -> None:
     """The old picture is not what is asked for, and the new one would not be what was paid."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     for prompt, kind in (("fox", Succeeded), ("hare", Failed)):
         async with batch_of(simulator, tmp_path) as batch:
             outcomes = await run(batch, [RowKeys().row(GenerationRequest(prompt), key="k")])
@@ -330,7 +335,7 @@ async def test_a_key_that_was_paid_for_another_prompt_is_refused(tmp_path: Path)
 
 async def test_rows_may_come_from_an_async_generator_one_by_one(tmp_path: Path) -> None:
     """A row does not wait for the next one to come."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     came = anyio.Event()
 
     async def rows() -> AsyncIterator[str]:
@@ -351,17 +356,17 @@ async def test_rows_may_come_from_an_async_generator_one_by_one(tmp_path: Path) 
 
 async def test_a_lost_answer_is_unknown_until_somebody_decides(tmp_path: Path) -> None:
     """Never sent again by itself; resubmitted, abandoned or bound when its owner says so."""
-    simulator = Simulator(FAST)
-    meddle = posts(lambda n: lost() if n in (3, 5, 7) else None)
-    async with batch_of(simulator, tmp_path, meddle) as batch:
+    simulator = Simulator(FAST_PROFILE)
+    intercept = posts(lambda n: lost() if n in (3, 5, 7) else None)
+    async with batch_of(simulator, tmp_path, intercept) as batch:
         outcomes = await run(batch, max_in_flight=1)
     unknown = [name for name, outcome in outcomes.items() if isinstance(outcome, Unknown)]
     assert len(unknown) == 3
     async with batch_of(simulator, tmp_path) as batch:
         again = await run(batch)
         assert kinds(again) == kinds(outcomes)
-        assert all(again[name].earlier for name in unknown)
-        records = await batch.unknown()
+        assert all(again[name].replayed for name in unknown)
+        records = await batch.unknown_rows()
         assert [record.prompt for record in records] == unknown
         foreign = await batch._client.submit("by hand")
         await batch.resubmit(records[0].key)
@@ -383,8 +388,8 @@ async def test_a_lost_answer_is_unknown_until_somebody_decides(tmp_path: Path) -
 
 async def test_an_early_outage_costs_three_rows_and_not_all(tmp_path: Path) -> None:
     """F13: submits go one at a time until one is accepted, and a service that is down gets no more."""
-    simulator = Simulator(FAST)
-    gateway = posts(lambda _: reply(502, body=b"<html>Bad Gateway</html>"))
+    simulator = Simulator(FAST_PROFILE)
+    gateway = posts(lambda _: response(502, body=b"<html>Bad Gateway</html>"))
     async with batch_of(simulator, tmp_path, gateway) as batch:
         outcomes, cause = await run_until_stopped(batch)
         transport = batch._client._api._transport
@@ -402,12 +407,12 @@ async def test_a_task_that_has_vanished_is_for_people_to_decide(tmp_path: Path) 
     async with batch_of(simulator, tmp_path) as batch:
         with anyio.move_on_after(0.3):
             await run(batch, ["fox"])
-        await batch._ledger.read(lambda _: batch._ledger._db.execute("UPDATE attempts SET submitted_at = 0"))
-    other = Simulator(FAST)
+        await batch._ledger.query_rows(lambda _: batch._ledger._db.execute("UPDATE attempts SET submitted_at = 0"))
+    other = Simulator(FAST_PROFILE)
     async with batch_of(other, tmp_path) as batch:
-        batch._client._tracker._missed = _vanish(batch)  # type: ignore[method-assign]
+        batch._client._tracker._on_not_found = _vanish(batch)  # type: ignore[method-assign]
         outcomes = await run(batch, ["fox"])
-        (record,) = await batch.unknown()
+        (record,) = await batch.unknown_rows()
     outcome = outcomes["fox"]
     assert isinstance(outcome, Unknown)
     assert record.task_id == outcome.error.task_id == simulator.charges[0].task_id
@@ -417,7 +422,7 @@ async def test_a_task_that_has_vanished_is_for_people_to_decide(tmp_path: Path) 
 def _vanish(batch: Batch) -> Callable[..., None]:
     """Return a tracker's judgement that needs no five minutes."""
     tracker = batch._client._tracker
-    return tracker._end
+    return tracker._finish
 
 
 # --- what stops a run -----------------------------------------------------------------------------------------------
@@ -426,18 +431,18 @@ def _vanish(batch: Batch) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("answer", "error"),
     [
-        pytest.param(refused(401, 1, "Invalid API key"), AuthenticationError, id="key-revoked"),
-        pytest.param(refused(402, 1, "payment"), InsufficientCredits, id="credits-402"),
-        pytest.param(refused(400, 1, "insufficient credit"), InsufficientCredits, id="credits-400"),
-        pytest.param(refused(200, 7, "Insufficient balance"), InsufficientCredits, id="credits-200"),
-        pytest.param(refused(403, 1, "quota exceeded"), InsufficientCredits, id="credits-403"),
+        pytest.param(rejected(401, 1, "Invalid API key"), AuthenticationError, id="key-revoked"),
+        pytest.param(rejected(402, 1, "payment"), InsufficientCredits, id="credits-402"),
+        pytest.param(rejected(400, 1, "insufficient credit"), InsufficientCredits, id="credits-400"),
+        pytest.param(rejected(200, 7, "Insufficient balance"), InsufficientCredits, id="credits-200"),
+        pytest.param(rejected(403, 1, "quota exceeded"), InsufficientCredits, id="credits-403"),
     ],
 )
 async def test_a_refused_key_or_an_empty_account_stops_submits_and_costs_nothing(
     tmp_path: Path, answer: WireResponse, error: type[Exception]
 ) -> None:
     """F42, F43: what is paid ends well, and the next run submits the rest."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path, posts(lambda n: answer if n >= 4 else None)) as batch:
         outcomes, cause = await run_until_stopped(batch)
     assert isinstance(cause, error)
@@ -449,12 +454,12 @@ async def test_a_refused_key_or_an_empty_account_stops_submits_and_costs_nothing
 
 async def test_the_budget_holds_and_may_be_raised_later(tmp_path: Path) -> None:
     """Counted over all runs, with what is in flight; nothing is submitted that could exceed it."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path, budget=Decimal("2.7")) as batch:
         outcomes, cause = await run_until_stopped(batch)
-        funds = batch.progress().funds
+        funds = batch.progress().budget
     assert isinstance(cause, BudgetExceeded)
-    assert (funds.spent, funds.reserved, funds.left) == (Decimal("2.5"), Decimal(0), Decimal("0.2"))
+    assert (funds.spent, funds.reserved, funds.remaining) == (Decimal("2.5"), Decimal(0), Decimal("0.2"))
     assert len(simulator.charges) == len(outcomes) == 5
     async with batch_of(simulator, tmp_path, budget=Decimal("2.7")) as batch:
         _, cause = await run_until_stopped(batch)
@@ -466,12 +471,12 @@ async def test_the_budget_holds_and_may_be_raised_later(tmp_path: Path) -> None:
 
 async def test_what_may_have_been_paid_is_reserved(tmp_path: Path) -> None:
     """An unknown row, and a submit that the vendor's own error made us repeat."""
-    simulator = Simulator(FAST)
-    answers: dict[int, WireResponse | ExchangeError] = {1: lost(), 3: refused(500, 1, "internal error")}
+    simulator = Simulator(FAST_PROFILE)
+    answers: dict[int, WireResponse | ExchangeError] = {1: lost(), 3: rejected(500, 1, "internal error")}
     for number in range(2):
         async with batch_of(simulator, tmp_path, posts(answers.get) if not number else None) as batch:
             await run(batch, max_in_flight=1)
-            funds = batch.progress().funds
+            funds = batch.progress().budget
         assert (funds.spent, funds.reserved) == (Decimal("5.5"), Decimal(1))
     manifest = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
     assert sum(line["possible_duplicates"] for line in manifest) == 1
@@ -479,9 +484,9 @@ async def test_what_may_have_been_paid_is_reserved(tmp_path: Path) -> None:
 
 async def test_a_service_that_names_no_price_cannot_be_kept_to_a_budget(tmp_path: Path) -> None:
     """After the first picture it stops, and says why."""
-    simulator = Simulator(FAST)
-    state = simulator.vendor._state
-    simulator.vendor._state = lambda *args: {**state(*args), "consumed": None}  # type: ignore[method-assign]
+    simulator = Simulator(FAST_PROFILE)
+    state = simulator.service._state
+    simulator.service._state = lambda *args: {**state(*args), "consumed": None}  # type: ignore[method-assign]
     async with batch_of(simulator, tmp_path, budget=Decimal(100)) as batch:
         _, cause = await run_until_stopped(batch)
     assert "nobody knows what a picture costs" in str(cause)
@@ -490,13 +495,13 @@ async def test_a_service_that_names_no_price_cannot_be_kept_to_a_budget(tmp_path
 
 async def test_a_disk_that_takes_no_picture_stops_the_submits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """F34: there is no use in paying for more; when there is room again, what is paid is fetched."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
 
     async def full(self: NanoBananaClient, image: GeneratedImage, stem: Path) -> SavedImage:
         raise ImageError(f"{stem}: cannot be written: no space") from OSError(errno.ENOSPC, "no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr(NanoBananaClient, "save_picture", full)
+        patch.setattr(NanoBananaClient, "save_image", full)
         async with batch_of(simulator, tmp_path) as batch:
             outcomes, cause = await run_until_stopped(batch, max_in_flight=3)
     assert (outcomes, isinstance(cause, ImageError)) == ({}, True)
@@ -506,34 +511,34 @@ async def test_a_disk_that_takes_no_picture_stops_the_submits(tmp_path: Path, mo
     assert len(simulator.charges) == len(FOXES)
 
 
-@pytest.mark.parametrize("broken", ["intent", "submitted", "success", "saved"])
+@pytest.mark.parametrize("broken", ["submitting", "submitted", "succeeded", "saved"])
 async def test_books_that_cannot_be_kept_stop_everything(
     tmp_path: Path, broken: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """P21: no submit after the first write that failed; ids that it would not take are told; nothing is paid twice."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
-        move, intend = batch._ledger.move, batch._ledger.intend
+        move, begin = batch._ledger.transition, batch._ledger.begin_attempt
 
         async def failing_move(key: str, state: RowState, **facts: object) -> None:
             if state == broken and len(simulator.charges) >= 4:
-                batch._ledger._broken = "no space left on device"
+                batch._ledger._failure = "no space left on device"
             await move(key, state, **facts)  # type: ignore[arg-type]
 
-        async def failing_intend(key: str, *, again: bool = False, nonce: str | None = None) -> None:
-            if broken == "intent" and len(simulator.charges) >= 4:
-                batch._ledger._broken = "no space left on device"
-            await intend(key, again=again, nonce=nonce)
+        async def failing_begin(key: str, *, resubmit: bool = False, nonce: str | None = None) -> None:
+            if broken == "submitting" and len(simulator.charges) >= 4:
+                batch._ledger._failure = "no space left on device"
+            await begin(key, resubmit=resubmit, nonce=nonce)
 
-        batch._ledger.move, batch._ledger.intend = failing_move, failing_intend  # type: ignore[method-assign]
+        batch._ledger.transition, batch._ledger.begin_attempt = failing_move, failing_begin  # type: ignore[method-assign]
         outcomes, cause = await run_until_stopped(batch, max_in_flight=2)
-        afloat = dict(batch.in_flight)
+        in_flight = dict(batch.in_flight)
     assert isinstance(cause, LedgerError)
     assert len(simulator.charges) <= 4 + 2
-    told = {outcome.task.task_id for outcome in outcomes.values() if isinstance(outcome, Succeeded)} | set(
-        afloat.values()
+    known = {outcome.task.task_id for outcome in outcomes.values() if isinstance(outcome, Succeeded)} | set(
+        in_flight.values()
     )
-    assert {charge.task_id for charge in simulator.charges} <= told | {
+    assert {charge.task_id for charge in simulator.charges} <= known | {
         charge.task_id for charge in simulator.charges if charge.task_id in caplog.text
     }
     async with batch_of(simulator, tmp_path) as batch:
@@ -561,13 +566,13 @@ async def test_a_night_without_a_network_costs_time_and_nothing_else(tmp_path: P
     """Half an hour of refused connections in the middle: every row is done in the end, and paid once."""
     simulator = Simulator(SLOW)
 
-    def meddle(request: WireRequest) -> ExchangeError | None:
+    def intercept(request: WireRequest) -> ExchangeError | None:
         down = 20 < anyio.current_time() - began_s < 1820
         refused_here = ExchangeError("ConnectError: refused", phase=lost().phase.CONNECT)
         return refused_here if down and request.method == "POST" else None
 
     began_s = anyio.current_time()
-    async with batch_of(simulator, tmp_path, meddle, polling=PollPolicy()) as batch:
+    async with batch_of(simulator, tmp_path, intercept, polling=PollPolicy()) as batch:
         outcomes = await run(batch, [f"fox {number}" for number in range(30)], max_in_flight=4)
         transport = batch._client._api._transport
     assert kinds(outcomes) == ["Succeeded"] * 30
@@ -599,11 +604,11 @@ async def test_an_outage_at_the_gateway_burns_few_rows(tmp_path: Path) -> None:
     simulator = Simulator(SLOW)
     began_s = anyio.current_time()
 
-    def meddle(request: WireRequest) -> WireResponse | None:
+    def intercept(request: WireRequest) -> WireResponse | None:
         down = 20 < anyio.current_time() - began_s < 920
-        return reply(502, body=b"<html></html>") if down and request.method == "POST" else None
+        return response(502, body=b"<html></html>") if down and request.method == "POST" else None
 
-    async with batch_of(simulator, tmp_path, meddle, polling=PollPolicy()) as batch:
+    async with batch_of(simulator, tmp_path, intercept, polling=PollPolicy()) as batch:
         outcomes = await run(batch, [f"fox {number}" for number in range(100)], max_in_flight=10)
     assert kinds(outcomes).count("Unknown") <= 15
     assert kinds(outcomes).count("Succeeded") >= 85
@@ -613,7 +618,7 @@ async def test_an_outage_at_the_gateway_burns_few_rows(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_threads")
 async def test_a_fresh_task_that_is_invisible_after_a_restart_is_waited_for(tmp_path: Path) -> None:
     """The service may not show it for half a minute; its age is known from the ledger."""
-    simulator = Simulator(SimulatorProfile(median_s=40, sigma=0, invisible_s=25))
+    simulator = Simulator(SimulatorProfile(median_s=40, sigma=0, visibility_delay_s=25))
     async with batch_of(simulator, tmp_path) as batch:
         with anyio.move_on_after(1):
             await run(batch, ["fox"])
@@ -627,7 +632,7 @@ async def test_a_fresh_task_that_is_invisible_after_a_restart_is_waited_for(tmp_
 @pytest.mark.usefixtures("no_threads")
 async def test_a_picture_that_takes_too_long_is_waited_for_by_the_next_run(tmp_path: Path) -> None:
     """It is paid, and it runs on."""
-    simulator = Simulator(SimulatorProfile(median_s=100, sigma=0, invisible_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=100, sigma=0, visibility_delay_s=0))
     async with batch_of(simulator, tmp_path) as batch:
         outcomes = await run(batch, ["fox"], timeout_s=50)
         assert kinds(outcomes) == ["Failed"]
@@ -638,18 +643,18 @@ async def test_a_picture_that_takes_too_long_is_waited_for_by_the_next_run(tmp_p
 
 async def test_a_link_that_has_expired_is_asked_for_again(tmp_path: Path) -> None:
     """F29: once; if that does not help, the row fails, paid and done, and the next run tries again."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     gone = [1, 2]  # fetches that get a 410
 
-    def meddle(request: WireRequest) -> WireResponse | None:
+    def intercept(request: WireRequest) -> WireResponse | None:
         if "/files/" in request.url and gone:
             gone.pop()
-            return reply(410, body=b"gone")
+            return response(410, body=b"gone")
         return None
 
     for expected in ("Failed", "Succeeded"):
         client = simulator.client(retry=RetryPolicy(attempts=1))
-        client._downloader._transport = InterceptingTransport(simulator, meddle)
+        client._downloader._transport = InterceptingTransport(simulator, intercept)
         async with client, Batch.open(tmp_path, client) as batch:
             assert kinds(await run(batch, ["fox"])) == [expected]
     assert len(simulator.charges) == 1
@@ -657,30 +662,30 @@ async def test_a_link_that_has_expired_is_asked_for_again(tmp_path: Path) -> Non
 
 async def test_pictures_that_are_paid_are_saved_before_more_is_submitted(tmp_path: Path) -> None:
     """P12: while more of them queue than are fetched at once, submits wait."""
-    simulator = Simulator(FAST, delay_s=0.05)
+    simulator = Simulator(FAST_PROFILE, delay_s=0.05)
     stuck, most_saving = anyio.Event(), 0
 
     class Slow:
-        async def save_picture(self, image: GeneratedImage, stem: Path) -> SavedImage:
+        async def put(self, image: GeneratedImage, stem: Path) -> SavedImage:
             nonlocal most_saving
-            most_saving = max(most_saving, batch._traffic.saving)
+            most_saving = max(most_saving, batch._run_state.saving)
             await stuck.wait()
-            return await batch._client.save_picture(image, stem)
+            return await batch._client.save_image(image, stem)
 
     rows = [f"fox {number}" for number in range(60)]
-    async with batch_of(simulator, tmp_path, fetcher=Slow()) as batch, anyio.create_task_group() as group:
+    async with batch_of(simulator, tmp_path, image_store=Slow()) as batch, anyio.create_task_group() as group:
         group.start_soon(run, batch, rows)
         await anyio.sleep(0.5)
         charged = len(simulator.charges)
         stuck.set()
     assert charged < 60
     assert len(simulator.charges) == 60
-    assert most_saving >= batch._client.limits.downloads
+    assert most_saving >= batch._client.limits.max_downloads
 
 
 async def test_how_long_it_settles_is_bounded(tmp_path: Path) -> None:
     """A service that never answers does not hold the program when it wants to end."""
-    simulator = Simulator(FAST, delay_s=3600)
+    simulator = Simulator(FAST_PROFILE, delay_s=3600)
     client = simulator.client(timeouts=Timeouts(submit_s=0.3, close_s=0.5))
     async with client:
         began_s = anyio.current_time()
@@ -689,5 +694,5 @@ async def test_how_long_it_settles_is_bounded(tmp_path: Path) -> None:
                 await run(batch, ["fox"])
         assert anyio.current_time() - began_s < 5
     async with batch_of(simulator, tmp_path) as batch:
-        (record,) = await batch.unknown()
+        (record,) = await batch.unknown_rows()
     assert record.prompt == "fox"

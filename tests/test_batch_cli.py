@@ -15,7 +15,7 @@ import attrs
 import pytest
 
 from nanobanana_async.cli.batch import eta_s
-from nanobanana_async.simulator import FAST
+from nanobanana_async.simulator import FAST_PROFILE
 from nanobanana_async.simulator.server import SimulatorServer
 from tests.kills.harness import run_trials
 from tests.raw_server import serving
@@ -32,12 +32,12 @@ class CliScenario:
 
     folder: Path
     server: SimulatorServer
-    acts: list[Ended] = attrs.field(factory=list)
+    runs: list[Ended] = attrs.field(factory=list)
 
     def batch(self, *options: str) -> None:
         """Run the command to its end."""
         done = nanobanana("batch", "prompts.txt", "--out", "run", *options, cwd=self.folder, **self.variables)
-        self.acts.append(Ended(done.returncode, done.stdout, done.stderr, self.folder))
+        self.runs.append(Ended(done.returncode, done.stdout, done.stderr, self.folder))
 
     def batch_until(self, number: signal.Signals) -> None:
         """Run it until everything is submitted, and then send it a signal."""
@@ -46,7 +46,7 @@ class CliScenario:
             wait_for(lambda: len(self.server.charges) == len(PROMPTS))
             process.send_signal(number)
             out, err = process.communicate(timeout=20)
-        self.acts.append(Ended(process.returncode, out, err, self.folder))
+        self.runs.append(Ended(process.returncode, out, err, self.folder))
 
     @property
     def variables(self) -> dict[str, str]:
@@ -66,7 +66,7 @@ def _interrupted(scene: CliScenario) -> None:
 
 
 def _poor(scene: CliScenario) -> None:
-    scene.server.vendor.profile = attrs.evolve(FAST, balance=Decimal("1.2"))
+    scene.server.service.profile = attrs.evolve(FAST_PROFILE, balance=Decimal("1.2"))
     scene.batch()
 
 
@@ -75,7 +75,7 @@ def _crowded(scene: CliScenario) -> None:
         wait_for((scene.folder / "run" / "ledger.pid").exists)
         scene.batch()
         out, err = process.communicate(timeout=30)
-    scene.acts.append(Ended(process.returncode, out, f"{process.pid}", scene.folder))
+    scene.runs.append(Ended(process.returncode, out, f"{process.pid}", scene.folder))
     assert not err.startswith("Traceback")
 
 
@@ -94,7 +94,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, CliSc
     for name in SCENES:
         folder = tmp_path_factory.mktemp(name)
         (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-        stage[name] = CliScenario(folder, SimulatorServer(FAST))
+        stage[name] = CliScenario(folder, SimulatorServer(FAST_PROFILE))
     with ThreadPoolExecutor(len(SCENES)) as pool:
         for scene in stage.values():
             scene.server.__enter__()
@@ -108,7 +108,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, CliSc
 
 def test_a_file_of_prompts_becomes_a_folder_of_pictures(scenes: dict[str, CliScenario]) -> None:
     """The page on stdout, the summary on stderr; no live display where there is no terminal."""
-    first, _ = scenes["whole"].acts
+    first, _ = scenes["whole"].runs
     assert (first.code, first.out) == (0, "run/index.html\n")
     assert first.err.splitlines()[-1] == "4 of 4 done; 2 credits spent"
     assert "\x1b" not in first.err
@@ -117,19 +117,19 @@ def test_a_file_of_prompts_becomes_a_folder_of_pictures(scenes: dict[str, CliSce
 
 def test_the_same_command_again_pays_nothing_and_tells_json_if_asked(scenes: dict[str, CliScenario]) -> None:
     """One object a line; what an earlier run has done says so."""
-    _, again = scenes["whole"].acts
+    _, again = scenes["whole"].runs
     lines = [json.loads(line) for line in again.out.splitlines()]
     assert (again.code, again.err) == (0, "")
     assert sorted(line["prompt"] for line in lines) == PROMPTS
-    assert all(line["outcome"] == "done" and line["earlier"] and line["files"] for line in lines)
+    assert all(line["outcome"] == "succeeded" and line["replayed"] and line["files"] for line in lines)
     assert len(scenes["whole"].server.charges) == 4
 
 
 def test_an_interrupted_run_settles_and_says_how_to_go_on(scenes: dict[str, CliScenario]) -> None:
     """130 and 143; what was paid is fetched by the same command, and not paid again."""
     scene = scenes["interrupted"]
-    assert [act.code for act in scene.acts] == [130, 143, 0]
-    for act in scene.acts[:2]:
+    assert [act.code for act in scene.runs] == [130, 143, 0]
+    for act in scene.runs[:2]:
         *_, summary, hint, last = act.err.splitlines()
         assert summary == "0 of 4 done, 4 to go (4 of them submitted); 0 credits spent, 4 at a price nobody knows yet"
         assert hint == "to go on: nanobanana batch prompts.txt --out run"
@@ -141,7 +141,7 @@ def test_an_interrupted_run_settles_and_says_how_to_go_on(scenes: dict[str, CliS
 
 def test_credits_that_run_out_half_way_cost_nothing_but_time(scenes: dict[str, CliScenario]) -> None:
     """What is paid is saved; what to type after a top-up is said."""
-    (poor,) = scenes["poor"].acts
+    (poor,) = scenes["poor"].runs
     assert poor.code == 1
     assert "insufficient credit" in poor.err
     assert "2 of 4 done, 2 to go; 1 credits spent" in poor.err
@@ -151,7 +151,7 @@ def test_credits_that_run_out_half_way_cost_nothing_but_time(scenes: dict[str, C
 
 def test_a_second_process_is_refused(scenes: dict[str, CliScenario]) -> None:
     """With the pid of the first, which is not disturbed."""
-    second, first = scenes["crowded"].acts
+    second, first = scenes["crowded"].runs
     assert (first.code, second.code) == (0, 1)
     assert f"run/ledger.db: is in use by process {first.err}; one run at a time" in second.err
     assert len(scenes["crowded"].server.charges) == 4

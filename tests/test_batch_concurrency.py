@@ -29,8 +29,8 @@ from nanobanana_async import (
 )
 from nanobanana_async.batch.rows import RowKeys
 from nanobanana_async.ledger.sqlite import Ledger
-from nanobanana_async.simulator import FAST, Simulator, SimulatorProfile
-from tests.fakes import PNG, lost, refused
+from nanobanana_async.simulator import FAST_PROFILE, Simulator, SimulatorProfile
+from tests.fakes import PNG, lost, rejected
 from tests.test_batch import FOXES, batch_of, kinds, posts, run, run_until_stopped
 
 pytestmark = pytest.mark.anyio
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.anyio
 
 async def test_a_write_that_cannot_be_made_takes_no_other_with_it(tmp_path: Path) -> None:
     """A key that no database takes, in one transaction with the intents of others: they are durable, or they fail."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch, anyio.create_task_group() as group:
 
         async def spoil() -> None:
@@ -57,13 +57,13 @@ async def test_a_write_that_cannot_be_made_takes_no_other_with_it(tmp_path: Path
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_cancelling_whoever_writes_stops_nobody_else(tmp_path: Path) -> None:
     """A web server cancels the request that brought a callback; the batch goes on."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
 
         async def cancel_writers() -> None:
-            for pause_s in (0, 0.001, 0.005, 0.02, 0.03) * 4:
-                writing = asyncio.ensure_future(batch.unknown())
-                await asyncio.sleep(pause_s)
+            for interval_s in (0, 0.001, 0.005, 0.02, 0.03) * 4:
+                writing = asyncio.ensure_future(batch.unknown_rows())
+                await asyncio.sleep(interval_s)
                 writing.cancel()
 
         meddling = asyncio.ensure_future(cancel_writers())
@@ -72,7 +72,7 @@ async def test_cancelling_whoever_writes_stops_nobody_else(tmp_path: Path) -> No
         await meddling
 
 
-@pytest.mark.parametrize("profile", [FAST, SimulatorProfile(median_s=0.02, invisible_s=0, text_only=1)])
+@pytest.mark.parametrize("profile", [FAST_PROFILE, SimulatorProfile(median_s=0.02, visibility_delay_s=0, text_only=1)])
 async def test_a_key_that_comes_twice_in_one_run_is_paid_once(tmp_path: Path, profile: SimulatorProfile) -> None:
     """Whether or not the first one had ended by then."""
     simulator = Simulator(profile)
@@ -86,40 +86,40 @@ async def test_a_key_that_comes_twice_in_one_run_is_paid_once(tmp_path: Path, pr
 
 async def test_many_models_do_not_get_around_the_budget(tmp_path: Path) -> None:
     """A price that is not known is guessed from the others, and the first is asked for alone."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     requests = [GenerationRequest("fox", model=f"model {number}") for number in range(10)]
     async with batch_of(simulator, tmp_path, budget=Decimal("1.2")) as batch:
         with pytest.raises(BudgetExceeded):
             _ = [outcome async for outcome in batch.run(requests)]
-        assert batch.progress().funds.spent == Decimal(1)
+        assert batch.progress().budget.spent == Decimal(1)
 
 
 async def test_a_re_send_keeps_to_the_budget(tmp_path: Path) -> None:
     """The try before it may be charged, too."""
-    simulator = Simulator(FAST)
-    meddle = posts(lambda n: refused(500, 1, "internal error") if n == 1 else None)
-    async with batch_of(simulator, tmp_path, meddle, budget=Decimal("1.0")) as batch:
+    simulator = Simulator(FAST_PROFILE)
+    intercept = posts(lambda n: rejected(500, 1, "internal error") if n == 1 else None)
+    async with batch_of(simulator, tmp_path, intercept, budget=Decimal("1.0")) as batch:
         await run_until_stopped(batch)
-        funds = batch.progress().funds
-    assert funds.left is not None
-    assert funds.left >= 0
+        funds = batch.progress().budget
+    assert funds.remaining is not None
+    assert funds.remaining >= 0
 
 
 async def test_a_row_that_was_refused_is_not_unknown_however_the_run_ends(tmp_path: Path) -> None:
     """A wall of 429s, and Ctrl-C in the middle: nothing was charged, and the ledger says so."""
-    simulator = Simulator(FAST)
-    meddle = posts(lambda n: refused(429, 1, "busy") if n else None)
-    async with batch_of(simulator, tmp_path, meddle) as batch:
+    simulator = Simulator(FAST_PROFILE)
+    intercept = posts(lambda n: rejected(429, 1, "busy") if n else None)
+    async with batch_of(simulator, tmp_path, intercept) as batch:
         with anyio.move_on_after(1.5):
             await run(batch)
     async with batch_of(simulator, tmp_path) as batch:
-        assert await batch.unknown() == []
+        assert await batch.unknown_rows() == []
         assert kinds(await run(batch)) == ["Succeeded"] * len(FOXES)
 
 
 async def test_paid_rows_that_the_file_has_no_longer_are_fetched_all_the_same(tmp_path: Path) -> None:
     """They come last."""
-    simulator = Simulator(SimulatorProfile(median_s=0.3, sigma=0, invisible_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=0.3, sigma=0, visibility_delay_s=0))
     async with batch_of(simulator, tmp_path) as batch:
         with anyio.move_on_after(0.2):
             await run(batch)
@@ -131,7 +131,7 @@ async def test_paid_rows_that_the_file_has_no_longer_are_fetched_all_the_same(tm
 
 async def test_a_ledger_that_is_gone_is_not_begun_anew(tmp_path: Path) -> None:
     """Everything would be paid again."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         await run(batch)
     (tmp_path / "ledger.db").unlink()
@@ -144,7 +144,7 @@ async def test_a_ledger_that_is_gone_is_not_begun_anew(tmp_path: Path) -> None:
 
 async def test_a_ledger_that_is_taken_away_stops_the_run(tmp_path: Path) -> None:
     """Writes to a file that has no name any more are not durable."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path / "run") as batch:
         await run(batch, ["first"])
         shutil.move(tmp_path / "run" / "ledger.db", tmp_path / "elsewhere.db")
@@ -155,7 +155,7 @@ async def test_a_ledger_that_is_taken_away_stops_the_run(tmp_path: Path) -> None
 
 async def test_a_claim_about_another_rows_task_is_not_believed(tmp_path: Path) -> None:
     """Right token, wrong task: the row stays unknown, and the true callback still finds it."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
 
     def client() -> NanoBananaClient:
         made = simulator.client()
@@ -170,12 +170,12 @@ async def test_a_claim_about_another_rows_task_is_not_believed(tmp_path: Path) -
             outcomes = await run(batch, ["hare", "fox"])
             assert isinstance(outcomes["fox"], Unknown)
             ids = {charge.prompt: charge.task_id for charge in simulator.charges}
-            path = simulator.vendor.tasks[ids["fox"]].callback_url or ""
+            path = simulator.service.tasks[ids["fox"]].callback_url or ""
             await receiver.deliver(path, b'{"task_id": "%s"}' % ids["hare"].encode())
-            assert [record.state for record in await batch.unknown()] == [RowState.UNKNOWN]
-            batch._heard_s.clear()
+            assert [record.state for record in await batch.unknown_rows()] == [RowState.UNKNOWN]
+            batch._last_confirm_s.clear()
             await receiver.deliver(path, b'{"task_id": "%s"}' % ids["fox"].encode())
-            assert await batch.unknown() == []
+            assert await batch.unknown_rows() == []
     async with client() as second, Batch.open(tmp_path, second) as batch:
         outcomes = await run(batch, ["hare", "fox"])
     fox = outcomes["fox"]
@@ -192,10 +192,10 @@ class _Forgetful:
 
     async def send(self, request: WireRequest, **options: object) -> object:
         """Do as the simulator does, and lose that answer."""
-        reply = await self.simulator.send(request, **options)  # type: ignore[arg-type]
+        response = await self.simulator.send(request, **options)  # type: ignore[arg-type]
         if request.method == "POST" and self.prompt.encode() in (request.body or b""):
             raise lost()
-        return reply
+        return response
 
     async def aclose(self) -> None:
         """There is nothing to close."""
@@ -203,7 +203,7 @@ class _Forgetful:
 
 async def test_a_transport_that_quotes_the_key_does_not_get_it_into_the_books(tmp_path: Path) -> None:
     """Not into the ledger, the page, the manifest, or an error."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
 
     class Loud(_Forgetful):
         async def send(self, request: WireRequest, **_: object) -> object:
@@ -223,7 +223,7 @@ async def test_a_transport_that_quotes_the_key_does_not_get_it_into_the_books(tm
 async def test_a_close_that_is_cancelled_at_any_moment_ends_all_the_same(tmp_path: Path, *, again: bool) -> None:
     """`asyncio.wait_for` around it, once and twice: the folder is free, and nothing runs on."""
     others = asyncio.all_tasks()
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     async with simulator.client() as client:
         for moment in range(0, 60, 4):
             opening = Batch.open(tmp_path, client)
@@ -254,9 +254,9 @@ def test_a_loop_that_ends_before_anything_has_begun_ends(tmp_path: Path, what: s
         async with contextlib.AsyncExitStack() as stack:
             call: Callable[[], Awaitable[object]]
             if what == "client":
-                call = (await stack.enter_async_context(Simulator(FAST).client())).balance
+                call = (await stack.enter_async_context(Simulator(FAST_PROFILE).client())).balance
             else:
-                call = (await stack.enter_async_context(contextlib.aclosing(await Ledger.open(tmp_path)))).costs
+                call = (await stack.enter_async_context(contextlib.aclosing(await Ledger.open(tmp_path)))).attempt_costs
             ready.set()
             for _ in range(steps):
                 await asyncio.sleep(0)
@@ -283,9 +283,9 @@ async def test_a_report_that_cannot_be_written_is_no_trouble_of_the_ledger(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Every hundredth of a second, here: the run goes on, and the log says why there is no page."""
-    monkeypatch.setattr("nanobanana_async.batch.runner._REPORT_S", 0.01)
+    monkeypatch.setattr("nanobanana_async.batch.runner._REPORT_INTERVAL_S", 0.01)
     (tmp_path / "index.html").mkdir()
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         assert kinds(await run(batch)) == ["Succeeded"] * len(FOXES)
     assert "index.html cannot be written" in caplog.text
@@ -293,10 +293,10 @@ async def test_a_report_that_cannot_be_written_is_no_trouble_of_the_ledger(
 
 async def test_a_refusal_that_quotes_a_prompt_about_credit_is_about_one_row(tmp_path: Path) -> None:
     """Taken for an empty account, it would end the run."""
-    simulator = Simulator(FAST)
-    quoting = refused(400, 1, "the prompt 'a balance of credit' breaks the rules on credit cards")
+    simulator = Simulator(FAST_PROFILE)
+    quoting = rejected(400, 1, "the prompt 'a balance of credit' breaks the rules on credit cards")
     async with batch_of(simulator, tmp_path, posts(lambda n: quoting if n == 5 else None)) as batch:
-        assert kinds(await run(batch)) == ["Succeeded"] * (len(FOXES) - 1) + ["Failed"]
+        assert kinds(await run(batch)) == ["Failed"] + ["Succeeded"] * (len(FOXES) - 1)
 
 
 async def test_a_picture_is_encoded_beside_the_loop(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ async def test_a_picture_is_encoded_beside_the_loop(tmp_path: Path) -> None:
             where.append(threading.get_ident())
             file.write(PNG)
 
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         assert kinds(await run(batch, [GenerationRequest("a fox", images=[Picture()])])) == ["Succeeded"]  # type: ignore[list-item]
     assert main not in where
@@ -316,7 +316,7 @@ async def test_a_picture_is_encoded_beside_the_loop(tmp_path: Path) -> None:
 
 async def test_a_journal_that_is_taken_away_stops_the_run(tmp_path: Path) -> None:
     """What is written to a file without a name is gone with the process."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         (tmp_path / "ledger.db-wal").unlink()
         with pytest.raises(LedgerError, match="taken away"):
@@ -326,9 +326,9 @@ async def test_a_journal_that_is_taken_away_stops_the_run(tmp_path: Path) -> Non
 
 async def test_no_blank_is_bound_to_a_row(tmp_path: Path) -> None:
     """It would be asked about for ever."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path, posts(lambda n: lost() if n == 3 else None)) as batch:
         await run(batch)
-        (record,) = await batch.unknown()
+        (record,) = await batch.unknown_rows()
         with pytest.raises(ValueError, match="task_id"):
             await batch.bind(record.key, " ")

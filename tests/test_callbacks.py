@@ -32,7 +32,7 @@ from nanobanana_async import (
     parse_callback,
 )
 from nanobanana_async.callbacks import Message, Scope
-from nanobanana_async.simulator import FAST, Simulator, SimulatorProfile
+from nanobanana_async.simulator import FAST_PROFILE, Simulator, SimulatorProfile
 from tests.fakes import lost
 
 pytestmark = pytest.mark.anyio
@@ -60,21 +60,21 @@ class Posted:
     body: bytes = b""
     method: str = "POST"
     headers: tuple[tuple[bytes, bytes], ...] = ()
-    piece_bytes: int = 2**16
-    pause_s: float = 0.0
+    chunk_bytes: int = 2**16
+    interval_s: float = 0.0
     ends: bool = True
 
     async def to(self, app: CallbackReceiver) -> int:
         """Post it; return the status of the answer."""
-        pieces = [self.body[at : at + self.piece_bytes] for at in range(0, len(self.body), self.piece_bytes)] or [b""]
+        chunks = [self.body[at : at + self.chunk_bytes] for at in range(0, len(self.body), self.chunk_bytes)] or [b""]
         statuses: list[int] = []
 
         async def receive() -> Message:
-            await anyio.sleep(self.pause_s)
-            if not pieces:
+            await anyio.sleep(self.interval_s)
+            if not chunks:
                 return {"type": "http.disconnect"}
-            piece = pieces.pop(0)
-            return {"type": "http.request", "body": piece, "more_body": bool(pieces) or not self.ends}
+            chunk = chunks.pop(0)
+            return {"type": "http.request", "body": chunk, "more_body": bool(chunks) or not self.ends}
 
         async def send(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -96,8 +96,8 @@ def path_of(url: str) -> str:
 
 async def test_each_submit_has_a_path_of_its_own_that_nobody_can_guess() -> None:
     """128 bits of chance and 128 of proof; any worker with the secret can tell it from a forged one."""
-    async with Simulator(FAST).client() as client:
-        urls = {receiver_of(client).expect().url for _ in range(100)}
+    async with Simulator(FAST_PROFILE).client() as client:
+        urls = {receiver_of(client).register().url for _ in range(100)}
         assert len(urls) == 100
         assert all(url.startswith(f"{PUBLIC}/") and len(url) == len(PUBLIC) + 45 for url in urls)
         assert all(receiver_of(client).verify(path_of(url)) for url in urls)
@@ -106,25 +106,25 @@ async def test_each_submit_has_a_path_of_its_own_that_nobody_can_guess() -> None
 
 async def test_a_secret_may_be_changed_while_callbacks_are_on_their_way() -> None:
     """The one before is accepted as long as it is given."""
-    async with Simulator(FAST).client() as client:
-        old = receiver_of(client).expect()
+    async with Simulator(FAST_PROFILE).client() as client:
+        old = receiver_of(client).register()
         new = receiver_of(client, secret="another secret of this app", previous_secret=SECRET)
         assert new.verify(old.url) == old.nonce
-        assert new.verify(new.expect().url)
+        assert new.verify(new.register().url)
         assert receiver_of(client, secret="another secret of this app").verify(old.url) is None
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"secret": "short"}, "secret: at least 16 bytes"),
-        ({"previous_secret": b""}, "secret: at least 16 bytes"),
+        ({"secret": "short"}, "secret: expected at least 16 bytes"),
+        ({"previous_secret": b""}, "secret: expected at least 16 bytes"),
         ({"public_url": "app.example/nb"}, "public_url"),
     ],
 )
 async def test_what_would_not_be_safe_is_refused(options: dict[str, object], says: str) -> None:
     """When the receiver is made, and without the secret in the message."""
-    async with Simulator(FAST).client() as client:
+    async with Simulator(FAST_PROFILE).client() as client:
         with pytest.raises(ConfigurationError, match=says):
             receiver_of(client, **options)
 
@@ -134,7 +134,7 @@ def test_no_invented_path_is_true(path: str) -> None:
     """Whatever it is made of."""
     receiver = receiver_of(NanoBananaClient("dk-test"))
     assert receiver.verify(path) is None
-    assert receiver.verify(f"/nb/{receiver.expect().nonce}{path[:22]}") is None
+    assert receiver.verify(f"/nb/{receiver.register().nonce}{path[:22]}") is None
 
 
 @pytest.mark.parametrize(
@@ -155,11 +155,11 @@ def test_no_invented_path_is_true(path: str) -> None:
 )
 async def test_what_is_posted_is_answered_quickly_and_tells_nothing(change: dict[str, Any], status: int) -> None:
     """A bad token is a 404 like any other; whatever else comes to a true path is taken."""
-    simulator = Simulator(SimulatorProfile(median_s=30, invisible_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=30, visibility_delay_s=0))
     async with simulator.client() as client:
         receiver = receiver_of(client)
         handle = await client.submit("a fox", callback=receiver)
-        url = simulator.vendor.tasks[handle.task_id].callback_url
+        url = simulator.service.tasks[handle.task_id].callback_url
         posted = Posted(path_of(url or ""), body_for(handle.task_id))
         assert await attrs.evolve(posted, **change).to(receiver) == status
 
@@ -167,9 +167,9 @@ async def test_what_is_posted_is_answered_quickly_and_tells_nothing(change: dict
 @pytest.mark.virtual_time
 async def test_a_body_that_trickles_is_given_up() -> None:
     """Ten seconds in all."""
-    async with Simulator(FAST).client() as client:
+    async with Simulator(FAST_PROFILE).client() as client:
         receiver = receiver_of(client)
-        posted = Posted(path_of(receiver.expect().url), b"x" * 100, piece_bytes=1, pause_s=1)
+        posted = Posted(path_of(receiver.register().url), b"x" * 100, chunk_bytes=1, interval_s=1)
         began_s = anyio.current_time()
         assert await posted.to(receiver) == 408
         assert anyio.current_time() - began_s == pytest.approx(10)
@@ -186,16 +186,16 @@ async def test_a_compressed_body_is_read_up_to_the_cap() -> None:
 def test_no_body_raises_anything_else(body: bytes) -> None:
     """A claim, or `ProtocolError`."""
     try:
-        claim = parse_callback(body)
+        payload = parse_callback(body)
     except ProtocolError:
         return
-    assert claim.task_id
+    assert payload.task_id
 
 
 def test_a_claim_is_what_the_body_says() -> None:
     """With everything that was posted."""
-    claim = parse_callback(body_for("ta-1", "FAILED", consumed="0.5", status_reason={"message": "no"}))
-    assert (claim.task_id, claim.status, claim.raw["consumed"]) == ("ta-1", TaskStatus.FAILED, "0.5")
+    payload = parse_callback(body_for("ta-1", "FAILED", consumed="0.5", status_reason={"message": "no"}))
+    assert (payload.task_id, payload.status, payload.raw["consumed"]) == ("ta-1", TaskStatus.FAILED, "0.5")
 
 
 # --- what it changes ------------------------------------------------------------------------------------------------
@@ -211,18 +211,18 @@ class Calling:
 
     async def call(self, task_id: str, **change: Any) -> int:  # noqa: ANN401 - of `Posted`
         """Post the callback of one task."""
-        url = self.simulator.vendor.tasks[task_id].callback_url
+        url = self.simulator.service.tasks[task_id].callback_url
         return await attrs.evolve(Posted(path_of(url or ""), body_for(task_id)), **change).to(self.receiver)
 
     def queries(self) -> int:
         """Count the queries so far."""
-        return self.simulator.vendor.requests.count("GET /api/task/query")
+        return self.simulator.service.requests.count("GET /api/task/query")
 
 
 @asynccontextmanager
 async def calling() -> AsyncIterator[Calling]:
     """Play the service, with the default schedule."""
-    simulator = Simulator(SimulatorProfile(median_s=20, sigma=0, invisible_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=20, sigma=0, visibility_delay_s=0))
     async with simulator.client(polling=PollPolicy()) as client:
         yield Calling(simulator, client, receiver_of(client))
 
@@ -306,7 +306,7 @@ async def test_a_late_callback_is_a_no_op() -> None:
 @pytest.mark.virtual_time
 async def test_an_early_callback_is_remembered_until_somebody_waits() -> None:
     """Before the answer to the submit was read, or before anybody asked."""
-    profile = SimulatorProfile(median_s=0.5, sigma=0, invisible_s=0)
+    profile = SimulatorProfile(median_s=0.5, sigma=0, visibility_delay_s=0)
     simulator = Simulator(profile, delay_s=4.0)
     async with simulator.client(polling=PollPolicy()) as client:
         service = Calling(simulator, client, receiver_of(client))
@@ -346,7 +346,7 @@ async def test_a_worker_that_does_not_know_the_task_passes_the_news_on() -> None
 
         other = receiver_of(service.client, forward=forward)
         handle = await service.client.submit("a fox", callback=service.receiver)
-        url = service.simulator.vendor.tasks[handle.task_id].callback_url or ""
+        url = service.simulator.service.tasks[handle.task_id].callback_url or ""
         async with anyio.create_task_group() as group:
             group.start_soon(handle.wait)
             await anyio.sleep(20.5)
@@ -369,10 +369,10 @@ class Forgetful:
 
     async def send(self, request: WireRequest, **options: object) -> WireResponse:
         """Do as the simulator does, and lose the answer."""
-        reply = await self.simulator.send(request, **options)  # type: ignore[arg-type]
+        response = await self.simulator.send(request, **options)  # type: ignore[arg-type]
         if request.method == "POST" and self.losing:
             raise lost()
-        return reply
+        return response
 
     async def aclose(self) -> None:
         """There is nothing to close."""
@@ -381,7 +381,7 @@ class Forgetful:
 @pytest.mark.virtual_time
 async def test_a_submit_whose_answer_was_lost_is_found_by_its_callback() -> None:
     """The caller gets its handle; a claim that the service does not know is not believed."""
-    simulator = Simulator(SimulatorProfile(median_s=20, sigma=0, invisible_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=20, sigma=0, visibility_delay_s=0))
     async with NanoBananaClient("dk-test", transport=Forgetful(simulator)) as client:
         service = Calling(simulator, client, receiver_of(client))
         found: list[str] = []
@@ -405,7 +405,7 @@ async def test_a_submit_whose_answer_was_lost_is_found_by_its_callback() -> None
 async def test_without_a_callback_in_time_it_stays_unknown() -> None:
     """After `Timeouts.recovery_s`."""
     timeouts = Timeouts(recovery_s=30)
-    async with NanoBananaClient("dk-test", transport=Forgetful(Simulator(FAST)), timeouts=timeouts) as client:
+    async with NanoBananaClient("dk-test", transport=Forgetful(Simulator(FAST_PROFILE)), timeouts=timeouts) as client:
         began_s = anyio.current_time()
         with pytest.raises(SubmissionUnknown):
             await client.submit("a fox", callback=receiver_of(client))
@@ -415,7 +415,7 @@ async def test_without_a_callback_in_time_it_stays_unknown() -> None:
 @pytest.mark.parametrize("when", ["in-time", "after-a-restart"])
 async def test_in_a_batch_the_ledger_binds_what_a_callback_tells(tmp_path: Path, when: str) -> None:
     """In the same run, or in any later one."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     transport = Forgetful(simulator)
     recovery_s = 5.0 if when == "in-time" else 0.0
 
@@ -439,7 +439,7 @@ async def test_in_a_batch_the_ledger_binds_what_a_callback_tells(tmp_path: Path,
     assert isinstance(outcome, Succeeded)
     assert outcome.task.task_id == simulator.charges[0].task_id
     assert len(simulator.charges) == 1
-    assert receiver.strangers == []
+    assert receiver.unmatched_hooks == []
 
 
 async def _call_when_charged(service: Calling) -> None:
@@ -451,6 +451,6 @@ async def _call_when_charged(service: Calling) -> None:
 
 def test_a_token_is_the_same_wherever_it_is_made() -> None:
     """A program in another language can check it: nonce, then 16 bytes of HMAC-SHA256, both in URL-safe base64."""
-    expected = receiver_of(NanoBananaClient("dk-test")).expect()
+    expected = receiver_of(NanoBananaClient("dk-test")).register()
     proof = hmac.digest(SECRET.encode(), expected.nonce.encode(), "sha256")[:16]
     assert expected.url == f"{PUBLIC}/{expected.nonce}{base64.urlsafe_b64encode(proof).decode().rstrip('=')}"

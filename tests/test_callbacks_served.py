@@ -23,7 +23,7 @@ from tests.test_cli import started
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"])]
 
 SECRET = "a secret of more than sixteen bytes"
-PROFILE = SimulatorProfile(median_s=0.3, sigma=0.3, invisible_s=0)
+PROFILE = SimulatorProfile(median_s=0.3, sigma=0.3, visibility_delay_s=0)
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ async def test_a_callback_wakes_who_waits(service: SimulatorServer, framework: s
         for handle in handles:
             assert (await handle.result(timeout_s=5)).images
         assert anyio.current_time() - began_s < 3
-    assert service.vendor.requests.count("GET /api/task/query") == 5
+    assert service.service.requests.count("GET /api/task/query") == 5
 
 
 async def test_a_thousand_forged_posts_change_nothing(service: SimulatorServer) -> None:
@@ -102,7 +102,7 @@ async def test_a_thousand_forged_posts_change_nothing(service: SimulatorServer) 
     async with served("starlette", service) as app:
         handle = await app.client.submit("a fox", callback=app.receiver)
         other = await app.client.submit("a hare", callback=app.receiver)
-        true_url = service.vendor.tasks[other.task_id].callback_url or ""
+        true_url = service.service.tasks[other.task_id].callback_url or ""
         body = json.dumps({"task_id": handle.task_id, "status": "failed"}).encode()
         async with anyio.create_task_group() as group, httpx.AsyncClient() as attacker:
             ends = []
@@ -121,13 +121,13 @@ async def test_a_thousand_forged_posts_change_nothing(service: SimulatorServer) 
                     break
             assert set(answers) == {404}
         assert ends[0] < 3
-    assert service.vendor.requests.count("GET /api/task/query") <= 3
+    assert service.service.requests.count("GET /api/task/query") <= 3
 
 
 async def test_an_endless_body_is_cut(service: SimulatorServer) -> None:
     """At 1 MiB; the connection is closed."""
     async with served("starlette", service) as app:
-        url = app.receiver.expect().url
+        url = app.receiver.register().url
 
         def pour() -> int:
             with socket.create_connection(app.socket.getsockname()) as peer:
@@ -156,5 +156,5 @@ async def test_the_command_prints_what_is_posted() -> None:
 
 
 def _post(url: str, body: bytes) -> None:
-    with urllib.request.urlopen(url, data=body, timeout=5) as reply:  # noqa: S310 - our own
-        assert reply.status == 204
+    with urllib.request.urlopen(url, data=body, timeout=5) as response:  # noqa: S310 - our own
+        assert response.status == 204

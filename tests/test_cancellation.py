@@ -18,7 +18,7 @@ from nanobanana_async.simulator import FAST_LIMITS, Simulator, SimulatorProfile
 from nanobanana_async.simulator.subprocess import simulator_process
 from tests.fakes import PNG
 
-PROFILE = SimulatorProfile(median_s=0.03, sigma=0, invisible_s=0.005)
+PROFILE = SimulatorProfile(median_s=0.03, sigma=0, visibility_delay_s=0.005)
 DELAY_S = 0.004
 MOMENTS_S = [0.0, 0.001, 0.003, 0.005, 0.009, 0.014, 0.02, 0.03, 0.05]
 STEPS = range(12)
@@ -38,18 +38,18 @@ CALLS: dict[str, Callable[[NanoBananaClient], Awaitable[object]]] = {
     "balance": lambda client: client.balance(),
     "updates": updates,
     "wait": lambda client: client.task("ta-none").wait(),
-    "fetch": lambda client: client.fetch(GeneratedImage(data=PNG)),
+    "fetch": lambda client: client.download(GeneratedImage(data=PNG)),
 }
 
 
 def assert_nothing_is_taken(client: NanoBananaClient) -> None:
     """Every slot is back, nothing is watched, nothing runs."""
     api = client._api
-    assert api._submit_slots.value == FAST_LIMITS.submits
-    assert api._poll_slots.value == FAST_LIMITS.polls
-    assert client._downloader._slots.value == FAST_LIMITS.downloads
-    assert client._tracker._watched == {}
-    assert client._host._sheltered == 0
+    assert api._submit_slots.value == FAST_LIMITS.max_submits
+    assert api._poll_slots.value == FAST_LIMITS.max_polls
+    assert client._downloader._slots.value == FAST_LIMITS.max_downloads
+    assert client._tracker._tasks == {}
+    assert client._background._shielded == 0
 
 
 @pytest.mark.anyio
@@ -105,15 +105,15 @@ async def test_native_cancellation_at_any_step_loses_no_id(steps: int, caplog: p
 async def test_ten_thousand_random_cancels_leave_the_throughput_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
     """Over real sockets. httpx's own pool is dead after ten."""
     caplog.set_level(logging.ERROR, "nanobanana_async")
-    dice = random.Random(7)
+    rng = random.Random(7)
     async with (
         simulator_process("--latency", "0.05") as server,
         NanoBananaClient(server.key, base_url=server.url, limits=FAST_LIMITS) as client,
     ):
 
         async def impatient() -> None:
-            with anyio.move_on_after(dice.uniform(0, 0.005)), contextlib.suppress(Exception):
-                await (client.balance() if dice.random() < 0.95 else client.submit("a fox"))
+            with anyio.move_on_after(rng.uniform(0, 0.005)), contextlib.suppress(Exception):
+                await (client.balance() if rng.random() < 0.95 else client.submit("a fox"))
 
         async def hundred_calls_s() -> float:
             start_s = time.perf_counter()
@@ -155,9 +155,9 @@ async def test_a_call_cancelled_while_the_pacer_holds_it_gives_its_slot_back(nam
     slow = attrs.evolve(FAST_LIMITS, requests_per_s=0.1, burst=1)
     async with simulator.client(limits=slow) as client:
         await client.balance()
-        sent = len(simulator.vendor.requests)
-        for _ in range(2 * FAST_LIMITS.polls):
+        sent = len(simulator.service.requests)
+        for _ in range(2 * FAST_LIMITS.max_polls):
             with anyio.move_on_after(0.01):
                 await CALLS[name](client)
         assert_nothing_is_taken(client)
-    assert len(simulator.vendor.requests) == sent
+    assert len(simulator.service.requests) == sent

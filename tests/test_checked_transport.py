@@ -9,13 +9,13 @@ import pytest
 
 from nanobanana_async import ExchangeError, NanoBananaClient, Phase, SubmissionUnknown, Timeouts, TransportError
 from nanobanana_async.protocols import RequestKind, WireRequest, WireResponse
-from nanobanana_async.simulator import FAST, Simulator
-from nanobanana_async.transport.checked import exchange
-from tests.fakes import accepted, done, reply
+from nanobanana_async.simulator import FAST_PROFILE, Simulator
+from nanobanana_async.transport.checked import send_checked
+from tests.fakes import accepted, finished, response
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
-GET = WireRequest(errand=RequestKind.READ, method="GET", url="https://example.org/")
+GET = WireRequest(kind=RequestKind.READ, method="GET", url="https://example.org/")
 
 
 class Unprintable(Exception):  # noqa: N818 - what it is called does not matter
@@ -73,7 +73,7 @@ async def test_whatever_a_transport_does_is_an_exchange_that_failed(
 ) -> None:
     """And the request may have arrived."""
     with pytest.raises(ExchangeError, match="the transport failed") as caught:
-        await exchange(MisbehavingTransport(behave), GET, timeout_s=1)
+        await send_checked(MisbehavingTransport(behave), GET, timeout_s=1)
     assert caught.value.phase is Phase.SEND
 
 
@@ -82,9 +82,9 @@ async def test_one_bad_look_stops_no_other_task(behave: Callable[[WireRequest], 
     """The others get their pictures, and the client lives on."""
 
     async def mixed(request: WireRequest) -> object:
-        return await behave(request) if "ta-bad" in request.url else done("ta-good")
+        return await behave(request) if "ta-bad" in request.url else finished("ta-good")
 
-    async with Simulator(FAST).client() as client:
+    async with Simulator(FAST_PROFILE).client() as client:
         client._api._transport = MisbehavingTransport(mixed)
         ends: dict[str, object] = {}
 
@@ -107,7 +107,7 @@ async def test_one_bad_look_stops_no_other_task(behave: Callable[[WireRequest], 
 @pytest.mark.parametrize("behave", ODD)
 async def test_a_submit_that_ends_oddly_is_unknown(behave: Callable[[WireRequest], Awaitable[object]]) -> None:
     """The money is out, and nothing says what for."""
-    async with Simulator(FAST).client() as client:
+    async with Simulator(FAST_PROFILE).client() as client:
         client._api._transport = MisbehavingTransport(behave)
         with pytest.raises(SubmissionUnknown):
             await client.submit("a fox")
@@ -117,7 +117,7 @@ async def test_being_cancelled_is_not_a_failure() -> None:
     """It is passed on."""
     transport = MisbehavingTransport(lambda _: anyio.sleep(math.inf))
     with anyio.move_on_after(0.05) as scope:
-        await exchange(transport, GET, timeout_s=10)
+        await send_checked(transport, GET, timeout_s=10)
     assert scope.cancelled_caught
 
 
@@ -127,7 +127,7 @@ async def test_a_transport_that_hangs_holds_its_slot_no_longer_than_its_time() -
     async def mixed(request: WireRequest) -> object:
         if "ta-stuck" in request.url:
             await anyio.sleep(math.inf)
-        return accepted("ta-good") if request.method == "POST" else done("ta-good")
+        return accepted("ta-good") if request.method == "POST" else finished("ta-good")
 
     client = NanoBananaClient("dk-test", transport=MisbehavingTransport(mixed), timeouts=Timeouts(query_s=5))
     async with client, anyio.create_task_group() as group:
@@ -155,7 +155,7 @@ async def test_what_the_receiver_of_a_body_raises_is_its_own() -> None:
     class Streaming(MisbehavingTransport):
         async def send(self, request: WireRequest, **options: object) -> WireResponse:
             await options["sink"](b"piece")  # type: ignore[operator]
-            return reply(200)
+            return response(200)
 
     with pytest.raises(OSError, match="no space"):
-        await exchange(Streaming(_nothing), GET, timeout_s=1, sink=full)
+        await send_checked(Streaming(_nothing), GET, timeout_s=1, sink=full)

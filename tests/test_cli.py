@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from nanobanana_async import NanoBananaClient
-from nanobanana_async.simulator import FAST, SimulatorProfile
+from nanobanana_async.simulator import FAST_PROFILE, SimulatorProfile
 from nanobanana_async.simulator.server import SimulatorServer
 from tests.raw_server import response, saying, serving
 
@@ -93,7 +93,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ended]
     }
     folders = {name: tmp_path_factory.mktemp(name) for name in commands}
     (folders["two"] / "ref.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with SimulatorServer(FAST) as server:
+    with SimulatorServer(FAST_PROFILE) as server:
 
         def run(name: str) -> Ended:
             script, arguments = commands[name]
@@ -117,8 +117,8 @@ def test_a_prompt_becomes_a_picture_on_disk(ended: dict[str, Ended]) -> None:
     """The path on stdout, nothing else; exit code 0."""
     one = ended["one"]
     assert (one.code, one.out, one.err) == (0, "fox.png\n", "")
-    with Image.open(one.folder / "fox.png") as picture:
-        assert (picture.format, picture.size) == ("PNG", (1024, 576))
+    with Image.open(one.folder / "fox.png") as image:
+        assert (image.format, image.size) == ("PNG", (1024, 576))
 
 
 def test_several_prompts_are_one_json_line_each(ended: dict[str, Ended]) -> None:
@@ -150,9 +150,9 @@ def test_the_demo_makes_24_pictures_and_a_gallery(ended: dict[str, Ended]) -> No
     demo = ended["demo"]
     assert (demo.code, "\x1b" in demo.out + demo.err) == (0, False)
     page = (demo.folder / "shown" / "index.html").read_text()
-    pictures = sorted((demo.folder / "shown").glob("*.png"))
-    assert len(pictures) == 24
-    assert all(picture.name in page for picture in pictures)
+    images = sorted((demo.folder / "shown").glob("*.png"))
+    assert len(images) == 24
+    assert all(image.name in page for image in images)
     assert (demo.folder / "shown" / "index.html").as_uri() in demo.out
 
 
@@ -193,7 +193,7 @@ def test_what_goes_wrong_is_one_clear_line_and_an_exit_code(
     assert last.startswith("nanobanana: " if code == 1 else "Error: ")
     assert "Traceback" not in ended.stderr
     assert "dk-wrong" not in ended.stderr
-    assert nanobanana_server.vendor.charges == []
+    assert nanobanana_server.service.charges == []
 
 
 @pytest.mark.parametrize(
@@ -209,20 +209,20 @@ def test_an_interrupt_leaves_no_traceback_and_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, code: int, first: str
 ) -> None:
     """What is paid is named, with the command that fetches it; and that command works."""
-    with SimulatorServer(SimulatorProfile(median_s=0.2, sigma=0, invisible_s=0)) as server:
+    with SimulatorServer(SimulatorProfile(median_s=0.2, sigma=0, visibility_delay_s=0)) as server:
         monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
         monkeypatch.setenv("DEFAPI_API_KEY", "dk-test")
         with started("generate", "a fox", "-o", "my pictures", cwd=tmp_path, first=first) as process:
-            wait_for(lambda: server.vendor.charges)
+            wait_for(lambda: server.service.charges)
             time.sleep(0.3)
             process.send_signal(number)
             _, errors = process.communicate(timeout=20)
-        task_id = server.vendor.charges[0].task_id
+        task_id = server.service.charges[0].task_id
         assert process.returncode == code
         assert f"paid, and not saved: 'a fox'; to fetch it: nanobanana wait {task_id} -o 'my pictures'" in errors
         assert "Traceback" not in errors
         waited = nanobanana("wait", task_id, "-o", "fox.png", cwd=tmp_path)
-        assert (waited.returncode, waited.stdout, len(server.vendor.charges)) == (0, "fox.png\n", 1)
+        assert (waited.returncode, waited.stdout, len(server.service.charges)) == (0, "fox.png\n", 1)
 
 
 def test_what_the_service_says_cannot_drive_the_terminal() -> None:
@@ -258,7 +258,7 @@ def test_errors_are_json_too_when_json_is_asked_for(nanobanana_server: Simulator
 
 def test_a_failed_task_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the service's reason; for `wait` as for `status`."""
-    with SimulatorServer(SimulatorProfile(median_s=0.1, sigma=0, invisible_s=0, failed=1)) as server:
+    with SimulatorServer(SimulatorProfile(median_s=0.1, sigma=0, visibility_delay_s=0, failed_tasks=1)) as server:
         monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
         monkeypatch.setenv("DEFAPI_API_KEY", "dk-test")
 

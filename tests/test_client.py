@@ -33,7 +33,7 @@ from nanobanana_async import (
     Timeouts,
 )
 from nanobanana_async.simulator import FAST_LIMITS, FAST_POLLING, Simulator, SimulatorProfile
-from tests.fakes import PNG, accepted, done, refused, script, submits
+from tests.fakes import PNG, accepted, finished, rejected, script, submits
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
@@ -49,7 +49,7 @@ async def test_generate_returns_a_finished_task_with_an_image(client: NanoBanana
     """Prompt in, picture out."""
     task = await client.generate("a fox in snow", aspect_ratio="16:9")
     assert task.status is TaskStatus.SUCCESS
-    assert (await client.fetch(task.images[0])).startswith(b"\x89PNG")
+    assert (await client.download(task.images[0])).startswith(b"\x89PNG")
 
 
 async def test_a_request_object_does_as_well_and_options_replace_its_fields(nanobanana_simulator: Simulator) -> None:
@@ -57,8 +57,8 @@ async def test_a_request_object_does_as_well_and_options_replace_its_fields(nano
     request = GenerationRequest("a fox", aspect_ratio="1:1", image_size="2k")
     async with nanobanana_simulator.client() as client:
         await client.generate(request, aspect_ratio="16:9")
-    (played,) = nanobanana_simulator.vendor.tasks.values()
-    assert (played.order.width, played.order.height) == (2048, 1152)
+    (played,) = nanobanana_simulator.service.tasks.values()
+    assert (played.image.width, played.image.height) == (2048, 1152)
 
 
 async def test_an_unknown_option_is_an_error_of_the_caller(client: NanoBananaClient) -> None:
@@ -75,7 +75,7 @@ async def test_a_bad_request_costs_nothing(nanobanana_simulator: Simulator, tmp_
             await client.generate("")
         with pytest.raises(ImageError, match="No such file"):
             await client.generate("a fox", images=[tmp_path / "none.png"])
-    assert nanobanana_simulator.vendor.requests == []
+    assert nanobanana_simulator.service.requests == []
 
 
 async def test_submit_returns_a_handle_that_knows_its_task(client: NanoBananaClient) -> None:
@@ -104,7 +104,7 @@ async def test_query_is_one_look(client: NanoBananaClient) -> None:
 
 async def test_a_fresh_task_that_is_not_visible_yet_is_pending() -> None:
     """The service answers 404 for its own new ids; a foreign id that answers 404 is not found."""
-    simulator = Simulator(SimulatorProfile(median_s=0.02, invisible_s=60))
+    simulator = Simulator(SimulatorProfile(median_s=0.02, visibility_delay_s=60))
     async with simulator.client() as client:
         handle = await client.submit("a fox")
         assert (await handle.query()).status is TaskStatus.PENDING
@@ -115,8 +115,8 @@ async def test_a_fresh_task_that_is_not_visible_yet_is_pending() -> None:
 @pytest.mark.parametrize(
     ("profile", "error"),
     [
-        pytest.param(SimulatorProfile(median_s=0.02, invisible_s=0, failed=1), TaskFailed, id="failed"),
-        pytest.param(SimulatorProfile(median_s=0.02, invisible_s=0, text_only=1), NoImage, id="words-only"),
+        pytest.param(SimulatorProfile(median_s=0.02, visibility_delay_s=0, failed_tasks=1), TaskFailed, id="failed"),
+        pytest.param(SimulatorProfile(median_s=0.02, visibility_delay_s=0, text_only=1), NoImage, id="words-only"),
     ],
 )
 async def test_an_end_without_a_picture_is_an_error_with_the_task(
@@ -133,7 +133,7 @@ async def test_an_end_without_a_picture_is_an_error_with_the_task(
 
 async def test_a_timeout_leaves_a_task_that_can_be_awaited_again() -> None:
     """The error carries the id; nothing is paid a second time."""
-    simulator = Simulator(SimulatorProfile(median_s=0.3, sigma=0, invisible_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=0.3, sigma=0, visibility_delay_s=0))
     async with simulator.client() as client:
         with pytest.raises(TaskTimeout) as caught:
             await client.generate("a fox", timeout_s=0.1)
@@ -192,7 +192,7 @@ async def test_closing_ends_waits_and_refuses_new_work(nanobanana_simulator: Sim
         await client.aclose()
         await client.aclose()
     assert [getattr(error, "task_id", None) for error in errors] == [handle.task_id]
-    for call in (client.submit("a fox"), client.balance(), handle.wait(), client.fetch(None)):  # type: ignore[arg-type]
+    for call in (client.submit("a fox"), client.balance(), handle.wait(), client.download(None)):  # type: ignore[arg-type]
         with pytest.raises(ConfigurationError, match="closed"):
             await call
 
@@ -204,7 +204,7 @@ async def test_a_client_that_was_never_used_can_be_closed_anywhere() -> None:
 
 async def test_a_transport_that_is_handed_in_stays_open() -> None:
     """Whoever made it closes it."""
-    transport = script(accepted(), done())
+    transport = script(accepted(), finished())
     async with NanoBananaClient("dk-1", transport=transport) as client:
         await client.submit("a fox")
     assert not transport.closed
@@ -260,7 +260,7 @@ async def test_a_forgotten_client_is_reported() -> None:
     """Hiding it would leak connections for as long as the process lives."""
     client = Simulator().client()
     await client.balance()
-    host = client._host
+    host = client._background
     kept = [client]
     del client
     with pytest.warns(ResourceWarning, match="unclosed NanoBananaClient"):
@@ -293,8 +293,12 @@ async def test_pictures_are_saved_under_safe_names(client: NanoBananaClient, tmp
 async def test_several_pictures_get_numbers(nanobanana_simulator: Simulator, tmp_path: Path) -> None:
     """The service has answered with more than one."""
     urls = [{"image": f"https://f.example/{n}.png"} for n in range(3)]
-    body = done().body.replace(b'[{"image": "https://files.example/fox.png"}]', str(urls).replace("'", '"').encode())
-    transport = script(accepted(), done().__class__(status=200, body=body), done().__class__(status=200, body=PNG))
+    body = finished().body.replace(
+        b'[{"image": "https://files.example/fox.png"}]', str(urls).replace("'", '"').encode()
+    )
+    transport = script(
+        accepted(), finished().__class__(status=200, body=body), finished().__class__(status=200, body=PNG)
+    )
     async with NanoBananaClient("dk-1", transport=transport) as client:
         task = await (await client.submit("a fox")).query()
         names = [path.name for path in await client.save(task, tmp_path / "fox.png")]
@@ -303,7 +307,7 @@ async def test_several_pictures_get_numbers(nanobanana_simulator: Simulator, tmp
 
 async def test_a_refused_submit_is_one_request() -> None:
     """Bad requests are not repeated."""
-    transport = script(refused(400, 1, "prompt is required"))
+    transport = script(rejected(400, 1, "prompt is required"))
     async with NanoBananaClient("dk-1", transport=transport) as client:
         with pytest.raises(Exception, match="prompt is required"):
             await client.submit("a fox")
@@ -327,7 +331,7 @@ async def test_a_hook_gets_the_handle_of_a_task_whose_caller_had_gone() -> None:
 async def test_closing_refuses_what_is_still_in_line_and_lets_the_rest_end() -> None:
     """No submit begins after `aclose`, nobody hangs, and two who close at once wait no longer than one."""
     simulator = Simulator(delay_s=0.1)
-    client = simulator.client(limits=attrs.evolve(FAST_LIMITS, submits=2))
+    client = simulator.client(limits=attrs.evolve(FAST_LIMITS, max_submits=2))
     ends: Counter[str] = Counter()
 
     async def one() -> None:
@@ -370,7 +374,7 @@ async def test_generate_on_a_client_that_is_closed_meanwhile_tells_the_paid_id()
 
 async def test_a_submit_does_not_wait_for_its_turn_for_ever() -> None:
     """A service that keeps asking for quiet is given up on, and nothing was sent."""
-    transport = script(refused(429, retry_after="300"))
+    transport = script(rejected(429, retry_after="300"))
     timeouts = Timeouts(query_s=0.1, task_s=0.3)
     async with NanoBananaClient("dk-1", transport=transport, timeouts=timeouts) as client:
         with pytest.raises(RateLimited):

@@ -26,7 +26,7 @@ from nanobanana_async import (
     WireResponse,
 )
 from nanobanana_async.wire import codec
-from tests.fakes import accepted, done, refused, reply, state
+from tests.fakes import accepted, finished, rejected, response, state
 
 
 def sent(request: GenerationRequest) -> dict[str, object]:
@@ -139,10 +139,10 @@ def test_credits_are_decimal_or_nothing(consumed: object, expected: Decimal | No
     [
         ("SUCCESS", "success"),
         (" Failed ", "failed"),
-        ("queued", "unknown"),
-        ("", "unknown"),
-        (None, "unknown"),
-        (7, "unknown"),
+        ("queued", "unrecognized"),
+        ("", "unrecognized"),
+        (None, "unrecognized"),
+        (7, "unrecognized"),
     ],
 )
 def test_an_unknown_status_counts_as_still_running(word: object, expected: str) -> None:
@@ -174,52 +174,54 @@ def test_a_damaged_inline_picture_does_not_hide_the_others(uri: str) -> None:
 
 def test_an_answer_that_names_no_task_is_about_the_one_that_was_asked_for() -> None:
     """Its pictures are saved under that name, and its errors carry it."""
-    assert codec.decode_task(reply(200, {"code": 0, "data": {"status": "success"}}), "ta-7").task_id == "ta-7"
+    assert codec.decode_task(response(200, {"code": 0, "data": {"status": "success"}}), "ta-7").task_id == "ta-7"
 
 
 def test_an_error_quotes_the_service_at_a_bearable_length() -> None:
     """Sixty megabytes of words have no place in a log."""
     with pytest.raises(InvalidRequest) as caught:
-        codec.decode_balance(refused(400, 1, "x" * 100_000))
+        codec.decode_balance(rejected(400, 1, "x" * 100_000))
     assert len(str(caught.value)) < 1100
 
 
 @pytest.mark.parametrize("depth", range(880, 1000, 7))
 def test_nesting_near_the_limit_of_the_stack_breaks_nothing(depth: int) -> None:
     """It can be read, and not be written again."""
-    codec.read(WireResponse(status=400, body=b'{"code":1,"detail":' + b"[" * depth + b"1" + b"]" * depth + b"}"))
+    codec.decode_envelope(
+        WireResponse(status=400, body=b'{"code":1,"detail":' + b"[" * depth + b"1" + b"]" * depth + b"}")
+    )
 
 
 def test_an_answer_about_another_task_is_refused() -> None:
     """Proxies and caches mix things up."""
     with pytest.raises(ProtocolError, match="about task 'ta-2'"):
-        codec.decode_task(done("ta-2"), "ta-1")
+        codec.decode_task(finished("ta-2"), "ta-1")
 
 
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [
-        pytest.param(refused(400, 1, "prompt is required"), InvalidRequest, id="400"),
-        pytest.param(refused(401, 1, "Invalid API key"), AuthenticationError, id="401-code-1"),
-        pytest.param(refused(401, 401, "Invalid API key"), AuthenticationError, id="401-code-401"),
-        pytest.param(refused(200, 401, "Invalid API key"), AuthenticationError, id="200-code-401"),
-        pytest.param(reply(401, body=b"<html>401</html>"), AuthenticationError, id="401-html"),
-        pytest.param(refused(402), InsufficientCredits, id="402"),
-        pytest.param(refused(400, 1, "Insufficient balance"), InsufficientCredits, id="400-wording"),
-        pytest.param(refused(200, 1, "quota exceeded"), InsufficientCredits, id="200-wording"),
+        pytest.param(rejected(400, 1, "prompt is required"), InvalidRequest, id="400"),
+        pytest.param(rejected(401, 1, "Invalid API key"), AuthenticationError, id="401-code-1"),
+        pytest.param(rejected(401, 401, "Invalid API key"), AuthenticationError, id="401-code-401"),
+        pytest.param(rejected(200, 401, "Invalid API key"), AuthenticationError, id="200-code-401"),
+        pytest.param(response(401, body=b"<html>401</html>"), AuthenticationError, id="401-html"),
+        pytest.param(rejected(402), InsufficientCredits, id="402"),
+        pytest.param(rejected(400, 1, "Insufficient balance"), InsufficientCredits, id="400-wording"),
+        pytest.param(rejected(200, 1, "quota exceeded"), InsufficientCredits, id="200-wording"),
         pytest.param(
-            refused(400, 1, "You don't have a credit left, it's all spent"), InsufficientCredits, id="apostrophes"
+            rejected(400, 1, "You don't have a credit left, it's all spent"), InsufficientCredits, id="apostrophes"
         ),
-        pytest.param(refused(400, 1, "the prompt 'a credit' breaks the rules"), InvalidRequest, id="quotes-a-prompt"),
-        pytest.param(refused(404, 1, "task not found"), TaskNotFound, id="404"),
-        pytest.param(reply(404, body=b"<html>nginx</html>"), InvalidRequest, id="404-html"),
-        pytest.param(refused(429), RateLimited, id="429"),
-        pytest.param(refused(500), ServiceUnavailable, id="500"),
-        pytest.param(reply(502, body=b"<html>Bad gateway</html>"), ServiceUnavailable, id="502-html"),
-        pytest.param(reply(200, {"code": False, "data": {}}), InvalidRequest, id="code-false"),
-        pytest.param(reply(200, {"code": None, "data": {}}), InvalidRequest, id="code-null"),
-        pytest.param(reply(503, {"statusCode": 503, "error": "busy"}), ServiceUnavailable, id="other-shape"),
-        pytest.param(reply(302, body=b"", location="https://evil.example/x"), InvalidRequest, id="redirect"),
+        pytest.param(rejected(400, 1, "the prompt 'a credit' breaks the rules"), InvalidRequest, id="quotes-a-prompt"),
+        pytest.param(rejected(404, 1, "task not found"), TaskNotFound, id="404"),
+        pytest.param(response(404, body=b"<html>nginx</html>"), InvalidRequest, id="404-html"),
+        pytest.param(rejected(429), RateLimited, id="429"),
+        pytest.param(rejected(500), ServiceUnavailable, id="500"),
+        pytest.param(response(502, body=b"<html>Bad gateway</html>"), ServiceUnavailable, id="502-html"),
+        pytest.param(response(200, {"code": False, "data": {}}), InvalidRequest, id="code-false"),
+        pytest.param(response(200, {"code": None, "data": {}}), InvalidRequest, id="code-null"),
+        pytest.param(response(503, {"statusCode": 503, "error": "busy"}), ServiceUnavailable, id="other-shape"),
+        pytest.param(response(302, body=b"", location="https://evil.example/x"), InvalidRequest, id="redirect"),
     ],
 )
 def test_refusals_are_classified_by_status_then_code_then_wording(answer: WireResponse, kind: type[ApiError]) -> None:
@@ -233,45 +235,45 @@ def test_refusals_are_classified_by_status_then_code_then_wording(answer: WireRe
 def test_a_refusal_says_what_the_service_said() -> None:
     """`detail` before `message`, with the status, and what to do."""
     with pytest.raises(AuthenticationError, match=r"Invalid API key \(HTTP 401, code 401\); check the API key"):
-        codec.decode_balance(refused(401, 401, "Invalid API key"))
+        codec.decode_balance(rejected(401, 401, "Invalid API key"))
 
 
 def test_a_refused_redirect_names_the_host_it_pointed_to() -> None:
     """And nothing more of it."""
     with pytest.raises(InvalidRequest, match=r"redirected to evil\.example, which is not followed"):
-        codec.decode_balance(reply(307, body=b"", location="https://evil.example/steal?q=1"))
+        codec.decode_balance(response(307, body=b"", location="https://evil.example/steal?q=1"))
 
 
 @pytest.mark.parametrize("credit", ["12.50", 12.5, 12])
 def test_the_balance_is_a_decimal(credit: object) -> None:
     """String or number on the wire."""
-    answer = reply(200, {"code": 0, "message": "ok", "data": {"credit": credit}})
+    answer = response(200, {"code": 0, "message": "ok", "data": {"credit": credit}})
     assert codec.decode_balance(answer) == Decimal(str(credit))
 
 
 def test_a_balance_without_a_number_is_a_protocol_error() -> None:
     """Nothing is guessed about money."""
     with pytest.raises(ProtocolError):
-        codec.decode_balance(reply(200, {"code": 0, "data": {"credit": None}}))
+        codec.decode_balance(response(200, {"code": 0, "data": {"credit": None}}))
 
 
 @pytest.mark.parametrize("content_type", ["text/html", "", "application/json"])
 def test_content_is_read_by_content(content_type: str) -> None:
     """Content types on this host are not reliable."""
     answer = WireResponse(status=200, body=accepted().body, headers={"content-type": content_type})
-    assert codec.read(answer).task_id == "ta-1"
+    assert codec.decode_envelope(answer).task_id == "ta-1"
 
 
 @pytest.mark.parametrize("code", [0, "0"])
 def test_code_zero_is_success(code: object) -> None:
     """As integer or as text."""
-    assert codec.read(reply(200, {"code": code, "data": {"task_id": "ta-1"}})).ok
+    assert codec.decode_envelope(response(200, {"code": code, "data": {"task_id": "ta-1"}})).ok
 
 
 @pytest.mark.parametrize("code", [False, True, None, 0.0, 1, "1", [], "zero"])
 def test_nothing_else_is_success(code: object) -> None:
     """`false == 0` in Python, and it must not be here."""
-    assert not codec.read(reply(200, {"code": code, "data": {}})).ok
+    assert not codec.decode_envelope(response(200, {"code": code, "data": {}})).ok
 
 
 @pytest.mark.parametrize(
@@ -288,18 +290,21 @@ def test_nothing_else_is_success(code: object) -> None:
 def test_a_task_id_is_salvaged_from_what_arrived(body: bytes) -> None:
     """An id that was paid for is never dropped because the rest is broken."""
     coding = "gzip" if body.startswith(b"\x1f\x8b") else ""
-    assert codec.read(WireResponse(status=200, body=body, headers={"content-encoding": coding})).task_id == "ta-1"
+    assert (
+        codec.decode_envelope(WireResponse(status=200, body=body, headers={"content-encoding": coding})).task_id
+        == "ta-1"
+    )
 
 
 def test_half_a_task_id_is_no_task_id() -> None:
     """A cut id would be asked about for ever."""
-    assert codec.read(reply(200, body=b'{"code":0,"data":{"task_id":"ta-1')).task_id is None
+    assert codec.decode_envelope(response(200, body=b'{"code":0,"data":{"task_id":"ta-1')).task_id is None
 
 
 def test_a_compression_bomb_is_inflated_to_the_cap_and_no_further() -> None:
     """One layer, one mebibyte."""
     bomb = gzip.compress(gzip.compress(bytes(200 * 2**20)))
-    envelope = codec.read(WireResponse(status=200, body=bomb, headers={"content-encoding": "gzip"}))
+    envelope = codec.decode_envelope(WireResponse(status=200, body=bomb, headers={"content-encoding": "gzip"}))
     assert envelope.task_id is None
     assert len(envelope.message) < 300
 
@@ -360,4 +365,4 @@ def test_every_json_document_is_a_task_or_one_of_our_errors(status: int, documen
 )
 def test_no_bytes_break_the_reader(status: int, body: bytes, coding: str) -> None:
     """`read` is total."""
-    codec.read(WireResponse(status=status, body=body, headers={"content-encoding": coding}))
+    codec.decode_envelope(WireResponse(status=status, body=body, headers={"content-encoding": coding}))

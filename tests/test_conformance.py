@@ -8,26 +8,26 @@ from tests.conformance import ChargeAudit
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_silent_second_payment_is_found(book: ChargeAudit, nanobanana_simulator: Simulator) -> None:
+async def test_a_silent_second_payment_is_found(audit: ChargeAudit, nanobanana_simulator: Simulator) -> None:
     """A submit that the caller is not told of, as a careless retry would make it."""
     async with nanobanana_simulator.client() as client:
         await client.submit("a fox")
-    book.check()
-    book.accepted.clear()
+    audit.check()
+    audit.accepted.clear()
     with pytest.raises(AssertionError, match="1 charges that no caller was told of"):
-        book.check()
-    book.declared = 1
-    book.check()
+        audit.check()
+    audit.declared = 1
+    audit.check()
 
 
 async def test_an_accepted_id_that_was_never_charged_is_found(
-    book: ChargeAudit, nanobanana_simulator: Simulator
+    audit: ChargeAudit, nanobanana_simulator: Simulator
 ) -> None:
     """A client that makes ids up would pass every other test."""
     async with nanobanana_simulator.client() as client:
         await client.submit("a fox")
-    charges = nanobanana_simulator.vendor.charges
+    charges = nanobanana_simulator.service.charges
     charge = charges.pop()
     with pytest.raises(AssertionError, match="accepted 1 times, charged 0"):
-        book.check()
+        audit.check()
     charges.append(charge)

@@ -9,17 +9,17 @@ import anyio
 import pytest
 
 from nanobanana_async import GeneratedImage, ImageError, Limits, Phase, RetryPolicy, Timeouts, WireRequest, WireResponse
-from nanobanana_async._text import safe_name
+from nanobanana_async._text import slugify
 from nanobanana_async.images.download import Downloader
-from tests.fakes import PNG, ScriptedTransport, Step, lost, reply, script
+from tests.fakes import PNG, ScriptedTransport, Step, lost, response, script
 
 pytestmark = pytest.mark.anyio
 
-QUICK = RetryPolicy(first_s=0.001, cap_s=0.001)
+QUICK = RetryPolicy(initial_s=0.001, max_s=0.001)
 
 FOX = GeneratedImage(url="https://files.example/fox.png?signature=s")
 WEBP = b"RIFF\x10\0\0\0WEBPVP8 " + bytes(8)
-WHOLE = reply(200, body=PNG, content_length=str(len(PNG)))
+WHOLE = response(200, body=PNG, content_length=str(len(PNG)))
 
 
 def downloader(transport: ScriptedTransport, **limits: int) -> Downloader:
@@ -34,7 +34,7 @@ def downloader(transport: ScriptedTransport, **limits: int) -> Downloader:
 async def test_a_picture_is_fetched_without_the_key() -> None:
     """With our own user agent, uncompressed, from public addresses only."""
     transport = script(WHOLE)
-    assert await downloader(transport).read(FOX) == PNG
+    assert await downloader(transport).download(FOX) == PNG
     (request,) = transport.requests
     assert set(request.headers) == {"User-Agent", "Accept", "Accept-Encoding"}
     assert request.headers["User-Agent"].startswith("nanobanana-async/")
@@ -44,48 +44,52 @@ async def test_a_picture_is_fetched_without_the_key() -> None:
 async def test_an_inline_picture_needs_no_network() -> None:
     """It is already here."""
     transport = script(lost())
-    assert await downloader(transport).read(GeneratedImage(data=PNG, media_type="image/png")) == PNG
+    assert await downloader(transport).download(GeneratedImage(data=PNG, media_type="image/png")) == PNG
     assert transport.requests == []
 
 
 @pytest.mark.parametrize(
     "step",
     [
-        pytest.param(reply(404, body=b"<html>"), id="404"),
-        pytest.param(reply(403, body=b"denied"), id="403"),
-        pytest.param(reply(503, body=b""), id="503"),
+        pytest.param(response(404, body=b"<html>"), id="404"),
+        pytest.param(response(403, body=b"denied"), id="403"),
+        pytest.param(response(503, body=b""), id="503"),
         pytest.param(lost(Phase.CONNECT), id="no-connection"),
-        pytest.param(lost(Phase.REPLY), id="cut"),
-        pytest.param(reply(200, body=PNG[:-6]), id="cut-where-only-the-end-can-tell"),
+        pytest.param(lost(Phase.RESPONSE), id="cut"),
+        pytest.param(response(200, body=PNG[:-6]), id="cut-where-only-the-end-can-tell"),
     ],
 )
 async def test_a_picture_that_is_not_there_yet_is_asked_for_again(step: Step) -> None:
     """Right after success a file host may need a moment; a fresh try starts from nothing."""
-    assert await downloader(script(step, step, WHOLE)).read(FOX) == PNG
+    assert await downloader(script(step, step, WHOLE)).download(FOX) == PNG
 
 
 @pytest.mark.parametrize(
     ("step", "says", "requests"),
     [
-        pytest.param(reply(404, body=b""), r"HTTP 404 \(tries: 5\)", 5, id="never-there"),
-        pytest.param(reply(410, body=b""), "HTTP 410", 1, id="gone"),
-        pytest.param(reply(200, body=b"<html>sorry, no picture</html>"), "not a PNG, JPEG, WebP or GIF", 1, id="html"),
-        pytest.param(reply(200, body=b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "not a PNG", 1, id="svg"),
-        pytest.param(reply(200, body=b""), "only 0 bytes", 1, id="empty"),
-        pytest.param(reply(200, body=PNG, content_encoding="gzip"), "compressed", 1, id="compressed"),
+        pytest.param(response(404, body=b""), r"HTTP 404 \(tries: 5\)", 5, id="never-there"),
+        pytest.param(response(410, body=b""), "HTTP 410", 1, id="gone"),
+        pytest.param(
+            response(200, body=b"<html>sorry, no picture</html>"), "not a PNG, JPEG, WebP or GIF", 1, id="html"
+        ),
+        pytest.param(response(200, body=b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "not a PNG", 1, id="svg"),
+        pytest.param(response(200, body=b""), "only 0 bytes", 1, id="empty"),
+        pytest.param(response(200, body=PNG, content_encoding="gzip"), "compressed", 1, id="compressed"),
         pytest.param(lost(Phase.CONNECT, permanent=True), "gone", 1, id="refused-address"),
-        pytest.param(reply(302, body=b"", location="/again"), "redirects more than 3 times", 4, id="redirect-loop"),
-        pytest.param(reply(302, body=b"", location="http://["), "redirects to what is no URL", 1, id="broken-redirect"),
-        pytest.param(reply(302, body=b"", location="http://files.example/"), "from https to", 1, id="downgrade"),
-        pytest.param(reply(302, body=b"", location="https://u:p@b.example/"), "user name", 1, id="credentials"),
-        pytest.param(reply(302, body=b"", location="file:///etc/passwd"), "from https to", 1, id="file-url"),
+        pytest.param(response(302, body=b"", location="/again"), "redirects more than 3 times", 4, id="redirect-loop"),
+        pytest.param(
+            response(302, body=b"", location="http://["), "redirects to what is no URL", 1, id="broken-redirect"
+        ),
+        pytest.param(response(302, body=b"", location="http://files.example/"), "from https to", 1, id="downgrade"),
+        pytest.param(response(302, body=b"", location="https://u:p@b.example/"), "user name", 1, id="credentials"),
+        pytest.param(response(302, body=b"", location="file:///etc/passwd"), "from https to", 1, id="file-url"),
     ],
 )
 async def test_what_will_not_come_is_an_error_that_names_the_picture(step: Step, says: str, requests: int) -> None:
     """Without its query, which may hold a signature."""
     transport = script(step)
     with pytest.raises(ImageError, match=says) as caught:
-        await downloader(transport).read(FOX)
+        await downloader(transport).download(FOX)
     assert str(caught.value).startswith("https://files.example/fox.png: ")
     assert "signature" not in str(caught.value)
     assert len(transport.requests) == requests
@@ -98,23 +102,23 @@ async def test_only_http_urls_are_fetched(url: str) -> None:
     """Whatever the service puts into a result."""
     transport = script(WHOLE)
     with pytest.raises(ImageError):
-        await downloader(transport).read(GeneratedImage(url=url))
+        await downloader(transport).download(GeneratedImage(url=url))
     assert transport.requests == []
 
 
 async def test_https_is_https_however_it_is_spelled() -> None:
     """The scheme's letters do not matter, and a downgrade is one all the same."""
-    transport = script(reply(302, body=b"", location="http://files.example/"))
+    transport = script(response(302, body=b"", location="http://files.example/"))
     with pytest.raises(ImageError, match="from https to"):
-        await downloader(transport).read(GeneratedImage(url="HTTPS://files.example/fox.png"))
+        await downloader(transport).download(GeneratedImage(url="HTTPS://files.example/fox.png"))
 
 
 async def test_each_redirect_is_judged_like_the_first_request() -> None:
     """Relative ones too, each guarded."""
     transport = script(
-        reply(302, body=b"", location="../b/fox.png"), reply(307, body=b"", location="//c.example/f"), WHOLE
+        response(302, body=b"", location="../b/fox.png"), response(307, body=b"", location="//c.example/f"), WHOLE
     )
-    await downloader(transport).read(FOX)
+    await downloader(transport).download(FOX)
     assert [request.url for request in transport.requests[1:]] == [
         "https://files.example/b/fox.png",
         "https://c.example/f",
@@ -130,10 +134,10 @@ async def test_downloads_in_flight_are_bounded() -> None:
         return WHOLE
 
     transport = script(slow)
-    pictures = downloader(transport, downloads=3)
+    images = downloader(transport, max_downloads=3)
     async with anyio.create_task_group() as group:
         for _ in range(12):
-            group.start_soon(pictures.read, FOX)
+            group.start_soon(images.download, FOX)
     assert transport.most_in_flight == 3
 
 
@@ -143,7 +147,7 @@ async def test_downloads_in_flight_are_bounded() -> None:
 )
 async def test_a_file_is_named_after_its_true_type(tmp_path: Path, content: bytes, suffix: str) -> None:
     """Whatever the URL says."""
-    whole = reply(200, body=content, content_length=str(len(content)))
+    whole = response(200, body=content, content_length=str(len(content)))
     saved = await downloader(script(whole)).save(FOX, tmp_path / "fox")
     assert (saved.path, saved.path.read_bytes()) == (tmp_path / f"fox{suffix}", content)
     assert (saved.sha256, saved.size_bytes) == (hashlib.sha256(content).hexdigest(), len(content))
@@ -158,7 +162,7 @@ async def test_an_existing_file_is_replaced_only_by_a_whole_one(tmp_path: Path) 
     """A failed download leaves what was there, and nothing beside it."""
     (tmp_path / "fox.png").write_bytes(b"old")
     with pytest.raises(ImageError):
-        await downloader(script(reply(200, body=PNG[:40]))).save(FOX, tmp_path / "fox")
+        await downloader(script(response(200, body=PNG[:40]))).save(FOX, tmp_path / "fox")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("fox.png", b"old")]
     await downloader(script(WHOLE)).save(FOX, tmp_path / "fox")
     assert (tmp_path / "fox.png").read_bytes() == PNG
@@ -198,7 +202,7 @@ async def test_a_disk_that_will_not_take_it_is_an_error_and_leaves_nothing(
 )
 def test_no_remote_text_picks_a_path(hostile: str) -> None:
     """Letters, digits, dashes, underscores, at most eighty."""
-    name = safe_name(hostile)
+    name = slugify(hostile)
     assert 1 <= len(name) <= 80
     assert all(character.isascii() and (character.isalnum() or character in "-_") for character in name)
     assert not name.startswith("-")

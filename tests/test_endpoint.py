@@ -13,7 +13,7 @@ from nanobanana_async.wire.endpoint import ApiKey, Endpoint
 )
 def test_what_people_paste_along_with_a_key_is_stripped(pasted: str) -> None:
     """Newlines, blanks, and the word Bearer."""
-    assert Endpoint.of(ApiKey(pasted), None).headers["Authorization"] == "Bearer dk-1"
+    assert Endpoint.resolve(ApiKey(pasted), None).headers["Authorization"] == "Bearer dk-1"
 
 
 @pytest.mark.parametrize("key", ["dk CANARY", "dk-CANARY\u20ac", "dk-\x00CANARY", "dk-CANARY\nX: y"])
@@ -35,15 +35,15 @@ def test_the_key_is_found_under_the_names_users_already_have(monkeypatch: pytest
     """In this order; an empty variable counts as unset."""
     for name, value in {"DEFAPI_API_KEY": "", "DEFAPI_KEY": "dk-2", "NANO_BANANA_API_KEY": "dk-3"}.items():
         monkeypatch.setenv(name, value)
-    assert Endpoint.of(None, None).headers["Authorization"] == "Bearer dk-2"
+    assert Endpoint.resolve(None, None).headers["Authorization"] == "Bearer dk-2"
 
 
 def test_the_base_url_is_given_or_from_the_environment_or_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slash at the end makes no difference."""
-    assert Endpoint.of(ApiKey("dk-1"), None).base_url == "https://api.defapi.org"
+    assert Endpoint.resolve(ApiKey("dk-1"), None).base_url == "https://api.defapi.org"
     monkeypatch.setenv("DEFAPI_BASE_URL", "https://proxy.example/")
-    assert Endpoint.of(ApiKey("dk-1"), None).base_url == "https://proxy.example"
-    assert Endpoint.of(ApiKey("dk-1"), "https://other.example/v1/").base_url == "https://other.example/v1"
+    assert Endpoint.resolve(ApiKey("dk-1"), None).base_url == "https://proxy.example"
+    assert Endpoint.resolve(ApiKey("dk-1"), "https://other.example/v1/").base_url == "https://other.example/v1"
 
 
 @pytest.mark.parametrize(

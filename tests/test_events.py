@@ -14,45 +14,45 @@ pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 async def test_ringing_wakes_who_waits() -> None:
     """And rings once, however often it is rung."""
-    bell, woken_s = OneShotEvent(), []
+    event, woken_s = OneShotEvent(), []
 
     async def sleeper() -> None:
-        await bell.wait()
+        await event.wait()
         woken_s.append(anyio.current_time() - start_s)
 
     start_s = anyio.current_time()
     async with anyio.create_task_group() as group:
         group.start_soon(sleeper)
         await anyio.sleep(5)
-        bell.ring()
-        bell.ring()
+        event.set()
+        event.set()
     assert woken_s == [5]
 
 
 async def test_a_bell_that_has_rung_keeps_nobody() -> None:
     """Who comes late has missed nothing."""
-    bell = OneShotEvent()
-    bell.ring()
+    event = OneShotEvent()
+    event.set()
     with anyio.fail_after(1):
-        await bell.wait()
+        await event.wait()
 
 
 async def test_cancelling_ends_the_waiting_and_leaves_the_bell_harmless() -> None:
     """It may be rung afterwards, by somebody who does not know."""
-    bell = OneShotEvent()
+    event = OneShotEvent()
     with anyio.move_on_after(1) as scope:
-        await bell.wait()
+        await event.wait()
     assert scope.cancelled_caught
-    bell.ring()
+    event.set()
 
 
 async def test_rung_and_cancelled_in_one_breath_is_fine() -> None:
     """Whichever of the two is heard."""
-    bell = OneShotEvent()
+    event = OneShotEvent()
     async with anyio.create_task_group() as group:
-        group.start_soon(bell.wait)
+        group.start_soon(event.wait)
         await anyio.sleep(1)
-        bell.ring()
+        event.set()
         group.cancel_scope.cancel()
     with anyio.fail_after(1):
         await anyio.lowlevel.checkpoint()
@@ -62,8 +62,8 @@ async def test_rung_and_cancelled_in_one_breath_is_fine() -> None:
 async def test_a_trio_that_another_thread_is_importing_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is in `sys.modules` long before it can answer."""
     monkeypatch.setitem(sys.modules, "trio", ModuleType("trio"))
-    bell = OneShotEvent()
+    event = OneShotEvent()
     async with anyio.create_task_group() as group:
-        group.start_soon(bell.wait)
+        group.start_soon(event.wait)
         await anyio.sleep(1)
-        bell.ring()
+        event.set()

@@ -34,7 +34,7 @@ def results(request: pytest.FixtureRequest, server: FaultServer) -> dict[Fault, 
 def test_a_submit_ends_with_the_right_verdict_in_time(fault: Fault, results: dict[Fault, tuple[Result, Query]]) -> None:
     """The table's verdict, within the deadline and a second, as one of our own errors."""
     post, _ = results[fault]
-    assert post.verdict in fault.post.split(" or "), post.said
+    assert post.verdict in fault.post.split(" or "), post.message
     assert post.seconds <= DEADLINES.submit_s + 1
 
 
@@ -48,7 +48,7 @@ def test_what_the_client_says_is_what_was_charged(fault: Fault, results: dict[Fa
 def test_a_query_recovers_when_the_fault_passes(fault: Fault, results: dict[Fault, tuple[Result, Query]]) -> None:
     """A GET costs nothing, so it is tried again; an answer is an answer."""
     _, query = results[fault]
-    assert query.ending == fault.get, query.said
+    assert query.ending == fault.get, query.message
 
 
 @pytest.mark.parametrize("numbers", [("F19", "F20", "F21")], ids=["bombs-and-floods"])

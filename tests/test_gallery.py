@@ -3,7 +3,7 @@
 from html.parser import HTMLParser
 from pathlib import Path
 
-from nanobanana_async.batch.gallery import GalleryCard, pieces, write
+from nanobanana_async.batch.gallery import GalleryCard, render, write
 
 
 class _Tags(HTMLParser):
@@ -24,12 +24,12 @@ def tags(page: str, name: str) -> list[dict[str, str | None]]:
 
 def page_of(title: str, entries: list[GalleryCard]) -> str:
     """Return the whole page."""
-    return "".join(pieces(title, entries))
+    return "".join(render(title, entries))
 
 
 def test_each_entry_is_a_card_with_a_lazy_picture() -> None:
     """Five thousand of them must not all be loaded at once."""
-    page = page_of("Run", [GalleryCard(prompt=f"fox {n}", status="done", file=f"{n}.png") for n in range(5)])
+    page = page_of("Run", [GalleryCard(prompt=f"fox {n}", status="succeeded", file=f"{n}.png") for n in range(5)])
     images = tags(page, "img")
     assert [image["src"] for image in images] == [f"{n}.png" for n in range(5)]
     assert all(image["loading"] == "lazy" for image in images)
@@ -56,8 +56,8 @@ def test_what_has_no_picture_says_why() -> None:
 
 def test_status_time_and_cost_stand_under_the_prompt() -> None:
     """As far as they are known."""
-    page = page_of("Run", [GalleryCard(prompt="fox", status="done", file="1.png", seconds=12.34, cost="0.5")])
-    assert "done &middot; 12.3 s &middot; 0.5 credits" in page
+    page = page_of("Run", [GalleryCard(prompt="fox", status="succeeded", file="1.png", seconds=12.34, cost="0.5")])
+    assert "succeeded &middot; 12.3 s &middot; 0.5 credits" in page
 
 
 def test_the_page_is_written_as_one_file(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from nanobanana_async import (
     TaskFailed,
     Unknown,
 )
-from nanobanana_async.simulator import FAST, Simulator, SimulatorProfile
+from nanobanana_async.simulator import FAST_PROFILE, Simulator, SimulatorProfile
 from tests.fakes import PNG, lost, script
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -31,7 +31,9 @@ def prompt_of(outcome: Outcome) -> str:
 
 async def test_each_request_comes_to_one_outcome() -> None:
     """Done with its task, or failed with its error; the keys are the positions."""
-    simulator = Simulator(SimulatorProfile(median_s=0.02, invisible_s=0, failed=0.2, text_only=0.2), seed=3)
+    simulator = Simulator(
+        SimulatorProfile(median_s=0.02, visibility_delay_s=0, failed_tasks=0.2, text_only=0.2), seed=3
+    )
     async with simulator.client() as client:
         outcomes = [outcome async for outcome in client.generate_many(f"fox {n}" for n in range(40))]
     assert sorted(int(outcome.key) for outcome in outcomes) == list(range(40))
@@ -44,7 +46,7 @@ async def test_each_request_comes_to_one_outcome() -> None:
 
 async def test_what_ends_first_comes_first() -> None:
     """Whatever the order in which they were asked for."""
-    simulator = Simulator(SimulatorProfile(median_s=0.1, sigma=1.5, invisible_s=0), seed=1)
+    simulator = Simulator(SimulatorProfile(median_s=0.1, sigma=1.5, visibility_delay_s=0), seed=1)
     async with simulator.client() as client:
         keys = [outcome.key async for outcome in client.generate_many(map(str, range(30)))]
     assert sorted(keys, key=int) != keys
@@ -52,7 +54,7 @@ async def test_what_ends_first_comes_first() -> None:
 
 async def test_a_slow_consumer_stops_the_submits() -> None:
     """Not more than `max_in_flight` are under way or wait to be read."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     most = 0
     async with simulator.client() as client:
         read = 0
@@ -76,7 +78,7 @@ async def test_requests_may_come_from_anywhere_and_are_taken_when_there_is_room(
             yield GenerationRequest(f"fox {taken}", images=[PNG])
             await anyio.lowlevel.checkpoint()
 
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     async with simulator.client() as client:
         outcomes = client.generate_many(endless(), max_in_flight=3)
         done = [await anext(outcomes) for _ in range(9)]
@@ -87,7 +89,7 @@ async def test_requests_may_come_from_anywhere_and_are_taken_when_there_is_room(
 
 async def test_ending_early_names_what_is_paid(caplog: pytest.LogCaptureFixture) -> None:
     """Nothing that was paid for disappears without a line in the log."""
-    simulator = Simulator(SimulatorProfile(median_s=0.2, sigma=1, invisible_s=0), seed=2)
+    simulator = Simulator(SimulatorProfile(median_s=0.2, sigma=1, visibility_delay_s=0), seed=2)
     async with (
         simulator.client() as client,
         aclosing(client.generate_many(map(str, range(50)), max_in_flight=10)) as outcomes,
@@ -104,7 +106,7 @@ async def test_ending_early_names_what_is_paid(caplog: pytest.LogCaptureFixture)
 async def test_an_unanswered_submit_is_unknown_and_the_others_go_on() -> None:
     """Never sent again, never mistaken for a failure."""
     transport = script(lost())
-    async with Simulator(FAST).client() as client:
+    async with Simulator(FAST_PROFILE).client() as client:
         client._api._transport = transport
         outcomes = [outcome async for outcome in client.generate_many(["a", "b"])]
     assert all(isinstance(outcome, Unknown) and isinstance(outcome.error, SubmissionUnknown) for outcome in outcomes)
@@ -113,7 +115,7 @@ async def test_an_unanswered_submit_is_unknown_and_the_others_go_on() -> None:
 
 async def test_a_bad_prompt_is_raised_after_the_others() -> None:
     """It is the caller's mistake; what was under way is not lost to it."""
-    simulator = Simulator(FAST)
+    simulator = Simulator(FAST_PROFILE)
     async with simulator.client() as client:
         outcomes = client.generate_many(["a", "b", "", "c"])
         done = [prompt_of(await anext(outcomes)) for _ in range(2)]
@@ -125,7 +127,7 @@ async def test_a_bad_prompt_is_raised_after_the_others() -> None:
 async def test_what_json_cannot_carry_fails_alone() -> None:
     """`extra` is checked when it is sent."""
     requests = [GenerationRequest("a", extra={"x": float("nan")}), GenerationRequest("b")]
-    async with Simulator(FAST).client() as client:
+    async with Simulator(FAST_PROFILE).client() as client:
         outcomes = {prompt_of(outcome): outcome async for outcome in client.generate_many(requests)}
     assert isinstance(outcomes["b"], Succeeded)
     assert isinstance(outcomes["a"], Failed)
@@ -134,7 +136,7 @@ async def test_what_json_cannot_carry_fails_alone() -> None:
 
 async def test_closing_the_client_meanwhile_is_told() -> None:
     """A loop that ends quietly would look like success."""
-    simulator = Simulator(SimulatorProfile(median_s=30, invisible_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=30, visibility_delay_s=0))
     client = simulator.client()
 
     outcomes = client.generate_many(map(str, range(9)), max_in_flight=2)
@@ -157,6 +159,6 @@ async def _exhaust(outcomes: AsyncIterator[Outcome]) -> None:
 
 async def test_nothing_in_flight_is_refused() -> None:
     """Zero would wait for ever."""
-    async with Simulator(FAST).client() as client:
+    async with Simulator(FAST_PROFILE).client() as client:
         with pytest.raises(ValueError, match="max_in_flight: must be at least 1"):
             await anext(client.generate_many(["a"], max_in_flight=0))

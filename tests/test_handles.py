@@ -18,7 +18,7 @@ from nanobanana_async import (
     TaskStatus,
     TaskTimeout,
 )
-from nanobanana_async.simulator import FAST, Simulator, SimulatorProfile
+from nanobanana_async.simulator import FAST_PROFILE, Simulator, SimulatorProfile
 from tests.fakes import accepted, script, state
 from tests.tracker_fakes import FakePollSource, every, finished_after, task, tracking
 
@@ -27,17 +27,17 @@ pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 async def test_a_handle_made_again_from_a_fresh_id_is_as_patient_as_the_first() -> None:
     """A web app submits in one request and waits in the next; the service may not show the task yet."""
-    simulator = Simulator(SimulatorProfile(median_s=40, sigma=0, invisible_s=25))
+    simulator = Simulator(SimulatorProfile(median_s=40, sigma=0, visibility_delay_s=25))
     async with simulator.client() as client:
         handle = await client.submit("a fox")
         assert (await client.task(handle.task_id).query()).status is TaskStatus.PENDING
         assert (await client.task(handle.task_id).wait()).images
-        assert client.statistics().median_s  # and what it took was learned
+        assert client.statistics().median_latency_s  # and what it took was learned
 
 
 async def test_a_handle_from_elsewhere_is_patient_if_it_is_told_when_the_task_was_submitted() -> None:
     """In another process nothing is known but the id; a clock that was set back changes nothing."""
-    simulator = Simulator(SimulatorProfile(median_s=40, sigma=0, invisible_s=25))
+    simulator = Simulator(SimulatorProfile(median_s=40, sigma=0, visibility_delay_s=25))
     async with simulator.client() as client:
         task_id = (await client.submit("a fox")).task_id
     async with simulator.client() as client:
@@ -55,7 +55,7 @@ async def test_who_asks_again_while_a_look_is_under_way_shares_it() -> None:
         for _ in range(100):
             with pytest.raises(TaskTimeout):
                 await tracker.wait("ta-1", timeout_s=0.1)
-        assert len(service.looks) <= 4
+        assert len(service.polls) <= 4
         assert service.most_in_flight == 1
         assert (await tracker.wait("ta-1", timeout_s=60)).is_final
 
@@ -79,37 +79,37 @@ async def test_one_task_that_always_fails_backs_off_alone() -> None:
 
     service = FakePollSource(answer)
     async with (
-        tracking(service, PollPolicy.backoff(first_s=1, pause_s=1, factor=1, cap_s=15)) as tracker,
+        tracking(service, PollPolicy.backoff(first_poll_s=1, initial_s=1, multiplier=1, max_s=15)) as tracker,
         anyio.create_task_group() as group,
     ):
         for task_id in ("ta-bad", "ta-good"):
             group.start_soon(partial(tracker.wait, task_id, timeout_s=500))
         await anyio.sleep(300)
-        looks = Counter(task_id for _, task_id in service.looks)
+        polls = Counter(task_id for _, task_id in service.polls)
         group.cancel_scope.cancel()
-    assert looks["ta-bad"] < 60 < looks["ta-good"]
+    assert polls["ta-bad"] < 60 < polls["ta-good"]
 
 
 async def test_who_has_left_holds_on_to_nothing() -> None:
     """The agenda may keep a deadline for a while, but not the picture."""
     service = FakePollSource(lambda task_id, _: task("success", task_id))
     async with tracking(service) as tracker:
-        watches = [tracker.watch("ta-1") for _ in range(5)]
-        entry = watches[0].entry
+        watches = [tracker.track("ta-1") for _ in range(5)]
+        tracked = watches[0].task
         await tracker.wait("ta-1", timeout_s=10)
-        for watch in watches:
-            tracker.leave(watch)
-        assert entry.task is None
-        assert all(watch.entry is not entry for watch in watches)
+        for waiter in watches:
+            tracker.remove_waiter(waiter)
+        assert tracked.snapshot is None
+        assert all(watch.task is not tracked for watch in watches)
 
 
 @pytest.mark.real_time
 async def test_statistics_need_no_event_loop() -> None:
     """After the run is when one saves what was learned; a metrics thread has none either."""
-    async with Simulator(FAST).client() as client:
+    async with Simulator(FAST_PROFILE).client() as client:
         await client.generate("a fox")
         figures = await anyio.to_thread.run_sync(client.statistics)
-    assert figures.curves == client.statistics().curves != {}
+    assert figures.latency_models == client.statistics().latency_models != {}
     assert figures.overdue_s == 0
 
 
@@ -117,7 +117,7 @@ async def test_statistics_need_no_event_loop() -> None:
 @pytest.mark.parametrize("other_loop", [True, False])
 async def test_closing_from_another_loop_harms_nobody(other_loop: bool) -> None:  # noqa: FBT001 - a parameter
     """It is refused before anything has happened."""
-    simulator = Simulator(SimulatorProfile(median_s=0.3, sigma=0, invisible_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=0.3, sigma=0, visibility_delay_s=0))
 
     async def close_elsewhere() -> None:
         with pytest.raises(ConfigurationError, match="another event loop"):
@@ -134,4 +134,4 @@ async def test_closing_from_another_loop_harms_nobody(other_loop: bool) -> None:
 def test_what_is_no_curve_is_refused_with_the_name_of_its_model(numbers: object) -> None:
     """A file that was saved by hand, or cut."""
     with pytest.raises(ValueError, match="curves: what is given for 'm'"):
-        NanoBananaClient("dk-test", polling=PollPolicy(curves={"m": numbers}))  # type: ignore[dict-item]
+        NanoBananaClient("dk-test", polling=PollPolicy(latency_models={"m": numbers}))  # type: ignore[dict-item]

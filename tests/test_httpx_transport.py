@@ -28,15 +28,15 @@ pytestmark = pytest.mark.anyio
 Carriers = Callable[[], "contextlib.AbstractAsyncContextManager[HttpxTransport]"]
 
 
-def ask(server: RawServer | str, errand: RequestKind = RequestKind.READ, **fields: object) -> WireRequest:
+def ask(server: RawServer | str, kind: RequestKind = RequestKind.READ, **fields: object) -> WireRequest:
     """Return a request to *server*."""
     url = server if isinstance(server, str) else f"{server.url}/path"
-    body = b"{}" if errand is RequestKind.SUBMIT else None
-    return WireRequest(errand=errand, method="POST" if body else "GET", url=url, body=body, **fields)  # type: ignore[arg-type]
+    body = b"{}" if kind is RequestKind.SUBMIT else None
+    return WireRequest(kind=kind, method="POST" if body else "GET", url=url, body=body, **fields)  # type: ignore[arg-type]
 
 
 @pytest.fixture(params=["lanes", "httpx", "httpx2"])
-def carrier(request: pytest.FixtureRequest) -> Carriers:
+def make_transport(request: pytest.FixtureRequest) -> Carriers:
     """Make a transport of our own lanes, and over each library's client."""
 
     @contextlib.asynccontextmanager
@@ -57,44 +57,44 @@ def carrier(request: pytest.FixtureRequest) -> Carriers:
     return make
 
 
-async def test_a_reply_comes_back_as_it_was_sent(carrier: Carriers) -> None:
+async def test_a_reply_comes_back_as_it_was_sent(make_transport: Carriers) -> None:
     """Status, headers in lower case, body untouched."""
     with serving(saying(response(b"hello", X_Thing="a"))) as server:
-        async with carrier() as transport:
+        async with make_transport() as transport:
             reply = await transport.send(ask(server), timeout_s=5)
     assert (reply.status, reply.body, reply.headers["x-thing"]) == (200, b"hello", "a")
 
 
-async def test_a_compressed_reply_is_not_inflated(carrier: Carriers) -> None:
+async def test_a_compressed_reply_is_not_inflated(make_transport: Carriers) -> None:
     """A few bytes can inflate to gigabytes; that is not the transport's decision."""
     packed = gzip.compress(b"hello")
     with serving(saying(response(packed, Content_Encoding="gzip"))) as server:
-        async with carrier() as transport:
+        async with make_transport() as transport:
             assert (await transport.send(ask(server), timeout_s=5)).body == packed
 
 
-async def test_a_redirect_is_a_reply_and_not_followed(carrier: Carriers) -> None:
+async def test_a_redirect_is_a_reply_and_not_followed(make_transport: Carriers) -> None:
     """Following one would carry the key, and re-send the POST, to somebody else."""
     with serving(saying(response(status="307 Temporary Redirect", Location="/elsewhere"))) as server:
-        async with carrier() as transport:
+        async with make_transport() as transport:
             reply = await transport.send(ask(server, RequestKind.SUBMIT), timeout_s=5)
     assert (reply.status, len(server.requests)) == (307, 1)
 
 
-@pytest.mark.parametrize("errand", [RequestKind.SUBMIT, RequestKind.READ])
-async def test_a_refused_connection_was_never_sent(carrier: Carriers, errand: RequestKind) -> None:
+@pytest.mark.parametrize("kind", [RequestKind.SUBMIT, RequestKind.READ])
+async def test_a_refused_connection_was_never_sent(make_transport: Carriers, kind: RequestKind) -> None:
     """The peer provably had no byte."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/"
-    async with carrier() as transport:
+    async with make_transport() as transport:
         with pytest.raises(ExchangeError) as caught:
-            await transport.send(ask(url, errand), timeout_s=5)
+            await transport.send(ask(url, kind), timeout_s=5)
     assert (caught.value.phase, caught.value.permanent) == (Phase.CONNECT, False)
 
 
-async def test_a_name_that_does_not_resolve_was_never_sent(carrier: Carriers) -> None:
+async def test_a_name_that_does_not_resolve_was_never_sent(make_transport: Carriers) -> None:
     """And may resolve later."""
-    async with carrier() as transport:
+    async with make_transport() as transport:
         with pytest.raises(ExchangeError) as caught:
             await transport.send(ask("http://nothing.invalid/", RequestKind.SUBMIT), timeout_s=5)
     assert (caught.value.phase, caught.value.permanent) == (Phase.CONNECT, False)
@@ -119,34 +119,34 @@ CUT = response(b'{"task_id": "ta-1"', length=1000)
         pytest.param(saying_then(reset), Phase.SEND, None, id="rst-without-a-word"),
         pytest.param(saying_then(socket.socket.close, b"HTTP/1.1 200"), Phase.SEND, None, id="fin-in-headers"),
         pytest.param(saying_then(socket.socket.close, b"\0garbage\r\n\r\n"), Phase.SEND, None, id="garbage"),
-        pytest.param(saying_then(socket.socket.close, CUT), Phase.REPLY, b'{"task_id": "ta-1"', id="fin-in-body"),
+        pytest.param(saying_then(socket.socket.close, CUT), Phase.RESPONSE, b'{"task_id": "ta-1"', id="fin-in-body"),
     ],
 )
-@pytest.mark.parametrize("errand", [RequestKind.SUBMIT, RequestKind.READ])
+@pytest.mark.parametrize("kind", [RequestKind.SUBMIT, RequestKind.READ])
 async def test_a_broken_exchange_says_how_far_it_got_and_keeps_what_came(
-    carrier: Carriers,
-    errand: RequestKind,
+    make_transport: Carriers,
+    kind: RequestKind,
     handler: Callable[[socket.socket, bytes], None],
     phase: Phase,
     kept: bytes | None,
 ) -> None:
     """The verdict on a paid submit hangs on both."""
     with serving(handler) as server:
-        async with carrier() as transport:
+        async with make_transport() as transport:
             with pytest.raises(ExchangeError) as caught:
-                await transport.send(ask(server, errand), timeout_s=5)
-    assert (caught.value.phase, caught.value.reply and caught.value.reply.body) == (phase, kept)
+                await transport.send(ask(server, kind), timeout_s=5)
+    assert (caught.value.phase, caught.value.response and caught.value.response.body) == (phase, kept)
 
 
-async def test_a_body_cut_without_a_content_length_is_just_short(carrier: Carriers) -> None:
+async def test_a_body_cut_without_a_content_length_is_just_short(make_transport: Carriers) -> None:
     """HTTP cannot tell; the reader above has to."""
     head = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"
     with serving(saying_then(socket.socket.close, head, b'{"half')) as server:
-        async with carrier() as transport:
+        async with make_transport() as transport:
             assert (await transport.send(ask(server), timeout_s=5)).body == b'{"half'
 
 
-async def test_the_total_deadline_holds_against_a_peer_that_drips(carrier: Carriers) -> None:
+async def test_the_total_deadline_holds_against_a_peer_that_drips(make_transport: Carriers) -> None:
     """A byte now and then never trips a read timeout."""
 
     def drip(peer: socket.socket, _: bytes) -> None:
@@ -156,25 +156,25 @@ async def test_the_total_deadline_holds_against_a_peer_that_drips(carrier: Carri
             time.sleep(0.02)
 
     with serving(drip) as server:
-        async with carrier() as transport:
+        async with make_transport() as transport:
             start_s = time.monotonic()
             with pytest.raises(ExchangeError, match=r"no whole reply within 0\.\d+ s") as caught:
                 await transport.send(ask(server, RequestKind.SUBMIT), timeout_s=0.3)
             assert time.monotonic() - start_s < 1.8
-    assert caught.value.reply is not None
-    assert set(caught.value.reply.body) == set(b"x")
+    assert caught.value.response is not None
+    assert set(caught.value.response.body) == set(b"x")
 
 
-async def test_a_peer_that_never_answers_may_have_been_paid(carrier: Carriers) -> None:
+async def test_a_peer_that_never_answers_may_have_been_paid(make_transport: Carriers) -> None:
     """Connected, request on its way, silence: not "never sent"."""
     with serving(lambda *_: time.sleep(0.6)) as server:
-        async with carrier() as transport:
+        async with make_transport() as transport:
             with pytest.raises(ExchangeError) as caught:
                 await transport.send(ask(server, RequestKind.SUBMIT), timeout_s=0.3)
     assert caught.value.phase is Phase.SEND
 
 
-async def test_a_connection_that_is_never_made_was_never_sent(carrier: Carriers) -> None:
+async def test_a_connection_that_is_never_made_was_never_sent(make_transport: Carriers) -> None:
     """A full backlog drops our SYN: the deadline passes before a byte of the request could leave."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
@@ -184,20 +184,20 @@ async def test_a_connection_that_is_never_made_was_never_sent(carrier: Carriers)
             filler.settimeout(0)
             with contextlib.suppress(BlockingIOError):
                 filler.connect(address)
-        async with carrier() as transport:
+        async with make_transport() as transport:
             with pytest.raises(ExchangeError) as caught:
                 await transport.send(ask(f"http://127.0.0.1:{address[1]}/", RequestKind.SUBMIT), timeout_s=0.5)
     assert caught.value.phase is Phase.CONNECT
 
 
-async def test_a_body_over_the_cap_ends_the_exchange_at_the_cap(carrier: Carriers) -> None:
+async def test_a_body_over_the_cap_ends_the_exchange_at_the_cap(make_transport: Carriers) -> None:
     """Memory stays bounded, and the beginning is kept."""
     with serving(saying(response(b"y" * 100_000))) as server:
-        async with carrier() as transport:
+        async with make_transport() as transport:
             with pytest.raises(ExchangeError, match="longer than may be read") as caught:
                 await transport.send(ask(server, max_bytes=1000), timeout_s=5)
-    assert caught.value.reply is not None
-    assert caught.value.reply.body == b"y" * 1000
+    assert caught.value.response is not None
+    assert caught.value.response.body == b"y" * 1000
 
 
 async def test_a_sink_gets_the_body_of_a_200_and_of_nothing_else() -> None:
@@ -207,10 +207,10 @@ async def test_a_sink_gets_the_body_of_a_200_and_of_nothing_else() -> None:
             async with contextlib.aclosing(HttpxTransport()) as transport:
                 got = bytearray()
 
-                async def sink(piece: bytes) -> None:
-                    got.extend(piece)  # noqa: B023 - used before the loop goes on
+                async def sink(chunk: bytes) -> None:
+                    got.extend(chunk)  # noqa: B023 - used before the loop goes on
 
-                await transport.send(ask(server, RequestKind.FETCH), timeout_s=5, sink=sink)
+                await transport.send(ask(server, RequestKind.DOWNLOAD), timeout_s=5, sink=sink)
         assert got == expected
 
 
@@ -227,7 +227,7 @@ async def test_a_download_that_is_cancelled_half_way_leaves_nothing_to_the_garba
                     if moment == "in the sink":
                         await anyio.lowlevel.checkpoint()
 
-                await transport.send(ask(server, RequestKind.FETCH), timeout_s=5, sink=sink)
+                await transport.send(ask(server, RequestKind.DOWNLOAD), timeout_s=5, sink=sink)
             assert scope.cancelled_caught
     gc.collect()
 
@@ -241,7 +241,7 @@ async def test_what_a_sink_raises_comes_out_as_it_is() -> None:
     with serving(saying(response(b"picture"))) as server:
         async with contextlib.aclosing(HttpxTransport()) as transport:
             with pytest.raises(OSError, match="No space left"):
-                await transport.send(ask(server, RequestKind.FETCH), timeout_s=5, sink=full)
+                await transport.send(ask(server, RequestKind.DOWNLOAD), timeout_s=5, sink=full)
 
 
 async def test_reads_reuse_a_connection_and_submits_never_do() -> None:
@@ -263,7 +263,7 @@ async def test_a_client_that_was_handed_in_leaves_nothing_behind() -> None:
             transport = HttpxTransport(client)
             for _ in range(4):
                 await transport.send(ask(server), timeout_s=5)
-            assert not any(transport._idle.values())
+            assert not any(transport._idle_connections.values())
 
 
 async def test_a_lane_that_was_cut_off_is_not_used_again() -> None:
@@ -276,7 +276,7 @@ async def test_a_lane_that_was_cut_off_is_not_used_again() -> None:
                     while len(server.requests) <= number:
                         await anyio.sleep(0.01)
                     group.cancel_scope.cancel()
-            assert (server.connections, sum(map(len, transport._idle.values()))) == (3, 0)
+            assert (server.connections, sum(map(len, transport._idle_connections.values()))) == (3, 0)
 
 
 async def test_a_connection_the_server_closed_meanwhile_is_replaced() -> None:
@@ -329,7 +329,7 @@ async def test_pictures_never_travel_by_a_client_that_was_handed_in() -> None:
     with serving(saying(response(b"{}"))) as server:
         async with httpx.AsyncClient(headers={"X-Api-Key": "dk-secret"}, cookies={"session": "s"}) as client:
             transport = HttpxTransport(client)
-            await transport.send(ask(server, RequestKind.FETCH), timeout_s=5)
+            await transport.send(ask(server, RequestKind.DOWNLOAD), timeout_s=5)
             await transport.aclose()
             assert not client.is_closed
     assert b"dk-secret" not in server.requests[0]
@@ -348,7 +348,7 @@ async def test_a_guarded_request_never_reaches_a_private_address(url: str) -> No
     with serving(saying(response(b"secret"))) as server:
         async with contextlib.aclosing(HttpxTransport()) as transport:
             with pytest.raises(ExchangeError, match="not a public address") as caught:
-                await transport.send(ask(url.format(server.port), RequestKind.FETCH, public_only=True), timeout_s=5)
+                await transport.send(ask(url.format(server.port), RequestKind.DOWNLOAD, public_only=True), timeout_s=5)
     assert (caught.value.permanent, server.connections) == (True, 0)
 
 
@@ -362,7 +362,7 @@ async def test_a_guarded_request_dials_the_address_that_was_judged(monkeypatch: 
         monkeypatch.setattr(transport_module, "resolve", rebinding)
         monkeypatch.setattr(transport_module, "is_public", bool)
         async with contextlib.aclosing(HttpxTransport()) as transport:
-            request = ask(f"http://files.example:{server.port}/1.png", RequestKind.FETCH, public_only=True)
+            request = ask(f"http://files.example:{server.port}/1.png", RequestKind.DOWNLOAD, public_only=True)
             assert (await transport.send(request, timeout_s=5)).body == b"picture"
     assert f"host: files.example:{server.port}".encode() in server.requests[0].lower()
 

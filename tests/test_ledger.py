@@ -49,21 +49,21 @@ async def opened(folder: Path, **options: bool) -> AsyncIterator[Ledger]:
 
 async def record_of(ledger: Ledger, key: str = "k") -> LedgerRow:
     """Return one record."""
-    return next(record for record in await ledger.read(list) if record.key == key)
+    return next(record for record in await ledger.query_rows(list) if record.key == key)
 
 
 async def test_a_row_goes_from_intent_to_file(tmp_path: Path) -> None:
     """Each step is there when the ledger is opened again."""
     async with opened(tmp_path) as ledger:
-        (record,) = await ledger.enter([row()])
-        assert (record.state, record.number, record.stem) == (RowState.OPEN, 1, "0001-a-fox")
-        await ledger.intend("k")
-        await ledger.move("k", RowState.SUBMITTED, task_id="ta-1", submitted_at=1.0)
-        await ledger.move("k", RowState.SUCCESS, consumed="0.50", ended_at=2.0)
+        (record,) = await ledger.upsert_rows([row()])
+        assert (record.state, record.number, record.file_stem) == (RowState.READY, 1, "0001-a-fox")
+        await ledger.begin_attempt("k")
+        await ledger.transition("k", RowState.SUBMITTED, task_id="ta-1", submitted_at=1.0)
+        await ledger.transition("k", RowState.SUCCEEDED, consumed="0.50", ended_at=2.0)
     async with opened(tmp_path) as ledger:
         record = await record_of(ledger)
-        assert (record.state, record.task_id, str(record.consumed)) == (RowState.SUCCESS, "ta-1", "0.50")
-        await ledger.saved("k", [SavedImage(path=tmp_path / "0001-a-fox.png", sha256="ab", size_bytes=3)])
+        assert (record.state, record.task_id, str(record.consumed)) == (RowState.SUCCEEDED, "ta-1", "0.50")
+        await ledger.record_saved("k", [SavedImage(path=tmp_path / "0001-a-fox.png", sha256="ab", size_bytes=3)])
     async with opened(tmp_path) as ledger:
         record = await record_of(ledger)
         assert record.state is RowState.SAVED
@@ -73,80 +73,82 @@ async def test_a_row_goes_from_intent_to_file(tmp_path: Path) -> None:
 async def test_an_intent_that_nobody_closed_is_unknown(tmp_path: Path) -> None:
     """The program ended before an answer came: it may be paid."""
     async with opened(tmp_path) as ledger:
-        await ledger.enter([row()])
-        await ledger.intend("k")
+        await ledger.upsert_rows([row()])
+        await ledger.begin_attempt("k")
     async with opened(tmp_path) as ledger:
         record = await record_of(ledger)
         assert (record.state, record.reason) == (RowState.UNKNOWN, "the program ended before an answer came")
         with pytest.raises(LedgerError):
-            await ledger.intend("k")
+            await ledger.begin_attempt("k")
 
 
 @pytest.mark.parametrize(
     ("steps", "refused"),
     [
         pytest.param([], RowState.SUBMITTED, id="no-intent"),
-        pytest.param([RowState.REFUSED], RowState.SUBMITTED, id="refused-then-submitted"),
-        pytest.param([RowState.SUBMITTED], RowState.REFUSED, id="paid-then-refused"),
+        pytest.param([RowState.REJECTED], RowState.SUBMITTED, id="refused-then-submitted"),
+        pytest.param([RowState.SUBMITTED], RowState.REJECTED, id="paid-then-refused"),
         pytest.param([RowState.SUBMITTED], RowState.SAVED, id="saved-without-an-end"),
-        pytest.param([RowState.SUBMITTED], RowState.REOPENED, id="paid-then-reopened"),
-        pytest.param([RowState.SUBMITTED, RowState.SUCCESS], RowState.FAILED, id="success-then-failed"),
-        pytest.param([RowState.SUBMITTED, RowState.FAILED], RowState.SUCCESS, id="failed-then-success"),
-        pytest.param([RowState.SUBMITTED, RowState.SUCCESS, RowState.SAVED], RowState.UNKNOWN, id="saved-then-unknown"),
-        pytest.param([RowState.UNKNOWN, RowState.ABANDONED], RowState.REOPENED, id="abandoned-then-reopened"),
+        pytest.param([RowState.SUBMITTED], RowState.REQUEUED, id="paid-then-reopened"),
+        pytest.param([RowState.SUBMITTED, RowState.SUCCEEDED], RowState.FAILED, id="success-then-failed"),
+        pytest.param([RowState.SUBMITTED, RowState.FAILED], RowState.SUCCEEDED, id="failed-then-success"),
+        pytest.param(
+            [RowState.SUBMITTED, RowState.SUCCEEDED, RowState.SAVED], RowState.UNKNOWN, id="saved-then-unknown"
+        ),
+        pytest.param([RowState.UNKNOWN, RowState.ABANDONED], RowState.REQUEUED, id="abandoned-then-reopened"),
     ],
 )
 async def test_a_row_never_goes_back(tmp_path: Path, steps: list[RowState], refused: RowState) -> None:
     """Whoever asks: what is paid does not become open by mistake."""
     async with opened(tmp_path) as ledger:
-        await ledger.enter([row()])
+        await ledger.upsert_rows([row()])
         if steps:
-            await ledger.intend("k")
+            await ledger.begin_attempt("k")
         for state in steps:
-            await ledger.move("k", state)
+            await ledger.transition("k", state)
         before = await record_of(ledger)
         with pytest.raises(LedgerError, match="not in a state"):
-            await ledger.move("k", refused)
+            await ledger.transition("k", refused)
         assert await record_of(ledger) == before
 
 
-@pytest.mark.parametrize("state", [RowState.SUBMITTED, RowState.UNKNOWN, RowState.INTENT])
+@pytest.mark.parametrize("state", [RowState.SUBMITTED, RowState.UNKNOWN, RowState.SUBMITTING])
 async def test_what_may_be_paid_is_not_submitted_again(tmp_path: Path, state: RowState) -> None:
     """Not by a second intent."""
     async with opened(tmp_path) as ledger:
-        await ledger.enter([row()])
-        await ledger.intend("k")
-        if state is not RowState.INTENT:
-            await ledger.move("k", state)
+        await ledger.upsert_rows([row()])
+        await ledger.begin_attempt("k")
+        if state is not RowState.SUBMITTING:
+            await ledger.transition("k", state)
         with pytest.raises(LedgerError):
-            await ledger.intend("k")
+            await ledger.begin_attempt("k")
 
 
-@pytest.mark.parametrize("path", [[RowState.REFUSED], [RowState.FAILED], [RowState.UNKNOWN, RowState.REOPENED]])
+@pytest.mark.parametrize("path", [[RowState.REJECTED], [RowState.FAILED], [RowState.UNKNOWN, RowState.REQUEUED]])
 async def test_what_is_open_again_gets_an_attempt_of_its_own(tmp_path: Path, path: list[RowState]) -> None:
     """The one before stays on the books, with what it may have cost."""
     async with opened(tmp_path) as ledger:
-        await ledger.enter([row()])
-        await ledger.intend("k")
+        await ledger.upsert_rows([row()])
+        await ledger.begin_attempt("k")
         for state in path:
-            await ledger.move("k", state)
-        await ledger.intend("k")
-        costs = await ledger.costs()
-        assert [unsettled for _, unsettled, _ in costs] == [int(RowState.REOPENED in path), 1]
+            await ledger.transition("k", state)
+        await ledger.begin_attempt("k")
+        costs = await ledger.attempt_costs()
+        assert [unsettled for _, unsettled, _ in costs] == [int(RowState.REQUEUED in path), 1]
 
 
 async def test_a_post_that_is_repeated_counts(tmp_path: Path) -> None:
     """The one before may be charged as well."""
     async with opened(tmp_path) as ledger:
-        await ledger.enter([row()])
+        await ledger.upsert_rows([row()])
         with pytest.raises(LedgerError):
-            await ledger.intend("k", again=True)
-        await ledger.intend("k")
-        await ledger.intend("k", again=True)
-        await ledger.move("k", RowState.SUBMITTED, task_id="ta-1")
-        await ledger.move("k", RowState.SUCCESS, consumed="0.5")
-        assert (await record_of(ledger)).sends == 2
-        ((_, unsettled, consumed),) = await ledger.costs()
+            await ledger.begin_attempt("k", resubmit=True)
+        await ledger.begin_attempt("k")
+        await ledger.begin_attempt("k", resubmit=True)
+        await ledger.transition("k", RowState.SUBMITTED, task_id="ta-1")
+        await ledger.transition("k", RowState.SUCCEEDED, consumed="0.5")
+        assert (await record_of(ledger)).submit_count == 2
+        ((_, unsettled, consumed),) = await ledger.attempt_costs()
         assert (unsettled, str(consumed)) == (1, "0.5")
 
 
@@ -162,7 +164,7 @@ async def test_file_names_are_our_own_and_nobody_elses(tmp_path: Path) -> None:
         row("7", "a", name="con/aux"),
     ]
     async with opened(tmp_path) as ledger:
-        stems = [record.stem for record in await ledger.enter(rows)]
+        stems = [record.file_stem for record in await ledger.upsert_rows(rows)]
     assert stems[:2] == ["0001-etc-passwd", "0002"]
     assert len(stems[2]) <= 45
     assert stems[3:] == ["Poster", "POSTER-5", "poster-5-6", "con-aux"]
@@ -171,12 +173,12 @@ async def test_file_names_are_our_own_and_nobody_elses(tmp_path: Path) -> None:
 async def test_a_row_with_a_key_of_its_own_may_be_edited_until_it_is_paid(tmp_path: Path) -> None:
     """After that, the key belongs to what was paid for."""
     async with opened(tmp_path) as ledger:
-        await ledger.enter([row()])
-        (edited,) = await ledger.enter([row(prompt="a hare")])
+        await ledger.upsert_rows([row()])
+        (edited,) = await ledger.upsert_rows([row(prompt="a hare")])
         assert edited.prompt == "a hare"
-        await ledger.intend("k")
-        (kept,) = await ledger.enter([row(prompt="an owl")])
-        assert (kept.prompt, kept.state) == ("a hare", RowState.INTENT)
+        await ledger.begin_attempt("k")
+        (kept,) = await ledger.upsert_rows([row(prompt="an owl")])
+        assert (kept.prompt, kept.state) == ("a hare", RowState.SUBMITTING)
 
 
 async def test_the_file_is_for_its_owner_alone_and_every_commit_is_synced(tmp_path: Path) -> None:
@@ -201,23 +203,23 @@ async def test_many_writers_share_a_commit(tmp_path: Path, monkeypatch: pytest.M
         commit(self, orders)  # type: ignore[arg-type]
 
     async with opened(tmp_path) as ledger:
-        await ledger.enter([row(str(number)) for number in range(100)])
+        await ledger.upsert_rows([row(str(number)) for number in range(100)])
         monkeypatch.setattr(Ledger, "_commit", counted)
         async with anyio.create_task_group() as group:
             for number in range(100):
-                group.start_soon(ledger.intend, str(number))
-        assert len(await ledger.read(list, RowState.INTENT)) == 100
+                group.start_soon(ledger.begin_attempt, str(number))
+        assert len(await ledger.query_rows(list, RowState.SUBMITTING)) == 100
     assert commits <= 4
 
 
 async def test_cancelling_does_not_tear_a_write(tmp_path: Path) -> None:
     """It is there, whoever gave up waiting for it."""
     async with opened(tmp_path) as ledger:
-        await ledger.enter([row()])
+        await ledger.upsert_rows([row()])
         with anyio.CancelScope() as scope:
             scope.cancel()
-            await ledger.intend("k")
-        assert (await record_of(ledger)).state is RowState.INTENT
+            await ledger.begin_attempt("k")
+        assert (await record_of(ledger)).state is RowState.SUBMITTING
 
 
 # --- one writer -----------------------------------------------------------------------------------------------------
@@ -248,7 +250,7 @@ async def test_a_second_process_is_refused_with_the_pid_of_the_first(tmp_path: P
         holder.kill()
         holder.wait()
     async with opened(tmp_path) as ledger:
-        await ledger.enter([row()])
+        await ledger.upsert_rows([row()])
 
 
 async def test_the_same_process_is_no_exception(tmp_path: Path) -> None:
@@ -279,12 +281,12 @@ async def test_an_opening_that_is_cancelled_at_any_step_leaves_the_folder_free(t
 async def test_a_copy_is_refused_until_it_is_adopted(tmp_path: Path) -> None:
     """Both it and the original would submit what is still open. A folder that was renamed is no copy."""
     async with opened(tmp_path / "a") as ledger:
-        await ledger.enter([row()])
+        await ledger.upsert_rows([row()])
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     with pytest.raises(LedgerError, match=r"is a copy.*--adopt"):
         await Ledger.open(tmp_path / "b")
     async with opened(tmp_path / "b", adopt=True) as ledger:
-        assert (await record_of(ledger)).state is RowState.OPEN
+        assert (await record_of(ledger)).state is RowState.READY
     async with opened(tmp_path / "b"):
         pass
     (tmp_path / "a").rename(tmp_path / "c")
@@ -314,7 +316,7 @@ async def test_a_copy_is_refused_until_it_is_adopted(tmp_path: Path) -> None:
 async def test_a_ledger_that_cannot_be_trusted_is_not_opened(tmp_path: Path, spoil: object, says: str) -> None:
     """Nothing is submitted on its word."""
     async with opened(tmp_path) as ledger:
-        await ledger.enter([row(str(number)) for number in range(200)])
+        await ledger.upsert_rows([row(str(number)) for number in range(200)])
     spoil(tmp_path / "ledger.db")  # type: ignore[operator]
     with pytest.raises(LedgerError, match=says):
         await Ledger.open(tmp_path)
@@ -324,7 +326,7 @@ async def test_an_empty_file_is_a_new_ledger(tmp_path: Path) -> None:
     """A crash between making the file and filling it."""
     (tmp_path / "ledger.db").touch()
     async with opened(tmp_path) as ledger:
-        assert await ledger.read(list) == []
+        assert await ledger.query_rows(list) == []
 
 
 async def test_where_there_is_no_ledger_none_is_made_by_asking(tmp_path: Path) -> None:
@@ -344,22 +346,22 @@ async def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 async def test_after_a_write_that_failed_nothing_is_written_any_more(tmp_path: Path) -> None:
     """A full disk: the first failure stands, even when there is room again; what was durable stays."""
     async with opened(tmp_path) as ledger:
-        await ledger.enter([row("1")])
+        await ledger.upsert_rows([row("1")])
         pages = ledger._db.execute("PRAGMA page_count").fetchone()[0]
         ledger._db.execute(f"PRAGMA max_page_count={pages}")
         with pytest.raises(LedgerError, match="full"):
-            await ledger.enter([row(str(number), "x" * 2000) for number in range(2, 50)])
+            await ledger.upsert_rows([row(str(number), "x" * 2000) for number in range(2, 50)])
         ledger._db.execute("PRAGMA max_page_count=100000")
         with pytest.raises(LedgerError, match="nothing more is submitted"):
-            await ledger.intend("1")
+            await ledger.begin_attempt("1")
     async with opened(tmp_path) as ledger:
-        assert [(record.key, record.state) for record in await ledger.read(list)] == [("1", RowState.OPEN)]
+        assert [(record.key, record.state) for record in await ledger.query_rows(list)] == [("1", RowState.READY)]
 
 
 async def test_words_that_are_no_text_do_not_stop_the_books(tmp_path: Path) -> None:
     """A path in an error may hold bytes that no encoding knows."""
     async with opened(tmp_path) as ledger:
-        await ledger.enter([row()])
-        await ledger.intend("k")
-        await ledger.move("k", RowState.FAILED, reason=os.fsdecode(b"caf\xe9.png: no"))
+        await ledger.upsert_rows([row()])
+        await ledger.begin_attempt("k")
+        await ledger.transition("k", RowState.FAILED, reason=os.fsdecode(b"caf\xe9.png: no"))
         assert (await record_of(ledger)).reason == "caf?.png: no"

@@ -44,7 +44,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gather_s, sqlite._GATHER_S = sqlite._GATHER_S, 0.0  # nobody comes with whom to share
+        self.gather_s, sqlite._GROUP_COMMIT_S = sqlite._GROUP_COMMIT_S, 0.0  # nobody comes with whom to share
         self.runner = asyncio.Runner()
         self.root = Path(tempfile.mkdtemp())
         self.folder = self.root / "0"
@@ -62,7 +62,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def begin(self) -> None:
         """Enter all rows."""
         self.ledger = self.do(Ledger.open(self.folder))
-        self.do(self.ledger.enter(map(row, KEYS)))
+        self.do(self.ledger.upsert_rows(map(row, KEYS)))
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:  # noqa: ANN401 - whatever it returns
         """Run to the end."""
@@ -70,21 +70,21 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def records(self) -> dict[str, LedgerRow]:
         """Return what the ledger says."""
-        return {record.key: record for record in self.do(self.ledger.read(list))}
+        return {record.key: record for record in self.do(self.ledger.query_rows(list))}
 
     def move(self, key: str, state: RowState, **facts: str) -> None:
         """Have a move acknowledged."""
-        self.do(self.ledger.move(key, state, **facts))
+        self.do(self.ledger.transition(key, state, **facts))
         self.known[key] = state
 
     @rule(key=keys, charges=st.booleans())
     def submit(self, key: str, charges: bool) -> None:  # noqa: FBT001 - drawn
         """By the book: an intent, and then the POST; refused by the ledger when it may be paid already."""
         try:
-            self.do(self.ledger.intend(key))
+            self.do(self.ledger.begin_attempt(key))
         except LedgerError:
             return
-        self.known[key] = RowState.INTENT
+        self.known[key] = RowState.SUBMITTING
         self.posted[key] = None
         if charges:
             self.charged[key] += 1
@@ -99,7 +99,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if data.draw(st.booleans()):
             self.move(key, RowState.UNKNOWN, reason="lost")
         elif task_id is None:
-            self.move(key, RowState.REFUSED)
+            self.move(key, RowState.REJECTED)
         else:
             self.move(key, RowState.SUBMITTED, task_id=task_id)
 
@@ -107,31 +107,31 @@ class LedgerMachine(RuleBasedStateMachine):
     def finish(self, key: str, wins: bool) -> None:  # noqa: FBT001 - drawn
         """A task ends."""
         if self.known.get(key) is RowState.SUBMITTED:
-            self.move(key, RowState.SUCCESS if wins else RowState.FAILED, consumed="0.5")
+            self.move(key, RowState.SUCCEEDED if wins else RowState.FAILED, consumed="0.5")
             if not wins:
                 self.allowed[key] += 1  # a row that failed may be paid again, and its owner is told
 
     @rule(key=keys)
     def save(self, key: str) -> None:
         """A picture is on disk."""
-        if self.known.get(key) is RowState.SUCCESS:
-            self.do(self.ledger.saved(key, [SavedImage(path=self.folder / key, sha256=key, size_bytes=1)]))
+        if self.known.get(key) is RowState.SUCCEEDED:
+            self.do(self.ledger.record_saved(key, [SavedImage(path=self.folder / key, sha256=key, size_bytes=1)]))
             self.known[key] = RowState.SAVED
 
     @rule(key=keys, again=st.booleans())
     def resolve(self, key: str, again: bool) -> None:  # noqa: FBT001 - drawn
         """The owner decides about an unknown row."""
         if self.known.get(key) is RowState.UNKNOWN:
-            self.move(key, RowState.REOPENED if again else RowState.ABANDONED)
+            self.move(key, RowState.REQUEUED if again else RowState.ABANDONED)
             self.allowed[key] += again
 
     @rule(key=keys, state=st.sampled_from(RowState))
-    def meddle(self, key: str, state: RowState) -> None:
+    def misuse(self, key: str, state: RowState) -> None:
         """Anything that does not follow is refused, and changes nothing."""
         before = self.records()[key]
         if state in FOLLOWS and before.state not in FOLLOWS[state]:
             with pytest.raises(LedgerError):
-                self.do(self.ledger.move(key, state))
+                self.do(self.ledger.transition(key, state))
             assert self.records()[key] == before
 
     @rule(unsynced=st.floats(0, 1), garbled=st.booleans(), key=keys)
@@ -142,7 +142,7 @@ class LedgerMachine(RuleBasedStateMachine):
         database = self.ledger._db
         if not database.in_transaction:
             database.execute("BEGIN")
-        schema.intend(database, key)  # under way: not acknowledged, so nothing was sent on its word
+        schema.begin_attempt(database, key)  # under way: not acknowledged, so nothing was sent on its word
         database.execute("COMMIT")
         self.restarts += 1
         rescued = self.root / str(self.restarts)
@@ -160,7 +160,7 @@ class LedgerMachine(RuleBasedStateMachine):
         for name, state in before.items():
             assert name in after
             seen = after[name].state
-            expected = RowState.UNKNOWN if state is RowState.INTENT else state
+            expected = RowState.UNKNOWN if state is RowState.SUBMITTING else state
             assert seen is expected or (name == key and seen is RowState.UNKNOWN and expected in SUBMITTABLE)
         self.known = {name: record.state for name, record in after.items()}
 
@@ -175,23 +175,23 @@ class LedgerMachine(RuleBasedStateMachine):
             assert key in records
             state = records[key].state
             if key in self.posted:
-                assert state is RowState.INTENT
-            elif self.known.get(key) not in (None, RowState.INTENT):
+                assert state is RowState.SUBMITTING
+            elif self.known.get(key) not in (None, RowState.SUBMITTING):
                 assert state is self.known[key]
             if self.charged[key] and key not in self.posted:
-                assert state is not RowState.OPEN
+                assert state is not RowState.READY
 
     def teardown(self) -> None:
         """Leave nothing."""
-        sqlite._GATHER_S = self.gather_s
+        sqlite._GROUP_COMMIT_S = self.gather_s
         if hasattr(self, "ledger"):
             self.do(self.ledger.aclose())
         self.runner.close()
         shutil.rmtree(self.root)
 
 
-FOLLOWS = dict(schema._BEFORE)
-SUBMITTABLE = (RowState.OPEN, RowState.REFUSED, RowState.REOPENED, RowState.FAILED)
+FOLLOWS = dict(schema.ALLOWED_FROM)
+SUBMITTABLE = (RowState.READY, RowState.REJECTED, RowState.REQUEUED, RowState.FAILED)
 QUICK = settings(
     max_examples=40,
     stateful_step_count=25,
@@ -216,27 +216,27 @@ def _acknowledged_before_commit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _intents_survive_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite, "_CUT_OFF", None)
-    prepare = sqlite._prepare
+    monkeypatch.setattr(sqlite, "_INTERRUPTED_REASON", None)
+    prepare = sqlite._initialize
 
     def kept(db: sqlite3.Connection, path: Path, *, adopt: bool) -> None:
         db.set_authorizer(lambda action, table, *_: sqlite3.SQLITE_IGNORE if (action, table) == (23, "attempts") else 0)
         prepare(db, path, adopt=adopt)
         db.set_authorizer(None)
 
-    monkeypatch.setattr(sqlite, "_prepare", kept)
+    monkeypatch.setattr(sqlite, "_initialize", kept)
 
 
 def _any_state_may_follow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema, "_BEFORE", dict.fromkeys(RowState, tuple(RowState)))
+    monkeypatch.setattr(schema, "ALLOWED_FROM", dict.fromkeys(RowState, tuple(RowState)))
 
 
 def _whatever_is_known_is_submitted_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RowState, "is_open", property(lambda _: True))
+    monkeypatch.setattr(RowState, "is_ready", property(lambda _: True))
 
 
-def _unknown_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RowState, "is_open", property(lambda state: state in (*SUBMITTABLE[:3], RowState.UNKNOWN)))
+def _unknown_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RowState, "is_ready", property(lambda state: state in (*SUBMITTABLE[:3], RowState.UNKNOWN)))
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def _unknown_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
         _intents_survive_a_restart,
         _any_state_may_follow,
         _whatever_is_known_is_submitted_again,
-        _unknown_is_open,
+        _unknown_is_ready,
     ],
 )
 def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,23 +26,23 @@ def test_an_unknown_resubmit_level_is_refused() -> None:
         RetryPolicy(resubmit="sometimes")  # type: ignore[arg-type]
 
 
-@given(tries=st.integers(1, 10_000), seed=st.integers())
-def test_pauses_are_fully_jittered_and_bounded(tries: int, seed: int) -> None:
+@given(attempts=st.integers(1, 10_000), seed=st.integers())
+def test_pauses_are_fully_jittered_and_bounded(attempts: int, seed: int) -> None:
     """Between nothing and the cap, however often it was tried."""
-    policy = RetryPolicy(first_s=0.5, cap_s=8)
-    assert 0 <= policy.pause_s(tries, Random(seed)) <= min(8, 0.5 * 2 ** min(tries - 1, 10))
+    policy = RetryPolicy(initial_s=0.5, max_s=8)
+    assert 0 <= policy.backoff_s(attempts, Random(seed)) <= min(8, 0.5 * 2 ** min(attempts - 1, 10))
 
 
 @pytest.mark.parametrize("level", RESUBMIT_LEVELS)
 def test_each_resubmit_level_includes_the_ones_before_it(level: ResubmitLevel) -> None:
     """The levels are a ladder from never to always."""
     policy = RetryPolicy(resubmit=level)
-    assert [policy.resends(other) for other in RESUBMIT_LEVELS] == [
+    assert [policy.allows_resubmit(other) for other in RESUBMIT_LEVELS] == [
         RESUBMIT_LEVELS.index(other) <= RESUBMIT_LEVELS.index(level) for other in RESUBMIT_LEVELS
     ]
 
 
-@pytest.mark.parametrize("name", ["look_price_s", "min_s", "max_s"])
+@pytest.mark.parametrize("name", ["poll_cost_s", "min_interval_s", "max_interval_s"])
 def test_no_pause_is_endless(name: str) -> None:
     """A task would never be looked at again."""
     with pytest.raises(ValueError, match=name):

@@ -47,7 +47,7 @@ async def departures(pacer: AdaptiveRateLimiter, count: int) -> list[float]:
     start_s, times_s = anyio.current_time(), []
 
     async def one() -> None:
-        await pacer.permit()
+        await pacer.acquire()
         times_s.append(anyio.current_time() - start_s)
 
     async with anyio.create_task_group() as group:
@@ -86,7 +86,7 @@ async def test_quiet_time_is_saved_up_to_the_burst_and_no_further() -> None:
 async def test_a_hush_stops_everyone_and_ends_without_a_herd() -> None:
     """After a 429, those who waited go out at the rate, not in a burst."""
     pacer = AdaptiveRateLimiter(10, 3)
-    pacer.hush(5)
+    pacer.pause(5)
     assert await departures(pacer, 6) == pytest.approx([5.1, 5.1, 5.3, 5.3, 5.5, 5.5])
 
 
@@ -94,7 +94,7 @@ async def wear_down(pacer: AdaptiveRateLimiter) -> None:
     """Bring the rate to its lowest."""
     for _ in range(20):
         await anyio.sleep(1)
-        pacer.slow(anyio.current_time())
+        pacer.record_throttle(anyio.current_time())
 
 
 @pytest.mark.anyio
@@ -104,7 +104,7 @@ async def test_trouble_halves_the_rate_once_however_many_requests_met_it() -> No
     pacer = AdaptiveRateLimiter(64, 8)
     sent_s = anyio.current_time()
     await anyio.sleep(1)
-    assert [pacer.slow(sent_s) for _ in range(64)].count(True) == 1
+    assert [pacer.record_throttle(sent_s) for _ in range(64)].count(True) == 1
     assert pacer.rate == pytest.approx(32, rel=0.02)
 
 
@@ -118,9 +118,9 @@ async def test_a_rare_429_costs_little_and_frequent_ones_much() -> None:
         for number in range(3000):
             await anyio.sleep(1 / pacer.rate)
             if number % share:
-                pacer.quicken()
+                pacer.record_success()
             else:
-                pacer.slow(anyio.current_time() - 1e-3)
+                pacer.record_throttle(anyio.current_time() - 1e-3)
         rates[share] = pacer.rate
     assert rates[50] > 100
     assert rates[2] < 10
@@ -133,7 +133,7 @@ async def test_under_lasting_trouble_the_rate_ends_at_one_request_a_second_and_n
     pacer = AdaptiveRateLimiter(64, 8)
     await wear_down(pacer)
     assert pacer.rate == 1
-    await pacer.permit()
+    await pacer.acquire()
     times_s = await departures(pacer, 60)
     assert 40 <= times_s[-1] <= 80
 
@@ -146,8 +146,8 @@ async def test_after_trouble_the_rate_comes_back_by_a_factor_of_e_in_ten_seconds
     await wear_down(pacer)
     start_s, rates = anyio.current_time(), []
     while pacer.rate < 100:
-        await pacer.permit()
-        pacer.quicken()
+        await pacer.acquire()
+        pacer.record_success()
         rates.append((anyio.current_time() - start_s, pacer.rate))
     at_ten = min(rates, key=lambda point: abs(point[0] - 10))[1]
     assert 2 <= at_ten <= 4
@@ -161,7 +161,7 @@ async def test_clients_that_met_the_same_trouble_do_not_march_in_step() -> None:
     gaps: list[set[float]] = []
     for seed in (1, 2):
         pacer = AdaptiveRateLimiter(10, 1, Random(seed))
-        pacer.slow(anyio.current_time())
+        pacer.record_throttle(anyio.current_time())
         gaps.append({round(time_s, 3) for time_s in await departures(pacer, 20)})
     assert len(gaps[0] & gaps[1]) <= 3
 
@@ -179,7 +179,7 @@ async def test_a_hush_also_reaches_those_already_in_line() -> None:
 
         group.start_soon(wait_in_line)
         await anyio.sleep(0.15)
-        pacer.hush(10)
+        pacer.pause(10)
     assert times_s[:2] == pytest.approx([0, 0.1])
     assert min(times_s[2:]) >= 10.15 - 1e-6
     assert abs(times_s[3] - times_s[2]) == pytest.approx(0.1)
@@ -190,10 +190,10 @@ async def test_a_hush_also_reaches_those_already_in_line() -> None:
 async def test_those_who_leave_the_line_cost_the_others_nothing() -> None:
     """A thousand impatient callers must not book the next hundred seconds."""
     pacer = AdaptiveRateLimiter(10, 1)
-    await pacer.permit()
+    await pacer.acquire()
     for _ in range(1000):
         with anyio.move_on_after(0.00001):
-            await pacer.permit()
+            await pacer.acquire()
     assert await departures(pacer, 2) == pytest.approx([0.09, 0.19])
 
 
@@ -207,14 +207,14 @@ async def test_no_second_ever_sees_more_than_rate_plus_burst() -> None:
     async def one(delay_s: float, patience_s: float) -> None:
         await anyio.sleep(delay_s)
         with anyio.move_on_after(patience_s):
-            await pacer.permit()
+            await pacer.acquire()
             times_s.append(anyio.current_time())
 
     async with anyio.create_task_group() as group:
         for number in range(300):
             group.start_soon(one, number % 7, 0.1 + number % 11)
         await anyio.sleep(3)
-        pacer.hush(2)
+        pacer.pause(2)
     times_s.sort()
     assert len(times_s) > 100
     for start in times_s:
@@ -224,7 +224,7 @@ async def test_no_second_ever_sees_more_than_rate_plus_burst() -> None:
 def test_retries_are_paid_for_by_successes() -> None:
     """Under a total outage the quota runs dry; each success buys a fifth of a retry."""
     quota = RetryQuota()
-    assert sum(quota.spend() for _ in range(1000)) == RetryQuota.CAPACITY // RetryQuota.COST
+    assert sum(quota.acquire() for _ in range(1000)) == RetryQuota.CAPACITY // RetryQuota.COST
     for _ in range(RetryQuota.COST):
-        quota.earn()
-    assert [quota.spend(), quota.spend()] == [True, False]
+        quota.release()
+    assert [quota.acquire(), quota.acquire()] == [True, False]

@@ -40,7 +40,7 @@ def test_every_python_block_runs_as_printed(nanobanana_server: SimulatorServer, 
     assert list((tmp_path / "0" / "out").glob("ta*.png"))
     assert len(list((tmp_path / "1" / "runs" / "spring").glob("*.png"))) == 2
     assert len(list((tmp_path / "3" / "out").glob("*.png"))) == 20
-    assert len(nanobanana_server.vendor.charges) == 24
+    assert len(nanobanana_server.service.charges) == 24
 
 
 def test_the_first_block_is_ten_lines() -> None:

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from nanobanana_async import ImageError
-from nanobanana_async.images.references import as_references
+from nanobanana_async.images.references import encode_references
 from nanobanana_async.models import ImageSource
 from tests.fakes import PNG
 
@@ -29,26 +29,26 @@ def encoded(kind: str) -> bytes:
 async def test_urls_and_data_uris_go_as_they_are() -> None:
     """The service fetches the one and decodes the other."""
     images: tuple[ImageSource, ...] = ("https://a.example/1.png", PNG_URI)
-    assert await as_references(images, max_bytes=MIB) == images
+    assert await encode_references(images, max_bytes=MIB) == images
 
 
 async def test_files_and_bytes_become_data_uris(tmp_path: Path) -> None:
     """In the order they were given."""
     path = tmp_path / "fox.txt"
     path.write_bytes(PNG)
-    assert await as_references((path, PNG), max_bytes=MIB) == (PNG_URI, PNG_URI)
+    assert await encode_references((path, PNG), max_bytes=MIB) == (PNG_URI, PNG_URI)
 
 
 async def test_a_pil_image_is_sent_as_png() -> None:
     """Lossless, whatever it was loaded from."""
-    (uri,) = await as_references((Image.new("RGB", (3, 2), "red"),), max_bytes=MIB)
+    (uri,) = await encode_references((Image.new("RGB", (3, 2), "red"),), max_bytes=MIB)
     assert Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size == (3, 2)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
 async def test_the_type_is_told_by_the_bytes(kind: str) -> None:
     """File names lie."""
-    (uri,) = await as_references((encoded(kind),), max_bytes=MIB)
+    (uri,) = await encode_references((encoded(kind),), max_bytes=MIB)
     assert uri.startswith(f"data:image/{kind.lower()};base64,")
 
 
@@ -68,7 +68,7 @@ async def test_a_file_that_will_not_do_is_named(tmp_path: Path, name: str, conte
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ImageError, match=says) as caught:
-        await as_references((path,), max_bytes=MIB)
+        await encode_references((path,), max_bytes=MIB)
     assert str(path) in str(caught.value)
 
 
@@ -76,10 +76,10 @@ async def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     """Opening one waits for somebody to write, without end."""
     os.mkfifo(tmp_path / "fox.png")
     with pytest.raises(ImageError, match="not a file"):
-        await as_references((tmp_path / "fox.png",), max_bytes=MIB)
+        await encode_references((tmp_path / "fox.png",), max_bytes=MIB)
 
 
 async def test_a_data_uri_has_the_same_limit() -> None:
     """It is the same picture, only spelled differently."""
     with pytest.raises(ImageError, match="the data URI"):
-        await as_references((PNG_URI + "A" * 2 * MIB,), max_bytes=MIB)
+        await encode_references((PNG_URI + "A" * 2 * MIB,), max_bytes=MIB)

@@ -8,11 +8,11 @@ import pytest
 import respx
 
 from nanobanana_async import HttpxTransport, NanoBananaClient, NotSent, PollPolicy, SubmissionUnknown
-from tests.fakes import PNG, accepted, done
+from tests.fakes import PNG, accepted, finished
 
 pytestmark = pytest.mark.anyio
 
-QUICK = PollPolicy.backoff(first_s=0.01, pause_s=0.01, cap_s=0.01)
+QUICK = PollPolicy.backoff(first_poll_s=0.01, initial_s=0.01, max_s=0.01)
 API = "https://api.defapi.org"
 
 
@@ -22,7 +22,7 @@ def service() -> respx.MockRouter:
     router = respx.mock(assert_all_called=False)
     router.post(f"{API}/api/image/gen").respond(200, content=accepted().body)
     router.get(f"{API}/api/task/query", params={"task_id": "ta-1"}).respond(
-        200, content=done(url="https://1.1.1.1/fox.png?sig=s").body
+        200, content=finished(url="https://1.1.1.1/fox.png?sig=s").body
     )
     router.get(f"{API}/api/user").respond(200, json={"code": 0, "message": "ok", "data": {"credit": "7.25"}})
     router.get("https://1.1.1.1/fox.png").respond(200, content=PNG)
@@ -33,7 +33,7 @@ async def test_a_picture_travels_the_whole_way(service: respx.MockRouter) -> Non
     """Submit, query, fetch, each with the headers the service and the file host want."""
     async with service, NanoBananaClient("dk-1", polling=QUICK) as client:
         task = await client.generate("a fox", aspect_ratio="16:9")
-        assert await client.fetch(task.images[0]) == PNG
+        assert await client.download(task.images[0]) == PNG
         assert str(await client.balance()) == "7.25"
         calls = list(service.calls)
     submit, query, fetch, balance = (call.request for call in calls)

@@ -73,7 +73,7 @@ def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
     )
     with pytest.raises(InvalidBatchFile) as caught:
         read_rows(path)
-    assert [fault.partition(": ")[::2] for fault in caught.value.faults] == [
+    assert [fault.partition(": ")[::2] for fault in caught.value.errors] == [
         ("line 2", "aspect_ratio: expected 'auto' or 'N:M' such as '16:9', got 'wide'"),
         ("line 4", f"images: {tmp_path / 'none.png'} cannot be read (No such file or directory)"),
         ("line 6", "prompt: must not be empty, got ''"),

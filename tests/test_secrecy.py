@@ -78,17 +78,17 @@ async def test_no_fault_makes_the_key_appear_anywhere(
 @pytest.mark.anyio
 async def test_a_picture_and_a_callback_are_fetched_and_sent_without_it() -> None:
     """The file host sees no credentials; neither does a client of the user's leak its own to it."""
-    with SimulatorServer(SimulatorProfile(median_s=0.05, invisible_s=0, keys=frozenset({KEY}))) as server:
+    with SimulatorServer(SimulatorProfile(median_s=0.05, visibility_delay_s=0, keys=frozenset({KEY}))) as server:
         async with httpx.AsyncClient(headers={"X-Api-Key": KEY}, cookies={"session": KEY}) as mine:
             for transport in (None, HttpxTransport(mine)):
                 async with NanoBananaClient(
                     KEY, base_url=server.url, polling=FAST_POLLING, transport=transport
                 ) as client:
                     task = await client.generate("a fox")
-                    assert await client.fetch(task.images[0])
+                    assert await client.download(task.images[0])
                 if transport is not None:
                     await transport.aclose()
-        assert server.vendor.leaks == []
+        assert server.service.credential_leaks == []
 
 
 @pytest.mark.parametrize(

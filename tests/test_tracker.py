@@ -24,7 +24,7 @@ from nanobanana_async import (
     TaskTimeout,
     TransportError,
 )
-from nanobanana_async.tracking.schedule import PollSchedule, has_vanished, newer
+from nanobanana_async.tracking.schedule import PollSchedule, is_lost, latest_status
 from nanobanana_async.tracking.state import SubmitInfo
 from tests.tracker_fakes import FakePollSource, every, finished_after, task, tracking
 
@@ -35,9 +35,9 @@ async def test_a_wait_ends_with_the_final_snapshot() -> None:
     """One look a second until the task is done."""
     service = FakePollSource(finished_after(3.5))
     async with tracking(service) as tracker:
-        origin = SubmitInfo(submitted_at_s=anyio.current_time())
-        assert (await tracker.wait("ta-1", timeout_s=60, origin=origin)).status is TaskStatus.SUCCESS
-    assert [round(time_s) for time_s, _ in service.looks] == [1, 2, 3, 4]
+        submit_info = SubmitInfo(submitted_at_s=anyio.current_time())
+        assert (await tracker.wait("ta-1", timeout_s=60, submit_info=submit_info)).status is TaskStatus.SUCCESS
+    assert [round(time_s) for time_s, _ in service.polls] == [1, 2, 3, 4]
 
 
 async def test_a_failed_task_is_returned_not_raised() -> None:
@@ -54,7 +54,7 @@ async def test_everybody_who_waits_for_one_task_shares_its_looks() -> None:
             async with anyio.create_task_group() as group:
                 for _ in range(100):
                     group.start_soon(partial(tracker.wait, "ta-1", timeout_s=60))
-    assert [round(time_s) for time_s, _ in service.looks] == [0, 1, 2, 3, 4]
+    assert [round(time_s) for time_s, _ in service.polls] == [0, 1, 2, 3, 4]
 
 
 async def test_looks_in_flight_never_exceed_the_slots() -> None:
@@ -75,7 +75,7 @@ async def test_no_due_task_is_starved_by_the_others() -> None:
         await anyio.sleep(500)
         group.cancel_scope.cancel()
     times_s: dict[str, list[float]] = {}
-    for time_s, task_id in service.looks:
+    for time_s, task_id in service.polls:
         times_s.setdefault(task_id, []).append(time_s)
     assert len(times_s) == 50
     gaps_s = [later - earlier for times in times_s.values() for earlier, later in pairwise(times)]
@@ -85,12 +85,12 @@ async def test_no_due_task_is_starved_by_the_others() -> None:
 async def test_ten_thousand_tasks_are_watched_without_ten_thousand_coroutines() -> None:
     """Waiters aside, the tracker is one coroutine and the looks that are under way."""
     service = FakePollSource(finished_after(30), slots=16, delay_s=0.001)
-    async with tracking(service, every(30.0, first_s=1.0)) as tracker, anyio.create_task_group() as group:
+    async with tracking(service, every(30.0, first_poll_s=1.0)) as tracker, anyio.create_task_group() as group:
         for number in range(10_000):
             group.start_soon(partial(tracker.wait, f"ta-{number}", timeout_s=3600))
         await anyio.sleep(5)
-        assert len(tracker._watched) == 10_000
-    assert len(tracker._watched) == 0
+        assert len(tracker._tasks) == 10_000
+    assert len(tracker._tasks) == 0
     assert service.most_in_flight <= 16
 
 
@@ -117,14 +117,14 @@ async def test_the_last_one_to_leave_ends_the_looking() -> None:
         for _ in range(2):
             with anyio.move_on_after(3.5):
                 await tracker.wait("ta-1", timeout_s=600)
-        looks = len(service.looks)
+        polls = len(service.polls)
         await anyio.sleep(100)
-        assert len(service.looks) == looks
-        assert not tracker._watched
+        assert len(service.polls) == polls
+        assert not tracker._tasks
 
 
 @pytest.mark.parametrize(
-    "trouble",
+    "error_rate",
     [
         TransportError("no answer: ReadError"),
         ServiceUnavailable("Bad gateway (HTTP 502)", status=502),
@@ -134,16 +134,16 @@ async def test_the_last_one_to_leave_ends_the_looking() -> None:
     ],
     ids=lambda trouble: type(trouble).__name__,
 )
-async def test_a_passing_trouble_is_a_late_answer(trouble: Exception) -> None:
+async def test_a_passing_trouble_is_a_late_answer(error_rate: Exception) -> None:
     """It is paid for, so one bad answer does not end the wait."""
-    async with tracking(FakePollSource(lambda _, now_s: trouble if now_s < 5 else task("success"))) as tracker:
+    async with tracking(FakePollSource(lambda _, now_s: error_rate if now_s < 5 else task("success"))) as tracker:
         assert (await tracker.wait("ta-1", timeout_s=60)).is_final
 
 
 async def test_an_outage_is_said_once_and_not_mistaken_for_slow_pictures(caplog: pytest.LogCaptureFixture) -> None:
     """After three looks in a row without an answer, whichever tasks they were about."""
-    trouble = ServiceUnavailable("Bad gateway (HTTP 502)")
-    service = FakePollSource(lambda task_id, now_s: trouble if now_s < 20 else task("success", task_id))
+    error_rate = ServiceUnavailable("Bad gateway (HTTP 502)")
+    service = FakePollSource(lambda task_id, now_s: error_rate if now_s < 20 else task("success", task_id))
     async with tracking(service) as tracker, anyio.create_task_group() as group:
         for number in range(10):
             group.start_soon(partial(tracker.wait, f"ta-{number}", timeout_s=600))
@@ -183,16 +183,18 @@ async def test_our_own_fresh_task_may_be_invisible_for_a_while() -> None:
     """A 404 within a minute of our submit means "not yet"."""
     service = FakePollSource(lambda _, now_s: TaskNotFound("task not found") if now_s < 30 else task("success"))
     async with tracking(service) as tracker:
-        origin = SubmitInfo(submitted_at_s=anyio.current_time())
-        assert (await tracker.wait("ta-1", timeout_s=600, origin=origin)).is_final
+        submit_info = SubmitInfo(submitted_at_s=anyio.current_time())
+        assert (await tracker.wait("ta-1", timeout_s=600, submit_info=submit_info)).is_final
 
 
 async def test_our_own_task_that_stays_away_is_gone_after_minutes_not_at_once() -> None:
     """Three late 404s over five minutes."""
-    async with tracking(FakePollSource(lambda *_: TaskNotFound("task not found")), every(30.0, first_s=1.0)) as tracker:
+    async with tracking(
+        FakePollSource(lambda *_: TaskNotFound("task not found")), every(30.0, first_poll_s=1.0)
+    ) as tracker:
         start_s = anyio.current_time()
         with pytest.raises(TaskNotFound):
-            await tracker.wait("ta-1", timeout_s=3600, origin=SubmitInfo(submitted_at_s=start_s))
+            await tracker.wait("ta-1", timeout_s=3600, submit_info=SubmitInfo(submitted_at_s=start_s))
         assert 360 <= anyio.current_time() - start_s <= 460
 
 
@@ -212,12 +214,12 @@ async def test_a_foreign_id_that_was_never_seen_does_not_exist() -> None:
     async with tracking(service) as tracker:
         with pytest.raises(TaskNotFound):
             await tracker.wait("ta-typo", timeout_s=600)
-    assert len(service.looks) == 1
+    assert len(service.polls) == 1
 
 
 async def test_updates_show_each_status_once_and_never_backwards() -> None:
     """What arrives late or twice is not news."""
-    words = iter(["pending", "pending", "in_progress", "submitted", "unknown", "in_progress", "success"])
+    words = iter(["pending", "pending", "in_progress", "submitted", "unrecognized", "in_progress", "success"])
     async with (
         tracking(FakePollSource(lambda *_: task(next(words)))) as tracker,
         aclosing(tracker.updates("ta-1", timeout_s=60)) as updates,
@@ -232,8 +234,8 @@ async def test_those_who_leave_early_leave_nothing_in_the_plan() -> None:
     async with tracking(service, every(1000.0)) as tracker:
         for _ in range(20_000):
             with anyio.move_on_after(0):
-                await tracker.wait("ta-1", timeout_s=600, origin=SubmitInfo(submitted_at_s=anyio.current_time()))
-        assert len(tracker._looks) < 200
+                await tracker.wait("ta-1", timeout_s=600, submit_info=SubmitInfo(submitted_at_s=anyio.current_time()))
+        assert len(tracker._poll_queue) < 200
 
 
 async def test_a_refused_key_names_each_task_in_its_own_error() -> None:
@@ -259,15 +261,15 @@ async def test_leaving_updates_half_way_ends_the_looking() -> None:
         async with aclosing(tracker.updates("ta-1", timeout_s=600)) as updates:
             async for _ in updates:
                 break
-        assert not tracker._watched
+        assert not tracker._tasks
 
 
 async def test_a_task_submitted_elsewhere_is_looked_at_at_once() -> None:
     """It may have been finished for hours."""
     service = FakePollSource(finished_after(0))
-    async with tracking(service, every(first_s=100.0)) as tracker:
+    async with tracking(service, every(first_poll_s=100.0)) as tracker:
         await tracker.wait("ta-1", timeout_s=600)
-    assert service.looks == [(0.0, "ta-1")]
+    assert service.polls == [(0.0, "ta-1")]
 
 
 async def test_closing_ends_every_wait_with_the_task_id() -> None:
@@ -290,12 +292,12 @@ async def test_closing_ends_every_wait_with_the_task_id() -> None:
 async def test_a_task_due_earlier_than_all_others_wakes_the_scheduler() -> None:
     """A long sleep is cut short by whoever comes later and is due sooner."""
     service = FakePollSource(finished_after(0))
-    async with tracking(service, every(first_s=100.0)) as tracker, anyio.create_task_group() as group:
+    async with tracking(service, every(first_poll_s=100.0)) as tracker, anyio.create_task_group() as group:
         new = SubmitInfo(submitted_at_s=anyio.current_time())
-        group.start_soon(partial(tracker.wait, "ta-late", timeout_s=600, origin=new))
+        group.start_soon(partial(tracker.wait, "ta-late", timeout_s=600, submit_info=new))
         await anyio.sleep(10)
         old = SubmitInfo(submitted_at_s=anyio.current_time() - 95)
-        await tracker.wait("ta-soon", timeout_s=600, origin=old)
+        await tracker.wait("ta-soon", timeout_s=600, submit_info=old)
         assert anyio.current_time() - service._start_s < 20
 
 
@@ -303,29 +305,29 @@ async def test_a_task_due_earlier_than_all_others_wakes_the_scheduler() -> None:
 @pytest.mark.parametrize("second", list(TaskStatus))
 async def test_news_never_moves_a_task_backwards(first: TaskStatus, second: TaskStatus) -> None:
     """Final statuses absorb; unknown words carry no news."""
-    after = newer(first, second)
+    after = latest_status(first, second)
     assert after in (first, second)
-    assert newer(after, first) is after
+    assert latest_status(after, first) is after
     if first.is_final:
         assert after is first
 
 
 def test_the_first_look_comes_when_pictures_may_be_ready() -> None:
     """Counted from the submit, not from the wait."""
-    schedule = PollSchedule(PollPolicy.backoff(first_s=8))
-    assert [schedule.pause_s(None, age_s, 0) for age_s in (0.0, 5.0, 60.0)] == [8.0, 3.0, 0.0]
+    schedule = PollSchedule(PollPolicy.backoff(first_poll_s=8))
+    assert [schedule.next_poll_in_s(None, age_s, 0) for age_s in (0.0, 5.0, 60.0)] == [8.0, 3.0, 0.0]
 
 
-@given(looks=st.integers(0, 10_000), age_s=st.floats(0, 1e6), seed=st.integers())
-def test_pauses_stay_between_nothing_and_the_jittered_cap(looks: int, age_s: float, seed: int) -> None:
+@given(polls=st.integers(0, 10_000), age_s=st.floats(0, 1e6), seed=st.integers())
+def test_pauses_stay_between_nothing_and_the_jittered_cap(polls: int, age_s: float, seed: int) -> None:
     """No overflow, no negative sleep, no look that never comes."""
     for policy in (PollPolicy(), PollPolicy.backoff()):
         schedule = PollSchedule(policy, Random(seed))
-        pause_s = schedule.jittered_s(schedule.pause_s("m", age_s, looks))
-        assert 0 <= pause_s <= policy.max_s * (1 + policy.jitter)
+        interval_s = schedule.jittered_s(schedule.next_poll_in_s("m", age_s, polls))
+        assert 0 <= interval_s <= policy.max_interval_s * (1 + policy.jitter)
 
 
-@pytest.mark.parametrize(("looks", "seconds", "gone"), [(2, 1e6, False), (3, 299, False), (3, 300, True)])
-def test_a_task_has_vanished_after_three_late_looks_over_five_minutes(looks: int, seconds: float, gone: bool) -> None:  # noqa: FBT001 - a table
+@pytest.mark.parametrize(("polls", "seconds", "gone"), [(2, 1e6, False), (3, 299, False), (3, 300, True)])
+def test_a_task_has_vanished_after_three_late_looks_over_five_minutes(polls: int, seconds: float, gone: bool) -> None:  # noqa: FBT001 - a table
     """Both, not either."""
-    assert has_vanished(looks, seconds) is gone
+    assert is_lost(polls, seconds) is gone

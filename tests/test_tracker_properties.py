@@ -57,21 +57,21 @@ class Watchful(FakePollSource):
     """A service that checks the tracker at each event, and gets into trouble by a seeded dice."""
 
     tracker: TaskTracker | None = None
-    trouble: float = 0.0
+    error_rate: float = 0.0
     rng: Random = attrs.field(factory=Random)
     under_way: set[str] = attrs.field(factory=set)
 
-    async def look(self, task_id: str) -> Task:
+    async def poll(self, task_id: str) -> Task:
         """Answer, or fail."""
         assert task_id not in self.under_way, "two looks at one task at once"
         self.under_way.add(task_id)
         self.check()
         try:
-            answer = await super().look(task_id)
+            answer = await super().poll(task_id)
             self.check()
         finally:
             self.under_way.discard(task_id)
-        if self.rng.random() < self.trouble:
+        if self.rng.random() < self.error_rate:
             raise self.rng.choice([TransportError("gone"), RateLimited("slow down"), TaskNotFound("not yet")])
         return answer
 
@@ -81,12 +81,12 @@ class Watchful(FakePollSource):
         tracker = self.tracker
         assert self.in_flight <= self.slots
         assert tracker._in_flight <= self.slots
-        assert all(entry.first for entry in tracker._watched.values())
-        planned = {entry.task_id for due_s, _, entry in tracker._looks._heap if due_s == entry.due_s}
+        assert all(tracked.waiters for tracked in tracker._tasks.values())
+        planned = {entry.task_id for due_s, _, entry in tracker._poll_queue._heap if due_s == entry.due_s}
         begun = tracker._in_flight - len(self.under_way)
-        assert len(set(tracker._watched) - planned - self.under_way) <= begun, "watched, and never looked at again"
-        wanted = math.fsum(entry.wanted_per_s for entry in tracker._watched.values())
-        assert tracker._wanted_per_s == pytest.approx(wanted, abs=1e-6)
+        assert len(set(tracker._tasks) - planned - self.under_way) <= begun, "watched, and never looked at again"
+        wanted = math.fsum(entry.demand_per_s for entry in tracker._tasks.values())
+        assert tracker._demand_per_s == pytest.approx(wanted, abs=1e-6)
 
 
 def truth(latencies_s: dict[str, tuple[float, float]]) -> "partial[Task]":
@@ -102,17 +102,17 @@ def truth(latencies_s: dict[str, tuple[float, float]]) -> "partial[Task]":
 
 @pytest.mark.parametrize("learned", [True, False], ids=["learned", "fixed"])
 @settings(max_examples=60, deadline=None)
-@given(jobs=jobs, slots=st.integers(1, 4), trouble=st.sampled_from([0.0, 0.2, 0.6]), seed=st.integers(0, 99))
+@given(jobs=jobs, slots=st.integers(1, 4), error_rate=st.sampled_from([0.0, 0.2, 0.6]), seed=st.integers(0, 99))
 async def test_everybody_who_waits_gets_the_truth_or_an_error_in_time(
     learned: bool,  # noqa: FBT001 - a parameter
     jobs: list[Job],
     slots: int,
-    trouble: float,
+    error_rate: float,
     seed: int,
 ) -> None:
     """No lost waiter, no double answer, no end that is not one; the bound holds, and statuses only go forward."""
     begun: dict[str, tuple[float, float]] = {}
-    service = Watchful(truth(begun), slots=slots, delay_s=0.2, trouble=trouble, rng=Random(seed))
+    service = Watchful(truth(begun), slots=slots, delay_s=0.2, error_rate=error_rate, rng=Random(seed))
     start_s = anyio.current_time()
     ends: list[bool] = []
 
@@ -121,11 +121,11 @@ async def test_everybody_who_waits_gets_the_truth_or_an_error_in_time(
         shared = job.shares and number > 0 and f"ta-{number - 1}" in begun
         task_id = f"ta-{number - 1 if shared else number}"
         began_s, latency_s = begun.setdefault(task_id, (anyio.current_time() - start_s, job.latency_s))
-        origin = SubmitInfo(submitted_at_s=start_s + began_s, model="m")
+        submit_info = SubmitInfo(submitted_at_s=start_s + began_s, model="m")
         asked_s, seen = anyio.current_time(), [-1]
         with anyio.move_on_after(job.leaves_s) as scope:
             try:
-                updates = tracker.updates(task_id, timeout_s=job.patience_s, origin=origin)
+                updates = tracker.updates(task_id, timeout_s=job.patience_s, submit_info=submit_info)
                 seen.extend([ORDER.index(snapshot.status) async for snapshot in updates])
                 assert seen[-1] == 3
                 assert anyio.current_time() - start_s >= began_s + latency_s - 1e-6
@@ -141,8 +141,8 @@ async def test_everybody_who_waits_gets_the_truth_or_an_error_in_time(
             for number, job in enumerate(jobs):
                 group.start_soon(one, number, job)
         assert len(ends) == len(jobs)
-        assert not tracker._watched
-        assert tracker._wanted_per_s == 0
+        assert not tracker._tasks
+        assert tracker._demand_per_s == 0
 
 
 def arrivals(count: int, over_s: float) -> Iterator[tuple[float, float]]:
@@ -167,13 +167,13 @@ async def test_a_hundred_thousand_tasks_in_an_hour_are_all_noticed() -> None:
         def __init__(self) -> None:
             self.pacer = AdaptiveRateLimiter(rate, burst=20)
 
-        async def take_turn(self) -> None:
-            await self.pacer.permit()
+        async def acquire_poll_slot(self) -> None:
+            await self.pacer.acquire()
 
-        def drop_turn(self) -> None:
+        def release_poll_slot(self) -> None:
             pass
 
-        async def look(self, task_id: str) -> Task:
+        async def poll(self, task_id: str) -> Task:
             began_s, latency_s = began[task_id]
             over_s = anyio.current_time() - start_s - began_s - latency_s
             if over_s >= 0:
@@ -187,11 +187,11 @@ async def test_a_hundred_thousand_tasks_in_an_hour_are_all_noticed() -> None:
                 longest_s = max(longest_s, tracker.statistics().overdue_s) if number % 1000 == 0 else longest_s
             now_s = anyio.current_time()
             began[f"ta-{number}"] = (now_s - start_s, latency_s)
-            tracker.watch(f"ta-{number}", SubmitInfo(submitted_at_s=now_s, model="m"))
+            tracker.track(f"ta-{number}", SubmitInfo(submitted_at_s=now_s, model="m"))
         await anyio.sleep(300)
         statistics = tracker.statistics()
     assert len(late_s) == 100_000
-    assert statistics.watched == 0
-    assert statistics.median_s["m"] == pytest.approx(20, rel=0.25)  # from little more than a look at each
+    assert statistics.tracked == 0
+    assert statistics.median_latency_s["m"] == pytest.approx(20, rel=0.25)  # from little more than a look at each
     assert statistics.polls <= rate * 3900
     assert longest_s < 20

@@ -25,7 +25,7 @@ class FakePollSource:
     answer: Callable[[str, float], Task | Exception]
     slots: int = 64
     delay_s: float = 0.01
-    looks: list[tuple[float, str]] = attrs.field(factory=list)
+    polls: list[tuple[float, str]] = attrs.field(factory=list)
     in_flight: int = 0
     most_in_flight: int = 0
     polls_per_s: float = 1e6
@@ -36,17 +36,17 @@ class FakePollSource:
         self._semaphore = anyio.Semaphore(self.slots)
         self._start_s = anyio.current_time()
 
-    async def take_turn(self) -> None:
+    async def acquire_poll_slot(self) -> None:
         """Wait for a slot."""
         await self._semaphore.acquire()
 
-    def drop_turn(self) -> None:
+    def release_poll_slot(self) -> None:
         """Give it back."""
         self._semaphore.release()
 
-    async def look(self, task_id: str) -> Task:
+    async def poll(self, task_id: str) -> Task:
         """Answer after a while."""
-        self.looks.append((anyio.current_time() - self._start_s, task_id))
+        self.polls.append((anyio.current_time() - self._start_s, task_id))
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
@@ -60,24 +60,24 @@ class FakePollSource:
         return answer
 
 
-def every(pause_s: float = 1.0, **settings: float) -> PollPolicy:
+def every(interval_s: float = 1.0, **settings: float) -> PollPolicy:
     """Return a policy of even looks, or whatever else *settings* make of it."""
-    even = {"first_s": pause_s, "pause_s": pause_s, "factor": 1.0, "cap_s": pause_s, "jitter": 0.0}
+    even = {"first_poll_s": interval_s, "initial_s": interval_s, "multiplier": 1.0, "max_s": interval_s, "jitter": 0.0}
     return PollPolicy.backoff(**{**even, **settings})
 
 
 @asynccontextmanager
 async def tracking(service: PollSource, policy: PollPolicy | None = None) -> AsyncIterator[TaskTracker]:
     """Run a tracker over *service*, by default with a look a second."""
-    host = BackgroundTaskGroup()
-    await host.ensure()
-    tracker = TaskTracker(service, PollSchedule(policy or every(), Random(1)), host)
+    background = BackgroundTaskGroup()
+    await background.ensure_started()
+    tracker = TaskTracker(service, PollSchedule(policy or every(), Random(1)), background)
     try:
         yield tracker
     finally:
         tracker.close()
         with anyio.CancelScope(shield=True):
-            await host.aclose(drain_s=1)
+            await background.aclose(drain_s=1)
 
 
 def finished_after(seconds: float) -> Callable[[str, float], Task]:

@@ -19,7 +19,7 @@ from nanobanana_async.errors import ConfigurationError
 T = TypeVar("T")
 
 
-_CLOSED: Final = "the client is closed, or its event loop has ended; make a new one"
+_CLOSED_MESSAGE: Final = "the client is closed, or its event loop has ended; make a new one"
 
 
 class ShieldedWorkCancelled(Exception):  # noqa: N818 - an event inside the package, turned into an error where it is caught
@@ -31,7 +31,7 @@ class _ShieldedResult(Generic[T]):
 
     def __init__(self) -> None:
         self.done = anyio.Event()
-        self.caller_left = False
+        self.abandoned = False
         self.value: T | None = None
         self.error: Exception | None = ShieldedWorkCancelled()
 
@@ -43,46 +43,46 @@ class BackgroundTaskGroup:
     """
 
     def __init__(self) -> None:
-        self._home: tuple[int, object] | None = None
+        self._owner: tuple[int, object] | None = None
         self._tasks: TaskGroup | None = None
         self._ready = anyio.Event()
         self._stop = anyio.Event()
         self._done = anyio.Event()
         self._drained = anyio.Event()
-        self._sheltered = 0
+        self._shielded = 0
         self._drain_s = 0.0
         self._closing = False
         self._root: asyncio.Task[None] | None = None
-        self.at_end: Callable[[], None] = lambda: None
+        self.on_stopped: Callable[[], None] = lambda: None
         """Called when background work has ended, also when the event loop ended it."""
 
     @property
     def is_open(self) -> bool:
         """Whether background work was started and not stopped."""
-        return self._home is not None and not self._closing
+        return self._owner is not None and not self._closing
 
     def check_open(self) -> None:
         """Raise unless new work may begin."""
         if self._closing:
-            raise ConfigurationError(_CLOSED)
+            raise ConfigurationError(_CLOSED_MESSAGE)
 
-    async def ensure(self) -> None:
+    async def ensure_started(self) -> None:
         """Start on first use; say so clearly when this is no place to be used from."""
         self.check_open()
-        if self._home is None:
-            self._home = self._here()
-            self._launch()
+        if self._owner is None:
+            self._owner = self._current_owner()
+            self._start()
         else:
-            self.check_home()
+            self.check_owner()
         await self._ready.wait()
 
     def start_soon(self, work: Callable[[], Coroutine[object, object, None]]) -> None:
         """Run *work* in the background, after `ensure`. It must not raise; closing cancels it."""
         if self._tasks is None:
-            raise ConfigurationError(_CLOSED)
+            raise ConfigurationError(_CLOSED_MESSAGE)
         self._tasks.start_soon(work)
 
-    async def shelter(self, work: Callable[[], Awaitable[T]], *, orphaned: Callable[[T], None]) -> T:
+    async def shield(self, work: Callable[[], Awaitable[T]], *, on_abandoned: Callable[[T], None]) -> T:
         """Return what *work* returns, and let it run to its end even if the caller is cancelled meanwhile.
 
         Starts without giving way, so from the call on *work* is certain to run. When the caller has gone,
@@ -91,31 +91,31 @@ class BackgroundTaskGroup:
         Raises:
             ShieldedWorkCancelled: The host was closed, and *work* did not end in the time it was given.
         """
-        answer: _ShieldedResult[T] = _ShieldedResult()
-        self._sheltered += 1
-        self.start_soon(lambda: self._run_sheltered(work, answer, orphaned))
+        result: _ShieldedResult[T] = _ShieldedResult()
+        self._shielded += 1
+        self.start_soon(lambda: self._run_shielded(work, result, on_abandoned))
         try:
-            await answer.done.wait()
+            await result.done.wait()
         except BaseException:
-            answer.caller_left = True
-            if answer.done.is_set() and answer.error is None:  # answered and cancelled in the same breath
-                orphaned(answer.value)  # type: ignore[arg-type]  # set whenever `error` is not
+            result.abandoned = True
+            if result.done.is_set() and result.error is None:  # answered and cancelled in the same breath
+                on_abandoned(result.value)  # type: ignore[arg-type]  # set whenever `error` is not
             raise
-        if answer.error is not None:
-            raise answer.error
-        return answer.value  # type: ignore[return-value]  # the same
+        if result.error is not None:
+            raise result.error
+        return result.value  # type: ignore[return-value]  # the same
 
     async def aclose(self, *, drain_s: float) -> None:
         """Take no new work, give sheltered calls *drain_s* seconds to end, cancel the rest. Twice is harmless.
 
         Cancelling ends the waiting; the background work ends all the same.
         """
-        self.check_home()
-        self.stop(drain_s=drain_s)
-        if self._home is not None:
+        self.check_owner()
+        self.request_stop(drain_s=drain_s)
+        if self._owner is not None:
             await self._done.wait()
 
-    def stop(self, *, drain_s: float) -> None:
+    def request_stop(self, *, drain_s: float) -> None:
         """Begin what `aclose` does, without waiting for its end. Only on its own event loop."""
         self._closing = True
         if not self._stop.is_set():
@@ -123,25 +123,27 @@ class BackgroundTaskGroup:
             self._stop.set()
 
     @staticmethod
-    def _here() -> tuple[int, object]:
+    def _current_owner() -> tuple[int, object]:
         return os.getpid(), anyio.lowlevel.current_token()
 
-    def check_home(self) -> None:
+    def check_owner(self) -> None:
         """Raise unless this is the event loop and the process it was first used in, if it was."""
-        if self._home is None:
+        if self._owner is None:
             return
-        if self._home[0] != os.getpid():
+        if self._owner[0] != os.getpid():
             raise ConfigurationError("the client was made before a fork; make one in each process")
-        if self._home != self._here():
+        if self._owner != self._current_owner():
             raise ConfigurationError("the client belongs to another event loop; make one in each loop")
 
-    def _launch(self) -> None:
+    def _start(self) -> None:
         lowlevel = trio_lowlevel()
         if lowlevel is not None and lowlevel.in_trio_run():
             lowlevel.spawn_system_task(self._run, name="nanobanana_async")
         else:
             self._root = asyncio.get_running_loop().create_task(self._run(), name="nanobanana_async")
-            self._root.add_done_callback(lambda _: self._end())  # a task that is cancelled before its first step
+            self._root.add_done_callback(
+                lambda _: self._mark_stopped()
+            )  # a task that is cancelled before its first step
 
     async def _run(self) -> None:
         try:
@@ -149,34 +151,34 @@ class BackgroundTaskGroup:
                 self._tasks = tasks
                 self._ready.set()
                 await self._stop.wait()
-                if self._sheltered:
+                if self._shielded:
                     with anyio.move_on_after(self._drain_s):
                         await self._drained.wait()
                 tasks.cancel_scope.cancel()
         finally:
-            self._end()
+            self._mark_stopped()
 
-    def _end(self) -> None:
+    def _mark_stopped(self) -> None:
         """Let everybody know that background work has ended, also when the event loop ended it, or never began it."""
         if not self._done.is_set():
             self._closing = True
             self._tasks = None
-            self.at_end()
+            self.on_stopped()
             self._ready.set()
             self._done.set()
 
-    async def _run_sheltered(
-        self, work: Callable[[], Awaitable[T]], answer: _ShieldedResult[T], orphaned: Callable[[T], None]
+    async def _run_shielded(
+        self, work: Callable[[], Awaitable[T]], result: _ShieldedResult[T], on_abandoned: Callable[[T], None]
     ) -> None:
         try:
-            answer.value = await work()
-            answer.error = None
+            result.value = await work()
+            result.error = None
         except Exception as exc:  # noqa: BLE001 - it is the caller's, and re-raised there
-            answer.error = exc
+            result.error = exc
         finally:
-            self._sheltered -= 1
-            if self._closing and not self._sheltered:
+            self._shielded -= 1
+            if self._closing and not self._shielded:
                 self._drained.set()
-            answer.done.set()
-        if answer.caller_left and answer.error is None:
-            orphaned(answer.value)  # type: ignore[arg-type]  # the same
+            result.done.set()
+        if result.abandoned and result.error is None:
+            on_abandoned(result.value)  # type: ignore[arg-type]  # the same

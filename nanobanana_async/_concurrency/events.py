@@ -20,16 +20,16 @@ class OneShotEvent:
     look at each.
     """
 
-    __slots__ = ("_is_rung", "_sleeper")
+    __slots__ = ("_is_set", "_waiter")
 
     def __init__(self) -> None:
-        self._is_rung = False
-        self._sleeper: asyncio.Future[None] | trio.lowlevel.Task | None = None
+        self._is_set = False
+        self._waiter: asyncio.Future[None] | trio.lowlevel.Task | None = None
 
-    def ring(self) -> None:
+    def set(self) -> None:
         """Wake who waits, now or later."""
-        self._is_rung = True
-        sleeper, self._sleeper = self._sleeper, None
+        self._is_set = True
+        sleeper, self._waiter = self._waiter, None
         if isinstance(sleeper, asyncio.Future):
             if not sleeper.done():
                 sleeper.set_result(None)
@@ -38,17 +38,17 @@ class OneShotEvent:
 
     async def wait(self) -> None:
         """Return once it has rung. Cancelling ends the waiting."""
-        if self._is_rung:
+        if self._is_set:
             return
         lowlevel = trio_lowlevel()
         if lowlevel is None or not lowlevel.in_trio_task():
-            self._sleeper = asyncio.get_running_loop().create_future()
-            await self._sleeper
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
             return
-        self._sleeper = lowlevel.current_task()
+        self._waiter = lowlevel.current_task()
 
         def abort(_: object) -> "trio.lowlevel.Abort":
-            self._sleeper = None
+            self._waiter = None
             done: trio.lowlevel.Abort = lowlevel.Abort.SUCCEEDED
             return done
 

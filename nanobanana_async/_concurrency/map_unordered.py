@@ -14,27 +14,27 @@ R = TypeVar("R")
 O = TypeVar("O")  # noqa: E741 - what comes out
 
 
-async def each(rows: Iterable[R] | AsyncIterable[R]) -> AsyncGenerator[R]:
+async def iter_any(items: Iterable[R] | AsyncIterable[R]) -> AsyncGenerator[R]:
     """Yield each of *rows*, whichever kind they are. An async generator is closed with this one."""
-    if isinstance(rows, AsyncGenerator):
-        async with contextlib.aclosing(rows):
-            async for row in rows:
-                yield row
-    elif isinstance(rows, AsyncIterable):
-        async for row in rows:
-            yield row
+    if isinstance(items, AsyncGenerator):
+        async with contextlib.aclosing(items):
+            async for item in items:
+                yield item
+    elif isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
     else:
-        for row in rows:
-            yield row
+        for item in items:
+            yield item
 
 
-async def flow(
-    host: BackgroundTaskGroup,
-    rows: AsyncGenerator[R],
+async def map_unordered(
+    background: BackgroundTaskGroup,
+    items: AsyncGenerator[R],
     work: Callable[[R], Awaitable[O | None]],
     *,
-    at_once: int,
-    unread: Callable[[O], None],
+    max_in_flight: int,
+    on_unconsumed: Callable[[O], None],
 ) -> AsyncGenerator[O]:
     """Yield what *work* returns for each of *rows*, Nones aside, as each ends. *host* must be running.
 
@@ -43,16 +43,16 @@ async def flow(
     generator cancels what is under way, without waiting for it: that is the host's business. Outcomes that nobody
     took by then go to *unread*.
     """
-    if at_once < 1:
-        raise ValueError(f"max_in_flight: must be at least 1, got {at_once}")
-    feed = _MapState(rows, work, unread, at_once)
-    host.start_soon(feed.run)
+    if max_in_flight < 1:
+        raise ValueError(f"max_in_flight: must be at least 1, got {max_in_flight}")
+    feed = _MapState(items, work, on_unconsumed, max_in_flight)
+    background.start_soon(feed.run)
     try:
-        async for outcome in feed.inlet:
+        async for outcome in feed.results:
             yield outcome
-            feed.places.release()
+            feed.slots.release()
     finally:
-        feed.end()
+        feed.stop()
     if feed.error is not None:
         raise feed.error
 
@@ -62,53 +62,53 @@ class _MapState(Generic[R, O]):
 
     def __init__(
         self,
-        rows: AsyncGenerator[R],
+        items: AsyncGenerator[R],
         work: Callable[[R], Awaitable[O | None]],
-        unread: Callable[[O], None],
+        on_unconsumed: Callable[[O], None],
         at_once: int,
     ) -> None:
-        self._rows = rows
+        self._items = items
         self._work = work
-        self._unread = unread
-        self.places = anyio.Semaphore(at_once)
+        self._on_unconsumed = on_unconsumed
+        self.slots = anyio.Semaphore(at_once)
         self._scope = anyio.CancelScope()
-        self._outlet, self.inlet = anyio.create_memory_object_stream[O](at_once)
+        self._results_send, self.results = anyio.create_memory_object_stream[O](at_once)
         self.error: Exception | None = ConfigurationError("the client was closed before the last row had ended")
 
     async def run(self) -> None:
         """Run every row."""
         error = None
-        with self._outlet, self._scope:
+        with self._results_send, self._scope:
             try:
                 async with anyio.create_task_group() as group:
                     try:
-                        await self._take(group)
+                        await self._pull(group)
                     except Exception as exc:  # noqa: BLE001 - raised to whoever consumes, when the others have ended
                         error = exc
             except ExceptionGroup as exc:
                 error = exc.exceptions[0]
             self.error = error
 
-    async def _take(self, group: TaskGroup) -> None:
-        async with contextlib.aclosing(self._rows):
-            await self.places.acquire()
-            async for row in self._rows:
-                group.start_soon(self._one, row)
-                await self.places.acquire()
+    async def _pull(self, group: TaskGroup) -> None:
+        async with contextlib.aclosing(self._items):
+            await self.slots.acquire()
+            async for item in self._items:
+                group.start_soon(self._run_one, item)
+                await self.slots.acquire()
 
-    async def _one(self, row: R) -> None:
-        outcome = await self._work(row)
+    async def _run_one(self, item: R) -> None:
+        outcome = await self._work(item)
         if outcome is None:
-            self.places.release()
+            self.slots.release()
             return
         try:
-            self._outlet.send_nowait(outcome)
+            self._results_send.send_nowait(outcome)
         except anyio.BrokenResourceError:
-            self._unread(outcome)
+            self._on_unconsumed(outcome)
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """Stop: nobody reads any more."""
         self._scope.cancel()
-        with self.inlet, contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream):
+        with self.results, contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream):
             while True:
-                self._unread(self.inlet.receive_nowait())
+                self._on_unconsumed(self.results.receive_nowait())

@@ -13,7 +13,7 @@ from nanobanana_async._concurrency.events import OneShotEvent
 
 StartSoon: TypeAlias = Callable[[Callable[[], Coroutine[object, object, None]]], None]
 
-_GRAIN_S: Final = 0.05
+_TIMER_SLACK_S: Final = 0.05
 
 
 @attrs.define(eq=False)
@@ -22,9 +22,9 @@ class _Waiter:
 
     due_s: float = math.inf
     """When its patience ends."""
-    bell: OneShotEvent = attrs.field(factory=OneShotEvent)
-    is_in: bool = False
-    has_left: bool = False
+    event: OneShotEvent = attrs.field(factory=OneShotEvent)
+    acquired: bool = False
+    cancelled: bool = False
 
 
 class Admission:
@@ -37,11 +37,11 @@ class Admission:
 
     def __init__(self, places: int) -> None:
         self._free = places
-        self._line: deque[_Waiter] = deque()
-        self._patience: DelayQueue[_Waiter] = DelayQueue(_GRAIN_S)
-        self._has_timer = False
+        self._waiters: deque[_Waiter] = deque()
+        self._deadlines: DelayQueue[_Waiter] = DelayQueue(_TIMER_SLACK_S)
+        self._timer_started = False
 
-    async def enter(self, deadline_s: float, start_soon: StartSoon) -> bool:
+    async def acquire(self, deadline_s: float, start_soon: StartSoon) -> bool:
         """Return True once there is a place, which `leave` gives back; False when the deadline came first.
 
         *start_soon* starts the line's timer, once. Cancelling gives up the place in the line.
@@ -51,37 +51,37 @@ class Admission:
             return True
         if anyio.current_time() >= deadline_s:
             return False
-        if not self._has_timer:
-            self._has_timer = True
-            start_soon(self._end_patience)
+        if not self._timer_started:
+            self._timer_started = True
+            start_soon(self._expire_waiters)
         waiter = _Waiter()
-        self._line.append(waiter)
-        self._patience.plan(waiter, deadline_s)
+        self._waiters.append(waiter)
+        self._deadlines.schedule(waiter, deadline_s)
         try:
-            await waiter.bell.wait()
+            await waiter.event.wait()
         except BaseException:
-            if waiter.is_in:
-                self.leave()
+            if waiter.acquired:
+                self.release()
             raise
         finally:
-            waiter.has_left = True
-            self._patience.remove(waiter)
-        return waiter.is_in
+            waiter.cancelled = True
+            self._deadlines.remove(waiter)
+        return waiter.acquired
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Give a place back: to the next in the line, if there is one."""
-        while self._line:
-            waiter = self._line.popleft()
-            if not waiter.has_left:
-                waiter.is_in = True
-                waiter.bell.ring()
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.cancelled:
+                waiter.acquired = True
+                waiter.event.set()
                 return
         self._free += 1
 
-    async def _end_patience(self) -> None:
+    async def _expire_waiters(self) -> None:
         while True:
-            await self._patience.until_due()
-            waiter = self._patience.pop()
-            if not waiter.is_in:
-                waiter.has_left = True
-                waiter.bell.ring()
+            await self._deadlines.wait_due()
+            waiter = self._deadlines.pop()
+            if not waiter.acquired:
+                waiter.cancelled = True
+                waiter.event.set()

@@ -14,7 +14,7 @@ import anyio
 
 from nanobanana_async.errors import ApiError
 
-MAX_WAIT_S: Final = 300.0
+MAX_RETRY_AFTER_S: Final = 300.0
 """What a Retry-After is clamped to: nobody sleeps for an hour on a typing error."""
 
 
@@ -27,14 +27,14 @@ def retry_after_s(headers: Mapping[str, str]) -> float | None:
     if not value:
         return None
     if re.fullmatch(r"\d{1,12}(\.\d{1,9})?", value, re.ASCII):
-        return min(float(value), MAX_WAIT_S)
-    then, now = _date(value), _date(headers.get("date", ""))
+        return min(float(value), MAX_RETRY_AFTER_S)
+    then, now = _parse_http_date(value), _parse_http_date(headers.get("date", ""))
     if then is None:
         return None
-    return min(max(then - (time.time() if now is None else now), 0.0), MAX_WAIT_S)
+    return min(max(then - (time.time() if now is None else now), 0.0), MAX_RETRY_AFTER_S)
 
 
-def _date(text: str) -> float | None:
+def _parse_http_date(text: str) -> float | None:
     try:
         parsed = parsedate_to_datetime(text)
         return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
@@ -55,72 +55,72 @@ class AdaptiveRateLimiter:
     """
 
     def __init__(self, rate: float, burst: int, rng: Random | None = None) -> None:
-        self._best = rate
-        self._floor = min(rate, _SLOWEST)
-        self._slack_s = (burst - 1) / rate
+        self._max_rate = rate
+        self._min_rate = min(rate, _MIN_RATE)
+        self._burst_tolerance_s = (burst - 1) / rate
         self._rng = rng or Random()
-        self._full_at_s = -math.inf
-        self._quiet_until_s = -math.inf
-        self._slowed_s = -math.inf
-        self._trouble = 0.0
+        self._tat_s = -math.inf
+        self._paused_until_s = -math.inf
+        self._last_throttle_s = -math.inf
+        self._throttle_fraction = 0.0
         """The share of trouble among the last replies."""
-        self._unslowed = rate
+        self._rate_before_throttle = rate
         """The rate before the present trouble."""
-        self._line = anyio.Lock(fast_acquire=True)
+        self._lock = anyio.Lock(fast_acquire=True)
         self.rate = rate
         """Requests per second, as things stand."""
 
-    async def permit(self) -> None:
+    async def acquire(self) -> None:
         """Return when one request may leave. Cancelling gives up the place in the line, at no cost to the others."""
-        async with self._line:
+        async with self._lock:
             # Asked again after each sleep, for a hush may have begun meanwhile.
-            while (wait_s := self._full_at_s - self._slack_s - anyio.current_time()) > _ROUNDING_S:  # noqa: ASYNC110 - time passes by itself
-                await anyio.sleep(wait_s + self._group_s)
-            self._full_at_s = max(self._full_at_s, anyio.current_time()) + self._gap_s()
+            while (wait_s := self._tat_s - self._burst_tolerance_s - anyio.current_time()) > _ROUNDING_S:  # noqa: ASYNC110 - time passes by itself
+                await anyio.sleep(wait_s + self._coalesce_s)
+            self._tat_s = max(self._tat_s, anyio.current_time()) + self._interval_s()
 
     @property
-    def _group_s(self) -> float:
+    def _coalesce_s(self) -> float:
         """How long permits pile up before they are given out together: company saves CPU, see `DelayQueue`."""
-        return min(_GROUP_S, self._slack_s / 2) if self.rate == self._best else 0.0
+        return min(_COALESCE_S, self._burst_tolerance_s / 2) if self.rate == self._max_rate else 0.0
 
-    def _gap_s(self) -> float:
-        return 1 / self.rate if self.rate == self._best else self._rng.uniform(0.5, 1.5) / self.rate
+    def _interval_s(self) -> float:
+        return 1 / self.rate if self.rate == self._max_rate else self._rng.uniform(0.5, 1.5) / self.rate
 
-    def hush(self, seconds: float) -> None:
+    def pause(self, seconds: float) -> None:
         """Let nobody through for *seconds* from now, and no burst after that: one 429 slows everyone."""
-        self._quiet_until_s = max(self._quiet_until_s, anyio.current_time() + seconds)
-        self._full_at_s = max(self._full_at_s, self._quiet_until_s + self._slack_s)
+        self._paused_until_s = max(self._paused_until_s, anyio.current_time() + seconds)
+        self._tat_s = max(self._tat_s, self._paused_until_s + self._burst_tolerance_s)
 
-    def slow(self, sent_s: float) -> bool:
+    def record_throttle(self, sent_s: float) -> bool:
         """Note trouble with a request that left at *sent_s*.
 
         Returns whether it is news: requests that were under way together meet the same trouble, and slow once.
         """
-        is_news = sent_s > self._slowed_s
+        is_news = sent_s > self._last_throttle_s
         if is_news:
-            self._slowed_s = anyio.current_time()
-            self._unslowed = self.rate
-        self._trouble += _GAIN * (1 - self._trouble)
-        self.rate = max(self._floor, min(self.rate, self._unslowed * (1 - self._trouble / 2)))
+            self._last_throttle_s = anyio.current_time()
+            self._rate_before_throttle = self.rate
+        self._throttle_fraction += _EWMA_GAIN * (1 - self._throttle_fraction)
+        self.rate = max(self._min_rate, min(self.rate, self._rate_before_throttle * (1 - self._throttle_fraction / 2)))
         return is_news
 
-    def quicken(self) -> None:
+    def record_success(self) -> None:
         """Note a success."""
-        self._trouble -= _GAIN * self._trouble
-        self.rate = min(self._best, self.rate + _REGAIN)
+        self._throttle_fraction -= _EWMA_GAIN * self._throttle_fraction
+        self.rate = min(self._max_rate, self.rate + _ADDITIVE_INCREASE)
 
     @property
-    def quiet_s(self) -> float:
+    def pause_left_s(self) -> float:
         """How long the hush still lasts, in seconds; 0.0 when there is none."""
-        return max(0.0, self._quiet_until_s - anyio.current_time())
+        return max(0.0, self._paused_until_s - anyio.current_time())
 
 
 _ROUNDING_S: Final = 1e-6
-_GROUP_S: Final = 0.1
-_SLOWEST: Final = 1.0
-_GAIN: Final = 1 / 16
+_COALESCE_S: Final = 0.1
+_MIN_RATE: Final = 1.0
+_EWMA_GAIN: Final = 1 / 16
 """What one reply counts in the share of trouble; the value of that paper."""
-_REGAIN: Final = 0.1
+_ADDITIVE_INCREASE: Final = 0.1
 """Requests per second that a success gives back."""
 
 
@@ -131,25 +131,25 @@ class CircuitBreaker:
     Every `PAUSE_S` one submit is let through to see whether the cause is gone, for a refusal costs nothing.
     """
 
-    PAUSE_S: Final = 30.0
+    PROBE_INTERVAL_S: Final = 30.0
 
     def __init__(self) -> None:
         self._cause: ApiError | None = None
-        self._closed_until_s = -math.inf
+        self._open_until_s = -math.inf
 
     def check(self) -> None:
         """Raise the cause, at once and without asking the service, while there is one."""
         if self._cause is None:
             return
         now_s = anyio.current_time()
-        if now_s < self._closed_until_s:
+        if now_s < self._open_until_s:
             raise copy.copy(self._cause)
-        self._closed_until_s = now_s + self.PAUSE_S
+        self._open_until_s = now_s + self.PROBE_INTERVAL_S
 
     def trip(self, cause: ApiError) -> None:
         """Stop what has not been sent yet."""
         self._cause = copy.copy(cause)
-        self._closed_until_s = anyio.current_time() + self.PAUSE_S
+        self._open_until_s = anyio.current_time() + self.PROBE_INTERVAL_S
 
     def reset(self) -> None:
         """Let submits through again: one was accepted."""
@@ -169,13 +169,13 @@ class RetryQuota:
     def __init__(self) -> None:
         self._tokens = self.CAPACITY
 
-    def spend(self) -> bool:
+    def acquire(self) -> bool:
         """Take the price of one retry; False when the quota is used up, and then the failure stands."""
         if self._tokens < self.COST:
             return False
         self._tokens -= self.COST
         return True
 
-    def earn(self) -> None:
+    def release(self) -> None:
         """Note a success."""
         self._tokens = min(self.CAPACITY, self._tokens + 1)

@@ -29,40 +29,40 @@ class GalleryCard:
     """What went wrong."""
 
 
-def pieces(title: str, entries: Iterable[GalleryCard]) -> Iterator[str]:
+def render(title: str, cards: Iterable[GalleryCard]) -> Iterator[str]:
     """Yield the page as HTML, a card at a time. Every text is escaped: prompts may hold anything."""
     page = files(__package__).joinpath(_PAGE).read_text(encoding="utf-8")
     head, _, tail = page.partition("$cards")
     yield head.replace("$title", escape(title))
-    for entry in entries:
-        yield f"{_card(entry)}\n"
+    for card in cards:
+        yield f"{_card(card)}\n"
     yield tail
 
 
-def write(page: Path, title: str, entries: Iterable[GalleryCard]) -> None:
+def write(page: Path, title: str, cards: Iterable[GalleryCard]) -> None:
     """Write the page. Blocking.
 
     Raises:
         OSError: The disk would not take it.
     """
     with page.open("w", encoding="utf-8") as file:
-        file.writelines(pieces(title, entries))
+        file.writelines(render(title, cards))
 
 
-def _card(entry: GalleryCard) -> str:
-    prompt = escape(entry.prompt)
-    if entry.file is None:
-        picture = f'<div class="none">{escape(entry.note or entry.status)}</div>'
+def _card(card: GalleryCard) -> str:
+    prompt = escape(card.prompt)
+    if card.file is None:
+        image = f'<div class="none">{escape(card.note or card.status)}</div>'
     else:
-        link = escape(quote(entry.file))
-        picture = f'<a href="{link}"><img src="{link}" alt="{prompt}" loading="lazy"></a>'
-    facts = [entry.status]
-    if entry.seconds is not None:
-        facts.append(f"{entry.seconds:.1f} s")
-    if entry.cost:
-        facts.append(f"{entry.cost} credits")
+        link = escape(quote(card.file))
+        image = f'<a href="{link}"><img src="{link}" alt="{prompt}" loading="lazy"></a>'
+    facts = [card.status]
+    if card.seconds is not None:
+        facts.append(f"{card.seconds:.1f} s")
+    if card.cost:
+        facts.append(f"{card.cost} credits")
     line = " &middot; ".join(map(escape, facts))
     return (
-        f'<figure data-status="{escape(entry.status)}" data-text="{escape(entry.prompt.lower())}">{picture}'
+        f'<figure data-status="{escape(card.status)}" data-text="{escape(card.prompt.lower())}">{image}'
         f"<figcaption><p>{prompt}</p><small>{line}</small></figcaption></figure>"
     )

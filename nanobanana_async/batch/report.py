@@ -9,10 +9,10 @@ from typing import Final
 from nanobanana_async.batch import gallery
 from nanobanana_async.ledger.schema import LedgerRow, RowState
 
-PAGE: Final = "index.html"
-MANIFEST: Final = "manifest.jsonl"
+GALLERY_NAME: Final = "index.html"
+MANIFEST_NAME: Final = "manifest.jsonl"
 
-_WORD: Final = {RowState.SAVED: "done", RowState.FAILED: "failed", RowState.UNKNOWN: "unknown"}
+_STATUS_LABELS: Final = {RowState.SAVED: "succeeded", RowState.FAILED: "failed", RowState.UNKNOWN: "unknown"}
 
 
 def write(folder: Path, records: Iterable[LedgerRow]) -> None:
@@ -22,25 +22,25 @@ def write(folder: Path, records: Iterable[LedgerRow]) -> None:
         OSError: The disk would not take it.
     """
     title = os.fsencode(folder.resolve().name).decode("utf-8", "replace")
-    manifest, page = folder / f".{MANIFEST}.part", folder / f".{PAGE}.part"
+    manifest, page = folder / f".{MANIFEST_NAME}.part", folder / f".{GALLERY_NAME}.part"
     with manifest.open("w", encoding="utf-8") as lines:
 
         def cards() -> Iterator[gallery.GalleryCard]:
             for record in records:
                 lines.write(f"{json.dumps(_manifest_line(record), ensure_ascii=False)}\n")
-                if not record.state.is_open:
+                if not record.state.is_ready:
                     yield _card(record)
 
         gallery.write(page, title, cards())
-    manifest.replace(folder / MANIFEST)
-    page.replace(folder / PAGE)
+    manifest.replace(folder / MANIFEST_NAME)
+    page.replace(folder / GALLERY_NAME)
 
 
 def _card(record: LedgerRow) -> gallery.GalleryCard:
     is_done = record.state is RowState.SAVED
     return gallery.GalleryCard(
         prompt=record.prompt,
-        status=_WORD.get(record.state, record.state.value),
+        status=_STATUS_LABELS.get(record.state, record.state.value),
         file=record.files[0].path.name if is_done and record.files else None,
         seconds=_seconds(record),
         cost="" if record.consumed is None else f"{record.consumed.normalize():f}",
@@ -60,7 +60,7 @@ def _manifest_line(record: LedgerRow) -> dict[str, object]:
             {"file": file.path.name, "sha256": file.sha256, "size_bytes": file.size_bytes} for file in record.files
         ],
         "consumed": None if record.consumed is None else f"{record.consumed:f}",
-        "possible_duplicates": max(0, record.sends - 1),
+        "possible_duplicates": max(0, record.submit_count - 1),
         "seconds": _seconds(record),
         "reason": record.reason,
     }

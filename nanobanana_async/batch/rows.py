@@ -14,15 +14,15 @@ from typing import Final, TypeAlias
 import anyio.to_thread
 import attrs
 
-from nanobanana_async._concurrency.map_unordered import each
+from nanobanana_async._concurrency.map_unordered import iter_any
 from nanobanana_async.errors import InvalidBatchFile
-from nanobanana_async.images.formats import HEAD_BYTES, sniff
+from nanobanana_async.images.formats import SNIFF_BYTES, sniff
 from nanobanana_async.models import GenerationRequest, ImageSource, SupportsSave
 from nanobanana_async.policies import Limits
 
 COLUMNS: Final = ("prompt", "images", "model", "aspect_ratio", "image_size", "key", "name")
 """What a .csv or .jsonl may name. Anything else is refused: a misspelt column would silently cost money."""
-_MAX_KEY: Final = 200
+_MAX_KEY_CHARS: Final = 200
 
 
 @attrs.frozen(kw_only=True)
@@ -63,13 +63,13 @@ class RowKeys:
         Raises:
             ValueError: The key is not usable, or another row has it.
         """
-        content = _fingerprint(request, list(map(_image_text, request.images) if images is None else images))
+        content = _fingerprint(request, list(map(_image_identity, request.images) if images is None else images))
         self._seen[content] += 1
         if key is None:
             ordinal = self._seen[content]
             key = content if ordinal == 1 else f"{content}-{ordinal}"
-        elif not key.strip() or not key.isprintable() or len(key) > _MAX_KEY:
-            raise ValueError(f"key: expected 1 to {_MAX_KEY} printable characters, got {key!r:.80}")
+        elif not key.strip() or not key.isprintable() or len(key) > _MAX_KEY_CHARS:
+            raise ValueError(f"key: expected 1 to {_MAX_KEY_CHARS} printable characters, got {key!r:.80}")
         else:
             self._seen[f"key {key}"] += 1
             if self._seen[f"key {key}"] > 1:
@@ -77,17 +77,17 @@ class RowKeys:
         return BatchRow(key=key, request=request, name=name, fingerprint=content)
 
 
-async def keyed(rows: Rows) -> AsyncGenerator[BatchRow | Exception]:
+async def with_keys(rows: Rows) -> AsyncGenerator[BatchRow | Exception]:
     """Yield each of *rows* with a key; what goes wrong with them comes last, so that those before it are not lost."""
     keys = RowKeys()
     try:
-        async with contextlib.aclosing(each(rows)) as wanted:
+        async with contextlib.aclosing(iter_any(rows)) as wanted:
             async for one in wanted:
                 if isinstance(one, BatchRow):
                     yield one
                     continue
                 request = one if isinstance(one, GenerationRequest) else GenerationRequest(one)
-                images = [await _image_text_of(image) for image in request.images]
+                images = [await _image_identity_async(image) for image in request.images]
                 yield keys.row(request, images=images)
     except Exception as exc:  # noqa: BLE001 - raised by whoever consumes
         yield exc
@@ -99,12 +99,16 @@ def _fingerprint(request: GenerationRequest, images: list[str]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-async def _image_text_of(image: ImageSource) -> str:
+async def _image_identity_async(image: ImageSource) -> str:
     """Return what `_image_text` does, which takes seconds for a large picture."""
-    return _image_text(image) if isinstance(image, str | Path) else await anyio.to_thread.run_sync(_image_text, image)
+    return (
+        _image_identity(image)
+        if isinstance(image, str | Path)
+        else await anyio.to_thread.run_sync(_image_identity, image)
+    )
 
 
-def _image_text(image: ImageSource) -> str:
+def _image_identity(image: ImageSource) -> str:
     if isinstance(image, str | Path):
         return str(image)
     if isinstance(image, SupportsSave):
@@ -143,18 +147,18 @@ def read_rows(path: Path, **defaults: str | None) -> list[BatchRow]:
         GenerationRequest("-", **{name: value for name, value in defaults.items() if value})  # type: ignore[arg-type]
     except ValueError as exc:
         raise InvalidBatchFile(str(exc)) from None  # else every row would be blamed for it
-    rows, faults, keys = [], [], RowKeys()
+    rows, errors, keys = [], [], RowKeys()
     try:
         for line, record in reader(text):
             try:
-                rows.append(_row(record, keys, path.parent, defaults))
+                rows.append(_parse_row(record, keys, path.parent, defaults))
             except (ValueError, TypeError) as exc:
-                faults.append(f"line {line}: {exc}")
+                errors.append(f"line {line}: {exc}")
     except _FileError as exc:
-        faults.append(str(exc))
-    if faults:
-        count = "a row" if len(faults) == 1 else f"{len(faults)} rows"
-        raise InvalidBatchFile(f"{path}: {count} cannot be used; nothing was submitted", faults=tuple(faults))
+        errors.append(str(exc))
+    if errors:
+        count = "a row" if len(errors) == 1 else f"{len(errors)} rows"
+        raise InvalidBatchFile(f"{path}: {count} cannot be used; nothing was submitted", errors=tuple(errors))
     if not rows:
         raise InvalidBatchFile(f"{path}: there is no row in it")
     return rows
@@ -177,12 +181,12 @@ def _from_csv(text: str) -> Iterator[_Record]:
     header = text.partition("\n")[0]
     # Spreadsheets of half of Europe write semicolons; no column of ours has any of these in its name.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
-    columns = [name.strip().lower() for name in _next(reader) or []]
+    columns = [name.strip().lower() for name in _next_csv_row(reader) or []]
     if "prompt" not in columns:
         raise _FileError(f"line 1: expected a header with a column 'prompt', got {header.strip()!r:.80}")
     _check_columns(columns)
     line = reader.line_num + 1
-    while (cells := _next(reader)) is not None:
+    while (cells := _next_csv_row(reader)) is not None:
         if any(cell.strip() for cell in cells):
             if len(cells) > len(columns):
                 yield (
@@ -196,7 +200,7 @@ def _from_csv(text: str) -> Iterator[_Record]:
         line = reader.line_num + 1
 
 
-def _next(reader: "Iterator[list[str]]") -> list[str] | None:
+def _next_csv_row(reader: "Iterator[list[str]]") -> list[str] | None:
     try:
         return next(reader, None)
     except csv.Error as exc:
@@ -223,7 +227,9 @@ def _check_columns(names: Iterable[str]) -> None:
         raise _FileError(f"line 1: there are two columns {twice[0]!r}")
 
 
-def _row(record: Mapping[str, object], keys: RowKeys, folder: Path, defaults: Mapping[str, str | None]) -> BatchRow:
+def _parse_row(
+    record: Mapping[str, object], keys: RowKeys, folder: Path, defaults: Mapping[str, str | None]
+) -> BatchRow:
     if "fault" in record:
         raise ValueError(record["fault"])
     if unknown := record.keys() - set(COLUMNS):
@@ -238,22 +244,22 @@ def _row(record: Mapping[str, object], keys: RowKeys, folder: Path, defaults: Ma
         raise TypeError(f"images: expected texts, got {images!r:.80}")
     options = {**{name: value for name, value in defaults.items() if value is not None}, **given}
     texts = [images] if isinstance(images, str) else images
-    sources = [_image(text, folder) for text in texts]
+    sources = [_load_image(text, folder) for text in texts]
     request = GenerationRequest(str(options.pop("prompt", "")), images=sources, **options)  # type: ignore[arg-type]  # texts, all of them
     # The spelling, not the path: the same row from another working directory is the same row.
     return keys.row(request, key=key, name=title, images=texts)  # type: ignore[arg-type]  # the same
 
 
-def _image(text: str, folder: Path) -> ImageSource:
+def _load_image(text: str, folder: Path) -> ImageSource:
     if text.startswith(("https://", "http://", "data:")):
         return text
     path = folder / text
     try:
         with path.open("rb") as file:
-            if sniff(file.read(HEAD_BYTES)) is None:
+            if sniff(file.read(SNIFF_BYTES)) is None:
                 raise ValueError(f"images: {path} is not a PNG, JPEG, WebP or GIF")
     except OSError as exc:
         raise ValueError(f"images: {path} cannot be read ({exc.strerror})") from exc
-    if path.stat().st_size > Limits().reference_bytes:
-        raise ValueError(f"images: {path} is larger than {Limits().reference_bytes // 2**20} MiB")
+    if path.stat().st_size > Limits().max_reference_bytes:
+        raise ValueError(f"images: {path} is larger than {Limits().max_reference_bytes // 2**20} MiB")
     return path

@@ -16,11 +16,11 @@ import anyio.to_thread
 import attrs
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
-from nanobanana_async._concurrency.map_unordered import flow
+from nanobanana_async._concurrency.map_unordered import map_unordered
 from nanobanana_async.batch import report
-from nanobanana_async.batch.resume import are_there, as_task, moment, of_earlier_run
-from nanobanana_async.batch.rows import BatchRow, Rows, keyed
-from nanobanana_async.batch.run_state import BatchProgress, ImageStore, RunState, RunStopped
+from nanobanana_async.batch.resume import files_exist, previous_outcome, task_from_row, to_datetime
+from nanobanana_async.batch.rows import BatchRow, Rows, with_keys
+from nanobanana_async.batch.run_state import BatchProgress, ClientImageStore, ImageStore, RunState, RunStopped
 from nanobanana_async.batch.submitter import Submitter
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import (
@@ -32,19 +32,19 @@ from nanobanana_async.errors import (
     SubmissionUnknown,
     TaskNotFound,
 )
-from nanobanana_async.handle import TaskHandle, without_picture
-from nanobanana_async.images.download import sweep
+from nanobanana_async.handle import TaskHandle, no_image_error
+from nanobanana_async.images.download import remove_partial_files
 from nanobanana_async.ledger.budget import Budget
 from nanobanana_async.ledger.schema import LedgerRow, RowState
 from nanobanana_async.ledger.sqlite import Ledger
 from nanobanana_async.models import CallbackSource, GenerationRequest, SavedImage, Task
-from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown, of_error
+from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown, outcome_from_error
 
-_ENTERED_AT_ONCE: Final = 100
+_UPSERT_CHUNK: Final = 100
 _log: Final = logging.getLogger("nanobanana_async")
-_HEARD_S: Final = 10.0
+_CONFIRM_INTERVAL_S: Final = 10.0
 """Between two queries that callbacks about one unknown row cause."""
-_REPORT_S: Final = 60.0
+_REPORT_INTERVAL_S: Final = 60.0
 """How old the page and the manifest may be, for those who look in the night."""
 
 
@@ -66,18 +66,18 @@ class Batch:
         self.folder: Final = ledger.folder
         self._ledger = ledger
         self._client = client
-        self._account = account
-        self._fetcher: ImageStore = fetcher or client
-        self._host = BackgroundTaskGroup()
-        self._traffic = RunState()
-        self._submitter = Submitter(ledger, client, account, self._traffic, callback)
-        self._ended: Counter[type[Outcome] | str] = Counter()
-        self._heard_s: dict[str, float] = {}
-        self._met: set[str] = set()
+        self._budget = account
+        self._image_store: ImageStore = fetcher or ClientImageStore(client)
+        self._background = BackgroundTaskGroup()
+        self._run_state = RunState()
+        self._submitter = Submitter(ledger, client, account, self._run_state, callback)
+        self._outcome_counts: Counter[type[Outcome] | str] = Counter()
+        self._last_confirm_s: dict[str, float] = {}
+        self._seen_keys: set[str] = set()
         """Keys of this run: paid rows that have none of them are fetched at its end."""
         self._callback = callback
         if callback is not None:
-            callback.strangers.append(self._hear)
+            callback.unmatched_hooks.append(self._on_unmatched_callback)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -87,7 +87,7 @@ class Batch:
         client: NanoBananaClient,
         *,
         budget: Decimal | None = None,
-        fetcher: ImageStore | None = None,
+        image_store: ImageStore | None = None,
         callback: CallbackSource | None = None,
     ) -> AsyncGenerator["Batch"]:
         """Open the batch in *folder*, made if missing. Leaving the block settles it: see `aclose`.
@@ -97,7 +97,7 @@ class Batch:
             client: What submits and waits. It stays open.
             budget: Credits that may be spent here, by all runs together. New submits stop before what is spent and
                 what those in flight may cost (the largest price seen for their model) could exceed it.
-            fetcher: Who writes the pictures; None is the client.
+            image_store: Who writes the pictures; None is the client.
             callback: A `CallbackReceiver`, as for `client.submit`. A callback also tells what became of an unknown
                 row, whenever it comes.
 
@@ -106,14 +106,16 @@ class Batch:
         """
         ledger = await Ledger.open(Path(folder))
         try:
-            await anyio.to_thread.run_sync(sweep, ledger.folder)
-            batch = cls(ledger, client, Budget.of(await ledger.costs(), budget), fetcher, callback)
+            await anyio.to_thread.run_sync(remove_partial_files, ledger.folder)
+            batch = cls(
+                ledger, client, Budget.from_attempts(await ledger.attempt_costs(), budget), image_store, callback
+            )
         except BaseException:
             await ledger.aclose()
             raise
         try:
-            await batch._host.ensure()
-            batch._host.start_soon(batch._report_now_and_then)
+            await batch._background.ensure_started()
+            batch._background.start_soon(batch._report_periodically)
             yield batch
         finally:
             await batch.aclose()
@@ -141,45 +143,49 @@ class Batch:
             ImageError: The disk would not take a picture.
             NotSent, RateLimited, ServiceUnavailable, SubmissionUnknown: No submit has worked for an hour, or ever.
         """
-        await self._host.ensure()
+        await self._background.ensure_started()
 
         async def work(entered: tuple[BatchRow, LedgerRow | None]) -> Outcome | None:
             row, record = entered
             if record is None:
                 error = ConfigurationError(f"row {row.key}: another row has this key, too")
                 return Failed(key=row.key, request=row.request, error=error)
-            outcome = await self._tried(row, record, retry_failed=retry_failed, timeout_s=timeout_s)
+            outcome = await self._run_row(row, record, retry_failed=retry_failed, timeout_s=timeout_s)
             if outcome is not None:
-                self._ended[type(outcome)] += 1
-                self._ended["earlier"] += outcome.earlier
+                self._outcome_counts[type(outcome)] += 1
+                self._outcome_counts["replayed"] += outcome.replayed
             return outcome
 
-        self._met.clear()
-        outcomes: AsyncGenerator[Outcome] = flow(
-            self._host, self._entered(rows), work, at_once=max_in_flight, unread=_in_the_ledger
+        self._seen_keys.clear()
+        outcomes: AsyncGenerator[Outcome] = map_unordered(
+            self._background,
+            self._registered_rows(rows),
+            work,
+            max_in_flight=max_in_flight,
+            on_unconsumed=_ignore_unconsumed,
         )
         async with contextlib.aclosing(outcomes):
             async for outcome in outcomes:
                 yield outcome
-        if self._traffic.cause is not None:
-            raise self._traffic.cause
+        if self._run_state.stop_reason is not None:
+            raise self._run_state.stop_reason
 
     @property
     def in_flight(self) -> Mapping[str, str]:
         """Row key to task id of what is paid and not on disk. After a `LedgerError`, the last place that has them."""
-        return self._traffic.tasks
+        return self._run_state.task_ids
 
     def progress(self) -> BatchProgress:
         """Return how it stands. No disk, no network."""
-        ended = self._ended
+        ended = self._outcome_counts
         return BatchProgress(
-            done=ended[Succeeded],
+            succeeded=ended[Succeeded],
             failed=ended[Failed],
             unknown=ended[Unknown],
-            earlier=ended["earlier"],
-            in_flight=len(self._traffic.tasks),
-            funds=self._account.funds(),
-            trouble=self._submitter.trouble,
+            replayed=ended["replayed"],
+            in_flight=len(self._run_state.task_ids),
+            budget=self._budget.status(),
+            last_error=self._submitter.last_error,
         )
 
     async def aclose(self) -> None:
@@ -189,14 +195,14 @@ class Batch:
         From any task; twice is harmless.
         """
         timeouts = self._client.timeouts
-        self._traffic.stop(ConfigurationError("the batch was closed"))
+        self._run_state.stop(ConfigurationError("the batch was closed"))
         with anyio.move_on_after(timeouts.submit_s + timeouts.close_s, shield=True):
             try:
-                await self._host.aclose(drain_s=0)
+                await self._background.aclose(drain_s=0)
                 await self._report()
             finally:
-                if self._callback is not None and self._hear in self._callback.strangers:
-                    self._callback.strangers.remove(self._hear)
+                if self._callback is not None and self._on_unmatched_callback in self._callback.unmatched_hooks:
+                    self._callback.unmatched_hooks.remove(self._on_unmatched_callback)
                 await self._ledger.aclose()
 
     async def _report(self) -> None:
@@ -208,27 +214,27 @@ class Batch:
             return None
 
         with contextlib.suppress(LedgerError):
-            if (trouble := await self._ledger.read(write)) is not None:
-                _log.warning("%s cannot be written: %s", report.PAGE, trouble)
+            if (trouble := await self._ledger.query_rows(write)) is not None:
+                _log.warning("%s cannot be written: %s", report.GALLERY_NAME, trouble)
 
-    async def _report_now_and_then(self) -> None:
+    async def _report_periodically(self) -> None:
         while True:
-            await anyio.sleep(_REPORT_S)
+            await anyio.sleep(_REPORT_INTERVAL_S)
             await self._report()
 
     # --- what nobody knows the end of -------------------------------------------------------------------------------
 
-    async def unknown(self) -> list[LedgerRow]:
+    async def unknown_rows(self) -> list[LedgerRow]:
         """Return the rows that may have been paid, and for which nothing says so."""
-        return await self._ledger.read(list, RowState.UNKNOWN)
+        return await self._ledger.query_rows(list, RowState.UNKNOWN)
 
     async def resubmit(self, key: str) -> None:
         """Have the next run submit this unknown row once more, though it may be paid twice then."""
-        await self._ledger.move(key, RowState.REOPENED)
+        await self._ledger.transition(key, RowState.REQUEUED)
 
     async def abandon(self, key: str) -> None:
         """Give this unknown row up: it counts as failed from now on, and is never submitted again."""
-        await self._ledger.move(key, RowState.ABANDONED)
+        await self._ledger.transition(key, RowState.ABANDONED)
 
     async def bind(self, key: str, task_id: str) -> None:
         """Tell which task this unknown row is, if you know: from a log, a callback, or the service's support.
@@ -238,162 +244,168 @@ class Batch:
         """
         await self._ledger.bind(key, self._client.task(task_id).task_id)
 
-    async def _hear(self, nonce: str, task_id: str) -> None:
+    async def _on_unmatched_callback(self, nonce: str, task_id: str) -> None:
         """Take a callback about a submit that no expectation here is waited for: an unknown row's, perhaps."""
         now_s = anyio.current_time()
-        if now_s < self._heard_s.get(nonce, -math.inf) + _HEARD_S or not await self._ledger.misses(nonce):
+        if now_s < self._last_confirm_s.get(
+            nonce, -math.inf
+        ) + _CONFIRM_INTERVAL_S or not await self._ledger.is_unresolved(nonce):
             return
-        self._heard_s[nonce] = now_s
+        self._last_confirm_s[nonce] = now_s
         try:
             await self._client.task(task_id).query()
         except NanoBananaError as exc:
             _log.warning("a callback says that an unknown row is task %s, which cannot be confirmed: %s", task_id, exc)
         else:
-            await self._ledger.recognise(nonce, task_id)
+            await self._ledger.bind_by_nonce(nonce, task_id)
 
     # --- all rows ---------------------------------------------------------------------------------------------------
 
-    async def _entered(self, rows: Rows) -> AsyncGenerator[tuple[BatchRow, LedgerRow | None]]:
+    async def _registered_rows(self, rows: Rows) -> AsyncGenerator[tuple[BatchRow, LedgerRow | None]]:
         """Enter rows in the ledger, many in one transaction, until something stops the run. None: its key was met."""
-        most = 1 if isinstance(rows, AsyncIterable) else _ENTERED_AT_ONCE  # the next one may be long in coming
+        most = 1 if isinstance(rows, AsyncIterable) else _UPSERT_CHUNK  # the next one may be long in coming
         waiting: list[BatchRow] = []
         error: Exception | None = None
-        async with contextlib.aclosing(keyed(rows)) as all_rows:
+        async with contextlib.aclosing(with_keys(rows)) as all_rows:
             async for row in all_rows:
                 if isinstance(row, Exception):
                     error = row
-                elif row.key in self._met:
+                elif row.key in self._seen_keys:
                     yield row, None
                 else:
-                    self._met.add(row.key)
+                    self._seen_keys.add(row.key)
                     waiting.append(row)
                 if error is not None or len(waiting) >= most:
-                    for pair in await self._enter(waiting):
+                    for pair in await self._register(waiting):
                         yield pair
-                if self._traffic.cause is not None:
+                if self._run_state.stop_reason is not None:
                     return
-        for pair in await self._enter(waiting):
+        for pair in await self._register(waiting):
             yield pair
         if error is not None:
             raise error
-        for pair in await self._left_over():
+        for pair in await self._leftover_rows():
             yield pair
 
-    async def _left_over(self) -> list[tuple[BatchRow, LedgerRow]]:
+    async def _leftover_rows(self) -> list[tuple[BatchRow, LedgerRow]]:
         """Return rows of earlier runs that are paid, not fetched, and were not met in this one."""
-        found = await self._ledger.read(list, RowState.SUBMITTED, RowState.SUCCESS)
-        return [(_as_row(record), record) for record in found if record.key not in self._met]
+        found = await self._ledger.query_rows(list, RowState.SUBMITTED, RowState.SUCCEEDED)
+        return [(_row_from_ledger(record), record) for record in found if record.key not in self._seen_keys]
 
-    async def _enter(self, waiting: list[BatchRow]) -> list[tuple[BatchRow, LedgerRow]]:
-        entered = list(zip(waiting, await self._ledger.enter(waiting), strict=True))
+    async def _register(self, waiting: list[BatchRow]) -> list[tuple[BatchRow, LedgerRow]]:
+        entered = list(zip(waiting, await self._ledger.upsert_rows(waiting), strict=True))
         waiting.clear()
         return entered
 
     # --- one row ----------------------------------------------------------------------------------------------------
 
-    async def _tried(
+    async def _run_row(
         self, row: BatchRow, record: LedgerRow, *, retry_failed: bool, timeout_s: float | None
     ) -> Outcome | None:
         """Return what became of the row; None when the run stopped before it came to anything."""
         try:
-            return await self._advance(row, record, retry_failed=retry_failed, timeout_s=timeout_s)
+            return await self._process_row(row, record, retry_failed=retry_failed, timeout_s=timeout_s)
         except RunStopped:
             return None
         except AuthenticationError as exc:
-            self._traffic.stop(exc)
+            self._run_state.stop(exc)
             return None
         except LedgerError:  # ends the others, too: nothing that they come to can be written down
             raise
         except (NanoBananaError, ValueError) as exc:
-            return of_error(exc, key=row.key, request=row.request)
+            return outcome_from_error(exc, key=row.key, request=row.request)
 
-    async def _advance(
+    async def _process_row(
         self, row: BatchRow, record: LedgerRow, *, retry_failed: bool, timeout_s: float | None
     ) -> Outcome:
-        if (outcome := of_earlier_run(row, record, retry_failed=retry_failed)) is not None:
+        if (outcome := previous_outcome(row, record, retry_failed=retry_failed)) is not None:
             return outcome
-        if record.state is RowState.SAVED and await anyio.to_thread.run_sync(are_there, record):
-            return Succeeded(key=row.key, request=row.request, task=as_task(record), files=record.files, earlier=True)
-        if record.state.may_be_submitted:
+        if record.state is RowState.SAVED and await anyio.to_thread.run_sync(files_exist, record):
+            return Succeeded(
+                key=row.key, request=row.request, task=task_from_row(record), files=record.files, replayed=True
+            )
+        if record.state.is_submittable:
             handle = await self._submitter.submit(row)
             record = attrs.evolve(record, state=RowState.SUBMITTED)
         else:
-            handle = self._client.task(record.task_id or "", submitted_at=moment(record.submitted_at))
-            self._traffic.pending += 1
-            self._traffic.tasks[row.key] = handle.task_id
+            handle = self._client.task(record.task_id or "", submitted_at=to_datetime(record.submitted_at))
+            self._run_state.pending += 1
+            self._run_state.task_ids[row.key] = handle.task_id
         try:
-            outcome = await self._finish(row, record, handle, timeout_s)
+            outcome = await self._complete_row(row, record, handle, timeout_s)
         except NanoBananaError as exc:
             exc.task_id = exc.task_id or handle.task_id
             if not isinstance(exc, LedgerError):
-                del self._traffic.tasks[row.key]
+                del self._run_state.task_ids[row.key]
             raise
         else:
-            del self._traffic.tasks[row.key]
+            del self._run_state.task_ids[row.key]
             return outcome
         finally:
-            self._traffic.pending -= 1
-            self._traffic.change()
+            self._run_state.pending -= 1
+            self._run_state.notify_all()
 
-    async def _finish(self, row: BatchRow, record: LedgerRow, handle: TaskHandle, timeout_s: float | None) -> Outcome:
+    async def _complete_row(
+        self, row: BatchRow, record: LedgerRow, handle: TaskHandle, timeout_s: float | None
+    ) -> Outcome:
         """Wait for the task, write its end down, and have its picture on disk."""
         try:
             task = await handle.wait(timeout_s=timeout_s)
         except TaskNotFound as exc:
-            if record.state in _ENDED_WELL:
+            if record.state in _HAS_IMAGE:
                 raise
-            await self._ledger.move(row.key, RowState.UNKNOWN, reason=str(exc))
+            await self._ledger.transition(row.key, RowState.UNKNOWN, reason=str(exc))
             raise SubmissionUnknown(str(exc)) from exc  # paid, and gone: people must say what to do about it
-        if record.state not in _ENDED_WELL:
-            await self._settle(row, task)
+        if record.state not in _HAS_IMAGE:
+            await self._record_final(row, task)
         if not task.images:
-            raise without_picture(task)
-        files = await self._save(record.stem, task, handle.task_id)
-        await self._ledger.saved(row.key, files)
+            raise no_image_error(task)
+        files = await self._save_images(record.file_stem, task, handle.task_id)
+        await self._ledger.record_saved(row.key, files)
         return Succeeded(key=row.key, request=row.request, task=task, files=files)
 
-    async def _settle(self, row: BatchRow, task: Task) -> None:
-        state = RowState.SUCCESS if task.images else RowState.FAILED
+    async def _record_final(self, row: BatchRow, task: Task) -> None:
+        state = RowState.SUCCEEDED if task.images else RowState.FAILED
         consumed = None if task.consumed is None else f"{task.consumed:f}"
         reason = None if task.images else (task.reason or " ".join(task.texts) or "the service gave no reason")
-        await self._ledger.move(row.key, state, ended_at=time.time(), consumed=consumed, reason=reason)
+        await self._ledger.transition(row.key, state, ended_at=time.time(), consumed=consumed, reason=reason)
         if consumed is not None or state is RowState.FAILED:
-            self._account.end(row.request.model, task.consumed)
+            self._budget.settle(row.request.model, task.consumed)
 
-    async def _save(self, stem: str, task: Task, task_id: str) -> tuple[SavedImage, ...]:
-        self._traffic.saving += 1
+    async def _save_images(self, stem: str, task: Task, task_id: str) -> tuple[SavedImage, ...]:
+        self._run_state.saving += 1
         try:
             try:
-                return await self._write(stem, task)
+                return await self._write_images(stem, task)
             except ImageError as exc:
                 if isinstance(exc.__cause__, OSError):  # the disk: no picture would fare better
-                    self._traffic.stop(exc)
+                    self._run_state.stop(exc)
                     raise RunStopped from None
                 fresh = await self._client.task(task_id).query()  # the link may have expired
                 if not fresh.images:
                     raise
-                return await self._write(stem, fresh)
+                return await self._write_images(stem, fresh)
         finally:
-            self._traffic.saving -= 1
-            self._traffic.change()
+            self._run_state.saving -= 1
+            self._run_state.notify_all()
 
-    async def _write(self, stem: str, task: Task) -> tuple[SavedImage, ...]:
+    async def _write_images(self, stem: str, task: Task) -> tuple[SavedImage, ...]:
         names = [stem, *(f"{stem}.{number}" for number in range(2, len(task.images) + 1))]
         return tuple(
             [
-                await self._fetcher.save_picture(image, self.folder / name)
+                await self._image_store.put(image, self.folder / name)
                 for name, image in zip(names, task.images, strict=True)
             ]
         )
 
 
-def _as_row(record: LedgerRow) -> BatchRow:
+def _row_from_ledger(record: LedgerRow) -> BatchRow:
     request = GenerationRequest(record.prompt, model=record.model)
     return BatchRow(key=record.key, request=request, fingerprint=record.fingerprint)
 
 
-def _in_the_ledger(_: Outcome) -> None:
+def _ignore_unconsumed(_: Outcome) -> None:
     """Do nothing about an outcome that nobody took: the next run yields it again."""
 
 
-_ENDED_WELL: Final = (RowState.SUCCESS, RowState.SAVED)
+_HAS_IMAGE: Final = (RowState.SUCCEEDED, RowState.SAVED)

@@ -30,7 +30,7 @@ from nanobanana_async.models import CallbackSource, PendingCallback
 
 _log: Final = logging.getLogger("nanobanana_async")
 
-_NOT_TAKEN: Final = (NotSent, RateLimited, AuthenticationError, InsufficientCredits, ConfigurationError)
+_NOT_CHARGED: Final = (NotSent, RateLimited, AuthenticationError, InsufficientCredits, ConfigurationError)
 """After these, nothing was charged, and the row is not what is wrong."""
 
 
@@ -41,22 +41,22 @@ class Submitter:
         self,
         ledger: Ledger,
         client: NanoBananaClient,
-        account: Budget,
-        traffic: RunState,
+        budget: Budget,
+        run_state: RunState,
         callback: CallbackSource | None,
     ) -> None:
         self._ledger = ledger
         self._client = client
-        self._account = account
-        self._traffic = traffic
+        self._budget = budget
+        self._run_state = run_state
         self._callback = callback
-        self._expected: dict[str, PendingCallback] = {}
+        self._pending_callbacks: dict[str, PendingCallback] = {}
         """By row key, of submits whose answer has not come."""
-        self._caution = OutageBackoff()
-        self.trouble: str | None = None
+        self._outage = OutageBackoff()
+        self.last_error: str | None = None
         """What the last submit met, while fewer are tried because of it."""
-        self._alone = anyio.Lock()
-        self._few = anyio.Semaphore(client.limits.submits)
+        self._probe_lock = anyio.Lock()
+        self._reserve_slots = anyio.Semaphore(client.limits.max_submits)
 
     async def submit(self, row: BatchRow) -> TaskHandle:
         """Return the handle of the row's task, once its id is durable.
@@ -70,72 +70,72 @@ class Submitter:
             RunStopped: The run takes nothing more on.
         """
         try:
-            return await self._submit(row)
+            return await self._submit_until_sent(row)
         except SubmissionUnknown:
-            if (handle := await self._recovered(row)) is None:
+            if (handle := await self._recover(row)) is None:
                 raise
             return handle
         finally:
-            self._expected.pop(row.key, None)
+            self._pending_callbacks.pop(row.key, None)
 
-    async def _submit(self, row: BatchRow) -> TaskHandle:
+    async def _submit_until_sent(self, row: BatchRow) -> TaskHandle:
         handle = None
         while handle is None:
-            if self._caution.is_needed:
-                async with self._alone:
-                    if self._caution.is_needed:  # and not only when it was this row's turn to ask
-                        handle = await self._try(row)
+            if self._outage.is_probing:
+                async with self._probe_lock:
+                    if self._outage.is_probing:  # and not only when it was this row's turn to ask
+                        handle = await self._submit_once(row)
                         continue
-            handle = await self._try(row)
+            handle = await self._submit_once(row)
         return handle
 
-    async def _try(self, row: BatchRow) -> TaskHandle | None:
+    async def _submit_once(self, row: BatchRow) -> TaskHandle | None:
         """Submit once; None when nothing was charged, and it is to be tried again."""
         try:
-            async with self._few:  # the others are judged when it is nearly their turn, and not before
-                await self._clearance(row.request.model)
-                handle = await self._reserved(row)
+            async with self._reserve_slots:  # the others are judged when it is nearly their turn, and not before
+                await self._reserve(row.request.model)
+                handle = await self._submit_reserved(row)
         except (NotSent, RateLimited) as exc:
-            self._trouble(exc)
+            self._record_failure(exc)
             if getattr(exc, "possible_duplicates", 0):
                 raise
             return None
         except (SubmissionUnknown, ServiceUnavailable) as exc:
-            self._trouble(exc)
+            self._record_failure(exc)
             raise
         except (AuthenticationError, InsufficientCredits, ConfigurationError) as exc:
-            self._traffic.stop(exc)
+            self._run_state.stop(exc)
             raise RunStopped from None
-        self._caution.worked()
-        self.trouble = None
+        self._outage.record_success()
+        self.last_error = None
         return handle
 
-    def _trouble(self, exc: NanoBananaError) -> None:
+    def _record_failure(self, exc: NanoBananaError) -> None:
         now_s = anyio.current_time()
-        self._caution.failed(now_s)
+        self._outage.record_failure(now_s)
         _log.info("a submit met trouble: %s", exc)
-        self.trouble = str(exc) if self._caution.is_needed else None
-        if self._caution.is_hopeless(now_s, was_busy=isinstance(exc, RateLimited)):
-            self._traffic.stop(exc)
+        self.last_error = str(exc) if self._outage.is_probing else None
+        if self._outage.should_give_up(now_s, rate_limited=isinstance(exc, RateLimited)):
+            self._run_state.stop(exc)
 
-    async def _clearance(self, model: str) -> None:
+    async def _reserve(self, model: str) -> None:
         """Wait until one more submit is in order: no trouble, no paid pictures that queue, and money for it."""
-        with anyio.move_on_after(self._caution.pause_s()):
+        with anyio.move_on_after(self._outage.backoff_s()):
             while True:
-                await self._traffic.changed()
+                await self._run_state.wait_change()
         while True:
-            self._traffic.check()
-            affordable = self._account.allows(model)
-            if affordable and self._traffic.saving <= self._client.limits.downloads:
-                self._account.begin(model)  # here, for the next to ask must be told of this one
-                self._traffic.pending += 1
+            self._run_state.raise_if_stopped()
+            affordable = self._budget.can_reserve(model)
+            if affordable and self._run_state.saving <= self._client.limits.max_downloads:
+                self._budget.reserve(model)  # here, for the next to ask must be told of this one
+                self._run_state.pending += 1
                 return
-            if not affordable and not self._traffic.pending:
-                self._traffic.stop(BudgetExceeded(self._poverty(model)))
-            await self._traffic.changed()
+            if not affordable and not self._run_state.pending:
+                self._run_state.stop(BudgetExceeded(self._budget_message(model)))
+            await self._run_state.wait_change()
 
-    def _poverty(self, model: str) -> str:
-        funds, price = self._account.funds(), self._account.price(model)
+    def _budget_message(self, model: str) -> str:
+        funds, price = self._budget.status(), self._budget.max_price(model)
         next_one = "nobody knows what a picture costs" if price is None else f"one more may cost {price.normalize():f}"
         reserved = f", {funds.reserved.normalize():f} may be charged for what is unknown" if funds.reserved else ""
         return (
@@ -143,71 +143,71 @@ class Submitter:
             f"and {next_one}"
         )
 
-    async def _reserved(self, row: BatchRow) -> TaskHandle:
+    async def _submit_reserved(self, row: BatchRow) -> TaskHandle:
         """Submit what `_clearance` has counted in; on return it still counts."""
         try:
-            return await self._post(row)
+            return await self._submit_recorded(row)
         except BaseException:
-            self._traffic.pending -= 1
-            self._traffic.change()
+            self._run_state.pending -= 1
+            self._run_state.notify_all()
             raise
 
-    async def _post(self, row: BatchRow) -> TaskHandle:
+    async def _submit_recorded(self, row: BatchRow) -> TaskHandle:
         """Submit, by the book."""
-        model, sends = row.request.model, 0
-        expected = None if self._callback is None else self._callback.expect()
-        nonce = None if expected is None else expected.nonce
-        if expected is not None:
-            self._expected[row.key] = expected
+        model, submit_count = row.request.model, 0
+        pending_callback = None if self._callback is None else self._callback.register()
+        nonce = None if pending_callback is None else pending_callback.nonce
+        if pending_callback is not None:
+            self._pending_callbacks[row.key] = pending_callback
 
         async def intend() -> None:
-            nonlocal sends
-            self._traffic.check()
-            if sends and not self._account.allows(model):
-                raise BudgetExceeded(f"it was not tried again: {self._poverty(model)}")
-            await self._ledger.intend(row.key, again=sends > 0, nonce=nonce)
-            if sends:
-                self._account.begin(model)  # the time before may be charged, too
-            sends += 1
+            nonlocal submit_count
+            self._run_state.raise_if_stopped()
+            if submit_count and not self._budget.can_reserve(model):
+                raise BudgetExceeded(f"it was not tried again: {self._budget_message(model)}")
+            await self._ledger.begin_attempt(row.key, resubmit=submit_count > 0, nonce=nonce)
+            if submit_count:
+                self._budget.reserve(model)  # the time before may be charged, too
+            submit_count += 1
             scope.shield = True  # from here on it may be paid: its end must be written down, whoever cancels
 
         with anyio.CancelScope() as scope:
             try:
-                handle = await self._client.submit(row.request, callback=expected, before_send=intend)
+                handle = await self._client.submit(row.request, callback=pending_callback, before_send=intend)
             except (NanoBananaError, RunStopped) as exc:
-                if sends:
-                    await self._close_books(row, exc, sends)
+                if submit_count:
+                    await self._close_books(row, exc, submit_count)
                 raise
             finally:
-                if not sends:
-                    self._account.end(model, None)
-            await self._keep_id(row, handle)
+                if not submit_count:
+                    self._budget.settle(model, None)
+            await self._record_task_id(row, handle)
         return handle
 
-    async def _recovered(self, row: BatchRow) -> TaskHandle | None:
+    async def _recover(self, row: BatchRow) -> TaskHandle | None:
         """Return the task that a callback tells, after an answer was lost. Cancelling leaves the row unknown."""
-        expected = self._expected.get(row.key)
-        found = None if expected is None else await self._client.recovered(expected)
-        if expected is None or found is None:
+        pending_callback = self._pending_callbacks.get(row.key)
+        found = None if pending_callback is None else await self._client.recover(pending_callback)
+        if pending_callback is None or found is None:
             return None
-        await self._ledger.recognise(expected.nonce, found.task_id)
-        self._traffic.tasks[row.key] = found.task_id
-        self._traffic.pending += 1
+        await self._ledger.bind_by_nonce(pending_callback.nonce, found.task_id)
+        self._run_state.task_ids[row.key] = found.task_id
+        self._run_state.pending += 1
         return found
 
-    async def _close_books(self, row: BatchRow, exc: Exception, sends: int) -> None:
+    async def _close_books(self, row: BatchRow, exc: Exception, submit_count: int) -> None:
         if isinstance(exc, SubmissionUnknown):
-            await self._ledger.move(row.key, RowState.UNKNOWN, reason=str(exc))
+            await self._ledger.transition(row.key, RowState.UNKNOWN, reason=str(exc))
             return
         # After a re-send, a try before it may be charged: that is for its owner to decide about.
-        state = RowState.REFUSED if isinstance(exc, _NOT_TAKEN) and sends == 1 else RowState.FAILED
-        await self._ledger.move(row.key, state, reason=str(exc), ended_at=time.time())
-        self._account.end(row.request.model, None)
+        state = RowState.REJECTED if isinstance(exc, _NOT_CHARGED) and submit_count == 1 else RowState.FAILED
+        await self._ledger.transition(row.key, state, reason=str(exc), ended_at=time.time())
+        self._budget.settle(row.request.model, None)
 
-    async def _keep_id(self, row: BatchRow, handle: TaskHandle) -> None:
-        self._traffic.tasks[row.key] = handle.task_id
+    async def _record_task_id(self, row: BatchRow, handle: TaskHandle) -> None:
+        self._run_state.task_ids[row.key] = handle.task_id
         try:
-            await self._ledger.move(row.key, RowState.SUBMITTED, task_id=handle.task_id, submitted_at=time.time())
+            await self._ledger.transition(row.key, RowState.SUBMITTED, task_id=handle.task_id, submitted_at=time.time())
         except LedgerError as exc:
             _log.error("task %s of row %s is paid, and not in the ledger: %s", handle.task_id, row.key, exc)
             raise

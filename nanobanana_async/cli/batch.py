@@ -22,27 +22,27 @@ from nanobanana_async.batch.rows import read_rows
 from nanobanana_async.batch.runner import Batch
 from nanobanana_async.cli.generate import check_writable, json_option, timeout_option
 from nanobanana_async.cli.progress import ProgressBar
-from nanobanana_async.cli.resolve import closing_words, resolve
+from nanobanana_async.cli.resolve import print_summary, resolve
 from nanobanana_async.cli.runtime import (
-    DONE,
-    FAILED,
-    UNKNOWN,
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_UNKNOWN,
     CommandContext,
-    emit,
     error_record,
     one_line,
+    print_json,
+    print_result,
     run,
-    say,
     task_record,
 )
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import LedgerError
 from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown
-from nanobanana_async.wire.body import printable
+from nanobanana_async.wire.body import sanitize_line
 
-_REFRESH_S: Final = 0.5
-_PLAIN_EVERY_S: Final = 10.0
-_TOLD: Final = 20
+_REFRESH_INTERVAL_S: Final = 0.5
+_PLAIN_INTERVAL_S: Final = 10.0
+_MAX_REPORTED: Final = 20
 """Failures that are told as they happen."""
 _FIRST_MEDIAN_S: Final = 20.0
 """Of the schedule's prior: what a picture takes as long as nobody has seen one."""
@@ -121,17 +121,17 @@ def run_batch(  # noqa: PLR0913 - one parameter per option
         keys = {row.key for row in rows}
         async with NanoBananaClient() as client:
             if not as_json:
-                session.last_words = partial(closing_words, out, command, keys, budget)
+                session.print_summary = partial(print_summary, out, command, keys, budget)
             async with Batch.open(out, client, budget=budget) as batch:
                 outcomes = batch.run(rows, max_in_flight=max_in_flight, retry_failed=retry_failed, timeout_s=timeout_s)
                 watcher = _ProgressReporter(batch, client, len(rows), max_in_flight, as_json=as_json)
                 try:
                     code = await watcher.watch(outcomes)
                 except LedgerError:
-                    session.unfinished.update({task_id: (key, str(out)) for key, task_id in batch.in_flight.items()})
+                    session.unsaved_tasks.update({task_id: (key, str(out)) for key, task_id in batch.in_flight.items()})
                     raise
         if not as_json:
-            say(out / report.PAGE)
+            print_result(out / report.GALLERY_NAME)
         return code
 
     run(work, as_json=as_json)
@@ -149,77 +149,77 @@ class _ProgressReporter(logging.Handler):
         self._total = total
         self._max_in_flight = max_in_flight
         self._as_json = as_json
-        self._bar = ProgressBar(total, quiet=as_json, plain_every_s=_PLAIN_EVERY_S)
+        self._bar = ProgressBar(total, quiet=as_json, plain_every_s=_PLAIN_INTERVAL_S)
         self._started_s = anyio.current_time()
-        self._told = 0
+        self._reported = 0
 
     async def watch(self, outcomes: AsyncGenerator[Outcome]) -> int:
         """Show each of *outcomes*, and return the exit code they add up to."""
-        code = DONE
+        code = EXIT_OK
         if not self._as_json:  # else there is no display to tear
             logging.getLogger("nanobanana_async").addHandler(self)
         with self._bar:
-            async with _beside() as group, aclosing(outcomes):
+            async with _background_tasks() as group, aclosing(outcomes):
                 group.start_soon(self._refresh)
                 try:
                     async for outcome in outcomes:
                         code = max(code, _exit_code(outcome))
-                        self._tell(outcome)
+                        self._report(outcome)
                 except anyio.get_cancelled_exc_class():
-                    self._bar.say("stopping: submits on the wire are waited for; Ctrl-C again does not wait")
+                    self._bar.print_line("stopping: submits on the wire are waited for; Ctrl-C again does not wait")
                     raise
             self._show()
         return code
 
-    def _tell(self, outcome: Outcome) -> None:
+    def _report(self, outcome: Outcome) -> None:
         if self._as_json:
-            emit(_record(outcome))
-        elif not isinstance(outcome, Succeeded) and not outcome.earlier:
-            self._say(f"{printable(outcome.request.prompt)[:60]!r}: {one_line(outcome.error)}")
+            print_json(_record(outcome))
+        elif not isinstance(outcome, Succeeded) and not outcome.replayed:
+            self._report_limited(f"{sanitize_line(outcome.request.prompt)[:60]!r}: {one_line(outcome.error)}")
 
-    def _say(self, line: str) -> None:
-        self._told += 1
-        if self._told <= _TOLD:
-            self._bar.say(line)
-        elif self._told == _TOLD + 1:
-            self._bar.say(f"further ones are in {report.MANIFEST}")
+    def _report_limited(self, line: str) -> None:
+        self._reported += 1
+        if self._reported <= _MAX_REPORTED:
+            self._bar.print_line(line)
+        elif self._reported == _MAX_REPORTED + 1:
+            self._bar.print_line(f"further ones are in {report.MANIFEST_NAME}")
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show what the library warns of, where it does not tear the display."""
-        line = printable(record.getMessage())
+        line = sanitize_line(record.getMessage())
         if record.levelno >= logging.ERROR:  # a paid id, perhaps: never left out
-            self._bar.say(line)
+            self._bar.print_line(line)
         else:
-            self._say(line)
+            self._report_limited(line)
 
     async def _refresh(self) -> None:
         while True:
             self._show()
-            await anyio.sleep(_REFRESH_S)
+            await anyio.sleep(_REFRESH_INTERVAL_S)
 
     def _show(self) -> None:
         progress = self._batch.progress()
-        ended = progress.done + progress.failed + progress.unknown
-        rate = (ended - progress.earlier) / max(anyio.current_time() - self._started_s, 1e-3)
-        median_s = statistics.median(self._client.statistics().median_s.values() or [_FIRST_MEDIAN_S])
+        ended = progress.succeeded + progress.failed + progress.unknown
+        rate = (ended - progress.replayed) / max(anyio.current_time() - self._started_s, 1e-3)
+        median_s = statistics.median(self._client.statistics().median_latency_s.values() or [_FIRST_MEDIAN_S])
         left = self._total - ended
-        parts = [f"{progress.done} done", f"{progress.in_flight} in flight"]
+        parts = [f"{progress.succeeded} done", f"{progress.in_flight} in flight"]
         parts += [f"{progress.failed} failed"] if progress.failed else []
         parts += [f"{progress.unknown} unknown"] if progress.unknown else []
-        parts += [f"{progress.funds.spent.normalize():f} credits"] if progress.funds.spent else []
+        parts += [f"{progress.budget.spent.normalize():f} credits"] if progress.budget.spent else []
         parts += [f"{rate * 60:.0f}/min"] if rate else []
         # Only when each place has brought one is their rate worth more than the learned median.
-        is_early = ended - progress.earlier < self._max_in_flight
-        if progress.trouble is not None:
-            parts.append(f"waiting: {printable(progress.trouble)[:50]}")
-        if ended > progress.earlier or not left:
+        is_early = ended - progress.replayed < self._max_in_flight
+        if progress.last_error is not None:
+            parts.append(f"waiting: {sanitize_line(progress.last_error)[:50]}")
+        if ended > progress.replayed or not left:
             left_s = eta_s(left, median_s, self._max_in_flight, None if is_early else rate)
             parts.append(f"{timedelta(seconds=round(left_s))} left")
         self._bar.show(ended, "  ".join(parts))
 
 
 @asynccontextmanager
-async def _beside() -> AsyncGenerator[TaskGroup]:
+async def _background_tasks() -> AsyncGenerator[TaskGroup]:
     """Give a task group for what runs beside the block, and ends with it; what the block raises is not wrapped."""
     error = None
     async with anyio.create_task_group() as group:
@@ -246,17 +246,17 @@ def eta_s(left: int, median_s: float, max_in_flight: int, rate_per_s: float | No
 def _exit_code(outcome: Outcome) -> int:
     match outcome:
         case Succeeded():
-            return DONE
+            return EXIT_OK
         case Failed():
-            return FAILED
+            return EXIT_FAILED
         case Unknown():
-            return UNKNOWN
+            return EXIT_UNKNOWN
 
 
 def _record(outcome: Outcome) -> dict[str, object]:
-    record = {"key": outcome.key, "prompt": outcome.request.prompt, "earlier": outcome.earlier}
+    record = {"key": outcome.key, "prompt": outcome.request.prompt, "replayed": outcome.replayed}
     if isinstance(outcome, Succeeded):
         files = [str(file.path) for file in outcome.files]
-        return {**record, "outcome": "done", "files": files, **task_record(outcome.task), "error": None}
+        return {**record, "outcome": "succeeded", "files": files, **task_record(outcome.task), "error": None}
     kind = "failed" if isinstance(outcome, Failed) else "unknown"
     return {**record, "outcome": kind, "files": [], **task_record(None), **error_record(outcome.error)}

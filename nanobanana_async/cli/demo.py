@@ -8,7 +8,7 @@ import click
 
 from nanobanana_async.batch import gallery
 from nanobanana_async.cli.generate import check_writable
-from nanobanana_async.cli.jobs import Job, make, report_failures
+from nanobanana_async.cli.jobs import Job, report_failures, run_jobs
 from nanobanana_async.cli.progress import JobProgressBar
 from nanobanana_async.cli.runtime import CommandContext, run
 from nanobanana_async.client import NanoBananaClient
@@ -17,7 +17,7 @@ from nanobanana_async.policies import PollPolicy
 from nanobanana_async.simulator.subprocess import simulator_process
 
 _LATENCY_S: Final = 3.0
-_POLLING: Final = PollPolicy.backoff(first_s=0.8, pause_s=0.4, factor=1.2, cap_s=1.5)
+_POLLING: Final = PollPolicy.backoff(first_poll_s=0.8, initial_s=0.4, multiplier=1.2, max_s=1.5)
 """The default schedule, scaled to pictures that take three seconds."""
 _SUBJECTS: Final = (
     ("a fox in snow", "16:9"),
@@ -39,7 +39,7 @@ def demo(output: str) -> None:
     folder = Path(output)
     pairs = [(f"{subject}, {style}", ratio) for style in _STYLES for subject, ratio in _SUBJECTS]
     jobs = [
-        Job(request=GenerationRequest(prompt, aspect_ratio=ratio), where=folder, name=f"{number:02}-{prompt}")
+        Job(request=GenerationRequest(prompt, aspect_ratio=ratio), output=folder, name=f"{number:02}-{prompt}")
         for number, (prompt, ratio) in enumerate(pairs, start=1)
     ]
 
@@ -51,13 +51,13 @@ def demo(output: str) -> None:
         ):
             click.echo(f"Making {len(jobs)} pictures with a simulator on {simulator.url}", err=True)
             with JobProgressBar(len(jobs)) as board:
-                code = await make(
+                code = await run_jobs(
                     client,
                     jobs,
                     session=CommandContext(),
                     board=board,
                     timeout_s=60,
-                    finished=lambda job: _say(board, job),
+                    on_finished=lambda job: _say(board, job),
                 )
         report_failures(jobs)
         page = folder / "index.html"
@@ -72,13 +72,13 @@ def demo(output: str) -> None:
 
 def _say(board: JobProgressBar, job: Job) -> None:
     for file in job.files:
-        board.say(f"{job.seconds:5.1f} s  {file}")
+        board.print_line(f"{job.seconds:5.1f} s  {file}")
 
 
 def _entry(job: Job, folder: Path) -> gallery.GalleryCard:
     return gallery.GalleryCard(
         prompt=job.request.prompt,
-        status="failed" if job.error else "done",
+        status="failed" if job.error else "succeeded",
         file=job.files[0].relative_to(folder).as_posix() if job.files else None,
         seconds=job.seconds,
         cost="" if job.task is None or job.task.consumed is None else f"{job.task.consumed.normalize():f}",

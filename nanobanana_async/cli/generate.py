@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from nanobanana_async.cli.jobs import Job, make, report_failures
+from nanobanana_async.cli.jobs import Job, report_failures, run_jobs
 from nanobanana_async.cli.progress import JobProgressBar
-from nanobanana_async.cli.runtime import CommandContext, emit, run, say
+from nanobanana_async.cli.runtime import CommandContext, print_json, print_result, run
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.images.formats import SUFFIXES
@@ -60,22 +60,22 @@ def generate(
         requests = [GenerationRequest(prompt, images=references, **options) for prompt in prompts]
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
-    jobs = [Job(request=request, where=where) for request in requests]
+    jobs = [Job(request=request, output=where) for request in requests]
 
     async def work(session: CommandContext) -> int:
         def keep(handle: TaskHandle) -> None:
-            session.unfinished.setdefault(handle.task_id, ("accepted while this was interrupted", output))
+            session.unsaved_tasks.setdefault(handle.task_id, ("accepted while this was interrupted", output))
 
         async with NanoBananaClient(on_orphan=keep) as client:
             check_writable(where)
             with JobProgressBar(len(jobs), quiet=as_json) as board:
-                code = await make(
+                code = await run_jobs(
                     client,
                     jobs,
                     session=session,
                     board=board,
                     timeout_s=timeout_s,
-                    finished=lambda job: _show(job, as_json=as_json),
+                    on_finished=lambda job: _show(job, as_json=as_json),
                 )
         report_failures([] if as_json else jobs)
         return code
@@ -89,10 +89,10 @@ def _reference(text: str) -> ImageSource:
 
 def _show(job: Job, *, as_json: bool) -> None:
     if as_json:
-        emit(job.record())
+        print_json(job.record())
     else:
         for file in job.files:
-            say(file)
+            print_result(file)
 
 
 def check_writable(where: Path) -> None:

@@ -10,9 +10,9 @@ import click
 
 from nanobanana_async.cli.progress import JobProgressBar
 from nanobanana_async.cli.runtime import (
-    DONE,
-    FAILED,
-    UNKNOWN,
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_UNKNOWN,
     CommandContext,
     error_record,
     exit_code,
@@ -22,7 +22,7 @@ from nanobanana_async.cli.runtime import (
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NanoBananaError, NoImage, TaskFailed, TaskNotFound
 from nanobanana_async.models import GenerationRequest, Task
-from nanobanana_async.wire.body import printable
+from nanobanana_async.wire.body import sanitize_line
 
 
 @attrs.define(kw_only=True)
@@ -30,7 +30,7 @@ class Job:
     """One prompt on its way."""
 
     request: GenerationRequest
-    where: Path
+    output: Path
     """The file, or the folder, to save to."""
     name: str | None = None
     """What to call the picture in a folder; None names it after its prompt and task."""
@@ -52,38 +52,38 @@ class Job:
         return {**record, **error, "task_id": error.get("task_id") or record["task_id"]}
 
 
-async def make(
+async def run_jobs(
     client: NanoBananaClient,
     jobs: Sequence[Job],
     *,
     session: CommandContext,
     board: JobProgressBar,
     timeout_s: float | None,
-    finished: Callable[[Job], None],
+    on_finished: Callable[[Job], None],
 ) -> int:
     """Run all *jobs* at once, call *finished* with each as it ends, and return the exit code for all of them."""
 
-    async def one(number: int, job: Job) -> None:
+    async def run_one(number: int, job: Job) -> None:
         try:
-            await _make_one(client, job, session, timeout_s, lambda state: board.move(number, state))
+            await _run_job(client, job, session, timeout_s, lambda state: board.move(number, state))
         except (NanoBananaError, OSError, ValueError) as exc:
             job.error = exc
-        board.move(number, {DONE: "done", FAILED: "failed", UNKNOWN: "unknown"}[job.exit_code])
-        finished(job)
+        board.move(number, {EXIT_OK: "succeeded", EXIT_FAILED: "failed", EXIT_UNKNOWN: "unknown"}[job.exit_code])
+        on_finished(job)
 
     async with anyio.create_task_group() as group:
         for number, job in enumerate(jobs):
-            group.start_soon(one, number, job)
-    return max((job.exit_code for job in jobs), default=DONE)
+            group.start_soon(run_one, number, job)
+    return max((job.exit_code for job in jobs), default=EXIT_OK)
 
 
-async def _make_one(
+async def _run_job(
     client: NanoBananaClient, job: Job, session: CommandContext, timeout_s: float | None, move: Callable[[str], None]
 ) -> None:
     started_s = anyio.current_time()
     move("submitting")
     handle = await client.submit(job.request)
-    session.unfinished[handle.task_id] = (job.request.prompt, str(job.where))
+    session.unsaved_tasks[handle.task_id] = (job.request.prompt, str(job.output))
     move("submitted")
     try:
         async with aclosing(handle.updates(timeout_s=timeout_s)) as updates:
@@ -91,11 +91,11 @@ async def _make_one(
                 move("saving" if job.task.is_final else job.task.status.value)
         task = await handle.result()
         name = job.name or f"{job.request.prompt[:40]}-{handle.task_id[-6:]}"
-        job.files = await client.save(task, job.where, name=name)
+        job.files = await client.save(task, job.output, name=name)
     except (TaskFailed, NoImage, TaskNotFound):
-        del session.unfinished[handle.task_id]  # it has ended, and there is nothing to come back for
+        del session.unsaved_tasks[handle.task_id]  # it has ended, and there is nothing to come back for
         raise
-    del session.unfinished[handle.task_id]
+    del session.unsaved_tasks[handle.task_id]
     job.seconds = anyio.current_time() - started_s
 
 
@@ -106,6 +106,6 @@ def report_failures(jobs: Sequence[Job]) -> None:
         if job.error is not None:
             failed.setdefault(one_line(job.error), []).append(job)
     for line, about in failed.items():
-        prompt = printable(about[0].request.prompt)[:60]
+        prompt = sanitize_line(about[0].request.prompt)[:60]
         note = f" ({len(about)} times)" if len(about) > 1 else f" (prompt: {prompt!r})" if len(jobs) > 1 else ""
         click.echo(f"nanobanana: {line}{note}", err=True)

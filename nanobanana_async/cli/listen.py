@@ -6,11 +6,11 @@ import click
 
 from nanobanana_async.callbacks import Receive, Scope, Send, parse_callback
 from nanobanana_async.cli.generate import json_option
-from nanobanana_async.cli.runtime import emit, listening, say
+from nanobanana_async.cli.runtime import exit_on_bind_error, print_json, print_result
 from nanobanana_async.errors import ProtocolError
-from nanobanana_async.wire.body import printable
+from nanobanana_async.wire.body import sanitize_line
 
-_BODY_BYTES = 2**20
+_MAX_BODY_BYTES = 2**20
 
 
 @click.command()
@@ -25,7 +25,7 @@ def webhook(*, port: int, host: str, as_json: bool) -> None:
         from nanobanana_async.simulator.server import listen  # noqa: PLC0415 - the same
     except ModuleNotFoundError as exc:
         sys.exit(f"nanobanana: to listen needs {exc.name}: pip install 'nanobanana-async[cli,simulator]'")
-    with listening(host, port):
+    with exit_on_bind_error(host, port):
         socket = listen(host, port)
     address = f"http://{host}:{socket.getsockname()[1]}"
     click.echo(f"Listening on {address}; post a callback there, through your tunnel (Ctrl-C stops it)", err=True)
@@ -35,7 +35,7 @@ def webhook(*, port: int, host: str, as_json: bool) -> None:
         while True:
             message = await receive()
             body += message.get("body", b"")
-            if not message.get("more_body") or len(body) > _BODY_BYTES:
+            if not message.get("more_body") or len(body) > _MAX_BODY_BYTES:
                 break
         _show(scope, body, as_json=as_json)
         await send({"type": "http.response.start", "status": 204, "headers": []})
@@ -51,15 +51,15 @@ def webhook(*, port: int, host: str, as_json: bool) -> None:
 def _show(scope: Scope, body: bytes, *, as_json: bool) -> None:
     path = scope["path"]
     try:
-        claim = parse_callback(body, content_encoding=dict(scope["headers"]).get(b"content-encoding", b"").decode())
+        payload = parse_callback(body, content_encoding=dict(scope["headers"]).get(b"content-encoding", b"").decode())
     except ProtocolError as exc:
         if as_json:
-            emit({"method": scope["method"], "path": path, "task_id": None, "error": str(exc)})
+            print_json({"method": scope["method"], "path": path, "task_id": None, "error": str(exc)})
         else:
-            say(printable(f"{scope['method']} {path}: {exc}"))
+            print_result(sanitize_line(f"{scope['method']} {path}: {exc}"))
     else:
         if as_json:
-            emit({"method": scope["method"], "path": path, **claim.raw})
+            print_json({"method": scope["method"], "path": path, **payload.raw})
         else:
-            say(printable(f"{scope['method']} {path}: task {claim.task_id} {claim.status}"))
+            print_result(sanitize_line(f"{scope['method']} {path}: task {payload.task_id} {payload.status}"))
     sys.stdout.flush()

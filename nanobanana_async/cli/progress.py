@@ -10,7 +10,17 @@ import click
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-_ORDER: Final = ("waiting", "submitting", "pending", "submitted", "in_progress", "saving", "done", "failed", "unknown")
+_ORDER: Final = (
+    "waiting",
+    "submitting",
+    "pending",
+    "submitted",
+    "in_progress",
+    "saving",
+    "succeeded",
+    "failed",
+    "unknown",
+)
 
 
 class ProgressBar:
@@ -39,17 +49,17 @@ class ProgressBar:
         if self._progress is not None:
             self._progress.stop()
 
-    def show(self, ended: int, words: str) -> None:
+    def show(self, ended: int, status: str) -> None:
         """Show that *ended* have ended, with *words* beside it."""
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=ended, words=words)
+            self._progress.update(self._progress.task_ids[0], completed=ended, words=status)
         elif not self._quiet and self._plain_every_s is not None:
             now_s = time.monotonic()
             if now_s - self._shown_s >= self._plain_every_s:
                 self._shown_s = now_s
-                click.echo(f"{ended}/{self._total}  {words}", err=True)
+                click.echo(f"{ended}/{self._total}  {status}", err=True)
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Print a line that stays, above the bar if there is one."""
         if self._progress is not None:
             self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -68,7 +78,7 @@ class JobProgressBar(ProgressBar):
         """Note that job number *job* now is in *state*."""
         self._states[job] = state
         counts = Counter(self._states.values())
-        ended = counts["done"] + counts["failed"] + counts["unknown"]
+        ended = counts["succeeded"] + counts["failed"] + counts["unknown"]
         words = "  ".join(f"{counts[state]} {state.replace('_', ' ')}" for state in _ORDER if counts[state])
         self.show(ended, words)
 

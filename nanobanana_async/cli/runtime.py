@@ -18,15 +18,15 @@ import click
 
 from nanobanana_async.errors import InvalidBatchFile, NanoBananaError, SubmissionUnknown
 from nanobanana_async.models import Task
-from nanobanana_async.wire.body import printable
+from nanobanana_async.wire.body import sanitize_line
 
-DONE: Final = 0
-FAILED: Final = 1
-UNKNOWN: Final = 3
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_UNKNOWN: Final = 3
 
 _SIGNALS: Final = () if sys.platform == "win32" else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-_LINES: Final = 25
+_MAX_ERROR_LINES: Final = 25
 """Of a file whose rows are all wrong in the same way, nobody reads more."""
 
 
@@ -34,21 +34,21 @@ _LINES: Final = 25
 class CommandContext:
     """What a command leaves behind when it ends before its time."""
 
-    unfinished: dict[str, tuple[str, str]] = attrs.field(factory=dict)
+    unsaved_tasks: dict[str, tuple[str, str]] = attrs.field(factory=dict)
     """Task id to prompt and output path: paid, and not on disk yet."""
-    ended_by: int | None = None
+    received_signal: int | None = None
     """The signal that ended it."""
-    is_aborted: bool = False
+    force_exit: bool = False
     """Whether a second signal said not to wait for anything."""
-    last_words: Callable[[], Awaitable[None]] | None = None
+    print_summary: Callable[[], Awaitable[None]] | None = None
     """What there is to say at the end, however it comes, and when the event loop is gone."""
 
-    def say_how_to_go_on(self) -> None:
+    def print_resume_hints(self) -> None:
         """Print the command that picks up each paid task. On stderr, whatever else went wrong."""
-        for task_id, (prompt, output) in self.unfinished.items():
+        for task_id, (prompt, output) in self.unsaved_tasks.items():
             about = prompt if len(prompt) <= 40 else f"{prompt[:37]}..."
-            command = f"nanobanana wait {shlex.quote(printable(task_id))} -o {shlex.quote(output)}"
-            click.echo(f"paid, and not saved: {printable(about)!r}; to fetch it: {command}", err=True)
+            command = f"nanobanana wait {shlex.quote(sanitize_line(task_id))} -o {shlex.quote(output)}"
+            click.echo(f"paid, and not saved: {sanitize_line(about)!r}; to fetch it: {command}", err=True)
 
 
 def run(work: Callable[[CommandContext], Awaitable[int]], *, as_json: bool = False) -> NoReturn:
@@ -63,21 +63,21 @@ def run(work: Callable[[CommandContext], Awaitable[int]], *, as_json: bool = Fal
     except KeyboardInterrupt:  # where signals cannot be received, on Windows
         code = 128 + signal.SIGINT
     except (NanoBananaError, ValueError, OSError) as exc:
-        code = fail(exc, as_json=as_json)
+        code = print_error(exc, as_json=as_json)
     except RuntimeError:
-        if not session.is_aborted:
+        if not session.force_exit:
             raise
-        code = FAILED
+        code = EXIT_FAILED
     finally:
-        session.say_how_to_go_on()
-    if session.last_words is not None:
+        session.print_resume_hints()
+    if session.print_summary is not None:
         with contextlib.suppress(NanoBananaError):
-            anyio.run(session.last_words)
-    if session.ended_by is not None:
-        code = 128 + session.ended_by
+            anyio.run(session.print_summary)
+    if session.received_signal is not None:
+        code = 128 + session.received_signal
     if code > 128:
         click.echo("interrupted", err=True)
-    if session.is_aborted:  # a thread may be at work on a slow disk, and nobody wants to wait for it
+    if session.force_exit:  # a thread may be at work on a slow disk, and nobody wants to wait for it
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)
@@ -92,25 +92,25 @@ async def _until_signalled(work: Callable[[CommandContext], Awaitable[int]], ses
     loop = asyncio.get_running_loop()
     scope = anyio.CancelScope()
 
-    def heed(number: int, _: object) -> None:
+    def on_signal(number: int, _: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended, and there is nothing left to stop
-            if session.ended_by is None:
-                session.ended_by = number
+            if session.received_signal is None:
+                session.received_signal = number
                 loop.call_soon_threadsafe(scope.cancel)
-            elif not session.is_aborted:  # settling takes too long for somebody: every task is torn, shielded or not
-                session.is_aborted = True
+            elif not session.force_exit:  # settling takes too long for somebody: every task is torn, shielded or not
+                session.force_exit = True
                 loop.call_soon_threadsafe(loop.stop)
 
     for number in _SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup, or a script with a job in its background, wants
-            signal.signal(number, heed)
+            signal.signal(number, on_signal)
     with scope:
         return await work(session)
-    return FAILED
+    return EXIT_FAILED
 
 
 @contextlib.contextmanager
-def listening(host: str, port: int) -> Iterator[None]:
+def exit_on_bind_error(host: str, port: int) -> Iterator[None]:
     """Say in one line why a port cannot be listened on, and exit."""
     try:
         yield
@@ -119,23 +119,23 @@ def listening(host: str, port: int) -> Iterator[None]:
         sys.exit(f"nanobanana: cannot listen on {host}:{port}: {exc.strerror or exc}{hint}")
 
 
-def fail(exc: Exception, *, as_json: bool = False) -> int:
+def print_error(exc: Exception, *, as_json: bool = False) -> int:
     """Print one line that says what is wrong; return the exit code that goes with it."""
     if as_json:
-        emit(error_record(exc))
+        print_json(error_record(exc))
     else:
         lines = str(exc).splitlines() if isinstance(exc, InvalidBatchFile) else [one_line(exc)]
-        if len(lines) > _LINES:
-            lines[_LINES:] = [f"and {len(lines) - _LINES} more"]
-        click.echo("\n".join(f"nanobanana: {printable(line)}" for line in lines), err=True)
+        if len(lines) > _MAX_ERROR_LINES:
+            lines[_MAX_ERROR_LINES:] = [f"and {len(lines) - _MAX_ERROR_LINES} more"]
+        click.echo("\n".join(f"nanobanana: {sanitize_line(line)}" for line in lines), err=True)
     return exit_code(exc)
 
 
 def exit_code(exc: Exception | None) -> int:
     """Return what *exc* makes of a command: 0 for none, 3 when something may have been paid, else 1."""
     if exc is None:
-        return DONE
-    return UNKNOWN if isinstance(exc, SubmissionUnknown) else FAILED
+        return EXIT_OK
+    return EXIT_UNKNOWN if isinstance(exc, SubmissionUnknown) else EXIT_FAILED
 
 
 def error_record(exc: Exception) -> dict[str, object]:
@@ -147,7 +147,7 @@ def error_record(exc: Exception) -> dict[str, object]:
 def one_line(exc: Exception) -> str:
     """Return what *exc* says, on one line, with the path if it is about a file."""
     text = f"{exc.filename}: {exc.strerror}" if isinstance(exc, OSError) and exc.filename else str(exc)
-    return printable(text) or type(exc).__name__
+    return sanitize_line(text) or type(exc).__name__
 
 
 def task_record(task: Task | None) -> dict[str, object]:
@@ -164,7 +164,7 @@ def task_record(task: Task | None) -> dict[str, object]:
     }
 
 
-def say(line: object) -> None:
+def print_result(line: object) -> None:
     """Print a result. When nobody reads any more (`| head`), go on in silence: what is paid is still to be saved."""
     try:
         click.echo(line)
@@ -172,10 +172,10 @@ def say(line: object) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def emit(record: dict[str, object]) -> None:
+def print_json(record: dict[str, object]) -> None:
     """Print one JSON object on a line of its own."""
     text = json.dumps(record, default=_plain, ensure_ascii=False)
-    say("".join(letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in text))
+    print_result("".join(letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in text))
 
 
 def _plain(value: object) -> str:

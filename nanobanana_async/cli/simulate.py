@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nanobanana_async.cli.runtime import emit, listening
+from nanobanana_async.cli.runtime import exit_on_bind_error, print_json
 from nanobanana_async.simulator.service import SimulatorProfile
 
 if TYPE_CHECKING:
@@ -29,7 +29,12 @@ _TEST_KEY = "dk-test"
     metavar="SECONDS",
     help="The median time a picture takes.",
 )
-@click.option("--faults", default="", metavar="NAME=RATE,...", help="failed, text_only, inline, error, busy, lost.")
+@click.option(
+    "--faults",
+    default="",
+    metavar="NAME=RATE,...",
+    help="failed_tasks, text_only, inline_images, server_errors, rate_limited, lost_responses.",
+)
 @click.option("--balance", default=100_000.0, show_default=True, type=click.FloatRange(min=0), help="Credits to spend.")
 @click.option("--seed", default=0, show_default=True, help="The same seed repeats the same service.")
 @click.option("--key", default=_TEST_KEY, show_default=True, help="The API key it accepts.")
@@ -48,10 +53,10 @@ def simulate(  # noqa: PLR0913 - one parameter per option
     until_eof: bool,
 ) -> None:
     """Play the service on this machine: no key, no network, no cost."""
-    settings = {"median_s": median_s, "invisible_s": median_s / 20, "balance": Decimal(str(balance))}
+    settings = {"median_s": median_s, "visibility_delay_s": median_s / 20, "balance": Decimal(str(balance))}
     server = _make_server(faults, {**settings, "keys": frozenset({key})}, seed=seed, address=(host, port))
     if as_json:
-        emit({"url": server.url, "key": key})
+        print_json({"url": server.url, "key": key})
     else:
         click.echo(f"The simulator listens on {server.url} (Ctrl-C stops it). In another terminal:")
         click.echo(f'DEFAPI_BASE_URL={server.url} DEFAPI_API_KEY={key} nanobanana generate "a fox in snow" -o fox.png')
@@ -75,7 +80,7 @@ def _make_server(
         profile = SimulatorProfile.from_faults(faults, **settings)
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
-    with listening(*address):
+    with exit_on_bind_error(*address):
         return SimulatorServer(profile, seed=seed, host=address[0], port=address[1])
 
 

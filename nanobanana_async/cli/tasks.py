@@ -5,11 +5,19 @@ from pathlib import Path
 import click
 
 from nanobanana_async.cli.generate import check_writable, json_option, timeout_option
-from nanobanana_async.cli.runtime import DONE, FAILED, CommandContext, emit, run, say, task_record
+from nanobanana_async.cli.runtime import (
+    EXIT_FAILED,
+    EXIT_OK,
+    CommandContext,
+    print_json,
+    print_result,
+    run,
+    task_record,
+)
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NoImage, TaskFailed
 from nanobanana_async.models import Task, TaskStatus
-from nanobanana_async.wire.body import printable
+from nanobanana_async.wire.body import sanitize_line
 
 
 @click.command()
@@ -22,7 +30,7 @@ def status(task_id: str, *, as_json: bool) -> None:
         async with NanoBananaClient() as client:
             task = await client.task(task_id).query()
         _show(task, as_json=as_json)
-        return FAILED if task.status is TaskStatus.FAILED else DONE
+        return EXIT_FAILED if task.status is TaskStatus.FAILED else EXIT_OK
 
     run(work, as_json=as_json)
 
@@ -48,7 +56,7 @@ def wait(task_id: str, output: str | None, timeout_s: float | None, *, as_json: 
                 raise
             files = await client.save(task, output) if output is not None else []
         _show(task, as_json=as_json, files=files)
-        return DONE
+        return EXIT_OK
 
     run(work, as_json=as_json)
 
@@ -62,22 +70,22 @@ def balance(*, as_json: bool) -> None:
         async with NanoBananaClient() as client:
             credit = await client.balance()
         if as_json:
-            emit({"credits": credit})
+            print_json({"credits": credit})
         else:
-            say(f"{credit:f} credits")
-        return DONE
+            print_result(f"{credit:f} credits")
+        return EXIT_OK
 
     run(work, as_json=as_json)
 
 
 def _show(task: Task, *, as_json: bool, files: list[Path] | None = None) -> None:
     if as_json:
-        emit({**task_record(task), "files": [str(file) for file in files or ()]})
+        print_json({**task_record(task), "files": [str(file) for file in files or ()]})
     elif files:
         for file in files:
-            say(file)
+            print_result(file)
     else:
         facts = [task.task_id, task.status.value]
         facts += [image.url or "inline picture" for image in task.images]
         facts += [f"{task.consumed:f} credits"] if task.consumed is not None else []
-        say("  ".join(map(printable, [*facts, *task.texts])))
+        print_result("  ".join(map(sanitize_line, [*facts, *task.texts])))

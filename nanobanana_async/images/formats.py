@@ -4,7 +4,7 @@ from typing import Final
 
 import attrs
 
-HEAD_BYTES: Final = 12
+SNIFF_BYTES: Final = 12
 """How much of a file `sniff` needs."""
 
 
@@ -29,7 +29,7 @@ SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp"})
 
 def sniff(head: bytes) -> ImageFormat | None:
     """Return the format of a file that starts with *head*; None when it is no picture we take."""
-    for picture in (_PNG, _JPEG, _GIF):
-        if head.startswith(picture.magic):
-            return picture
+    for image_format in (_PNG, _JPEG, _GIF):
+        if head.startswith(image_format.magic):
+            return image_format
     return _WEBP if head[:4] == _WEBP.magic and head[8:12] == b"WEBP" else None

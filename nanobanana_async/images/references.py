@@ -9,39 +9,39 @@ from pathlib import Path
 import anyio.to_thread
 
 from nanobanana_async.errors import ImageError
-from nanobanana_async.images.formats import HEAD_BYTES, sniff
+from nanobanana_async.images.formats import SNIFF_BYTES, sniff
 from nanobanana_async.models import ImageSource, SupportsSave
 
 
-async def as_references(images: tuple[ImageSource, ...], *, max_bytes: int) -> tuple[str, ...]:
+async def encode_references(images: tuple[ImageSource, ...], *, max_bytes: int) -> tuple[str, ...]:
     """Return one URL or data URI for each of *images*. Files are read and encoded off the event loop.
 
     Raises:
         ImageError: A file cannot be read, is no PNG, JPEG, WebP or GIF, or is larger than *max_bytes*.
     """
-    return tuple([await _as_reference(image, max_bytes) for image in images])
+    return tuple([await _encode_reference(image, max_bytes) for image in images])
 
 
-async def _as_reference(image: ImageSource, max_bytes: int) -> str:
+async def _encode_reference(image: ImageSource, max_bytes: int) -> str:
     if not isinstance(image, str):
-        return await anyio.to_thread.run_sync(_as_data_uri, image, max_bytes)
+        return await anyio.to_thread.run_sync(_to_data_uri, image, max_bytes)
     if image.startswith("data:"):
         _check_size("the data URI", len(image) * 3 // 4, max_bytes)
     return image
 
 
-def _as_data_uri(image: Path | bytes | SupportsSave, max_bytes: int) -> str:
+def _to_data_uri(image: Path | bytes | SupportsSave, max_bytes: int) -> str:
     if isinstance(image, bytes):
         name, data = "the image", image
     elif isinstance(image, Path):
         name, data = str(image), _read(image, max_bytes)
     else:
-        name, data = "the PIL image", _as_png(image)
+        name, data = "the PIL image", _to_png(image)
     _check_size(name, len(data), max_bytes)
-    picture = sniff(data[:HEAD_BYTES])
-    if picture is None:
-        raise ImageError(f"{name}: not a PNG, JPEG, WebP or GIF (it starts with {data[:HEAD_BYTES]!r})")
-    return f"data:{picture.media_type};base64,{base64.b64encode(data).decode('ascii')}"
+    image_format = sniff(data[:SNIFF_BYTES])
+    if image_format is None:
+        raise ImageError(f"{name}: not a PNG, JPEG, WebP or GIF (it starts with {data[:SNIFF_BYTES]!r})")
+    return f"data:{image_format.media_type};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def _read(path: Path, max_bytes: int) -> bytes:
@@ -56,7 +56,7 @@ def _read(path: Path, max_bytes: int) -> bytes:
         raise ImageError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
 
 
-def _as_png(image: SupportsSave) -> bytes:
+def _to_png(image: SupportsSave) -> bytes:
     file = io.BytesIO()
     try:
         image.save(file, format="PNG")

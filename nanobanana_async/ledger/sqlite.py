@@ -28,11 +28,11 @@ from nanobanana_async.models import SavedImage
 T = TypeVar("T")
 
 
-_NAME: Final = "ledger.db"
-_BUSY_S: Final = 0.5
-_GATHER_S = 0.025
+_FILE_NAME: Final = "ledger.db"
+_BUSY_TIMEOUT_S: Final = 0.5
+_GROUP_COMMIT_S = 0.025
 """How long a write waits for others to share its fsync; a row has four of them, and takes seconds anyway."""
-_CUT_OFF: Final = "the program ended before an answer came"
+_INTERRUPTED_REASON: Final = "the program ended before an answer came"
 
 
 class _Write(Generic[T]):
@@ -40,7 +40,7 @@ class _Write(Generic[T]):
 
     def __init__(self, work: Callable[[sqlite3.Connection], T]) -> None:
         self.work = work
-        self.bell = OneShotEvent()
+        self.done = OneShotEvent()
         self.is_done = False
         self.value: T | None = None
         self.error: str | None = None
@@ -60,12 +60,12 @@ class Ledger:
         self._mutex = threading.Lock()
         self._limiter = anyio.CapacityLimiter(1)
         self._is_writing = False
-        self._inodes = self._on_disk()
-        self._host = BackgroundTaskGroup()
-        self._orders: list[_Write[object]] = []
-        self._broken: str | None = None
+        self._opened_file_ids = self._file_ids()
+        self._background = BackgroundTaskGroup()
+        self._pending_writes: list[_Write[object]] = []
+        self._failure: str | None = None
         self._is_closed = False
-        self._host.at_end = self._let_go
+        self._background.on_stopped = self._wake_pending
 
     # --- opening and closing ----------------------------------------------------------------------------------------
 
@@ -81,40 +81,40 @@ class Ledger:
         Raises:
             LedgerError: Another process has it, or it is not usable: damaged, a copy, of a newer version, absent.
         """
-        made: list[Self] = []
+        opened: list[Self] = []
         has_left = threading.Event()
 
         def work() -> None:
-            made.append(cls._open(folder, adopt, create))
+            opened.append(cls._open(folder, adopt, create))
             if has_left.is_set():
-                made[0]._close()  # noqa: SLF001 - our own
+                opened[0]._close()  # noqa: SLF001 - our own
 
         try:
             await anyio.to_thread.run_sync(work)
-            await made[0]._host.ensure()  # noqa: SLF001 - the same
+            await opened[0]._background.ensure_started()  # noqa: SLF001 - the same
         except BaseException:  # `task.cancel()` does not wait for the thread, and nobody gets what that makes
             has_left.set()
-            for ledger in made:
+            for ledger in opened:
                 await ledger.aclose()
             raise
-        return made[0]
+        return opened[0]
 
     @classmethod
     def _open(cls, folder: Path, adopt: bool, create: bool) -> Self:  # noqa: FBT001 - `open` hands them on
-        path = folder / _NAME
+        path = folder / _FILE_NAME
         try:
             if create:
                 folder.mkdir(parents=True, exist_ok=True)
-            _make_private(path, create=create)
-            db = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+            _create_private_file(path, create=create)
+            db = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         except (OSError, sqlite3.Error) as exc:
             raise LedgerError(f"{path}: cannot be opened: {getattr(exc, 'strerror', None) or exc}") from exc
         try:
-            _prepare(db, path, adopt=adopt)
+            _initialize(db, path, adopt=adopt)
             (folder / "ledger.pid").write_text(f"{os.getpid()}\n")
         except (sqlite3.Error, OSError) as exc:
             db.close()
-            raise _unusable(path, exc) from exc
+            raise _open_error(path, exc) from exc
         except LedgerError:
             db.close()
             raise
@@ -124,12 +124,12 @@ class Ledger:
         """Close it; the lock is free then."""
         with anyio.CancelScope(shield=True):
             try:
-                while self._is_writing and self._host.is_open:  # noqa: ASYNC110 - for milliseconds, and once
-                    await anyio.sleep(_GATHER_S)
-                await self._host.aclose(drain_s=0)
+                while self._is_writing and self._background.is_open:  # noqa: ASYNC110 - for milliseconds, and once
+                    await anyio.sleep(_GROUP_COMMIT_S)
+                await self._background.aclose(drain_s=0)
                 await anyio.to_thread.run_sync(self._close)
             finally:  # nothing is left to do, unless `task.cancel()` came through
-                self._host.stop(drain_s=0)
+                self._background.request_stop(drain_s=0)
                 self._close()
 
     def _close(self) -> None:
@@ -137,7 +137,7 @@ class Ledger:
             if self._is_closed:
                 return
             self._is_closed = True
-            self._broken = self._broken or "the batch is closed"
+            self._failure = self._failure or "the batch is closed"
             try:
                 (self.folder / "ledger.pid").unlink(missing_ok=True)
                 self._db.close()
@@ -146,141 +146,145 @@ class Ledger:
 
     # --- one row ----------------------------------------------------------------------------------------------------
 
-    async def enter(self, rows: Iterable[BatchRow]) -> list[LedgerRow]:
+    async def upsert_rows(self, rows: Iterable[BatchRow]) -> list[LedgerRow]:
         """Return the record of each of *rows*; new ones are entered as open."""
         rows = list(rows)
-        return await self._durably(lambda db: [schema.as_record(schema.enter(db, row), self.folder) for row in rows])
+        return await self._commit_write(
+            lambda db: [schema.to_ledger_row(schema.upsert_row(db, row), self.folder) for row in rows]
+        )
 
-    async def intend(self, key: str, *, again: bool = False, nonce: str | None = None) -> None:
+    async def begin_attempt(self, key: str, *, resubmit: bool = False, nonce: str | None = None) -> None:
         """Note that a POST is about to leave for an open or failed row; *again*: one more for the same attempt.
 
         With the *nonce* of its callback, what comes back can be recognised.
         """
-        await self._durably(lambda db: schema.intend_again(db, key) if again else schema.intend(db, key, nonce), key)
+        await self._commit_write(
+            lambda db: schema.count_resubmit(db, key) if resubmit else schema.begin_attempt(db, key, nonce), key
+        )
 
-    async def recognise(self, nonce: str, task_id: str) -> None:
+    async def bind_by_nonce(self, nonce: str, task_id: str) -> None:
         """Note which task the submit with this *nonce* became, if nobody knew."""
-        await self._durably(lambda db: schema.recognise(db, nonce, task_id))
+        await self._commit_write(lambda db: schema.bind_by_nonce(db, nonce, task_id))
 
-    async def misses(self, nonce: str) -> bool:
+    async def is_unresolved(self, nonce: str) -> bool:
         """Tell whether nobody knows what became of the submit with this *nonce*."""
-        return await self._durably(lambda db: schema.misses(db, nonce))
+        return await self._commit_write(lambda db: schema.is_unresolved(db, nonce))
 
-    async def move(self, key: str, state: RowState, **facts: str | float | None) -> None:
+    async def transition(self, key: str, state: RowState, **facts: str | float | None) -> None:
         """Note that the last attempt of *key* is now in *state*, with *facts* about it (columns of `attempts`)."""
-        await self._durably(lambda db: schema.move(db, key, state, facts), key)
+        await self._commit_write(lambda db: schema.transition(db, key, state, facts), key)
 
     async def bind(self, key: str, task_id: str) -> None:
         """Note which task the unknown row *key* became, as somebody says; refused if another row is that task."""
-        await self._durably(lambda db: schema.bind(db, key, task_id), key)
+        await self._commit_write(lambda db: schema.bind_task(db, key, task_id), key)
 
-    async def saved(self, key: str, files: Iterable[SavedImage]) -> None:
+    async def record_saved(self, key: str, files: Iterable[SavedImage]) -> None:
         """Note that the pictures of *key* are on disk, whole."""
         listed = json.dumps([[file.path.name, file.sha256, file.size_bytes] for file in files])
-        await self.move(key, RowState.SAVED, files=listed, saved_at=time.time())
+        await self.transition(key, RowState.SAVED, files=listed, saved_at=time.time())
 
     # --- all rows ---------------------------------------------------------------------------------------------------
 
-    async def read(self, use: Callable[[Iterator[LedgerRow]], T], *states: RowState) -> T:
+    async def query_rows(self, use: Callable[[Iterator[LedgerRow]], T], *states: RowState) -> T:
         """Return what *use* makes of the records in order (all of them, or those in *states*). It runs in a thread."""
-        where = f" WHERE coalesce(state, 'open') IN ({', '.join('?' * len(states))})" if states else ""
+        where = f" WHERE coalesce(state, 'ready') IN ({', '.join('?' * len(states))})" if states else ""
 
         def work(db: sqlite3.Connection) -> T:
-            found = db.execute(f"{schema.SELECT}{where} ORDER BY number", states)
-            return use(schema.as_record(line, self.folder) for line in found)
+            found = db.execute(f"{schema.SELECT_ROWS}{where} ORDER BY number", states)
+            return use(schema.to_ledger_row(line, self.folder) for line in found)
 
-        return await self._durably(work)
+        return await self._commit_write(work)
 
-    async def costs(self) -> list[tuple[str, int, Decimal | None]]:
+    async def attempt_costs(self) -> list[tuple[str, int, Decimal | None]]:
         """Return for each attempt its model, how many of its submits may yet cost something, and what it did cost."""
 
         def work(db: sqlite3.Connection) -> list[tuple[str, int, Decimal | None]]:
-            lines = db.execute("SELECT model, state, sends, consumed FROM attempts JOIN rows USING (key)")
-            return [schema.cost(line) for line in lines]
+            lines = db.execute("SELECT model, state, submit_count, consumed FROM attempts JOIN rows USING (key)")
+            return [schema.attempt_cost(line) for line in lines]
 
-        return await self._durably(work)
+        return await self._commit_write(work)
 
     # --- the disk ---------------------------------------------------------------------------------------------------
 
-    async def _durably(self, work: Callable[[sqlite3.Connection], T], key: str | None = None) -> T:
+    async def _commit_write(self, work: Callable[[sqlite3.Connection], T], key: str | None = None) -> T:
         """Return what *work* returns, once it is on the disk.
 
         Whoever comes first waits a moment and writes for all who have come by then: their one fsync is shared. Not
         cancellable: half a write helps nobody, and it takes milliseconds.
         """
-        order = _Write(work)
-        if not self._host.is_open:
-            raise LedgerError(f"{self.folder / _NAME}: is closed")
-        self._orders.append(order)  # type: ignore[arg-type]  # whatever it returns
+        write = _Write(work)
+        if not self._background.is_open:
+            raise LedgerError(f"{self.folder / _FILE_NAME}: is closed")
+        self._pending_writes.append(write)  # type: ignore[arg-type]  # whatever it returns
         if not self._is_writing:
             self._is_writing = True
-            self._host.start_soon(self._write)
+            self._background.start_soon(self._write_loop)
         with anyio.CancelScope(shield=True):
-            await order.bell.wait()
-        if order.error is not None or not order.is_done:
-            raise LedgerError(f"{self.folder / _NAME}: {order.error or 'the program ended before it was written'}")
-        if key is not None and not order.value:
+            await write.done.wait()
+        if write.error is not None or not write.is_done:
+            raise LedgerError(f"{self.folder / _FILE_NAME}: {write.error or 'the program ended before it was written'}")
+        if key is not None and not write.value:
             raise LedgerError(f"row {key}: there is none, or it is not in a state that this may follow")
-        return order.value  # type: ignore[return-value]  # set whenever `error` is not
+        return write.value  # type: ignore[return-value]  # set whenever `error` is not
 
-    async def _write(self) -> None:
+    async def _write_loop(self) -> None:
         """Write what has come, until nothing comes. Belongs to nobody who could be cancelled."""
-        orders: list[_Write[object]] = []
+        writes: list[_Write[object]] = []
         try:
-            while self._orders:
-                await anyio.sleep(_GATHER_S)
-                orders, self._orders = self._orders, []
-                await anyio.to_thread.run_sync(self._commit, orders, limiter=self._limiter)
-                for order in orders:
-                    order.bell.ring()
+            while self._pending_writes:
+                await anyio.sleep(_GROUP_COMMIT_S)
+                writes, self._pending_writes = self._pending_writes, []
+                await anyio.to_thread.run_sync(self._commit, writes, limiter=self._limiter)
+                for write in writes:
+                    write.done.set()
         finally:
             self._is_writing = False
-            for order in orders:
-                order.bell.ring()
-            self._let_go()  # there are none, unless the event loop is ending
+            for write in writes:
+                write.done.set()
+            self._wake_pending()  # there are none, unless the event loop is ending
 
-    def _let_go(self) -> None:
+    def _wake_pending(self) -> None:
         """Wake those whose orders nobody will write."""
-        for order in self._orders:
-            order.bell.ring()
+        for write in self._pending_writes:
+            write.done.set()
 
-    def _commit(self, orders: list[_Write[object]]) -> None:
+    def _commit(self, writes: list[_Write[object]]) -> None:
         with self._mutex:
-            if self._broken is None:
+            if self._failure is None:
                 try:
-                    self._transact(orders)
+                    self._run_transaction(writes)
                 except Exception:  # noqa: BLE001 - one of them is no good: find out which, and let the others through
-                    for order in orders:
-                        self._commit_alone(order)
-            for order in orders:
-                order.error = order.error or self._broken
-                order.is_done = True
+                    for write in writes:
+                        self._commit_alone(write)
+            for write in writes:
+                write.error = write.error or self._failure
+                write.is_done = True
 
-    def _commit_alone(self, order: _Write[object]) -> None:
-        if self._broken is not None:
+    def _commit_alone(self, write: _Write[object]) -> None:
+        if self._failure is not None:
             return
         try:
-            self._transact([order])
+            self._run_transaction([write])
         except (sqlite3.Error, OSError) as exc:
-            self._broken = f"cannot be written ({exc}); nothing more is submitted"
+            self._failure = f"cannot be written ({exc}); nothing more is submitted"
         except Exception as exc:  # noqa: BLE001 - what it was asked to write cannot be written
-            order.error = f"cannot take this: {exc}"
+            write.error = f"cannot take this: {exc}"
 
-    def _transact(self, orders: list[_Write[object]]) -> None:
-        if self._on_disk() != self._inodes:
+    def _run_transaction(self, writes: list[_Write[object]]) -> None:
+        if self._file_ids() != self._opened_file_ids:
             raise OSError("its file was taken away")
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            for order in orders:
-                order.value = order.work(self._db)
+            for write in writes:
+                write.value = write.work(self._db)
             self._db.execute("COMMIT")
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
             raise
 
-    def _on_disk(self) -> list[int | None]:
-        return [_inode(self.folder / name) for name in (_NAME, f"{_NAME}-wal")]
+    def _file_ids(self) -> list[int | None]:
+        return [_inode(self.folder / name) for name in (_FILE_NAME, f"{_FILE_NAME}-wal")]
 
 
 def _inode(path: Path) -> int | None:
@@ -290,7 +294,7 @@ def _inode(path: Path) -> int | None:
         return None
 
 
-def _make_private(path: Path, *, create: bool) -> None:
+def _create_private_file(path: Path, *, create: bool) -> None:
     """Make the file, for its owner's eyes only. One that exists stays closed: to close it would drop SQLite's lock."""
     if not path.exists():
         if not create:
@@ -298,7 +302,7 @@ def _make_private(path: Path, *, create: bool) -> None:
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
 
 
-def _prepare(db: sqlite3.Connection, path: Path, *, adopt: bool) -> None:
+def _initialize(db: sqlite3.Connection, path: Path, *, adopt: bool) -> None:
     """Take the lock, check the file, make or find the tables, and close the books of a run that was cut off."""
     db.execute("PRAGMA locking_mode=EXCLUSIVE")
     db.execute("PRAGMA journal_mode=WAL")
@@ -306,7 +310,7 @@ def _prepare(db: sqlite3.Connection, path: Path, *, adopt: bool) -> None:
     db.execute("PRAGMA fullfsync=ON")  # on macOS an fsync does not reach the disk without it
     db.execute("BEGIN EXCLUSIVE")
     version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > schema.VERSION:
+    if version > schema.SCHEMA_VERSION:
         raise LedgerError(f"{path}: was written by a newer release (version {version}); upgrade nanobanana-async")
     if (said := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
         raise LedgerError(f"{path}: is damaged ({said}); restore it from a backup")
@@ -319,20 +323,20 @@ def _prepare(db: sqlite3.Connection, path: Path, *, adopt: bool) -> None:
             )
         for statement in schema.SCHEMA.split(";"):
             db.execute(statement)
-        db.execute("INSERT INTO about VALUES ('instance', ?)", (instance,))
-        db.execute(f"PRAGMA user_version={schema.VERSION}")
-    known = db.execute("SELECT value FROM about WHERE name = 'instance'").fetchone()[0]
+        db.execute("INSERT INTO meta VALUES ('instance', ?)", (instance,))
+        db.execute(f"PRAGMA user_version={schema.SCHEMA_VERSION}")
+    known = db.execute("SELECT value FROM meta WHERE name = 'instance'").fetchone()[0]
     if known != instance and not adopt:
         raise LedgerError(
             f"{path}: is a copy, and a run of the original could pay for the same rows; if the original is no longer "
             f"used: nanobanana batch resolve --out {path.parent} --adopt"
         )
-    db.execute("UPDATE about SET value = ? WHERE name = 'instance'", (instance,))
-    db.execute("UPDATE attempts SET state = 'unknown', reason = ? WHERE state = 'intent'", (_CUT_OFF,))
+    db.execute("UPDATE meta SET value = ? WHERE name = 'instance'", (instance,))
+    db.execute("UPDATE attempts SET state = 'unknown', reason = ? WHERE state = 'submitting'", (_INTERRUPTED_REASON,))
     db.execute("COMMIT")
 
 
-def _unusable(path: Path, exc: Exception) -> LedgerError:
+def _open_error(path: Path, exc: Exception) -> LedgerError:
     if getattr(exc, "sqlite_errorcode", None) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         try:
             pid = int((path.parent / "ledger.pid").read_text())

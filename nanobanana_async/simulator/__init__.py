@@ -5,7 +5,7 @@
 `pytest_plugins = ["nanobanana_async.simulator.pytest_plugin"]`.
 """
 
-from nanobanana_async.simulator.in_memory import FAST, FAST_LIMITS, FAST_POLLING, Simulator
+from nanobanana_async.simulator.in_memory import FAST_LIMITS, FAST_POLLING, FAST_PROFILE, Simulator
 from nanobanana_async.simulator.service import Charge, SimulatorProfile
 
-__all__ = ["FAST", "FAST_LIMITS", "FAST_POLLING", "Charge", "Simulator", "SimulatorProfile"]
+__all__ = ["FAST_LIMITS", "FAST_POLLING", "FAST_PROFILE", "Charge", "Simulator", "SimulatorProfile"]

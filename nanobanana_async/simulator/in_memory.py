@@ -12,9 +12,9 @@ from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
 from nanobanana_async.protocols import ChunkSink, ExchangeError, Phase, WireRequest, WireResponse
 from nanobanana_async.simulator.service import Charge, ImageSpec, SimulatedService, SimulatorProfile
 
-FAST: Final = SimulatorProfile(median_s=0.02, sigma=0.3, invisible_s=0.0)
+FAST_PROFILE: Final = SimulatorProfile(median_s=0.02, sigma=0.3, visibility_delay_s=0.0)
 """Pictures in a fiftieth of a second: for tests in real time."""
-FAST_POLLING: Final = PollPolicy.backoff(first_s=0.01, pause_s=0.01, factor=1.2, cap_s=0.2)
+FAST_POLLING: Final = PollPolicy.backoff(first_poll_s=0.01, initial_s=0.01, multiplier=1.2, max_s=0.2)
 FAST_LIMITS: Final = Limits(requests_per_s=10_000, burst=1_000)
 
 
@@ -29,14 +29,14 @@ class Simulator:
         delay_s: How long every exchange takes.
     """
 
-    def __init__(self, profile: SimulatorProfile = FAST, *, seed: int = 0, delay_s: float = 0.0) -> None:
-        self.vendor: Final = SimulatedService(profile, seed=seed, now_s=anyio.current_time, paint=tiny_png)
+    def __init__(self, profile: SimulatorProfile = FAST_PROFILE, *, seed: int = 0, delay_s: float = 0.0) -> None:
+        self.service: Final = SimulatedService(profile, seed=seed, now_s=anyio.current_time, paint=tiny_png)
         self.delay_s = delay_s
 
     @property
     def charges(self) -> list[Charge]:
         """What was paid for, in order: the truth to compare a program's belief with."""
-        return self.vendor.charges
+        return self.service.charges
 
     def client(
         self,
@@ -47,7 +47,7 @@ class Simulator:
         timeouts: Timeouts = Timeouts(),
     ) -> NanoBananaClient:
         """Return a client of this service that polls as fast as `FAST` paints."""
-        key = min(self.vendor.profile.keys)
+        key = min(self.service.profile.keys)
         return NanoBananaClient(key, limits=limits, retry=retry, polling=polling, timeouts=timeouts, transport=self)
 
     async def send(self, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None) -> WireResponse:
@@ -55,32 +55,32 @@ class Simulator:
         with anyio.move_on_after(timeout_s):
             await anyio.sleep(self.delay_s / 2)
             headers = {name.lower(): value for name, value in request.headers.items()}
-            answer = self.vendor.handle(request.method, request.url, headers, request.body or b"")
+            simulated = self.service.handle(request.method, request.url, headers, request.body or b"")
             await anyio.sleep(self.delay_s / 2)
-            reply = WireResponse(
-                status=answer.status,
+            response = WireResponse(
+                status=simulated.status,
                 headers={
-                    "content-type": answer.media_type,
-                    "content-length": str(len(answer.body)),
-                    **answer.headers,
+                    "content-type": simulated.media_type,
+                    "content-length": str(len(simulated.body)),
+                    **simulated.headers,
                 },
-                body=answer.body,
+                body=simulated.body,
             )
-            if len(reply.body) > request.max_bytes:
-                raise ExchangeError("the body is too long", phase=Phase.REPLY, permanent=True)
-            if sink is None or reply.status != 200:
-                return reply
-            await sink(reply.body)
-            return attrs.evolve(reply, body=b"")
+            if len(response.body) > request.max_bytes:
+                raise ExchangeError("the body is too long", phase=Phase.RESPONSE, permanent=True)
+            if sink is None or response.status != 200:
+                return response
+            await sink(response.body)
+            return attrs.evolve(response, body=b"")
         raise ExchangeError(f"no whole reply within {timeout_s:.3g} s", phase=Phase.SEND)
 
     async def aclose(self) -> None:
         """Do nothing: there is nothing to close."""
 
 
-def tiny_png(order: ImageSpec) -> bytes:
+def tiny_png(spec: ImageSpec) -> bytes:
     """Return a PNG of 8 x 8 pixels in a colour that follows from the prompt. Needs no Pillow."""
-    colour = struct.pack(">I", zlib.crc32(order.prompt.encode()))[:3]
+    colour = struct.pack(">I", zlib.crc32(spec.prompt.encode()))[:3]
     rows = (b"\0" + colour * 8) * 8
     chunks = ((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nanobanana_async.simulator.in_memory import FAST, Simulator
+from nanobanana_async.simulator.in_memory import FAST_PROFILE, Simulator
 from nanobanana_async.simulator.server import SimulatorServer
 
 
@@ -17,7 +17,7 @@ def nanobanana_simulator() -> Simulator:
 @pytest.fixture
 def nanobanana_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatorServer]:
     """The service on a real port, with DEFAPI_BASE_URL and DEFAPI_API_KEY pointing at it."""
-    with SimulatorServer(FAST) as server:
+    with SimulatorServer(FAST_PROFILE) as server:
         monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
-        monkeypatch.setenv("DEFAPI_API_KEY", min(FAST.keys))
+        monkeypatch.setenv("DEFAPI_API_KEY", min(FAST_PROFILE.keys))
         yield server

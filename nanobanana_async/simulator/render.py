@@ -25,35 +25,35 @@ _PALETTES: Final[tuple[tuple[Colour, Colour, Colour, Colour], ...]] = (
 _LAYERS: Final = 5
 
 
-def paint(order: ImageSpec) -> bytes:
+def render_png(spec: ImageSpec) -> bytes:
     """Return an encoded PNG of the ordered size. The same order gives the same picture."""
-    rng = Random(crc32(order.prompt.encode()))
+    rng = Random(crc32(spec.prompt.encode()))
     above, horizon, sun, hills = rng.choice(_PALETTES)
-    width, height = order.width, order.height
+    width, height = spec.width, spec.height
     sky = Image.linear_gradient("L").resize((width, height))
-    picture = ImageOps.colorize(sky, black=above, white=horizon)
-    _add_sun(picture, rng, sun)
-    draw = ImageDraw.Draw(picture)
+    image = ImageOps.colorize(sky, black=above, white=horizon)
+    _add_sun(image, rng, sun)
+    draw = ImageDraw.Draw(image)
     for layer in range(_LAYERS):
         depth = (layer + 1) / _LAYERS
         colour = _mix(horizon, hills, 0.25 + 0.75 * depth)
         draw.polygon(_ridge(rng, width, height, base=0.5 + 0.36 * depth), fill=colour)
-    _add_caption(picture, order.prompt)
+    _add_caption(image, spec.prompt)
     file = io.BytesIO()
-    picture.save(file, format="PNG", compress_level=3)
+    image.save(file, format="PNG", compress_level=3)
     return file.getvalue()
 
 
-def _add_sun(picture: Image.Image, rng: Random, colour: Colour) -> None:
-    width, height = picture.size
+def _add_sun(image: Image.Image, rng: Random, colour: Colour) -> None:
+    width, height = image.size
     radius = min(width, height) * rng.uniform(0.06, 0.12)
     x, y = width * rng.uniform(0.2, 0.8), height * rng.uniform(0.18, 0.42)
     # The glow is soft, so a small one scaled up looks the same and is much faster to blur.
     small = Image.new("L", (128, 128))
     ImageDraw.Draw(small).ellipse((44, 44, 84, 84), fill=150)
     glow = small.filter(ImageFilter.GaussianBlur(14)).resize((int(radius * 7), int(radius * 7)))
-    picture.paste(colour, (int(x - radius * 3.5), int(y - radius * 3.5)), glow)
-    ImageDraw.Draw(picture).ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    image.paste(colour, (int(x - radius * 3.5), int(y - radius * 3.5)), glow)
+    ImageDraw.Draw(image).ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
 
 
 def _ridge(rng: Random, width: int, height: int, *, base: float) -> list[tuple[float, float]]:
@@ -67,19 +67,19 @@ def _ridge(rng: Random, width: int, height: int, *, base: float) -> list[tuple[f
     return [*line, (width, height), (0, height)]
 
 
-def _add_caption(picture: Image.Image, prompt: str) -> None:
-    width, height = picture.size
+def _add_caption(image: Image.Image, prompt: str) -> None:
+    width, height = image.size
     size = max(14, round(min(width, height) * 0.042))
     font = ImageFont.load_default(size)
     lines = _wrapped(" ".join(prompt.split())[:300], font, width * 0.84)
     line_height = round(size * 1.35)
     top = height - round(height * 0.05) - line_height * len(lines)
-    band = Image.new("L", picture.size)
+    band = Image.new("L", image.size)
     margin = round(size * 0.7)
     box = (width * 0.08 - margin, top - margin, width * 0.92 + margin, top + line_height * len(lines) + margin * 0.6)
     ImageDraw.Draw(band).rounded_rectangle(box, radius=margin, fill=120)
-    picture.paste((12, 14, 24), (0, 0), band)
-    draw = ImageDraw.Draw(picture)
+    image.paste((12, 14, 24), (0, 0), band)
+    draw = ImageDraw.Draw(image)
     for number, line in enumerate(lines):
         draw.text((width / 2, top + number * line_height), line, font=font, fill=(255, 255, 255), anchor="ma")
 

@@ -19,36 +19,36 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from nanobanana_async.protocols import ExchangeError, RequestKind, WireRequest
-from nanobanana_async.simulator.render import paint
+from nanobanana_async.simulator.render import render_png
 from nanobanana_async.simulator.service import Charge, SimulatedService, SimulatedTask, SimulatorProfile
 from nanobanana_async.transport.httpx import HttpxTransport
 
 _CALLBACK_TRIES: Final = 3
 
 
-def make_vendor(profile: SimulatorProfile, *, seed: int = 0) -> SimulatedService:
+def make_service(profile: SimulatorProfile, *, seed: int = 0) -> SimulatedService:
     """Return a vendor in real time that paints real pictures."""
-    return SimulatedService(profile, seed=seed, now_s=time.monotonic, paint=paint)
+    return SimulatedService(profile, seed=seed, now_s=time.monotonic, paint=render_png)
 
 
-def make_app(vendor: SimulatedService) -> Starlette:
+def make_app(service: SimulatedService) -> Starlette:
     """Return the ASGI app: the API, the pictures, and callbacks sent from its lifespan."""
-    posts = HttpxTransport()
+    transport = HttpxTransport()
     background: list[TaskGroup] = []
 
-    async def answer(request: Request) -> Response:
+    async def respond(request: Request) -> Response:
         try:
             body = await request.body()
         except ClientDisconnect:
             return Response()  # to nobody
-        known = len(vendor.tasks)
-        handle = partial(vendor.handle, request.method, str(request.url), dict(request.headers), body)
+        known = len(service.tasks)
+        handle = partial(service.handle, request.method, str(request.url), dict(request.headers), body)
         # Painting takes tens of milliseconds; everything else is quicker than a thread.
-        reply = await anyio.to_thread.run_sync(handle) if request.url.path.startswith("/files/") else handle()
-        for task in itertools.islice(reversed(vendor.tasks.values()), len(vendor.tasks) - known):
+        response = await anyio.to_thread.run_sync(handle) if request.url.path.startswith("/files/") else handle()
+        for task in itertools.islice(reversed(service.tasks.values()), len(service.tasks) - known):
             if task.callback_url is not None and background:
-                background[0].start_soon(_call_back, vendor, task, str(request.base_url).rstrip("/"), posts)
-        return Response(reply.body, reply.status, dict(reply.headers), reply.media_type)
+                background[0].start_soon(_post_callback, service, task, str(request.base_url).rstrip("/"), transport)
+        return Response(response.body, response.status, dict(response.headers), response.media_type)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
@@ -57,23 +57,25 @@ def make_app(vendor: SimulatedService) -> Starlette:
             yield
             background.clear()
             tasks.cancel_scope.cancel()
-        await posts.aclose()
+        await transport.aclose()
 
-    return Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "POST"])], lifespan=lifespan)
+    return Starlette(routes=[Route("/{path:path}", respond, methods=["GET", "POST"])], lifespan=lifespan)
 
 
-async def _call_back(vendor: SimulatedService, task: SimulatedTask, files_url: str, posts: HttpxTransport) -> None:
+async def _post_callback(
+    service: SimulatedService, task: SimulatedTask, files_url: str, transport: HttpxTransport
+) -> None:
     await anyio.sleep(max(0.0, task.final_s - time.monotonic()))
     request = WireRequest(
-        errand=RequestKind.FETCH,
+        kind=RequestKind.DOWNLOAD,
         method="POST",
         url=task.callback_url or "",
         headers={"Content-Type": "application/json"},
-        body=vendor.callback_body(task, files_url),
+        body=service.callback_body(task, files_url),
     )
     for _ in range(_CALLBACK_TRIES):
         with contextlib.suppress(ExchangeError):
-            if (await posts.send(request, timeout_s=10)).status < 300:
+            if (await transport.send(request, timeout_s=10)).status < 300:
                 return
         await anyio.sleep(1)
 
@@ -105,18 +107,18 @@ class SimulatorServer:
     """
 
     def __init__(self, profile: SimulatorProfile, *, seed: int = 0, host: str = "127.0.0.1", port: int = 0) -> None:
-        self.vendor: Final = make_vendor(profile, seed=seed)
+        self.service: Final = make_service(profile, seed=seed)
         self._socket = listen(host, port)
         name = f"[{host}]" if ":" in host else host
         self.url: Final = f"http://{name}:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(make_app(self.vendor), log_level="error", access_log=False, backlog=2048)
+        config = uvicorn.Config(make_app(self.service), log_level="error", access_log=False, backlog=2048)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self.run, name="nanobanana-simulator", daemon=True)
 
     @property
     def charges(self) -> list[Charge]:
         """What was paid for, in order: the truth to compare a program's belief with."""
-        return self.vendor.charges
+        return self.service.charges
 
     def run(self) -> None:
         """Serve in this thread until it is told to stop."""

@@ -36,19 +36,19 @@ class SimulatorProfile:
     """Median of the lognormal time from submit to final state (the real service: 8 to 60 s)."""
     sigma: float = attrs.field(default=0.5, validator=ge(0))
     """Spread of that time: the standard deviation of its logarithm."""
-    invisible_s: float = attrs.field(default=1.0, validator=ge(0))
+    visibility_delay_s: float = attrs.field(default=1.0, validator=ge(0))
     """For so long a fresh id answers 404 (the real service: up to 30 s)."""
-    failed: float = _rate()
+    failed_tasks: float = _rate()
     """Tasks that end as failed."""
     text_only: float = _rate()
     """Tasks that end as success, with words and no picture."""
-    inline: float = _rate()
+    inline_images: float = _rate()
     """Tasks whose picture comes as a data URI."""
-    error: float = _rate()
+    server_errors: float = _rate()
     """Submits answered with the vendor's own 500, and not charged."""
-    busy: float = _rate()
+    rate_limited: float = _rate()
     """Submits answered with 429 and Retry-After: 1."""
-    lost: float = _rate()
+    lost_responses: float = _rate()
     """Submits that are charged, and answered by a gateway that says 502."""
     price: Decimal = Decimal("0.5")
     balance: Decimal = Decimal(100_000)
@@ -57,14 +57,14 @@ class SimulatorProfile:
 
     @classmethod
     def from_faults(cls, text: str, **settings: object) -> "SimulatorProfile":
-        """Return a profile with rates from text such as `"failed=0.05,inline=0.2"`.
+        """Return a profile with rates from text such as `"failed_tasks=0.05,inline_images=0.2"`.
 
         Raises:
             ValueError: A name is unknown, or a rate is no number in [0, 1].
         """
-        known = ("failed", "text_only", "inline", "error", "busy", "lost")
+        known = ("failed_tasks", "text_only", "inline_images", "server_errors", "rate_limited", "lost_responses")
         rates: dict[str, float] = {}
-        for part in filter(None, (piece.strip() for piece in text.split(","))):
+        for part in filter(None, (item.strip() for item in text.split(","))):
             name, _, value = part.partition("=")
             if name not in known:
                 raise ValueError(f"faults: {name!r} is not one of {', '.join(known)}")
@@ -106,10 +106,10 @@ class SimulatedTask:
     """One task inside the vendor. Its whole life is fixed when it is accepted; the clock only reveals it."""
 
     task_id: str
-    order: ImageSpec
+    image: ImageSpec
     accepted_s: float
     latency_s: float
-    ending: str
+    result_kind: str
     """`"image"`, `"inline"`, `"text"` or `"failed"`."""
     callback_url: str | None
 
@@ -122,7 +122,7 @@ class SimulatedTask:
         """Return the status at *now_s*: pending, submitted and in_progress take 10, 10 and 80 % of the time."""
         share = (now_s - self.accepted_s) / self.latency_s
         if share >= 1:
-            return "failed" if self.ending == "failed" else "success"
+            return "failed" if self.result_kind == "failed" else "success"
         return "pending" if share < 0.1 else "submitted" if share < 0.2 else "in_progress"
 
 
@@ -142,12 +142,12 @@ class SimulatedService:
         self.tasks: dict[str, SimulatedTask] = {}
         self.requests: list[str] = []
         """Every request as `"POST /api/image/gen"`, in order of arrival."""
-        self.leaks: list[str] = []
+        self.credential_leaks: list[str] = []
         """File requests that came with credentials. Must stay empty."""
         self._spent = Decimal(0)
         self._rng = Random(seed)
         self._now_s = now_s
-        self._paint = paint
+        self._render = paint
 
     @property
     def balance(self) -> Decimal:
@@ -163,14 +163,14 @@ class SimulatedService:
         known = headers.get("authorization", "").removeprefix("Bearer ") in self.profile.keys
         match method, parts.path:
             case "POST", "/api/image/gen":
-                return self._submit(body) if known else _failed(401, 1, "Invalid API key")
+                return self._submit(body) if known else _error_response(401, 1, "Invalid API key")
             case "GET", "/api/task/query" if known:
                 wanted = parse_qs(parts.query).get("task_id", [""])[0]
                 return self._query(wanted, f"{parts.scheme}://{parts.netloc}")
             case "GET", "/api/user" if known:
-                return _json(200, {"code": 0, "message": "ok", "data": {"credit": str(self.balance)}})
+                return _json_response(200, {"code": 0, "message": "ok", "data": {"credit": str(self.balance)}})
             case "GET", "/api/task/query" | "/api/user":
-                return _failed(401, 401, "Invalid API key")
+                return _error_response(401, 401, "Invalid API key")
         return SimulatedResponse(status=404, body=_NGINX_404, media_type="text/html")
 
     def callback_body(self, task: SimulatedTask, files_url: str) -> bytes:
@@ -188,47 +188,47 @@ class SimulatedService:
         try:
             request = json.loads(body)
         except ValueError:
-            return _failed(400, 1, "invalid JSON")
-        if fault := _fault(request):
-            return _failed(400, 1, fault)
-        if trouble < profile.busy:
-            return attrs.evolve(_failed(429, 1, "too many requests"), headers={"retry-after": "1"})
-        if trouble < profile.busy + profile.error:
-            return _failed(500, 1, "internal error")
+            return _error_response(400, 1, "invalid JSON")
+        if problem := _request_error(request):
+            return _error_response(400, 1, problem)
+        if trouble < profile.rate_limited:
+            return attrs.evolve(_error_response(429, 1, "too many requests"), headers={"retry-after": "1"})
+        if trouble < profile.rate_limited + profile.server_errors:
+            return _error_response(500, 1, "internal error")
         if self.balance < profile.price:
-            return _failed(402, 1, "insufficient credit")
+            return _error_response(402, 1, "insufficient credit")
         task = SimulatedTask(
             task_id=task_id,
-            order=_order(request),
+            image=_image_spec(request),
             accepted_s=self._now_s(),
             latency_s=profile.median_s * math.exp(profile.sigma * spread),
-            ending=self._ending(ending),
+            result_kind=self._draw_result_kind(ending),
             callback_url=request.get("callback_url"),
         )
         self.tasks[task_id] = task
-        charge = Charge(task_id=task_id, prompt=task.order.prompt, credits=profile.price, at_s=task.accepted_s)
+        charge = Charge(task_id=task_id, prompt=task.image.prompt, credits=profile.price, at_s=task.accepted_s)
         self.charges.append(charge)
         self._spent += charge.credits
-        is_lost = 0 <= trouble - profile.busy - profile.error < profile.lost
-        accepted = _json(200, {"code": 0, "message": "ok", "data": {"task_id": task_id}})
+        is_lost = 0 <= trouble - profile.rate_limited - profile.server_errors < profile.lost_responses
+        accepted = _json_response(200, {"code": 0, "message": "ok", "data": {"task_id": task_id}})
         return SimulatedResponse(status=502, body=_NGINX_502, media_type="text/html") if is_lost else accepted
 
-    def _ending(self, dice: float) -> str:
+    def _draw_result_kind(self, draw: float) -> str:
         for name, rate in (
-            ("failed", self.profile.failed),
+            ("failed", self.profile.failed_tasks),
             ("text", self.profile.text_only),
-            ("inline", self.profile.inline),
+            ("inline", self.profile.inline_images),
         ):
-            if dice < rate:
+            if draw < rate:
                 return name
-            dice -= rate
+            draw -= rate
         return "image"
 
     def _query(self, task_id: str, files_url: str) -> SimulatedResponse:
         task = self.tasks.get(task_id)
-        if task is None or self._now_s() - task.accepted_s < self.profile.invisible_s:
-            return _failed(404, 1, "task not found")
-        return _json(200, {"code": 0, "message": "ok", "data": self._state(task, files_url)})
+        if task is None or self._now_s() - task.accepted_s < self.profile.visibility_delay_s:
+            return _error_response(404, 1, "task not found")
+        return _json_response(200, {"code": 0, "message": "ok", "data": self._state(task, files_url)})
 
     def _state(self, task: SimulatedTask, files_url: str) -> dict[str, object]:
         status = task.status(self._now_s())
@@ -245,24 +245,24 @@ class SimulatedService:
         }
 
     def _item(self, task: SimulatedTask, files_url: str) -> dict[str, str]:
-        if task.ending == "text":
+        if task.result_kind == "text":
             return {"text": "I would rather describe it in words."}
-        if task.ending == "inline":
-            return {"image": f"data:image/png;base64,{b64encode(self._paint(task.order)).decode()}"}
+        if task.result_kind == "inline":
+            return {"image": f"data:image/png;base64,{b64encode(self._render(task.image)).decode()}"}
         return {"image": f"{files_url}/files/{task.task_id}.png"}
 
     def _file(self, path: str, headers: Mapping[str, str]) -> SimulatedResponse:
         if "authorization" in headers or "cookie" in headers:
-            self.leaks.append(path)
+            self.credential_leaks.append(path)
         if headers.get("user-agent", "curl").lower().startswith(_LIBRARY_AGENTS):
             return SimulatedResponse(status=403, body=b"error code: 1010", media_type="text/plain")
         task = self.tasks.get(path.removeprefix("/files/").removesuffix(".png"))
         if task is None or task.status(self._now_s()) != "success":
             return SimulatedResponse(status=404, body=_NGINX_404, media_type="text/html")
-        return SimulatedResponse(status=200, body=self._paint(task.order), media_type="image/png")
+        return SimulatedResponse(status=200, body=self._render(task.image), media_type="image/png")
 
 
-def _fault(request: object) -> str | None:
+def _request_error(request: object) -> str | None:
     """Return the `detail` of a 400 for a request the service would not take."""
     if not isinstance(request, dict):
         return "a JSON object is required"
@@ -277,7 +277,7 @@ def _fault(request: object) -> str | None:
     return None
 
 
-def _order(request: Mapping[str, object]) -> ImageSpec:
+def _image_spec(request: Mapping[str, object]) -> ImageSpec:
     """Read the wanted size: 1k, 2k or 4k is the longer side; the ratio is N:M."""
     longer = {"2k": 2048, "4k": 4096}.get(str(request.get("image_size")), 1024)
     wide, _, high = str(request.get("aspect_ratio", "1:1")).partition(":")
@@ -287,9 +287,9 @@ def _order(request: Mapping[str, object]) -> ImageSpec:
     return ImageSpec(prompt=str(request["prompt"]), width=width, height=height)
 
 
-def _json(status: int, document: object) -> SimulatedResponse:
+def _json_response(status: int, document: object) -> SimulatedResponse:
     return SimulatedResponse(status=status, body=json.dumps(document).encode())
 
 
-def _failed(status: int, code: int, detail: str) -> SimulatedResponse:
-    return _json(status, {"code": code, "message": "failed", "detail": detail})
+def _error_response(status: int, code: int, detail: str) -> SimulatedResponse:
+    return _json_response(status, {"code": code, "message": "failed", "detail": detail})

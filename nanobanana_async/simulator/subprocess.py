@@ -13,7 +13,7 @@ from anyio.streams.text import TextReceiveStream
 
 from nanobanana_async.errors import ConfigurationError
 
-_GOODBYE_S: Final = 5.0
+_CLOSE_TIMEOUT_S: Final = 5.0
 
 
 @attrs.frozen
@@ -48,5 +48,5 @@ async def simulator_process(*options: str) -> AsyncGenerator[RunningSimulator]:
             yield RunningSimulator(**json.loads(line))
         finally:
             process.terminate()
-            with anyio.move_on_after(_GOODBYE_S, shield=True):
+            with anyio.move_on_after(_CLOSE_TIMEOUT_S, shield=True):
                 await process.wait()

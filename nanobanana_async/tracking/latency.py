@@ -23,11 +23,11 @@ from typing import Final, Self
 
 _GROWTH: Final = 1.15
 """Bins widen with age: what matters at 10 s does not at 100 s."""
-_FIRST_S: Final = 1.0
-_LAST_S: Final = 1800.0
+_FIRST_EDGE_S: Final = 1.0
+_LAST_EDGE_S: Final = 1800.0
 _EDGES: Final = (
     0.0,
-    *(_FIRST_S * _GROWTH**k for k in range(math.ceil(math.log(_LAST_S / _FIRST_S, _GROWTH)) + 1)),
+    *(_FIRST_EDGE_S * _GROWTH**k for k in range(math.ceil(math.log(_LAST_EDGE_S / _FIRST_EDGE_S, _GROWTH)) + 1)),
     math.inf,
 )
 BINS: Final = len(_EDGES) - 1
@@ -37,7 +37,7 @@ PRIOR_MEDIAN_S: Final = 20.0
 _PRIOR_SIGMA: Final = 0.8
 _PRIOR_TASKS: Final = 4.0
 """How many observed tasks the prior weighs as much as."""
-_MEMORY_TASKS: Final = 512.0
+_DECAY_TASKS: Final = 512.0
 """After so many further tasks an observation has faded to 1/e."""
 
 
@@ -63,35 +63,35 @@ class LatencyModel:
     def __init__(self) -> None:
         self._events = [0.0] * BINS
         self._at_risk_s = [0.0] * BINS
-        self._weight = 1.0
+        self._observation_weight = 1.0
         """What the next observation counts; growing it fades all earlier ones at once."""
 
-    def pause_s(self, age_s: float, price_s: float, max_s: float) -> float:
+    def next_poll_in_s(self, age_s: float, cost_s: float, max_s: float) -> float:
         """Return the seconds until a look at a task unfinished at *age_s* is worth *price_s*; at most *max_s*."""
         unfinished, waited_s = 1.0, 0.0
         for k, start_s, end_s in _bins(age_s, age_s + max_s):
-            rate, length_s = self._rate(k), end_s - start_s
+            rate, length_s = self._hazard(k), end_s - start_s
             after = unfinished * math.exp(-rate * length_s)
             waits_s = length_s - (unfinished - after) / rate
-            if waited_s + waits_s >= price_s:
-                return start_s - age_s + _solve(rate, unfinished, price_s - waited_s, length_s)
+            if waited_s + waits_s >= cost_s:
+                return start_s - age_s + _solve_delay(rate, unfinished, cost_s - waited_s, length_s)
             unfinished, waited_s = after, waited_s + waits_s
         return max_s
 
-    def learn(self, since_s: float, age_s: float, *, done: bool) -> None:
+    def observe(self, since_s: float, age_s: float, *, done: bool) -> None:
         """Note that a task unfinished at *since_s* was looked at again at *age_s*, and whether it was done by then."""
         if done:
-            self._spread(list(_bins(since_s, age_s)))
-            self._fade()
+            self._distribute_event(list(_bins(since_s, age_s)))
+            self._decay()
         else:
             for k, start_s, end_s in _bins(since_s, age_s):
-                self._at_risk_s[k] += self._weight * (end_s - start_s)
+                self._at_risk_s[k] += self._observation_weight * (end_s - start_s)
 
     def median_s(self) -> float:
         """Return the age at which half of the tasks are done."""
         left = math.log(2)
         for k, (start_s, end_s) in enumerate(pairwise(_EDGES)):
-            rate = self._rate(k)
+            rate = self._hazard(k)
             if left <= rate * (end_s - start_s):
                 return start_s + left / rate
             left -= rate * (end_s - start_s)
@@ -99,7 +99,7 @@ class LatencyModel:
 
     def dump(self) -> tuple[float, ...]:
         """Return what was learned, as `2 * BINS` numbers."""
-        return tuple(value / self._weight for value in (*self._events, *self._at_risk_s))
+        return tuple(value / self._observation_weight for value in (*self._events, *self._at_risk_s))
 
     @classmethod
     def load(cls, numbers: Sequence[float]) -> Self:
@@ -110,20 +110,20 @@ class LatencyModel:
         """
         if len(numbers) != 2 * BINS or not all(math.isfinite(value) and value >= 0 for value in numbers):
             raise ValueError(f"curve: expected {2 * BINS} finite numbers that are not negative")
-        curve = cls()
-        curve._events, curve._at_risk_s = list(numbers[:BINS]), list(numbers[BINS:])
-        return curve
+        model = cls()
+        model._events, model._at_risk_s = list(numbers[:BINS]), list(numbers[BINS:])
+        return model
 
-    def _rate(self, k: int) -> float:
+    def _hazard(self, k: int) -> float:
         """Completions per second at risk in bin *k*; never zero."""
-        events = _PRIOR_EVENTS[k] * self._weight + self._events[k]
-        return (events / (_PRIOR_AT_RISK_S[k] * self._weight + self._at_risk_s[k])) or 1e-12
+        events = _PRIOR_EVENTS[k] * self._observation_weight + self._events[k]
+        return (events / (_PRIOR_AT_RISK_S[k] * self._observation_weight + self._at_risk_s[k])) or 1e-12
 
-    def _spread(self, bins: list[tuple[int, float, float]]) -> None:
+    def _distribute_event(self, bins: list[tuple[int, float, float]]) -> None:
         """Add one completion somewhere in *bins*, as much to each as was to be expected."""
         chances, unfinished = [], 1.0
         for k, start_s, end_s in bins:
-            after = unfinished * math.exp(-self._rate(k) * (end_s - start_s))
+            after = unfinished * math.exp(-self._hazard(k) * (end_s - start_s))
             chances.append(unfinished - after)
             unfinished = after
         total = math.fsum(chances)
@@ -132,16 +132,16 @@ class LatencyModel:
         left = 1.0
         for (k, start_s, end_s), chance in zip(bins, chances, strict=True):
             share = chance / total
-            self._events[k] += self._weight * share
-            self._at_risk_s[k] += self._weight * (end_s - start_s) * (left - share / 2)
+            self._events[k] += self._observation_weight * share
+            self._at_risk_s[k] += self._observation_weight * (end_s - start_s) * (left - share / 2)
             left -= share
 
-    def _fade(self) -> None:
-        self._weight *= 1 + 1 / _MEMORY_TASKS
-        if self._weight > 1e100:
-            self._events = [value / self._weight for value in self._events]
-            self._at_risk_s = [value / self._weight for value in self._at_risk_s]
-            self._weight = 1.0
+    def _decay(self) -> None:
+        self._observation_weight *= 1 + 1 / _DECAY_TASKS
+        if self._observation_weight > 1e100:
+            self._events = [value / self._observation_weight for value in self._events]
+            self._at_risk_s = [value / self._observation_weight for value in self._at_risk_s]
+            self._observation_weight = 1.0
 
 
 def _bins(start_s: float, end_s: float) -> Iterator[tuple[int, float, float]]:
@@ -153,7 +153,7 @@ def _bins(start_s: float, end_s: float) -> Iterator[tuple[int, float, float]]:
         start_s, k = stop_s, k + 1
 
 
-def _solve(rate: float, unfinished: float, waits_s: float, length_s: float) -> float:
+def _solve_delay(rate: float, unfinished: float, waits_s: float, length_s: float) -> float:
     """Return the t in [0, *length_s*] with  t - unfinished * (1 - exp(-rate t)) / rate = *waits_s*.
 
     The left side is convex and grows, so Newton's method from the right end comes down to it without overshooting.

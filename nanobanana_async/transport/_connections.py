@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     import httpcore
     import httpx2
 
-_GOODBYE_S: Final = 2.0
+_CLOSE_TIMEOUT_S: Final = 2.0
 """Bound on closing one connection, which TLS peers may drag out."""
 _KEEP_ALIVE_S: Final = 5.0
 """How long a connection at rest is trusted; httpx's own default."""
-_ONE: Final = httpx.Limits(max_connections=1, max_keepalive_connections=1)
+_SINGLE_CONNECTION: Final = httpx.Limits(max_connections=1, max_keepalive_connections=1)
 
 
 @attrs.frozen
@@ -45,7 +45,7 @@ class StreamingResponse:
 
     status: int
     headers: Mapping[str, str]
-    pieces: AsyncIterable[bytes]
+    chunks: AsyncIterable[bytes]
     _close: Callable[[], Awaitable[None]]
 
     async def aclose(self) -> None:
@@ -53,19 +53,19 @@ class StreamingResponse:
 
         Bounded, also when cancelled.
         """
-        with anyio.move_on_after(_GOODBYE_S, shield=True):
+        with anyio.move_on_after(_CLOSE_TIMEOUT_S, shield=True):
             await self._close()
 
 
 class Connection(Protocol):
     """What one exchange travels on."""
 
-    async def open(self, request: WireRequest, target: Destination, extensions: dict[str, object]) -> StreamingResponse:
+    async def send(self, request: WireRequest, target: Destination, extensions: dict[str, object]) -> StreamingResponse:
         """Send *request* and return when the head of the reply is there. Raises the library's own exceptions."""
         ...
 
     @property
-    def is_ready(self) -> bool:
+    def is_reusable(self) -> bool:
         """Whether it can carry another exchange."""
         ...
 
@@ -87,8 +87,8 @@ class _RequestBody(httpx.AsyncByteStream):
         return self
 
     async def __anext__(self) -> bytes:
-        for piece in self._pieces:
-            return piece
+        for chunk in self._pieces:
+            return chunk
         raise StopAsyncIteration
 
 
@@ -99,7 +99,7 @@ def _headers(request: WireRequest, target: Destination) -> dict[str, str]:
     return headers
 
 
-async def load_engine() -> None:
+async def import_httpcore() -> None:
     """Import httpcore off the loop. It takes a tenth of a second, most of it trio's, so nobody does it in passing."""
     if "httpcore" not in sys.modules:
         await anyio.to_thread.run_sync(import_module, "httpcore")
@@ -131,11 +131,11 @@ class DirectConnection:
     def __init__(self, url: httpx.URL, tls: ssl.SSLContext) -> None:
         import httpcore  # noqa: PLC0415 - the same
 
-        origin = _core_url(url).origin
-        self._connection = httpcore.AsyncHTTPConnection(origin, ssl_context=tls, keepalive_expiry=_KEEP_ALIVE_S)
+        submit_info = _core_url(url).origin
+        self._connection = httpcore.AsyncHTTPConnection(submit_info, ssl_context=tls, keepalive_expiry=_KEEP_ALIVE_S)
 
-    async def open(self, request: WireRequest, target: Destination, extensions: dict[str, object]) -> StreamingResponse:
-        """See `Connection.open`."""
+    async def send(self, request: WireRequest, target: Destination, extensions: dict[str, object]) -> StreamingResponse:
+        """See `Connection.send`."""
         response = await self._connection.handle_async_request(_core_request(request, target, extensions))
         headers: dict[str, str] = {}
         for raw_name, raw_value in response.headers:
@@ -145,13 +145,13 @@ class DirectConnection:
         return StreamingResponse(response.status, headers, response.stream, response.aclose)
 
     @property
-    def is_ready(self) -> bool:
-        """See `Connection.is_ready`."""
+    def is_reusable(self) -> bool:
+        """See `Connection.is_reusable`."""
         return self._connection.is_idle() and not self._connection.has_expired()
 
     async def aclose(self) -> None:
         """See `Connection.aclose`."""
-        with anyio.move_on_after(_GOODBYE_S, shield=True):
+        with anyio.move_on_after(_CLOSE_TIMEOUT_S, shield=True):
             await self._connection.aclose()
 
 
@@ -163,31 +163,31 @@ class ProxyConnection:
         ValueError: It is not a proxy's URL.
     """
 
-    is_ready = True
+    is_reusable = True
     """httpx sees to it."""
 
     def __init__(self, proxy: str, tls: ssl.SSLContext) -> None:
-        self._transport = httpx.AsyncHTTPTransport(verify=tls, limits=_ONE, proxy=proxy)
+        self._transport = httpx.AsyncHTTPTransport(verify=tls, limits=_SINGLE_CONNECTION, proxy=proxy)
 
-    async def open(self, request: WireRequest, target: Destination, extensions: dict[str, object]) -> StreamingResponse:
-        """See `Connection.open`."""
-        response = await self._transport.handle_async_request(_built(request, target, extensions))
-        return _opened(response)
+    async def send(self, request: WireRequest, target: Destination, extensions: dict[str, object]) -> StreamingResponse:
+        """See `Connection.send`."""
+        response = await self._transport.handle_async_request(_to_httpx_request(request, target, extensions))
+        return _from_httpx_response(response)
 
     async def aclose(self) -> None:
         """See `Connection.aclose`."""
-        with anyio.move_on_after(_GOODBYE_S, shield=True):
+        with anyio.move_on_after(_CLOSE_TIMEOUT_S, shield=True):
             await self._transport.aclose()
 
 
-def _built(request: WireRequest, target: Destination, extensions: dict[str, object]) -> httpx.Request:
+def _to_httpx_request(request: WireRequest, target: Destination, extensions: dict[str, object]) -> httpx.Request:
     stream = _RequestBody(request.body)
     return httpx.Request(
         request.method, target.url, headers=_headers(request, target), stream=stream, extensions=extensions
     )
 
 
-def _opened(response: "httpx.Response | httpx2.Response") -> StreamingResponse:
+def _from_httpx_response(response: "httpx.Response | httpx2.Response") -> StreamingResponse:
     headers = dict(response.headers.items())
     if response.is_stream_consumed:  # by an event hook, or it never was a stream: httpx has read and decoded it
         headers.pop("content-encoding", None)
@@ -201,14 +201,14 @@ class ClientConnection:
     """The user's client, httpx's or httpx2's: what we call is the same on both."""
 
     client: "httpx.AsyncClient | httpx2.AsyncClient"
-    is_ready = True
+    is_reusable = True
 
-    async def open(self, request: WireRequest, target: Destination, extensions: dict[str, object]) -> StreamingResponse:
-        """See `Connection.open`."""
+    async def send(self, request: WireRequest, target: Destination, extensions: dict[str, object]) -> StreamingResponse:
+        """See `Connection.send`."""
         built = self.client.build_request(
             request.method, str(target.url), headers=target.headers, content=request.body, extensions=extensions
         )
-        return _opened(await self.client.send(built, stream=True, auth=None, follow_redirects=False))  # type: ignore[arg-type]
+        return _from_httpx_response(await self.client.send(built, stream=True, auth=None, follow_redirects=False))  # type: ignore[arg-type]
 
     async def aclose(self) -> None:
         """Do nothing: it is not ours."""

@@ -9,8 +9,8 @@ import anyio
 # `is_global` says yes to these (measured on 3.11 to 3.13), yet they carry an IPv4 address inside, or lead nowhere
 # public: NAT64, 6to4, Teredo, IPv4-compatible, site-local, documentation, the 6to4 relay, protocol assignments.
 _NOT_PUBLIC: Final = [
-    ip_network(net)
-    for net in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96", "fec0::/10", "3fff::/20")
+    ip_network(network)
+    for network in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96", "fec0::/10", "3fff::/20")
 ] + [ip_network("192.88.99.0/24"), ip_network("192.0.0.0/24")]
 
 
@@ -25,7 +25,7 @@ def is_public(address: str) -> bool:
     return (
         parsed.is_global
         and not (parsed.is_multicast or parsed.is_reserved)
-        and not any(parsed.version == net.version and parsed in net for net in _NOT_PUBLIC)
+        and not any(parsed.version == network.version and parsed in network for network in _NOT_PUBLIC)
     )
 
 

@@ -9,11 +9,11 @@ import anyio
 
 from nanobanana_async.protocols import ChunkSink, ExchangeError, Phase, Transport, WireRequest, WireResponse
 
-_LEEWAY_S: Final = 0.5
+_GRACE_S: Final = 0.5
 """What a transport may take beyond its time, so that it can say itself how far it got."""
 
 
-async def exchange(
+async def send_checked(
     transport: Transport, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None
 ) -> WireResponse:
     """Return what `transport.send` returns, within *timeout_s* and half a second. *sink* may raise what it likes.
@@ -22,9 +22,9 @@ async def exchange(
         ExchangeError: Whatever else happened. The request may have arrived, unless the transport says otherwise.
     """
     own: list[Exception] = []
-    with anyio.CancelScope(deadline=anyio.current_time() + max(timeout_s, 0) + _LEEWAY_S):
+    with anyio.CancelScope(deadline=anyio.current_time() + max(timeout_s, 0) + _GRACE_S):
         try:
-            reply = await transport.send(request, timeout_s=timeout_s, sink=sink and _remembering(sink, own))
+            response = await transport.send(request, timeout_s=timeout_s, sink=sink and _recording_errors(sink, own))
         except ExchangeError:
             raise
         except anyio.get_cancelled_exc_class():
@@ -34,19 +34,19 @@ async def exchange(
         except Exception as exc:
             if exc in own:
                 raise
-            reason = _words(exc)
+            reason = _describe(exc)
         else:
-            if isinstance(reply, WireResponse):
-                return reply
-            reason = f"it returned {type(reply).__name__}"
+            if isinstance(response, WireResponse):
+                return response
+            reason = f"it returned {type(response).__name__}"
         raise ExchangeError(f"the transport failed: {reason}", phase=Phase.SEND)
     raise ExchangeError(f"the transport did not end within {timeout_s:.3g} s", phase=Phase.SEND)
 
 
-def _remembering(sink: ChunkSink, own: list[Exception]) -> Callable[[bytes], Awaitable[None]]:
-    async def take(piece: bytes) -> None:
+def _recording_errors(sink: ChunkSink, own: list[Exception]) -> Callable[[bytes], Awaitable[None]]:
+    async def take(chunk: bytes) -> None:
         try:
-            await sink(piece)
+            await sink(chunk)
         except Exception as exc:
             own.append(exc)
             raise
@@ -65,7 +65,7 @@ def _is_cancelled() -> bool:
     return task is None or task.cancelling() > 0
 
 
-def _words(exc: Exception) -> str:
+def _describe(exc: Exception) -> str:
     try:
         return f"{type(exc).__name__}: {exc}"
     except Exception:  # noqa: BLE001 - it cannot even say what it is

@@ -19,7 +19,7 @@ import anyio.to_thread
 import attrs
 import httpx
 
-from nanobanana_async.models import http_url_fault
+from nanobanana_async.models import url_problem
 from nanobanana_async.protocols import ChunkSink, ExchangeError, Phase, RequestKind, WireRequest, WireResponse
 from nanobanana_async.transport._connections import (
     ClientConnection,
@@ -29,26 +29,26 @@ from nanobanana_async.transport._connections import (
     ProxyConnection,
     StreamingResponse,
     check_client,
-    load_engine,
+    import_httpcore,
 )
 from nanobanana_async.transport.addresses import is_public, resolve
 
 if TYPE_CHECKING:
     import httpx2
 
-_SILENCE_S: Final = 30.0
+_READ_TIMEOUT_S: Final = 30.0
 """How long a file host may say nothing before it is worth asking again."""
-_ERROR_BYTES: Final = 2**20
+_MAX_ERROR_BODY_BYTES: Final = 2**20
 """Cap on the body of anything but a 200: nobody needs fifty megabytes of error page."""
-_YIELD_AFTER: Final = 256
+_YIELD_AFTER_CHUNKS: Final = 256
 """Pieces of a body after which others get their turn: a peer may send one byte at a time, thousands at once."""
 _NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """Trusts no certificate at all: for lanes to plain http, which must have a context and never use it."""
-_NEVER_SENT: Final = (
+_CONNECT_ERRORS: Final = (
     "ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError",
     "InvalidURL", "UnsupportedProtocol", "LocalProtocolError",
 )  # fmt: skip
-_HOPELESS: Final = ("InvalidURL", "UnsupportedProtocol", "LocalProtocolError")
+_PERMANENT_ERRORS: Final = ("InvalidURL", "UnsupportedProtocol", "LocalProtocolError")
 
 
 @attrs.define
@@ -57,7 +57,7 @@ class _ExchangeState:
 
     phase: Phase = Phase.SEND
     """Assume the worst: only a trace may say that no byte has left yet."""
-    reply: WireResponse | None = None
+    response: WireResponse | None = None
     received: bytearray = attrs.field(factory=bytearray)
     in_sink: bool = False
 
@@ -68,17 +68,17 @@ class _ExchangeState:
         elif event.endswith("send_request_headers.started"):
             self.phase = Phase.SEND
 
-    def failed(self, reason: str, *, phase: Phase | None = None, permanent: bool = False) -> ExchangeError:
-        reply = self.reply and attrs.evolve(self.reply, body=bytes(self.received))
+    def to_error(self, reason: str, *, phase: Phase | None = None, permanent: bool = False) -> ExchangeError:
+        response = self.response and attrs.evolve(self.response, body=bytes(self.received))
         phase = self.phase if phase is None else phase
-        return ExchangeError(reason, phase=phase, permanent=permanent, reply=reply)
+        return ExchangeError(reason, phase=phase, permanent=permanent, response=response)
 
 
 @lru_cache(2048)  # a task is asked about several times, and parsing costs a tenth of a request
-def _parsed(text: str) -> httpx.URL | str:
+def _parse_url(text: str) -> httpx.URL | str:
     """Return the URL, or what is wrong with it."""
-    if fault := http_url_fault(text):
-        return f"the URL {fault}"
+    if problem := url_problem(text):
+        return f"the URL {problem}"
     try:
         return httpx.URL(text)
     except httpx.InvalidURL as exc:
@@ -110,7 +110,7 @@ class HttpxTransport:
         self._connect_s = connect_s
         self._trust_env = trust_env
         self._proxies = getproxies() if trust_env else {}
-        self._idle: defaultdict[str, list[Connection]] = defaultdict(list)
+        self._idle_connections: defaultdict[str, list[Connection]] = defaultdict(list)
         """Lanes at rest, by origin."""
         self._tls: ssl.SSLContext | None = None
         self._tls_lock = anyio.Lock()
@@ -120,11 +120,11 @@ class HttpxTransport:
         """See `Transport.send`."""
         failure = ExchangeError("the time was up before it began", phase=Phase.CONNECT)
         deadline = anyio.current_time() + timeout_s
-        for target in await self._targets(request, timeout_s):
+        for target in await self._destinations(request, timeout_s):
             time_left_s = deadline - anyio.current_time()
             if time_left_s <= 0:
                 break
-            outcome = await self._exchange(request, target, time_left_s, sink)
+            outcome = await self._send_to(request, target, time_left_s, sink)
             if isinstance(outcome, WireResponse):
                 return outcome
             failure = outcome
@@ -136,38 +136,38 @@ class HttpxTransport:
     async def aclose(self) -> None:
         """Close the lanes at rest, and those under way as they come back; a handed-in client stays open."""
         self._closed = True
-        while self._idle:
-            for lane in self._idle.popitem()[1]:
-                await lane.aclose()
+        while self._idle_connections:
+            for connection in self._idle_connections.popitem()[1]:
+                await connection.aclose()
 
-    async def _exchange(
+    async def _send_to(
         self, request: WireRequest, target: Destination, timeout_s: float, sink: ChunkSink | None
     ) -> WireResponse | ExchangeError:
         progress = _ExchangeState()
         with anyio.move_on_after(timeout_s):
             try:
-                lane = await self._take_lane(request, target)
+                connection = await self._acquire_connection(request, target)
                 keep = False
                 try:
-                    reply = await self._converse(lane, request, target, timeout_s, progress, sink)
-                    keep = request.errand is RequestKind.READ and self._client is None and not self._closed
-                    return reply
+                    response = await self._send_and_read(connection, request, target, timeout_s, progress, sink)
+                    keep = request.kind is RequestKind.READ and self._client is None and not self._closed
+                    return response
                 finally:
                     if keep:
-                        self._idle[_origin(request)].append(lane)
+                        self._idle_connections[_origin(request)].append(connection)
                     else:
-                        await lane.aclose()
+                        await connection.aclose()
             except ExchangeError as exc:
                 return exc
             except Exception as exc:
                 if progress.in_sink:
                     raise
-                return self._translate(exc, progress)
-        return progress.failed(f"no whole reply within {timeout_s:.3g} s")
+                return self._map_exception(exc, progress)
+        return progress.to_error(f"no whole reply within {timeout_s:.3g} s")
 
-    async def _converse(
+    async def _send_and_read(
         self,
-        lane: Connection,
+        connection: Connection,
         request: WireRequest,
         target: Destination,
         timeout_s: float,
@@ -175,38 +175,43 @@ class HttpxTransport:
         sink: ChunkSink | None,
     ) -> WireResponse:
         # A timer per read would only repeat the total deadline, except where that one is long and a retry helps.
-        silence_s = min(timeout_s, _SILENCE_S) if request.errand is RequestKind.FETCH else None
+        read_timeout_s = min(timeout_s, _READ_TIMEOUT_S) if request.kind is RequestKind.DOWNLOAD else None
         extensions = {
             **target.extensions,
-            "timeout": {"connect": self._connect_s, "read": silence_s, "write": silence_s, "pool": self._connect_s},
+            "timeout": {
+                "connect": self._connect_s,
+                "read": read_timeout_s,
+                "write": read_timeout_s,
+                "pool": self._connect_s,
+            },
         }
-        if request.errand is RequestKind.SUBMIT:
+        if request.kind is RequestKind.SUBMIT:
             extensions["trace"] = progress.trace
-        opened = await lane.open(request, target, extensions)
-        progress.phase = Phase.REPLY
-        progress.reply = WireResponse(status=opened.status, headers=opened.headers)
+        streaming = await connection.send(request, target, extensions)
+        progress.phase = Phase.RESPONSE
+        progress.response = WireResponse(status=streaming.status, headers=streaming.headers)
         try:
-            streamed = sink if opened.status == 200 else None
-            cap = request.max_bytes if opened.status == 200 else min(request.max_bytes, _ERROR_BYTES)
-            await _drain(opened, cap, progress, streamed)
+            streamed = sink if streaming.status == 200 else None
+            cap = request.max_bytes if streaming.status == 200 else min(request.max_bytes, _MAX_ERROR_BODY_BYTES)
+            await _read_body(streaming, cap, progress, streamed)
         finally:
-            await opened.aclose()
-        return attrs.evolve(progress.reply, body=bytes(progress.received))
+            await streaming.aclose()
+        return attrs.evolve(progress.response, body=bytes(progress.received))
 
-    async def _take_lane(self, request: WireRequest, target: Destination) -> Connection:
+    async def _acquire_connection(self, request: WireRequest, target: Destination) -> Connection:
         """Return a lane at rest, if *request* may ride on a connection that was used before, or a new one."""
-        if self._client is not None and request.errand is not RequestKind.FETCH:
+        if self._client is not None and request.kind is not RequestKind.DOWNLOAD:
             if self._client.is_closed:
                 raise ExchangeError("the handed-in client is closed", phase=Phase.CONNECT, permanent=True)
             return ClientConnection(self._client)
-        idle = self._idle[_origin(request)] if request.errand is RequestKind.READ else []
+        idle = self._idle_connections[_origin(request)] if request.kind is RequestKind.READ else []
         while idle:
-            lane = idle.pop()
-            if lane.is_ready:
-                return lane
-            await lane.aclose()
+            connection = idle.pop()
+            if connection.is_reusable:
+                return connection
+            await connection.aclose()
         proxy = self._proxy_for(request.url)
-        await load_engine()
+        await import_httpcore()
         try:
             tls = _NO_TLS if proxy is None and request.url.startswith("http://") else await self._tls_context()
             return DirectConnection(target.url, tls) if proxy is None else ProxyConnection(proxy, tls)
@@ -229,16 +234,16 @@ class HttpxTransport:
                 self._tls = await anyio.to_thread.run_sync(lambda: httpx.create_ssl_context(trust_env=self._trust_env))
         return self._tls
 
-    async def _targets(self, request: WireRequest, timeout_s: float) -> list[Destination]:
+    async def _destinations(self, request: WireRequest, timeout_s: float) -> list[Destination]:
         """Return where to connect, in order. A guarded request dials the very address that was judged."""
-        url = _parsed(request.url)
+        url = _parse_url(request.url)
         if isinstance(url, str):
             raise ExchangeError(url, phase=Phase.CONNECT, permanent=True)
         if request.public_only:
-            return await self._guarded(url, request.headers, timeout_s)
+            return await self._resolve_public(url, request.headers, timeout_s)
         return [Destination(url, request.headers, {})]
 
-    async def _guarded(self, url: httpx.URL, headers: Mapping[str, str], timeout_s: float) -> list[Destination]:
+    async def _resolve_public(self, url: httpx.URL, headers: Mapping[str, str], timeout_s: float) -> list[Destination]:
         host = url.raw_host.decode("ascii")
         addresses: list[str] = []
         reason = f"{host} does not resolve in time"
@@ -258,11 +263,11 @@ class HttpxTransport:
         pinned = {**headers, "Host": url.netloc.decode("ascii")}
         return [Destination(url.copy_with(host=address), pinned, {"sni_hostname": host}) for address in addresses]
 
-    def _translate(self, exc: Exception, progress: _ExchangeState) -> ExchangeError:
+    def _map_exception(self, exc: Exception, progress: _ExchangeState) -> ExchangeError:
         """Say in our words what a foreign exception means. Its text is kept, the exception is not."""
-        name = next((c.__name__ for c in type(exc).__mro__ if c.__name__ in _NEVER_SENT), "")
+        name = next((c.__name__ for c in type(exc).__mro__ if c.__name__ in _CONNECT_ERRORS), "")
         sent = not name and not isinstance(exc, UnicodeEncodeError)
-        causes = list(_causes(exc))
+        causes = list(_cause_chain(exc))
         bad_tls = any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes) or any(
             getattr(cause, "reason", None) == "WRONG_VERSION_NUMBER" for cause in causes
         )
@@ -271,33 +276,35 @@ class HttpxTransport:
         detail = "" if quotes else str(causes[-1]) or str(exc)
         reason = f"{type(exc).__name__}: {detail}".removesuffix(": ")
         if sent:
-            return progress.failed(reason)
-        permanent = bad_tls or name in _HOPELESS or (name == "ProxyError" and "407" in str(exc))
-        return progress.failed(reason, phase=Phase.CONNECT, permanent=permanent)
+            return progress.to_error(reason)
+        permanent = bad_tls or name in _PERMANENT_ERRORS or (name == "ProxyError" and "407" in str(exc))
+        return progress.to_error(reason, phase=Phase.CONNECT, permanent=permanent)
 
 
-async def _drain(opened: StreamingResponse, max_bytes: int, progress: _ExchangeState, sink: ChunkSink | None) -> None:
+async def _read_body(
+    streaming: StreamingResponse, max_bytes: int, progress: _ExchangeState, sink: ChunkSink | None
+) -> None:
     """Read the body raw, so that what came before a failure is kept, and stop at the cap.
 
     When we are the ones to stop, or are cancelled, the connection is closed and the iteration goes on to its end, which
     is near: left half way, the libraries' nested generators would be finalised by the garbage collector, and trio
     complains.
     """
-    size, pieces = 0, 0
+    size, chunks = 0, 0
     stopped: BaseException | None = None
     try:
-        async for piece in opened.pieces:
-            pieces += 1
-            if pieces % _YIELD_AFTER == 0:
+        async for chunk in streaming.chunks:
+            chunks += 1
+            if chunks % _YIELD_AFTER_CHUNKS == 0:
                 await anyio.lowlevel.cancel_shielded_checkpoint()
             if stopped is not None:
                 continue
-            size += len(piece)
+            size += len(chunk)
             try:
-                await _take(piece, size - max_bytes, progress, sink)
+                await _accept_chunk(chunk, size - max_bytes, progress, sink)
             except BaseException as exc:  # noqa: BLE001 - raised again below, when the body is done with
                 stopped = exc
-                await opened.aclose()
+                await streaming.aclose()
     except Exception:  # reading on after our own close fails in as many ways as there are backends
         if stopped is None:
             raise
@@ -305,16 +312,16 @@ async def _drain(opened: StreamingResponse, max_bytes: int, progress: _ExchangeS
         raise stopped
 
 
-async def _take(piece: bytes, excess: int, progress: _ExchangeState, sink: ChunkSink | None) -> None:
+async def _accept_chunk(chunk: bytes, excess: int, progress: _ExchangeState, sink: ChunkSink | None) -> None:
     if excess > 0:
         if sink is None:
-            progress.received += piece[:-excess]
-        raise progress.failed("the body is longer than may be read", permanent=True)
+            progress.received += chunk[:-excess]
+        raise progress.to_error("the body is longer than may be read", permanent=True)
     if sink is None:
-        progress.received += piece
+        progress.received += chunk
         return
     progress.in_sink = True
-    await sink(piece)
+    await sink(chunk)
     progress.in_sink = False
 
 
@@ -322,7 +329,7 @@ def _origin(request: WireRequest) -> str:
     return "/".join(request.url.split("/", 3)[:3])
 
 
-def _causes(exc: BaseException) -> Iterator[BaseException]:
+def _cause_chain(exc: BaseException) -> Iterator[BaseException]:
     seen: BaseException | None = exc
     while isinstance(seen, Exception):  # a cancellation says nothing that anybody would understand
         yield seen

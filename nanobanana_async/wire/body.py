@@ -11,13 +11,13 @@ from typing import Final
 
 from nanobanana_async.models import GeneratedImage, JsonValue
 
-_EXCERPT: Final = 200
-_PIECE: Final = 1024
-_TRAILER: Final = 8
+_EXCERPT_CHARS: Final = 200
+_CHUNK_BYTES: Final = 1024
+_GZIP_TRAILER_BYTES: Final = 8
 """The checksum and length at the end of gzip: a piece of their own, for they may be all that is damaged."""
 
 
-def plain(body: bytes, coding: str, max_bytes: int) -> bytes:
+def decompress(body: bytes, content_encoding: str, max_bytes: int) -> bytes:
     """Return *body*, inflated by one layer when its sender compressed it against our will, up to *max_bytes*.
 
     *coding* is what its header `content-encoding` says.
@@ -25,10 +25,10 @@ def plain(body: bytes, coding: str, max_bytes: int) -> bytes:
     Never by the HTTP library: 235 bytes of triple gzip cost it 1.5 GiB (measured). A body that was cut
     gives what could be inflated.
     """
-    if coding.strip().lower() not in ("gzip", "x-gzip", "deflate"):
+    if content_encoding.strip().lower() not in ("gzip", "x-gzip", "deflate"):
         return body
     inflater, inflated = zlib.decompressobj(wbits=47), bytearray()  # 47: gzip or zlib, told by the header
-    bounds = [*range(0, len(body) - _TRAILER, _PIECE), len(body) - _TRAILER, len(body)]
+    bounds = [*range(0, len(body) - _GZIP_TRAILER_BYTES, _CHUNK_BYTES), len(body) - _GZIP_TRAILER_BYTES, len(body)]
     with contextlib.suppress(zlib.error):  # what came before the damage may hold a task id
         for start, end in pairwise(bounds):
             inflated += inflater.decompress(body[start:end], max_bytes - len(inflated))
@@ -37,7 +37,7 @@ def plain(body: bytes, coding: str, max_bytes: int) -> bytes:
     return bytes(inflated) or body
 
 
-def parse(body: bytes) -> JsonValue:
+def parse_json(body: bytes) -> JsonValue:
     """Return the JSON document in *body*: UTF-8, -16 or -32, numbers with a point as Decimal, no lone surrogates.
 
     Raises:
@@ -45,36 +45,36 @@ def parse(body: bytes) -> JsonValue:
         RecursionError: It is nested deeper than the interpreter can follow.
     """
     text = body.decode(json.detect_encoding(body))
-    document: JsonValue = json.loads(text, parse_float=_number, parse_constant=_no_constant)
+    document: JsonValue = json.loads(text, parse_float=_parse_decimal, parse_constant=_reject_constant)
     # A lone surrogate passes every check here and breaks the first file or database it is written to.
-    return _without_surrogates(document) if _SURROGATE.search(text) else document
+    return _replace_surrogates(document) if _SURROGATE.search(text) else document
 
 
 _SURROGATE: Final = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def _without_surrogates(value: JsonValue) -> JsonValue:
+def _replace_surrogates(value: JsonValue) -> JsonValue:
     if isinstance(value, str):
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if isinstance(value, list):
-        return [_without_surrogates(entry) for entry in value]
+        return [_replace_surrogates(entry) for entry in value]
     if isinstance(value, dict):
-        return {str(_without_surrogates(key)): _without_surrogates(entry) for key, entry in value.items()}
+        return {str(_replace_surrogates(key)): _replace_surrogates(entry) for key, entry in value.items()}
     return value
 
 
-def _number(text: str) -> Decimal | str:
+def _parse_decimal(text: str) -> Decimal | str:
     try:
         return Decimal(text)
     except InvalidOperation:
         return text
 
 
-def _no_constant(name: str) -> None:
+def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def printable(text: str) -> str:
+def sanitize_line(text: str) -> str:
     """Return *text* as one line that does nothing to a terminal: control characters and newlines are blanks."""
     return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
@@ -82,11 +82,11 @@ def printable(text: str) -> str:
 def excerpt(body: bytes) -> str:
     """Return the start of a body as one safe line: tags and control characters gone."""
     text = re.sub(r"<[^>]*>?", " ", body[:2000].decode("utf-8", "replace"))
-    line = printable(text)
-    return line if len(line) <= _EXCERPT else f"{line[:_EXCERPT]}..."
+    line = sanitize_line(text)
+    return line if len(line) <= _EXCERPT_CHARS else f"{line[:_EXCERPT_CHARS]}..."
 
 
-def inline_image(uri: str) -> GeneratedImage | None:
+def decode_data_uri(uri: str) -> GeneratedImage | None:
     """Return the picture inside a base64 data URI; None when *uri* is not one, or is damaged.
 
     A damaged one stays what it was, a `url` that the downloader refuses by name: one bad picture must not hide the

@@ -29,19 +29,19 @@ from nanobanana_async.errors import (
 )
 from nanobanana_async.models import CallbackPayload, GeneratedImage, GenerationRequest, JsonValue, Task, TaskStatus
 from nanobanana_async.protocols import RequestKind, WireRequest, WireResponse
-from nanobanana_async.wire.body import excerpt, inline_image, parse, plain, printable
+from nanobanana_async.wire.body import decode_data_uri, decompress, excerpt, parse_json, sanitize_line
 
 SUBMIT_PATH: Final = "/api/image/gen"
 QUERY_PATH: Final = "/api/task/query"
 BALANCE_PATH: Final = "/api/user"
 
 _MAX_DIGITS: Final = 64
-_MESSAGE: Final = 1000
+_MESSAGE_CHARS: Final = 1000
 """How many characters of the service's words an error quotes."""
 
-JSON_BYTES: Final = 2**20
+MAX_JSON_BYTES: Final = 2**20
 """Cap on a reply without pictures."""
-QUERY_BYTES: Final = 64 * 2**20
+MAX_QUERY_BYTES: Final = 64 * 2**20
 """Cap on a query reply: results may be data URIs."""
 
 
@@ -60,24 +60,24 @@ def encode_submit(base_url: str, request: GenerationRequest) -> WireRequest:
     except (TypeError, ValueError, RecursionError) as exc:
         raise ValueError(f"extra: cannot be sent as JSON: {exc}") from exc
     return WireRequest(
-        errand=RequestKind.SUBMIT,
+        kind=RequestKind.SUBMIT,
         method="POST",
         url=base_url + SUBMIT_PATH,
         headers={"Content-Type": "application/json"},
         body=body,
-        max_bytes=JSON_BYTES,
+        max_bytes=MAX_JSON_BYTES,
     )
 
 
 def encode_query(base_url: str, task_id: str) -> WireRequest:
     """Return the GET that asks how the task stands."""
     url = f"{base_url}{QUERY_PATH}?task_id={quote(task_id, safe='')}"
-    return WireRequest(errand=RequestKind.READ, method="GET", url=url, max_bytes=QUERY_BYTES)
+    return WireRequest(kind=RequestKind.READ, method="GET", url=url, max_bytes=MAX_QUERY_BYTES)
 
 
 def encode_balance(base_url: str) -> WireRequest:
     """Return the GET that asks for the credits left."""
-    return WireRequest(errand=RequestKind.READ, method="GET", url=base_url + BALANCE_PATH, max_bytes=JSON_BYTES)
+    return WireRequest(kind=RequestKind.READ, method="GET", url=base_url + BALANCE_PATH, max_bytes=MAX_JSON_BYTES)
 
 
 # --- in: the envelope -----------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def encode_balance(base_url: str) -> WireRequest:
 class Envelope:
     """A reply body as far as it can be understood, whatever it turned out to be."""
 
-    is_vendor: bool = False
+    is_service_json: bool = False
     """Whether it is the vendor's own JSON shape: an object with a `code`."""
     ok: bool = False
     """Whether `code` says success: the integer 0, or "0". (`false == 0` in Python, hence the care.)"""
@@ -99,61 +99,61 @@ class Envelope:
     """A task id in `data`, or one salvaged from a body that was cut or is not JSON."""
 
 
-def read(reply: WireResponse) -> Envelope:
+def decode_envelope(response: WireResponse) -> Envelope:
     """Make sense of the body of *reply*; never raises. Decodes by content, for content types are not reliable."""
-    body = plain(reply.body, reply.headers.get("content-encoding", ""), JSON_BYTES)
+    body = decompress(response.body, response.headers.get("content-encoding", ""), MAX_JSON_BYTES)
     try:
-        document = parse(body)
+        document = parse_json(body)
     except (ValueError, RecursionError):
-        return Envelope(message=excerpt(body), task_id=_salvaged(body))
+        return Envelope(message=excerpt(body), task_id=_salvage_task_id(body))
     if not isinstance(document, dict):
         return Envelope(message=excerpt(body))
     code = document.get("code")
     data = document.get("data")
     fields: Mapping[str, JsonValue] = data if isinstance(data, dict) else {}
-    said = next((text for key in ("detail", "message", "error") if (text := _words(document.get(key)))), "")
+    said = next((text for key in ("detail", "message", "error") if (text := _to_text(document.get(key)))), "")
     return Envelope(
-        is_vendor="code" in document,
+        is_service_json="code" in document,
         ok=(type(code) is int and code == 0) or code == "0",
         code=_code(code),
-        message=printable(said[:_MESSAGE]) or excerpt(body),
+        message=sanitize_line(said[:_MESSAGE_CHARS]) or excerpt(body),
         data=fields,
-        task_id=_id(fields.get("task_id")),
+        task_id=_to_task_id(fields.get("task_id")),
     )
 
 
-def refusal(reply: WireResponse, envelope: Envelope, *, task_id: str | None = None) -> ApiError:
+def to_api_error(response: WireResponse, envelope: Envelope, *, task_id: str | None = None) -> ApiError:
     """Return the error for an answer that is a refusal: by HTTP status first, then by code and wording."""
-    kind = _refusal_kind(reply.status, envelope)
+    kind = _error_type(response.status, envelope)
     code = "" if envelope.code is None else f", code {envelope.code}"
     about = f"task {task_id}: " if task_id else ""
-    said = f"{about}{envelope.message or 'refused'}{_redirection(reply)}"
-    lost = reply.status in (404, 405) and not envelope.is_vendor
+    said = f"{about}{envelope.message or 'refused'}{_redirect_note(response)}"
+    lost = response.status in (404, 405) and not envelope.is_service_json
     advice = "; check the base URL" if lost else _ADVICE.get(kind, "")
-    what = f"{said} (HTTP {reply.status}{code}){advice}"
-    return kind(what, status=reply.status, code=envelope.code, task_id=task_id)
+    what = f"{said} (HTTP {response.status}{code}){advice}"
+    return kind(what, status=response.status, code=envelope.code, task_id=task_id)
 
 
 _ADVICE: Final = {AuthenticationError: "; check the API key", InsufficientCredits: "; top up the account"}
 
 
-def _refusal_kind(status: int, envelope: Envelope) -> type[ApiError]:
+def _error_type(status: int, envelope: Envelope) -> type[ApiError]:
     if status == 401 or envelope.code == 401:
         return AuthenticationError
     if status == 429:
         return RateLimited
-    if status == 402 or (envelope.is_vendor and not envelope.ok and _lacks_credit(envelope)):
+    if status == 402 or (envelope.is_service_json and not envelope.ok and _lacks_credit(envelope)):
         return InsufficientCredits
     if status >= 500 or status in (408, 425):
         return ServiceUnavailable
-    return TaskNotFound if status == 404 and envelope.is_vendor else InvalidRequest
+    return TaskNotFound if status == 404 and envelope.is_service_json else InvalidRequest
 
 
-def _redirection(reply: WireResponse) -> str:
+def _redirect_note(response: WireResponse) -> str:
     """Name the host a redirect points to, and nothing more of it: we never follow one with the key."""
-    if not 300 <= reply.status < 400:
+    if not 300 <= response.status < 400:
         return ""
-    found = re.match(r"(?:https?:)?//([A-Za-z0-9.:\[\]-]{1,100})", reply.headers.get("location", ""))
+    found = re.match(r"(?:https?:)?//([A-Za-z0-9.:\[\]-]{1,100})", response.headers.get("location", ""))
     return f"; redirected to {found[1] if found else 'another path'}, which is not followed: check the base URL"
 
 
@@ -167,14 +167,14 @@ def _lacks_credit(envelope: Envelope) -> bool:
 # --- in: what the operations answer -----------------------------------------------------------------------------
 
 
-def decode_task(reply: WireResponse, task_id: str) -> Task:
+def decode_task(response: WireResponse, task_id: str) -> Task:
     """Return the task of a query reply.
 
     Raises:
         ApiError: The service refused.
         ProtocolError: The answer is not one, or is about another task.
     """
-    envelope = _accepted(reply, task_id)
+    envelope = _checked_envelope(response, task_id)
     try:
         wire = _converter.structure({**envelope.data, "raw": envelope.data}, _TaskData)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as exc:
@@ -183,7 +183,9 @@ def decode_task(reply: WireResponse, task_id: str) -> Task:
         if wire.task_id in ("", task_id):
             return wire.task(task_id)
         what = f"it is about task {wire.task_id!r}"
-    raise ProtocolError(f"the answer about task {task_id} cannot be used: {what}", task_id=task_id, status=reply.status)
+    raise ProtocolError(
+        f"the answer about task {task_id} cannot be used: {what}", task_id=task_id, status=response.status
+    )
 
 
 def decode_callback(body: bytes) -> CallbackPayload:
@@ -193,39 +195,39 @@ def decode_callback(body: bytes) -> CallbackPayload:
         ProtocolError: It is not JSON, or names no task.
     """
     try:
-        document = parse(body)
+        document = parse_json(body)
     except (ValueError, RecursionError):
         document = None
-    claim = document if isinstance(document, dict) else {}
-    task_id = _id(claim.get("task_id"))
+    payload = document if isinstance(document, dict) else {}
+    task_id = _to_task_id(payload.get("task_id"))
     if task_id is None:
         raise ProtocolError(f"the callback names no task: {excerpt(body) or 'empty'}")
-    return CallbackPayload(task_id=task_id, status=_status(claim.get("status"), None), raw=claim)
+    return CallbackPayload(task_id=task_id, status=_status(payload.get("status"), None), raw=payload)
 
 
-def decode_balance(reply: WireResponse) -> Decimal:
+def decode_balance(response: WireResponse) -> Decimal:
     """Return the credits left.
 
     Raises:
         ApiError: The service refused.
         ProtocolError: The answer holds no number.
     """
-    envelope = _accepted(reply)
+    envelope = _checked_envelope(response)
     credit = _decimal(envelope.data.get("credit"), Decimal)
     if credit is None:
-        raise ProtocolError(f"the answer names no credit: {envelope.message}", status=reply.status)
+        raise ProtocolError(f"the answer names no credit: {envelope.message}", status=response.status)
     return credit
 
 
-def _accepted(reply: WireResponse, task_id: str | None = None) -> Envelope:
-    envelope = read(reply)
-    if reply.status >= 300 or (envelope.is_vendor and not envelope.ok):
-        raise refusal(reply, envelope, task_id=task_id)
-    if not envelope.is_vendor:
+def _checked_envelope(response: WireResponse, task_id: str | None = None) -> Envelope:
+    envelope = decode_envelope(response)
+    if response.status >= 300 or (envelope.is_service_json and not envelope.ok):
+        raise to_api_error(response, envelope, task_id=task_id)
+    if not envelope.is_service_json:
         raise ProtocolError(
-            f"the answer is not the service's JSON (HTTP {reply.status}): {envelope.message or 'empty'}",
+            f"the answer is not the service's JSON (HTTP {response.status}): {envelope.message or 'empty'}",
             task_id=task_id,
-            status=reply.status,
+            status=response.status,
         )
     return envelope
 
@@ -251,7 +253,7 @@ class _TaskData:
     """`data` of a query reply, field by field as the service spells it."""
 
     task_id: str = ""
-    status: TaskStatus = TaskStatus.UNKNOWN
+    status: TaskStatus = TaskStatus.UNRECOGNIZED
     result: tuple[_ResultItem, ...] = ()
     consumed: Decimal | None = None
     created_at: datetime | None = None
@@ -275,7 +277,7 @@ def _status(value: object, _: object) -> TaskStatus:
     try:
         return TaskStatus(str(value).strip().lower())
     except ValueError:
-        return TaskStatus.UNKNOWN
+        return TaskStatus.UNRECOGNIZED
 
 
 def _decimal(value: object, _: object) -> Decimal | None:
@@ -291,7 +293,7 @@ def _decimal(value: object, _: object) -> Decimal | None:
     return number if sane else None
 
 
-def _moment(value: object, _: object) -> datetime | None:
+def _to_datetime(value: object, _: object) -> datetime | None:
     """Read an ISO date (taken as UTC when it names no zone) or a Unix time; anything else is None."""
     try:
         if isinstance(value, str):
@@ -314,21 +316,21 @@ def _item(entry: object) -> _ResultItem | None:
     if isinstance(entry, str):
         return _ResultItem(image=_image(entry))
     if isinstance(entry, dict):
-        return _ResultItem(image=_image(entry.get("image")), text=_words(entry.get("text")))
+        return _ResultItem(image=_image(entry.get("image")), text=_to_text(entry.get("text")))
     return None
 
 
 def _image(value: object) -> GeneratedImage | None:
     if not isinstance(value, str) or not value.strip():
         return None
-    return inline_image(value) or GeneratedImage(url=value.strip())
+    return decode_data_uri(value) or GeneratedImage(url=value.strip())
 
 
 def _reason(value: object, _: object) -> _Reason:
-    return _Reason(message=_words(value.get("message") if isinstance(value, dict) else value))
+    return _Reason(message=_to_text(value.get("message") if isinstance(value, dict) else value))
 
 
-def _words(value: object) -> str:
+def _to_text(value: object) -> str:
     """Return what a field says in words: a string as it is, a list or an object as JSON, nothing for null."""
     if isinstance(value, str):
         return value.strip()
@@ -344,13 +346,13 @@ def _code(value: object) -> int | None:
     return None
 
 
-def _id(value: object) -> str | None:
+def _to_task_id(value: object) -> str | None:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)  # undocumented, and paid for all the same
     return value.strip() or None if isinstance(value, str) else None
 
 
-def _salvaged(body: bytes) -> str | None:
+def _salvage_task_id(body: bytes) -> str | None:
     """Return a task id that stands whole in the bytes of a body nobody can parse (promise P5)."""
     found = re.search(rb'"task_id"\s*:\s*"([!#-\[\]-~]{1,200})"', body)
     return found[1].decode("ascii") if found else None
@@ -360,7 +362,7 @@ def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(detailed_validation=False)
     converter.register_structure_hook(TaskStatus, _status)
     converter.register_structure_hook(Decimal | None, _decimal)
-    converter.register_structure_hook(datetime | None, _moment)
+    converter.register_structure_hook(datetime | None, _to_datetime)
     converter.register_structure_hook(_Reason, _reason)
     converter.register_structure_hook(str, lambda value, _: value if isinstance(value, str) else "")
     converter.register_structure_hook_func(lambda kind: kind == tuple[_ResultItem, ...], _items)

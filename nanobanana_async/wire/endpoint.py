@@ -13,7 +13,7 @@ import anyio
 import attrs
 
 from nanobanana_async.errors import ConfigurationError
-from nanobanana_async.models import http_url_fault
+from nanobanana_async.models import url_problem
 from nanobanana_async.protocols import ExchangeError, WireResponse
 from nanobanana_async.transport.addresses import is_public, resolve
 
@@ -22,7 +22,7 @@ KEY_VARIABLES: Final = ("DEFAPI_API_KEY", "DEFAPI_KEY", "NANO_BANANA_API_KEY")
 """Environment variables that users of the service already have; the first one set wins."""
 BASE_URL_VARIABLE: Final = "DEFAPI_BASE_URL"
 
-_RESOLVE_S: Final = 10.0
+_DNS_TIMEOUT_S: Final = 10.0
 
 # The file hosts refuse the default user agents of libraries (403 "error code: 1010").
 USER_AGENT: Final = f"nanobanana-async/{version('nanobanana-async')}"
@@ -32,18 +32,18 @@ USER_AGENT: Final = f"nanobanana-async/{version('nanobanana-async')}"
 class ApiKey:
     """An API key that no repr shows, so neither does a traceback that prints local variables."""
 
-    text: str = attrs.field(repr=False)
+    value: str = attrs.field(repr=False)
 
-    def cleaned(self) -> "ApiKey":
+    def normalized(self) -> "ApiKey":
         """Return it without what people paste along with a key.
 
         Raises:
             ConfigurationError: Nothing is left, or it cannot stand in a header. The message does not quote it.
         """
-        clean = ApiKey(re.sub(r"^bearer(\s+|$)", "", self.text.strip(), flags=re.IGNORECASE).strip())
-        if not clean.text:
+        clean = ApiKey(re.sub(r"^bearer(\s+|$)", "", self.value.strip(), flags=re.IGNORECASE).strip())
+        if not clean.value:
             raise ConfigurationError(f"no API key: set {KEY_VARIABLES[0]} (in a program, api_key=... does as well)")
-        if not re.fullmatch(r"[!-~]+", clean.text):
+        if not re.fullmatch(r"[!-~]+", clean.value):
             raise ConfigurationError(
                 "api_key: holds blanks, control or non-ASCII characters inside (it is not shown here); copy it again"
             )
@@ -59,37 +59,39 @@ class Endpoint:
     _is_public: bool | None = attrs.field(default=None, init=False, eq=False)
 
     @classmethod
-    def of(cls, api_key: ApiKey | None, base_url: str | None) -> "Endpoint":
+    def resolve(cls, api_key: ApiKey | None, base_url: str | None) -> "Endpoint":
         """Return the endpoint for what the caller gave, or else what the environment says.
 
         Raises:
             ConfigurationError: There is no key, or the key or the URL cannot be used.
         """
         name = "base_url" if base_url else BASE_URL_VARIABLE
-        url = _clean_url(base_url or os.getenv(BASE_URL_VARIABLE) or DEFAULT_BASE_URL, name)
+        url = _normalized_url(base_url or os.getenv(BASE_URL_VARIABLE) or DEFAULT_BASE_URL, name)
         key = api_key or ApiKey(next(filter(None, map(os.getenv, KEY_VARIABLES)), ""))
-        return cls(url, key.cleaned())
+        return cls(url, key.normalized())
 
     @property
     def headers(self) -> Mapping[str, str]:
         """What every API request carries. Never sent anywhere but to `base_url`."""
         return {
-            "Authorization": f"Bearer {self._key.text}",
+            "Authorization": f"Bearer {self._key.value}",
             "Accept": "application/json",
             # Never compressed: 235 bytes of gzip can cost 1.5 GiB (measured).
             "Accept-Encoding": "identity",
             "User-Agent": USER_AGENT,
         }
 
-    def without_key(self, reply: WireResponse) -> WireResponse:
+    def redact_response(self, response: WireResponse) -> WireResponse:
         """Return *reply* with the key struck out: some servers quote it back, and errors quote what servers say."""
-        key = self._key.text.encode()
-        return attrs.evolve(reply, body=reply.body.replace(key, b"[API key]")) if key in reply.body else reply
+        key = self._key.value.encode()
+        return (
+            attrs.evolve(response, body=response.body.replace(key, b"[API key]")) if key in response.body else response
+        )
 
-    def failure_without_key(self, failure: ExchangeError) -> ExchangeError:
+    def redact_error(self, failure: ExchangeError) -> ExchangeError:
         """The same for what a transport says went wrong: one that was handed in may quote the request."""
-        if self._key.text in failure.reason:
-            failure.reason = failure.reason.replace(self._key.text, "[API key]")
+        if self._key.value in failure.reason:
+            failure.reason = failure.reason.replace(self._key.value, "[API key]")
             failure.args = (failure.reason,)
         return failure
 
@@ -98,7 +100,7 @@ class Endpoint:
         if self.base_url == DEFAULT_BASE_URL:
             return True
         if self._is_public is None:
-            with contextlib.suppress(OSError, UnicodeError), anyio.move_on_after(_RESOLVE_S):
+            with contextlib.suppress(OSError, UnicodeError), anyio.move_on_after(_DNS_TIMEOUT_S):
                 addresses = await resolve(urlsplit(self.base_url).hostname or "", 443)
                 self._is_public = all(map(is_public, addresses))
         return self._is_public is not False
@@ -107,19 +109,19 @@ class Endpoint:
         raise TypeError("an endpoint holds the API key, and is not pickled; make a client in each process")
 
 
-def _clean_url(url: str, name: str) -> str:
+def _normalized_url(url: str, name: str) -> str:
     cleaned = url.strip().rstrip("/")
-    if fault := http_url_fault(cleaned):
-        raise ConfigurationError(f"{name}: {cleaned!r} {fault}")
+    if problem := url_problem(cleaned):
+        raise ConfigurationError(f"{name}: {cleaned!r} {problem}")
     parts = urlsplit(cleaned)
     if parts.query or parts.fragment:
         raise ConfigurationError(f"{name}: {cleaned!r} has a query or a fragment; leave it out")
-    if parts.scheme == "http" and not _stays_inside(parts.hostname or ""):
+    if parts.scheme == "http" and not _is_private_host(parts.hostname or ""):
         raise ConfigurationError(f"{name}: {cleaned!r} would send the API key in the clear; use https://")
     return cleaned
 
 
-def _stays_inside(host: str) -> bool:
+def _is_private_host(host: str) -> bool:
     """Tell whether *host* names this machine or a private network, where a simulator or a proxy may speak http."""
     try:
         ip_address(host)

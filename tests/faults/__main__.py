@@ -42,7 +42,7 @@ def main() -> int:
         print(f"{sum(not post.conforms for post in posts)} not in accord with what the client says;", end=" ")
         print(f"{len(wrong)} of {2 * len(posts)} exchanges not as expected")
         for each in wrong:
-            print(f"{each.fault.number} {each.fault.name}: {each.said}")
+            print(f"{each.fault.number} {each.fault.name}: {each.message}")
         if options.compare:
             columns = ("jobs", "charges", "duplicates", "undeclared", "lost ids")
             print(f"\n{'the faults that cost money':28}" + "".join(f"{column:>12}" for column in columns))

@@ -68,9 +68,9 @@ async def _httpx_loop(base_url: str) -> bool:
         for _ in range(3):
             try:
                 with anyio.fail_after(DEADLINES.submit_s + 1):  # it has no deadline of its own, and would drip for ever
-                    reply = await client.post(f"{base_url}/api/image/gen", json={"prompt": "a fox"})
-                reply.raise_for_status()
-                return bool(reply.json()["data"]["task_id"])
+                    response = await client.post(f"{base_url}/api/image/gen", json={"prompt": "a fox"})
+                response.raise_for_status()
+                return bool(response.json()["data"]["task_id"])
             except (httpx.HTTPError, ValueError, LookupError, TypeError, TimeoutError, RecursionError):
                 await anyio.sleep(0.01)
     return False

@@ -48,10 +48,10 @@ class Connection:
             await self.send(bytes([byte]))
             await asyncio.sleep(0.05)
 
-    async def flood(self, head: bytes, piece: bytes) -> None:
+    async def flood(self, head: bytes, chunk: bytes) -> None:
         await self.send(head)
-        for _ in range(2**30 // len(piece)):
-            await self.send(piece)
+        for _ in range(2**30 // len(chunk)):
+            await self.send(chunk)
 
     async def hang(self) -> None:
         await asyncio.sleep(SILENCE_S)

@@ -23,7 +23,7 @@ class Peer(Protocol):
         """Say *data*, one byte every 50 ms."""
         ...
 
-    async def flood(self, head: bytes, piece: bytes) -> None:
+    async def flood(self, head: bytes, chunk: bytes) -> None:
         """Say *head*, and then *piece* again and again, up to a gibibyte."""
         ...
 
@@ -89,12 +89,12 @@ def wrapped(change: Callable[[bytes], bytes], head: str = "") -> Play:
     return play
 
 
-def broken(*pieces: bytes, end: str = "fin") -> Play:
+def broken(*chunks: bytes, end: str = "fin") -> Play:
     """Say *pieces*, and end the connection by fin, rst or silence."""
 
     async def play(peer: Peer) -> None:
-        for piece in pieces:
-            await peer.send(piece)
+        for chunk in chunks:
+            await peer.send(chunk)
         if end == "hang":
             await peer.hang()
         elif end == "rst":

@@ -25,7 +25,7 @@ from nanobanana_async import (
 )
 from tests.faults.table import FAULTS, Fault
 
-QUICK: Final = RetryPolicy(first_s=0.01, cap_s=0.02)
+QUICK: Final = RetryPolicy(initial_s=0.01, max_s=0.02)
 DEADLINES: Final = Timeouts(connect_s=0.5, submit_s=1.9, query_s=6.0)
 _DOGGED: Final = attrs.evolve(QUICK, attempts=6)
 """For queries: a busy machine may cost one or two tries besides those that the fault costs."""
@@ -44,7 +44,7 @@ class Result:
     resent: int
     """Submits that the client says it sent again although they may have been charged."""
     seconds: float
-    said: str = ""
+    message: str = ""
 
     @property
     def conforms(self) -> bool:
@@ -71,7 +71,7 @@ class Query:
 
     fault: Fault
     ending: str
-    said: str = ""
+    message: str = ""
 
     @property
     def as_expected(self) -> bool:
@@ -91,9 +91,9 @@ class FaultServer:
 
     def truth(self, nonce: str) -> tuple[int, list[str]]:
         """Return how many POSTs were read, and the ids that were charged."""
-        with urlopen(f"http://127.0.0.1:{self.ports['main']}/truth/{nonce}") as reply:
-            told = json.load(reply)
-        return told["seen"].get("POST", 0), told["charged"]
+        with urlopen(f"http://127.0.0.1:{self.ports['main']}/truth/{nonce}") as response:
+            known = json.load(response)
+        return known["seen"].get("POST", 0), known["charged"]
 
 
 @contextlib.contextmanager
@@ -110,7 +110,7 @@ def fault_server() -> Iterator[FaultServer]:
 
 async def try_post(server: FaultServer, fault: Fault) -> Result:
     """Submit once, with the fault for as long as it takes."""
-    nonce, resent, said = f"n{next(_NONCES)}", 0, ""
+    nonce, resent, message = f"n{next(_NONCES)}", 0, ""
     start_s = time.monotonic()
     async with NanoBananaClient(
         "dk-test", base_url=server.url(fault, times=99, nonce=nonce), retry=QUICK, timeouts=DEADLINES
@@ -118,18 +118,18 @@ async def try_post(server: FaultServer, fault: Fault) -> Result:
         try:
             handle = await client.submit("a fox")
         except (NotSent, ConfigurationError) as exc:
-            verdict, said = "not sent", str(exc)
+            verdict, message = "not sent", str(exc)
         except SubmissionUnknown as exc:
-            verdict, resent, said = "unknown", exc.sent_again, str(exc)
+            verdict, resent, message = "unknown", exc.possible_duplicates, str(exc)
         except ApiError as exc:
-            verdict, resent, said = "rejected", exc.possible_duplicates, str(exc)
+            verdict, resent, message = "rejected", exc.possible_duplicates, str(exc)
         except Exception as exc:  # noqa: BLE001 - the finding itself
-            verdict, said = type(exc).__name__, str(exc)
+            verdict, message = type(exc).__name__, str(exc)
         else:
             verdict, resent = "accepted", handle.possible_duplicates
     seconds = time.monotonic() - start_s
     posts, charged = await anyio.to_thread.run_sync(server.truth, nonce)
-    return Result(fault, verdict, posts, len(charged), resent, seconds, said)
+    return Result(fault, verdict, posts, len(charged), resent, seconds, message)
 
 
 async def try_all(server: FaultServer, faults: Iterable[Fault] = FAULTS) -> dict[Fault, tuple[Result, Query]]:

@@ -34,7 +34,7 @@ class Plan:
 
 def run(plan: Plan) -> None:
     """Run the batch to its end, or to the point where it dies."""
-    sqlite._GATHER_S = 0.002  # so that many kills fit into little time
+    sqlite._GROUP_COMMIT_S = 0.002  # so that many kills fit into little time
     with plan.log.open("ab", buffering=0) as log:
         _arm(plan, log.write)
         anyio.run(_batch, plan)
@@ -108,10 +108,10 @@ def _around_posts(point: Callable[[str], None]) -> None:
     async def watched(self: HttpxTransport, request: WireRequest, **options: Any) -> Any:  # noqa: ANN401 - the same
         if request.method == "POST":
             point("POST leaves")
-        reply = await send(self, request, **options)
+        response = await send(self, request, **options)
         if request.method == "POST":
             point("POST answered")
-        return reply
+        return response
 
     HttpxTransport.send = watched  # type: ignore[method-assign]
 

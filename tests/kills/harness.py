@@ -21,7 +21,7 @@ from nanobanana_async.simulator.service import ImageSpec, SimulatedResponse
 from tests.kills import child
 
 ROWS = 8
-PROFILE = SimulatorProfile(median_s=0.03, sigma=0.5, invisible_s=0.0)
+PROFILE = SimulatorProfile(median_s=0.03, sigma=0.5, visibility_delay_s=0.0)
 _LONGEST_S = 60
 
 
@@ -50,8 +50,8 @@ class Harness:
         self._victim: multiprocessing.process.BaseProcess | None = None
         self._points = 0
         self.tally = Tally()
-        server.vendor._paint = tiny_png
-        handle = server.vendor.handle
+        server.service._render = tiny_png
+        handle = server.service.handle
 
         def watched(method: str, *rest: object) -> SimulatedResponse:
             answer = handle(method, *rest)  # type: ignore[arg-type]
@@ -59,7 +59,7 @@ class Harness:
                 self._posted()
             return answer
 
-        server.vendor.handle = watched  # type: ignore[assignment]
+        server.service.handle = watched  # type: ignore[assignment]
 
     def _posted(self) -> None:
         """Kill the child while its submit is charged, and its answer on the way."""
@@ -83,13 +83,13 @@ class Harness:
     def _killed_run(self, plan: child.Plan) -> None:
         """Kill a run at a point by its index, or with a submit in flight, or at any time."""
         plan.log.write_bytes(b"")
-        dice = self._rng.random()
-        if dice < 0.15:
+        rng = self._rng.random()
+        if rng < 0.15:
             self._posts_to_live = self._rng.randrange(ROWS)
             code = self._run(plan)
             self._posts_to_live = None
             where = "POST charged, answer on its way"
-        elif dice < 0.3:
+        elif rng < 0.3:
             code = self._run(plan, kill_after_s=self._rng.uniform(0.02, 0.5))
             where = "any time"
         else:
@@ -140,14 +140,14 @@ class Harness:
 
 
 def _is_whole(record: LedgerRow) -> bool:
-    picture = tiny_png(ImageSpec(prompt=record.prompt, width=8, height=8))
-    return record.state is RowState.SAVED and [file.path.read_bytes() for file in record.files] == [picture]
+    image = tiny_png(ImageSpec(prompt=record.prompt, width=8, height=8))
+    return record.state is RowState.SAVED and [file.path.read_bytes() for file in record.files] == [image]
 
 
 async def _records(folder: Path) -> list[LedgerRow]:
     ledger = await Ledger.open(folder, create=False)
     try:
-        return await ledger.read(list)
+        return await ledger.query_rows(list)
     finally:
         await ledger.aclose()
 

@@ -28,7 +28,7 @@ async def surface(client: nb.NanoBananaClient, image: nb.GeneratedImage) -> None
     assert_type(handle.updates(), AsyncGenerator[nb.Task, None])
     assert_type(client.task("ta-1"), nb.TaskHandle)
     assert_type(await client.balance(), Decimal)
-    assert_type(await client.fetch(image), bytes)
+    assert_type(await client.download(image), bytes)
     assert_type(await client.save(task, "out/"), list[Path])
     await client.submit("a fox", ratio="16:9")  # type: ignore[call-arg]
     await client.submit("a fox", images=[1])  # type: ignore[list-item]
