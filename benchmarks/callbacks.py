@@ -18,13 +18,13 @@ import uvicorn
 
 from benchmarks import launch
 from nanobanana_async import CallbackReceiver, NanoBananaClient, TaskHandle
-from nanobanana_async.simulator.server import listen
+from nanobanana_async.simulator.server import open_listener
 
 
 async def contestant(kind: str, port: str, jobs: int) -> None:
     """Make *jobs* pictures, and print when the end of each was noticed."""
     noticed_s: dict[str, float] = {}
-    socket = listen("127.0.0.1", 0)
+    socket = open_listener("127.0.0.1", 0)
     public = f"http://127.0.0.1:{socket.getsockname()[1] if kind == 'callbacks' else 9}"
     async with NanoBananaClient("dk-test", base_url=f"http://127.0.0.1:{port}") as client:
         receiver = None if kind == "polls" else CallbackReceiver(client, public_url=public, secret="s" * 32)

@@ -23,7 +23,7 @@ from starlette.routing import Mount, Route
 
 from nanobanana_async.simulator import SimulatorProfile
 from nanobanana_async.simulator.in_memory import tiny_png
-from nanobanana_async.simulator.server import listen, make_app
+from nanobanana_async.simulator.server import make_app, open_listener
 from nanobanana_async.simulator.service import SimulatedService
 
 KEY = "dk-test"
@@ -166,7 +166,7 @@ def main() -> None:
     service = SimulatedService(
         profile, seed=options.seed, now_s=time.monotonic, paint=tiny_png
     )  # to paint would cost the CPU
-    socket = listen("127.0.0.1", 0)
+    socket = open_listener("127.0.0.1", 0)
     # Idle connections are kept for longer than any client keeps them, or the two race.
     config = uvicorn.Config(
         counted(make_app(service), Protocols(service), options.delay),

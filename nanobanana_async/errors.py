@@ -38,7 +38,7 @@ class ConfigurationError(NanoBananaError):
     """The client was set up or used in a way that cannot work: key, URL, certificate, closed client, other loop."""
 
 
-class InvalidBatchFile(ConfigurationError):  # noqa: N818 - the rows are what is wrong
+class InvalidBatchFile(ConfigurationError):
     """Rows of a batch that cannot be used. `faults` has a text for each: `"line 7: prompt: must not be empty"`."""
 
     def __init__(self, message: str, *, errors: tuple[str, ...] = ()) -> None:
@@ -53,11 +53,11 @@ class TransportError(NanoBananaError):
     """The service could not be reached, or its answer did not arrive."""
 
 
-class NotSent(TransportError):  # noqa: N818 - a fact about the request, read as `except NotSent`
+class NotSent(TransportError):
     """The request never reached the service: nothing was charged, and sending it again is safe."""
 
 
-class SubmissionUnknown(TransportError):  # noqa: N818 - the same
+class SubmissionUnknown(TransportError):
     """A submit may have reached the service (and been paid), but no answer says so.
 
     Sending it again may pay twice, so that is yours to decide. `status` is the HTTP status when at least that much
@@ -94,7 +94,7 @@ class ApiError(NanoBananaError):
         self.possible_duplicates = 0
 
 
-class InvalidRequest(ApiError):  # noqa: N818 - the vendor's own wording
+class InvalidRequest(ApiError):
     """The service did not accept the request as it is; repeating it will not help."""
 
 
@@ -102,19 +102,19 @@ class AuthenticationError(ApiError):
     """The service does not accept the API key."""
 
 
-class InsufficientCredits(ApiError):  # noqa: N818 - read as `except InsufficientCredits`
+class InsufficientCredits(ApiError):
     """The account has too few credits."""
 
 
-class TaskNotFound(ApiError):  # noqa: N818 - the same
+class TaskNotFound(ApiError):
     """The service does not know this task id, and the time in which a fresh id may be invisible is over."""
 
 
-class RateLimited(ApiError):  # noqa: N818 - the same
+class RateLimited(ApiError):
     """The service asked to slow down, and the wait would exceed the time left."""
 
 
-class ServiceUnavailable(ApiError):  # noqa: N818 - the same
+class ServiceUnavailable(ApiError):
     """The service has trouble of its own."""
 
 
@@ -126,15 +126,15 @@ class TaskError(NanoBananaError):
         self.task = task
 
 
-class TaskFailed(TaskError):  # noqa: N818 - read as `except TaskFailed`
+class TaskFailed(TaskError):
     """The task ended as failed; `task.reason` says why, when the service did."""
 
 
-class NoImage(TaskError):  # noqa: N818 - the same
+class NoImage(TaskError):
     """The task ended as success, was paid, and holds no picture; `task.texts` may hold the model's words."""
 
 
-class TaskTimeout(TaskError):  # noqa: N818 - the same
+class TaskTimeout(TaskError):
     """The task was not final in time. It runs on at the service and can be awaited again."""
 
 
@@ -153,5 +153,5 @@ class LedgerError(NanoBananaError):
         self.pid = pid
 
 
-class BudgetExceeded(NanoBananaError):  # noqa: N818 - read as `except BudgetExceeded`
+class BudgetExceeded(NanoBananaError):
     """One more submit could cost more than was allowed; what is paid has been fetched."""

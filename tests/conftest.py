@@ -8,8 +8,6 @@ import pytest
 from tests.conformance import ChargeAudit, watch_charges
 from tests.virtual_time import backend_options
 
-pytest_plugins = ["nanobanana_async.simulator.pytest_plugin"]
-
 
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> object:

@@ -17,7 +17,7 @@ from starlette.routing import Mount
 
 from nanobanana_async import CallbackReceiver, NanoBananaClient, PollPolicy
 from nanobanana_async.simulator import SimulatorProfile
-from nanobanana_async.simulator.server import SimulatorServer, listen
+from nanobanana_async.simulator.server import SimulatorServer, open_listener
 from tests.test_cli import started
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"])]
@@ -37,7 +37,7 @@ class Served:
     """An application that holds a client and mounts its receiver, served by uvicorn in this event loop."""
 
     def __init__(self, framework: str, service: SimulatorServer) -> None:
-        self.socket = listen("127.0.0.1", 0)
+        self.socket = open_listener("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/nb"
         self.client = NanoBananaClient("dk-test", base_url=service.url, polling=PollPolicy())
         self.receiver = CallbackReceiver(self.client, public_url=self.url, secret=SECRET)
@@ -145,7 +145,7 @@ async def test_an_endless_body_is_cut(service: SimulatorServer) -> None:
 
 async def test_the_command_prints_what_is_posted() -> None:
     """To try a tunnel with; whatever is posted, to whatever path."""
-    with started("webhook", "--port", "0") as process:
+    with started("listen", "--port", "0") as process:
         assert process.stderr is not None
         assert process.stdout is not None
         url = process.stderr.readline().split()[2].rstrip(";")

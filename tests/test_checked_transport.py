@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 GET = WireRequest(kind=RequestKind.READ, method="GET", url="https://example.org/")
 
 
-class Unprintable(Exception):  # noqa: N818 - what it is called does not matter
+class Unprintable(Exception):
     """Cannot even say what it is."""
 
     def __str__(self) -> str:

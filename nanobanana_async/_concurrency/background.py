@@ -22,7 +22,7 @@ T = TypeVar("T")
 _CLOSED_MESSAGE: Final = "the client is closed, or its event loop has ended; make a new one"
 
 
-class ShieldedWorkCancelled(Exception):  # noqa: N818 - an event inside the package, turned into an error where it is caught
+class ShieldedWorkCancelled(Exception):
     """The host was closed before sheltered work had ended."""
 
 

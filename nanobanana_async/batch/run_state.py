@@ -47,7 +47,7 @@ class BatchProgress:
     """What the last submit met, while fewer are tried because of it; None when all is well."""
 
 
-class RunStopped(Exception):  # noqa: N818 - never leaves this folder
+class RunStopped(Exception):
     """The run takes nothing more on; why stands in `RunState.stop_reason`."""
 
 

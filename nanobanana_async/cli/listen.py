@@ -1,4 +1,4 @@
-"""`nanobanana webhook`: prints callbacks as they come, for trying a tunnel."""
+"""`nanobanana listen`: prints callbacks as they come, for trying a tunnel."""
 
 import sys
 
@@ -17,16 +17,16 @@ _MAX_BODY_BYTES = 2**20
 @click.option("--port", default=8788, show_default=True, type=click.IntRange(0, 65535), help="0 picks a free one.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @json_option
-def webhook(*, port: int, host: str, as_json: bool) -> None:
+def listen(*, port: int, host: str, as_json: bool) -> None:
     """Print callbacks as they come, on any path: to see whether a tunnel works. Nothing is checked."""
     try:
         import uvicorn  # noqa: PLC0415 - an extra
 
-        from nanobanana_async.simulator.server import listen  # noqa: PLC0415 - the same
+        from nanobanana_async.simulator.server import open_listener  # noqa: PLC0415 - the same
     except ModuleNotFoundError as exc:
         sys.exit(f"nanobanana: to listen needs {exc.name}: pip install 'nanobanana-async[cli,simulator]'")
     with exit_on_bind_error(host, port):
-        socket = listen(host, port)
+        socket = open_listener(host, port)
     address = f"http://{host}:{socket.getsockname()[1]}"
     click.echo(f"Listening on {address}; post a callback there, through your tunnel (Ctrl-C stops it)", err=True)
 

@@ -1,22 +1,35 @@
-"""Pytest fixtures for users: `pytest_plugins = ["nanobanana_async.simulator.pytest_plugin"]`."""
+"""Pytest fixtures for users of the package. pytest loads them by itself, through the entry point `pytest11`."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import pytest
 
-from nanobanana_async.simulator.in_memory import FAST_PROFILE, Simulator
-from nanobanana_async.simulator.server import SimulatorServer
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nanobanana_async.simulator.in_memory import Simulator
+    from nanobanana_async.simulator.server import SimulatorServer
+
+# The imports are inside the fixtures: pytest loads this module in every run of every project that has the package
+# installed, and the server needs the extra `simulator`.
 
 
 @pytest.fixture
 def nanobanana_simulator() -> Simulator:
-    """The service in memory: `async with nanobanana_simulator.client() as client`."""
+    """Return the service in memory: `async with nanobanana_simulator.client() as client`."""
+    from nanobanana_async.simulator.in_memory import Simulator  # noqa: PLC0415 - see above
+
     return Simulator()
 
 
 @pytest.fixture
 def nanobanana_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatorServer]:
-    """The service on a real port, with DEFAPI_BASE_URL and DEFAPI_API_KEY pointing at it."""
+    """Yield the service on a real port. DEFAPI_BASE_URL and DEFAPI_API_KEY point at it."""
+    from nanobanana_async.simulator.in_memory import FAST_PROFILE  # noqa: PLC0415 - see above
+    from nanobanana_async.simulator.server import SimulatorServer  # noqa: PLC0415 - see above
+
     with SimulatorServer(FAST_PROFILE) as server:
         monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
         monkeypatch.setenv("DEFAPI_API_KEY", min(FAST_PROFILE.keys))

@@ -80,7 +80,7 @@ async def _post_callback(
         await anyio.sleep(1)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def open_listener(host: str, port: int) -> socket.socket:
     """Return a listening socket that asyncio recognises as TCP.
 
     `socket.create_server` leaves the protocol at 0, asyncio then leaves Nagle on, and each answer takes 40 ms.
@@ -108,7 +108,7 @@ class SimulatorServer:
 
     def __init__(self, profile: SimulatorProfile, *, seed: int = 0, host: str = "127.0.0.1", port: int = 0) -> None:
         self.service: Final = make_service(profile, seed=seed)
-        self._socket = listen(host, port)
+        self._socket = open_listener(host, port)
         name = f"[{host}]" if ":" in host else host
         self.url: Final = f"http://{name}:{self._socket.getsockname()[1]}"
         config = uvicorn.Config(make_app(self.service), log_level="error", access_log=False, backlog=2048)

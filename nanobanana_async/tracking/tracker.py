@@ -45,8 +45,6 @@ _CALLBACK_INTERVAL_FACTOR: Final = 4
 """Times `PollPolicy.max_interval_s` between looks at a task whose end will be announced."""
 _DISTRUST_CALLBACKS_AFTER: Final = 3
 """So many ends that were not announced, and announcements are no longer relied on until the next one comes."""
-_ORIGINS: Final = 4096
-"""Own submits that are remembered, for handles that are made again from an id: a web app's second request."""
 
 
 class PollSource(Protocol):
