@@ -1,7 +1,6 @@
-"""Callbacks of the service: parsed, checked, and taken for what they are, a hint that one query confirms.
+"""Receive callbacks. They are not signed, so a callback only triggers a query; its contents are never trusted.
 
-The service signs nothing, so anybody may post anything. Each submit therefore gets a path of its own that nobody can
-guess, and what a callback claims is never believed: it makes the tracker look.
+Each submit has a callback path of its own that cannot be guessed.
 """
 
 import base64
@@ -32,22 +31,22 @@ _MAX_BODY_BYTES: Final = 2**20
 _BODY_TIMEOUT_S: Final = 10.0
 _MIN_SECRET_BYTES: Final = 16
 _TOKEN_BYTES: Final = 16
-"""Of chance, and of proof, in a token: 128 bits each."""
+"""Size of the nonce and of the signature in a token: 128 bits each."""
 _MAX_PENDING: Final = 100_000
-"""Submits that are remembered; what comes for an older one is passed on, and the poll sees to it."""
+"""Number of submits remembered. A callback for an older one is forwarded, and polling finds the result."""
 
 
 def parse_callback(body: bytes, *, content_encoding: str = "") -> CallbackPayload:
-    """Return what the body of a callback claims, whatever its content type. It proves nothing: query the task.
+    """Return the contents of a callback body, whatever its content type. It is not authenticated: query the task.
 
     Raises:
-        ProtocolError: It claims nothing about a task.
+        ProtocolError: The body names no task.
     """
     return codec.decode_callback(decompress(body, content_encoding, _MAX_BODY_BYTES))
 
 
 class _RegisteredCallback:
-    """One submit whose end will be announced: the URL it gives the service, and the task id once it is known."""
+    """The callback of one submit: the URL given to the service, and the task id once it is known."""
 
     def __init__(self, nonce: str, url: str) -> None:
         self.nonce: Final = nonce
@@ -58,12 +57,12 @@ class _RegisteredCallback:
         self._received = False
 
     def bind(self, task_id: str) -> bool:
-        """Note which task the submit became; True when a callback has come already."""
+        """Record the task id of the submit. Return True if a callback has already arrived."""
         self.task_id = task_id
         return self._received
 
     def record_callback(self, task_id: str) -> bool:
-        """Note which task a callback says it became; False when it is known to be another one."""
+        """Record the task id in a callback. Return False if the submit is known to have another id."""
         if self.task_id is not None:
             return self.task_id == task_id
         self._received = True
@@ -72,7 +71,7 @@ class _RegisteredCallback:
         return True
 
     async def wait_task_id(self) -> str:
-        """Return the task id that a callback brings, when one comes."""
+        """Wait for a callback and return the task id in it."""
         while self._claimed is None:
             await self._event.wait()
         claimed, self._claimed, self._event = self._claimed, None, anyio.Event()
@@ -80,18 +79,18 @@ class _RegisteredCallback:
 
 
 class CallbackReceiver:
-    """Takes the service's callbacks: a plain ASGI app, to be mounted anywhere, on any number of worker processes.
+    """Receives the service's callbacks. A plain ASGI app, to be mounted in any number of worker processes.
 
-    Pass it to `client.submit(..., callback=receiver)`. Whichever comes first, the callback or a poll, ends the wait;
-    while a callback is expected, polls are rare. Any worker that has the secret can tell a true path from a forged one.
+    Pass it to `client.submit(..., callback=receiver)`. A callback or a poll ends the wait, whichever comes first. While
+    a callback is pending, polls are rare. Every worker with the secret can verify a path.
 
     Args:
-        client: Whose tasks these are.
-        public_url: Where the service reaches this app from the internet, without the token.
-        secret: What the paths are made with, at least 16 bytes. The same on all workers, and after a restart.
-        previous_secret: Still accepted, while the secret is being changed.
-        forward: Called with the path's token and the body when the submit is not one of this process: pass them to
-            the workers that may know it, for their `deliver`.
+        client: The client that submits the tasks.
+        public_url: URL of this app on the internet, without the token.
+        secret: Key that signs the paths, at least 16 bytes. Use the same one in all workers and after a restart.
+        previous_secret: Also accepted, while the secret is being changed.
+        forward: Awaited with token and body if the submit is not from this process. Pass them to the other workers,
+            for their `deliver`.
 
     Raises:
         ConfigurationError: The URL or the secret cannot be used.
@@ -114,22 +113,23 @@ class CallbackReceiver:
         self._forward = forward
         self._pending: FifoCache[_RegisteredCallback] = FifoCache(_MAX_PENDING)
         self.unmatched_hooks: list[Callable[[str, str], Awaitable[None]]] = []
-        """Told of nonce and claimed task id when a callback is about a submit whose task is not known here."""
+        """Functions awaited with nonce and task id when a callback belongs to a submit whose task id is unknown here.
+        """
 
     def __repr__(self) -> str:
         return f"CallbackReceiver(public_url={self._public_url!r})"
 
     def register(self) -> _RegisteredCallback:
-        """Return the expectation of one submit, with a URL of its own."""
+        """Register a callback for one submit, with its own URL, and return it."""
         nonce = secrets.token_urlsafe(_TOKEN_BYTES)
         pending = _RegisteredCallback(nonce, f"{self._public_url}/{nonce}{_signature(self._secrets[0], nonce)}")
         self._pending.add(nonce, pending)
         return pending
 
     def verify(self, path: str) -> str | None:
-        """Return the nonce of a path that was made here, with the present secret or the one before; else None.
+        """Return the nonce of a path signed with the current or the previous secret; None for any other path.
 
-        Looks at the last part of *path*. Takes the same time for all forgeries.
+        Only the last segment of *path* counts. The comparison takes constant time.
         """
         token = path.rpartition("/")[2]
         nonce, proof = token[:_NONCE_CHARS], token[_NONCE_CHARS:]
@@ -138,13 +138,13 @@ class CallbackReceiver:
         return nonce if any(matches) else None
 
     async def deliver(self, path: str, body: bytes, *, content_encoding: str = "", may_forward: bool = False) -> bool:
-        """Take a callback; True asks for an answer of 2xx, False for 404. For other frameworks, and for `forward`.
+        """Handle a callback from another framework or worker. True stands for a 2xx response, False for 404.
 
         Args:
-            path: The path it was posted to, or its last part, the token.
-            body: As it came.
-            content_encoding: That header's value.
-            may_forward: Call `forward` when the submit is not one of this process.
+            path: The path it was posted to, or only the token.
+            body: The body as received.
+            content_encoding: Value of the `Content-Encoding` header.
+            may_forward: Whether to call `forward` if the submit is not from this process.
         """
         nonce = self.verify(path)
         if nonce is None:
@@ -153,7 +153,7 @@ class CallbackReceiver:
         try:
             claimed: str | None = codec.decode_callback(body).task_id
         except ProtocolError as exc:
-            _log.warning("a callback came that nobody can read: %s", exc)
+            _log.warning("callback could not be decoded: %s", exc)
             claimed = None
         pending = self._pending.get(nonce)
         if claimed is not None and (pending is None or pending.task_id is None):
@@ -161,29 +161,29 @@ class CallbackReceiver:
                 try:
                     await tell(nonce, claimed)
                 except NanoBananaError as exc:
-                    _log.warning("the callback about task %s was lost on a batch: %s", claimed, exc)
+                    _log.warning("callback for task %s could not be recorded: %s", claimed, exc)
         if pending is None:
             if may_forward and self._forward is not None:
                 await self._forward_to_workers(path.rpartition("/")[2], body)
             return True
         if claimed is not None and not pending.record_callback(claimed):
-            _log.info("a callback for task %s claims to be about another one; refused", pending.task_id)
+            _log.info("callback for task %s names another task; rejected", pending.task_id)
             return False
         if pending.task_id is not None:
             self._client.notify(pending.task_id)
         return True
 
     async def _forward_to_workers(self, token: str, body: bytes) -> None:
-        assert self._forward is not None  # noqa: S101 - the caller looked
+        assert self._forward is not None  # noqa: S101 - checked by the caller
         try:
             await self._forward(token, body)
-        except Exception:  # noqa: BLE001 - the user's code; the poll sees to the task
+        except Exception:  # noqa: BLE001 - user code; polling still finds the result
             _log.exception("forward failed")
 
     # --- ASGI -------------------------------------------------------------------------------------------------------
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one connection of the ASGI server."""
+        """Handle one ASGI connection."""
         if scope["type"] == "http":
             await _send_response(send, await self._response_status(scope, receive))
         elif scope["type"] == "lifespan":
@@ -192,7 +192,7 @@ class CallbackReceiver:
             await send({"type": "websocket.close"})
 
     async def _response_status(self, scope: Scope, receive: Receive) -> int:
-        """Return the status to answer with."""
+        """Return the HTTP status of the response."""
         if scope["method"] != "POST":
             return 405
         if self.verify(scope["path"]) is None:
@@ -218,7 +218,7 @@ class CallbackReceiver:
 async def _send_response(send: Send, status: int) -> None:
     headers = [(b"allow", b"POST")] if status == 405 else []
     if status >= 400:
-        headers.append((b"connection", b"close"))  # there may be more of the body
+        headers.append((b"connection", b"close"))  # the rest of the body may not have been read
     if status != 204:
         headers.append((b"content-length", b"0"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
@@ -226,7 +226,7 @@ async def _send_response(send: Send, status: int) -> None:
 
 
 async def _run_lifespan(receive: Receive, send: Send) -> None:
-    """Take part in the server's start and end, when this is the whole app."""
+    """Complete the ASGI lifespan protocol, for an app that is served alone."""
     while True:
         message = await receive()
         await send({"type": f"{message['type']}.complete"})

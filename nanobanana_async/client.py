@@ -1,4 +1,4 @@
-"""`NanoBananaClient`: the face. Owns transport, tracker and host; decides nothing itself."""
+"""The public client. Owns the transport, the tracker and the background tasks; contains no policy."""
 
 import contextlib
 import logging
@@ -48,27 +48,28 @@ _CONFIRM_INTERVAL_S: Final = 10.0
 
 
 class NanoBananaClient:
-    """The Nano Banana 2 image service, for one event loop, on asyncio or trio.
+    """A client of the Nano Banana 2 image service, for one event loop, on asyncio or trio.
 
-    Starts nothing until it is first used, and then belongs to that event loop. Use `async with`, or `await aclose()`
-    from any task of that loop. One client serves any number of concurrent calls; make one per process, not per call.
+    It starts nothing until it is first used, and is then bound to that event loop. Use `async with`, or call `aclose()`
+    from any task of that loop. One client serves any number of concurrent calls: create one per process, not one per
+    call.
 
     Args:
-        api_key: Your key. None takes the first of DEFAPI_API_KEY, DEFAPI_KEY, NANO_BANANA_API_KEY that is set.
-        base_url: Where the service is. None takes DEFAPI_BASE_URL, else the public service.
-        limits: How much is on the wire at once, and how fast it goes out.
-        retry: How often something is tried again, and which unanswered submits are.
-        polling: When unfinished tasks are looked at; learned, unless it says otherwise.
-        timeouts: How long things may take.
-        transport: What carries the requests; None makes an `HttpxTransport`. One that is handed in stays open.
-        on_orphan: Called with the handle of a task that was accepted after its caller had gone (cancelled, or out of
-            time): the last chance to keep a paid id. It is logged as a warning, too.
+        api_key: Your key. None uses the first of DEFAPI_API_KEY, DEFAPI_KEY and NANO_BANANA_API_KEY that is set.
+        base_url: Base URL of the service. None uses DEFAPI_BASE_URL, else the public service.
+        limits: Bounds on requests in flight and on their rate.
+        retry: Retry limits, and when a submit may be resubmitted.
+        polling: When unfinished tasks are polled; learned by default.
+        timeouts: Time limits of each operation.
+        transport: What sends the requests; None creates an `HttpxTransport`. A transport that you pass is not closed.
+        on_orphan: Called with the handle of a task that was accepted after its caller was cancelled or timed out. It
+            is the last chance to keep the id of a charged task, which is also logged as a warning.
 
     Raises:
         ConfigurationError: There is no key, or the key or the URL cannot be used.
     """
 
-    def __init__(  # noqa: PLR0913 - the public face: one policy object per concern
+    def __init__(  # noqa: PLR0913 - public: one policy object per concern
         self,
         api_key: str | None = None,
         *,
@@ -80,14 +81,14 @@ class NanoBananaClient:
         transport: Transport | None = None,
         on_orphan: Callable[[TaskHandle], None] | None = None,
     ) -> None:
-        self._background = BackgroundTaskGroup()  # first: `__del__` asks it
+        self._background = BackgroundTaskGroup()  # first, because `__del__` reads it
         key = None if api_key is None else ApiKey(api_key)
-        del api_key  # a traceback with local variables must not show it
+        del api_key  # keep the key out of tracebacks with local variables
         self._endpoint = Endpoint.resolve(key, base_url)
         self.limits: Final = limits
         self.timeouts: Final = timeouts
         self._owned_transport = HttpxTransport(connect_s=timeouts.connect_s) if transport is None else None
-        active: Transport = self._owned_transport or transport  # type: ignore[assignment]  # one of the two is there
+        active: Transport = self._owned_transport or transport  # type: ignore[assignment]  # one of the two is set
         self._api = ServiceApi(active, self._background, self._endpoint, limits=limits, retry=retry, timeouts=timeouts)
         if on_orphan is not None:
             self._api.on_orphan = lambda done, request: on_orphan(self._handle_for(done, request))
@@ -104,23 +105,23 @@ class NanoBananaClient:
         timeout_s: float | None = None,
         **options: Unpack[RequestOptions],
     ) -> Task:
-        """Submit, wait, and return the finished task, which holds at least one image.
+        """Submit a request, wait, and return the finished task, which has at least one image.
+
+        Cancelling stops the wait, not the task. A POST in flight runs to its end, and the id of the task is logged
+        (logger `nanobanana_async`).
 
         Args:
-            prompt: What to paint, or a whole `GenerationRequest` whose fields *options* replace.
-            timeout_s: Seconds for all of it; None takes `Timeouts.task_s`.
+            prompt: Text to generate from, or a `GenerationRequest` whose fields *options* replace.
+            timeout_s: Seconds for the whole call; None uses `Timeouts.task_s`.
             **options: The fields of `GenerationRequest`: images, model, aspect_ratio, image_size, callback_url, extra.
-
-        Cancelling stops the waiting, not the task: a POST on the wire runs to its end, and the id of a task that is
-        left behind is logged (logger `nanobanana_async`).
 
         Raises:
             TaskFailed: The task ended as failed.
-            NoImage: It ended as success, was paid, and holds no picture.
-            TaskTimeout: *timeout_s* passed; `client.task(exc.task_id)` can be awaited again.
-            NotSent: Nothing was charged.
-            SubmissionUnknown: It may have been charged; nothing says so.
-            ApiError: The service said no.
+            NoImage: It ended as success and was charged, but contains no image.
+            TaskTimeout: *timeout_s* passed. `client.task(exc.task_id)` can be awaited again.
+            NotSent: The submit did not reach the service; nothing was charged.
+            SubmissionUnknown: The submit may have been charged, but no response confirmed it.
+            ApiError: The service responded with an error.
             ImageError: A reference image cannot be used.
         """
         wait_s = self.timeouts.task_s if timeout_s is None else timeout_s
@@ -129,10 +130,10 @@ class NanoBananaClient:
         try:
             return await handle.result(timeout_s=max(0.0, deadline_s - anyio.current_time()))
         except anyio.get_cancelled_exc_class():
-            _log.warning("task %s was submitted, and its caller was cancelled; it runs on", handle.task_id)
+            _log.warning("task %s: the caller was cancelled; the task keeps running", handle.task_id)
             raise
         except NanoBananaError as exc:
-            exc.task_id = exc.task_id or handle.task_id  # a paid id is never lost, whatever went wrong
+            exc.task_id = exc.task_id or handle.task_id  # every error carries the id of the charged task
             raise
 
     async def generate_many(
@@ -142,20 +143,20 @@ class NanoBananaClient:
         max_in_flight: int = 200,
         timeout_s: float | None = None,
     ) -> AsyncGenerator[Outcome]:
-        """Yield what becomes of each of *requests*, as each ends; nothing a request meets ends the others.
+        """Run all *requests* and yield one outcome each, in completion order.
 
-        Requests are taken as there is room: not more than *max_in_flight* are under way or finished and not yet
-        yielded, so a slow consumer slows the submits. Ended early, it takes no more requests and stops waiting; what
-        is paid runs on, and its ids are logged. For runs that survive the process, see `Batch`.
+        A failed request does not stop the others. At most *max_in_flight* requests are running or finished and not yet
+        consumed, so a slow consumer slows the submits. If you stop early, no more requests are taken. Charged tasks
+        keep running, and their ids are logged. For runs that survive the process, see `Batch`.
 
         Args:
-            requests: Prompts or whole requests, from any iterable, async ones included.
-            max_in_flight: As above.
-            timeout_s: Seconds for each; None takes `Timeouts.task_s`.
+            requests: Prompts or `GenerationRequest`s, from any iterable or async iterable.
+            max_in_flight: Most requests at once.
+            timeout_s: Seconds per request; None uses `Timeouts.task_s`.
 
         Raises:
-            ValueError: A prompt is empty, or the like. What was under way by then is yielded first.
-            ConfigurationError: The client was closed meanwhile.
+            ValueError: A request is invalid, for example an empty prompt. Running requests are yielded first.
+            ConfigurationError: The client was closed during the run.
         """
         await self._background.ensure_started()
 
@@ -189,19 +190,18 @@ class NanoBananaClient:
         before_send: Callable[[], Awaitable[None]] | None = None,
         **options: Unpack[RequestOptions],
     ) -> TaskHandle:
-        """Submit and return as soon as the task id is known. Other arguments, cancelling and errors as for `generate`.
+        """Submit a request and return a handle once the task id is known.
 
-        Waits for its turn (`Limits`) for at most `Timeouts.task_s`.
+        Waits for a slot (`Limits`) for at most `Timeouts.task_s`. Cancelling and errors are those of `generate`.
 
         Args:
-            prompt: As for `generate`.
-            callback: A `CallbackReceiver`: the service announces the end to it, and polls are rare meanwhile. If the
-                answer to the submit is lost, a callback within `Timeouts.recovery_s` tells the task id after all.
-                With an expectation of your own making (`receiver.expect()`), that waiting is left to you: `recovered`.
-            before_send: Awaited each time the request is about to leave: what it writes down exists before anything
-                can be paid, and if it raises, nothing is sent. What is refused at no cost is then raised at once
-                instead of tried again, so that the books can be closed.
-            **options: As for `generate`.
+            prompt: Text or request, as for `generate`.
+            callback: A `CallbackReceiver`. The service posts the final state to it, and polls are rare meanwhile. If
+                the response to the submit is lost, a callback within `Timeouts.recovery_s` provides the task id. If you
+                pass the result of `receiver.register()` instead, call `recover` yourself.
+            before_send: Awaited immediately before each POST. Use it to record the attempt. If it raises, nothing is
+                sent. A rejection that was not charged is then raised at once instead of retried.
+            **options: Fields of `GenerationRequest`, as for `generate`.
         """
         deadline_s = anyio.current_time() + self.timeouts.task_s
         if callback is None:
@@ -216,18 +216,18 @@ class NanoBananaClient:
             found = await self.recover(pending_callback) if pending_callback is not callback else None
             if found is None:
                 raise
-            _log.warning("task %s was found by its callback; its submit said: %s", found.task_id, exc)
+            _log.warning("task %s was recovered by its callback; its submit had failed: %s", found.task_id, exc)
             handle = found
         if pending_callback.bind(handle.task_id):
             self.notify(handle.task_id)
         return handle
 
     async def recover(self, callback: PendingCallback) -> TaskHandle | None:
-        """Return the task of a submit whose answer was lost, if a callback tells it within `Timeouts.recovery_s`.
+        """Wait for the callback of a submit whose response was lost, and return its task.
 
-        What a callback claims counts only if the service knows such a task, and no other submit of ours became it.
-        It is asked about every ten seconds: a fresh task may be invisible, and the trouble that lost the answer may
-        last.
+        Returns None after `Timeouts.recovery_s`. The task id in a callback is accepted if the service knows the task
+        and no other submit of this client created it. The query is repeated every ten seconds, because a new task may
+        be invisible at first.
         """
         claimed: str | None = None
         with anyio.move_on_after(self.timeouts.recovery_s):
@@ -241,52 +241,56 @@ class NanoBananaClient:
                     await handle.query()
                     return handle
         if claimed is not None:
-            _log.warning("a callback says that a submit whose answer was lost is task %s; it was not found", claimed)
+            _log.warning("task %s was named by a callback, and the service does not know it", claimed)
         return None
 
     def notify(self, task_id: str) -> None:
-        """Take the hint that there is news of *task_id*, from a callback or another worker.
+        """Poll *task_id* soon, because a callback or another worker reported a change.
 
-        Whoever waits for it causes one query, at most one in ten seconds; ids that nobody waits for cost nothing.
+        If the task has waiters, one query is sent, at most one per ten seconds. Other ids have no effect.
         """
         self._tracker.notify(task_id)
 
     def task(self, task_id: str, *, submitted_at: datetime | None = None) -> TaskHandle:
-        """Return a handle on a task submitted before, in this process or another. No network.
+        """Return a handle for a task submitted earlier, in this process or another. Sends nothing.
 
-        *submitted_at* (with a time zone) is when, if you know: a fresh task may be invisible for a while, and then it
-        is not taken for one that does not exist.
+        *submitted_at* is the time of the submit, with a time zone. If it is recent, a 404 means that the task is not
+        visible yet.
         """
         if not task_id.strip():
-            raise ValueError(f"task_id: must not be empty, got {task_id!r}")
+            raise ValueError(f"task_id: expected text, got {task_id!r}")
         submit_info = self._tracker.cache.submits.get(task_id.strip()) or SubmitInfo()
-        if submitted_at is not None:  # a wall clock may have been set meanwhile: nothing was submitted in the future
+        if submitted_at is not None:  # the wall clock may have been set back: no submit is in the future
             age_s = max(0.0, (datetime.now(UTC) - submitted_at).total_seconds())
             submit_info = SubmitInfo(submitted_at_s=anyio.current_time() - age_s)
         return self._handle(task_id.strip(), submit_info, submitted_at)
 
     async def balance(self) -> Decimal:
-        """Return the credits left on the account."""
+        """Return the credits left in the account."""
         return await self._api.balance()
 
     async def download(self, image: GeneratedImage) -> bytes:
-        """Return the encoded picture: PNG, JPEG, WebP or GIF.
+        """Return the encoded image: PNG, JPEG, WebP or GIF.
 
         Raises:
-            ImageError: It could not be fetched within `Timeouts.download_s`, or is no picture.
+            ImageError: The download did not succeed within `Timeouts.download_s`, or the file is not an image.
         """
         await self._background.ensure_started()
         return await self._downloader.download(image)
 
     async def save(self, task: Task, path: str | os.PathLike[str], *, name: str | None = None) -> list[Path]:
-        """Write the pictures of *task* and return their paths, in order; [] when it has none.
+        """Write the images of *task* and return their paths in order; [] if it has none.
 
-        *where* is a folder, made if missing, in which files get *name* (None: the task id), made safe, and the suffix
-        of their true type. With a picture's suffix, such as `fox.png`, *where* is the file itself. Further pictures
-        are `fox-2.png` and so on. Files appear whole or not at all, and replace what had their name.
+        Files are written atomically and replace existing files of the same name. They are named *name*, or by the task
+        id if None, plus the suffix of their true type. Further images are `fox-2.png` and so on.
+
+        Args:
+            task: A finished task.
+            path: A folder, which is created if missing. With an image suffix, such as `fox.png`, the file itself.
+            name: File name without suffix.
 
         Raises:
-            ImageError: A picture could not be fetched, or the disk would not take it.
+            ImageError: A download failed, or the file could not be written.
         """
         await self._background.ensure_started()
         path = Path(path)
@@ -304,22 +308,22 @@ class NanoBananaClient:
         return paths
 
     async def save_image(self, image: GeneratedImage, stem: Path) -> SavedImage:
-        """Write one picture to *stem* plus the suffix of its true type, durably; replaces what had that name.
+        """Write one image durably to *stem* plus the suffix of its true type, and replace an existing file.
 
         Raises:
-            ImageError: As `save`.
+            ImageError: The download failed, or the file could not be written.
         """
         await self._background.ensure_started()
         return await self._downloader.save(image, stem)
 
     def statistics(self) -> TrackerStatistics:
-        """Return how the tracker stands: what it watches, what it has learned, what it has cost. No network."""
+        """Return a snapshot of the tracker: tracked tasks, learned latencies, polls. Sends nothing."""
         return self._tracker.statistics()
 
     async def aclose(self) -> None:
-        """End every wait, let submits on the wire end within `Timeouts.submit_s`, close what is ours.
+        """End every wait, let submits in flight finish within `Timeouts.submit_s`, and close what the client opened.
 
-        From any task of the client's event loop; twice is harmless.
+        Call it from any task of the client's event loop. A second call has no effect.
         """
         self._background.check_owner()
         self._tracker.close()

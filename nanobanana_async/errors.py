@@ -1,33 +1,33 @@
-"""Every error of the package. Facts are attributes, so nobody parses text; all pickle; none holds the API key.
+"""All errors of the package. Facts are attributes, every error can be pickled, and none contains the API key.
 
 NanoBananaError
 |- ConfigurationError          set up or used in a way that cannot work; nothing was sent
-|  '- InvalidBatchFile              rows of a batch that cannot be used
-|- TransportError              the service could not be reached, or not be understood
-|  |- NotSent                  proven: the service never had the request
-|  |- SubmissionUnknown        a submit may have been paid, and no answer says so
-|  '- ProtocolError            an answer came that nobody can read
-|- ApiError                    the service answered, and refused
-|  |- InvalidRequest           it did not like the request
-|  |- AuthenticationError      it did not like the key
-|  |- InsufficientCredits      the account is empty
-|  |- TaskNotFound             it does not know the task id
-|  |- RateLimited              it asks to slow down
-|  '- ServiceUnavailable       it has trouble of its own
+|  '- InvalidBatchFile         a file of prompts with invalid rows
+|- TransportError              the service could not be reached, or its response could not be read
+|  |- NotSent                  the request did not reach the service
+|  |- SubmissionUnknown        a submit may have been charged; no response confirmed it
+|  '- ProtocolError            the response could not be decoded
+|- ApiError                    the service responded with an error
+|  |- InvalidRequest           the request was rejected
+|  |- AuthenticationError      the API key was rejected
+|  |- InsufficientCredits      the account has too few credits
+|  |- TaskNotFound             the task id is unknown to the service
+|  |- RateLimited              too many requests
+|  '- ServiceUnavailable       an error inside the service
 |- TaskError                   about one task
 |  |- TaskFailed               it ended as failed
-|  |- NoImage                  it ended as success, was paid, and holds no picture
-|  '- TaskTimeout           it was not final in time; it runs on and can be awaited again
-|- ImageError                  a picture could not be read, fetched or written
-|- LedgerError                 a batch cannot keep its books, and so must not go on
-'- BudgetExceeded              one more submit could cost more than was allowed
+|  |- NoImage                  it ended as success, was charged, and contains no image
+|  '- TaskTimeout              it was not final in time; it keeps running and can be awaited again
+|- ImageError                  an image could not be read, downloaded or written
+|- LedgerError                 the ledger of a batch cannot be used, so the batch stops
+'- BudgetExceeded              another submit could exceed the budget
 """
 
 from nanobanana_async.models import Task
 
 
 class NanoBananaError(Exception):
-    """The root. `task_id` is the task it is about, None when none is known."""
+    """Base class of all errors. `task_id` is the task concerned, or None."""
 
     def __init__(self, message: str, *, task_id: str | None = None) -> None:
         super().__init__(message)
@@ -35,11 +35,11 @@ class NanoBananaError(Exception):
 
 
 class ConfigurationError(NanoBananaError):
-    """The client was set up or used in a way that cannot work: key, URL, certificate, closed client, other loop."""
+    """The client is set up or used in a way that cannot work: key, URL, certificate, closed client, event loop."""
 
 
 class InvalidBatchFile(ConfigurationError):
-    """Rows of a batch that cannot be used. `faults` has a text for each: `"line 7: prompt: must not be empty"`."""
+    """A file of prompts has invalid rows. `errors` has one text per row, such as `"line 7: prompt: expected text"`."""
 
     def __init__(self, message: str, *, errors: tuple[str, ...] = ()) -> None:
         super().__init__(message)
@@ -50,18 +50,18 @@ class InvalidBatchFile(ConfigurationError):
 
 
 class TransportError(NanoBananaError):
-    """The service could not be reached, or its answer did not arrive."""
+    """The service could not be reached, or its response did not arrive."""
 
 
 class NotSent(TransportError):
-    """The request never reached the service: nothing was charged, and sending it again is safe."""
+    """The request did not reach the service. Nothing was charged, and it is safe to send the request again."""
 
 
 class SubmissionUnknown(TransportError):
-    """A submit may have reached the service (and been paid), but no answer says so.
+    """A submit may have reached the service and may have been charged, but no response confirmed it.
 
-    Sending it again may pay twice, so that is yours to decide. `status` is the HTTP status when at least that much
-    arrived. `possible_duplicates` counts the times the retry policy had already repeated it.
+    Submitting again may charge the account twice, so the client does not. `status` is the HTTP status, or None if
+    none arrived. `possible_duplicates` counts the resubmits that the retry policy already made.
     """
 
     def __init__(self, message: str, *, status: int | None = None, possible_duplicates: int = 0) -> None:
@@ -70,7 +70,7 @@ class SubmissionUnknown(TransportError):
 
 
 class ProtocolError(TransportError):
-    """An answer came that nobody can read. `status` is its HTTP status."""
+    """A response arrived that could not be decoded. `status` is its HTTP status."""
 
     def __init__(self, message: str, *, task_id: str | None = None, status: int | None = None) -> None:
         super().__init__(message, task_id=task_id)
@@ -78,11 +78,11 @@ class ProtocolError(TransportError):
 
 
 class ApiError(NanoBananaError):
-    """The service answered, and refused.
+    """The service responded with an error.
 
-    `status` is the HTTP status, `code` the number in the body (None when it had none). `retry_after_s` is how long
-    the service asked to wait, None when it did not say. `possible_duplicates` counts re-sends of a submit, made
-    under the retry policy, that may each have been charged.
+    `status` is the HTTP status. `code` is the number in the body, or None. `retry_after_s` is the wait that the
+    service asked for, or None. `possible_duplicates` counts resubmits, made under the retry policy, that may each
+    have been charged.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class ApiError(NanoBananaError):
 
 
 class InvalidRequest(ApiError):
-    """The service did not accept the request as it is; repeating it will not help."""
+    """The service rejected the request. Sending the same request again does not help."""
 
 
 class AuthenticationError(ApiError):
-    """The service does not accept the API key."""
+    """The service rejected the API key."""
 
 
 class InsufficientCredits(ApiError):
@@ -107,19 +107,19 @@ class InsufficientCredits(ApiError):
 
 
 class TaskNotFound(ApiError):
-    """The service does not know this task id, and the time in which a fresh id may be invisible is over."""
+    """The service does not know the task id, and the time in which a new id may be invisible has passed."""
 
 
 class RateLimited(ApiError):
-    """The service asked to slow down, and the wait would exceed the time left."""
+    """The service asked for a wait that is longer than the time left."""
 
 
 class ServiceUnavailable(ApiError):
-    """The service has trouble of its own."""
+    """The service reported an error of its own."""
 
 
 class TaskError(NanoBananaError):
-    """About one task. `task` is the last snapshot, None when none was seen."""
+    """Base class of errors about one task. `task` is the last snapshot, or None."""
 
     def __init__(self, message: str, *, task: Task | None = None, task_id: str | None = None) -> None:
         super().__init__(message, task_id=task_id or (task.task_id if task else None))
@@ -127,25 +127,25 @@ class TaskError(NanoBananaError):
 
 
 class TaskFailed(TaskError):
-    """The task ended as failed; `task.reason` says why, when the service did."""
+    """The task ended as failed. `task.reason` contains the reason, if the service gave one."""
 
 
 class NoImage(TaskError):
-    """The task ended as success, was paid, and holds no picture; `task.texts` may hold the model's words."""
+    """The task ended as success and was charged, but contains no image. `task.texts` may contain the model's text."""
 
 
 class TaskTimeout(TaskError):
-    """The task was not final in time. It runs on at the service and can be awaited again."""
+    """The task was not final in time. It keeps running at the service and can be awaited again."""
 
 
 class ImageError(NanoBananaError):
-    """A picture could not be read, fetched or written. The task itself stays paid and done."""
+    """An image could not be read, downloaded or written. The task itself remains charged and finished."""
 
 
 class LedgerError(NanoBananaError):
-    """A batch cannot keep its books: another process has them, they are damaged or too new, or the disk is full.
+    """The ledger cannot be used: locked by another process, damaged, written by a newer version, or disk full.
 
-    Nothing more is submitted after it. `pid` is the process that has it, None when that is not the trouble.
+    After this error nothing more is submitted. `pid` is the process that holds the ledger, or None.
     """
 
     def __init__(self, message: str, *, task_id: str | None = None, pid: int | None = None) -> None:
@@ -154,4 +154,4 @@ class LedgerError(NanoBananaError):
 
 
 class BudgetExceeded(NanoBananaError):
-    """One more submit could cost more than was allowed; what is paid has been fetched."""
+    """Another submit could exceed the budget. Images that are already charged have been downloaded."""

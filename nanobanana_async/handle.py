@@ -1,4 +1,4 @@
-"""`TaskHandle`: one task, as its owner sees it."""
+"""`TaskHandle`: one task, for the application that waits for it."""
 
 import contextlib
 from collections.abc import AsyncGenerator, Coroutine
@@ -16,9 +16,9 @@ from nanobanana_async.tracking.tracker import TaskTracker
 
 
 class TaskHandle:
-    """One task at the service. Holds no resources: keep it, drop it, make it again from its `task_id`."""
+    """One task at the service. It holds no resources and can be created again from its `task_id`."""
 
-    def __init__(  # noqa: PLR0913 - clients make it, users do not
+    def __init__(  # noqa: PLR0913 - created by the client only
         self,
         api: ServiceApi,
         tracker: TaskTracker,
@@ -36,18 +36,18 @@ class TaskHandle:
         self._final: Task | None = None
         self.task_id: Final = task_id
         self.submitted_at: Final = submitted_at
-        """When the submit was accepted, by this machine's clock; None when it was submitted elsewhere."""
+        """When the submit was accepted, by this machine's clock; None if it was submitted elsewhere."""
         self.possible_duplicates: Final = possible_duplicates
-        """Re-sends under the retry policy after which an earlier try may have been charged as well."""
+        """Number of resubmits under the retry policy. Each earlier submit may also have been charged."""
 
     def __repr__(self) -> str:
         return f"TaskHandle({self.task_id!r})"
 
     async def query(self) -> Task:
-        """Return how the task stands now, with one query.
+        """Query the task once and return the snapshot.
 
-        A task submitted by this client that the service does not show yet is pending. Raises as `wait` does, and
-        `TransportError` when no answer came.
+        A task that this client submitted and the service does not show yet is returned as pending. Raises as `wait`
+        does, and `TransportError` if no response arrived.
         """
         if (final := self._final or self._tracker.cache.finished.get(self.task_id)) is not None:
             return self._remember(final)
@@ -63,26 +63,26 @@ class TaskHandle:
     async def wait(self, *, timeout_s: float | None = None) -> Task:
         """Return the task once it is final, whether it succeeded or failed.
 
-        Shares polls with everybody who waits for the same task. Cancelling stops the waiting, not the task.
+        All waiters of one task share its polls. Cancelling stops the wait, not the task.
 
         Args:
-            timeout_s: Seconds to wait; None takes `Timeouts.task_s`.
+            timeout_s: Seconds to wait; None uses `Timeouts.task_s`.
 
         Raises:
-            TaskTimeout: The time passed; `exc.task` is the last snapshot. It runs on and can be awaited again.
-            TaskNotFound: The service does not know it.
-            AuthenticationError: The service does not accept the key.
+            TaskTimeout: The time passed. `exc.task` is the last snapshot. The task keeps running: wait again.
+            TaskNotFound: The service does not know the task.
+            AuthenticationError: The service rejected the key.
         """
         return self._final or self._remember(await self._await_final(timeout_s))
 
     async def result(self, *, timeout_s: float | None = None) -> Task:
-        """Return the task once it is a success with at least one image.
+        """Return the task once it has succeeded with at least one image.
 
-        Waits as `wait` does, and raises what it raises, and besides:
+        Waits and raises as `wait` does. It also raises:
 
         Raises:
-            TaskFailed: It ended as failed.
-            NoImage: It ended as success, was paid, and holds no picture; `exc.task.texts` may say why.
+            TaskFailed: The task ended as failed.
+            NoImage: It ended as success and was charged, but contains no image. See `exc.task.texts`.
         """
         task = self._final or self._remember(await self._await_final(timeout_s))
         if task.status is TaskStatus.FAILED or not task.images:
@@ -90,7 +90,7 @@ class TaskHandle:
         return task
 
     async def updates(self, *, timeout_s: float | None = None) -> AsyncGenerator[Task]:
-        """Yield a snapshot at each change of status, the final one last. Raises as `wait` does."""
+        """Yield a snapshot at each change of status, ending with the final one. Raises as `wait` does."""
         if self._final is not None:
             yield self._final
             return
@@ -100,7 +100,7 @@ class TaskHandle:
                 yield self._remember(task)
 
     def _await_final(self, timeout_s: float | None) -> Coroutine[object, object, Task]:
-        # Not async: among ten thousand waiters, one more frame each shows.
+        # Not async: one frame per waiter is measurable with ten thousand waiters.
         return self._tracker.wait(self.task_id, timeout_s=self._timeout_s(timeout_s), submit_info=self._submit_info)
 
     def _timeout_s(self, timeout_s: float | None) -> float:
@@ -108,13 +108,13 @@ class TaskHandle:
 
     def _remember(self, task: Task) -> Task:
         if task.is_final:
-            self._final = self._final or task  # the first end stands, whatever the service says later
+            self._final = self._final or task  # the first final status stays, whatever the service reports later
         return self._final or task
 
 
 def no_image_error(task: Task) -> TaskError:
-    """Return why *task*, which is final, brought no picture."""
+    """Return the error for a final *task* without an image."""
     if task.status is TaskStatus.FAILED:
         return TaskFailed(f"task {task.task_id} failed: {task.reason or 'the service gave no reason'}", task=task)
-    said = " ".join(task.texts) or task.reason or "no words either"
-    return NoImage(f"task {task.task_id} was paid, and brought no picture ({said[:500]})", task=task)
+    detail = " ".join(task.texts) or task.reason or "the service gave no reason"
+    return NoImage(f"task {task.task_id} was charged and contains no image: {detail[:500]}", task=task)

@@ -1,4 +1,4 @@
-"""The values a user holds: a request, a task, an image. Frozen, checked where they are made, no I/O."""
+"""The values a user holds: requests, tasks, images. Frozen, validated on construction, no I/O."""
 
 import enum
 import re
@@ -14,18 +14,18 @@ import attrs
 JsonValue: TypeAlias = "bool | int | float | Decimal | str | list[JsonValue] | dict[str, JsonValue] | None"
 
 DEFAULT_MODEL: Final = "google/gempix2"
-"""Nano Banana, as the vendor's documentation names it."""
+"""Nano Banana, under the name that the service's documentation uses."""
 
 MAX_IMAGES: Final = 4
-"""Reference images per request (vendor's documentation)."""
+"""Reference images per request, as the service's documentation states."""
 
 
 @runtime_checkable
 class SupportsSave(Protocol):
-    """What we need of a `PIL.Image.Image`; Pillow itself is not required."""
+    """The part of `PIL.Image.Image` that the client uses. Pillow itself is not required."""
 
     def save(self, fp: BinaryIO, format: str | None = None) -> None:  # noqa: A002 - Pillow's own name
-        """Write the encoded picture to *fp*."""
+        """Write the encoded image to *fp*."""
 
 
 ImageSource: TypeAlias = str | Path | bytes | SupportsSave
@@ -33,7 +33,10 @@ ImageSource: TypeAlias = str | Path | bytes | SupportsSave
 
 
 class TaskStatus(enum.StrEnum):
-    """Where a task stands. `UNKNOWN` is a word we do not know: the task counts as still running."""
+    """Status of a task.
+
+    `UNRECOGNIZED` stands for a status that this version does not know. The task is treated as running.
+    """
 
     PENDING = "pending"
     SUBMITTED = "submitted"
@@ -44,14 +47,14 @@ class TaskStatus(enum.StrEnum):
 
     @property
     def is_final(self) -> bool:
-        """Whether the task will never change again."""
+        """Whether the status will never change again."""
         return self in (TaskStatus.SUCCESS, TaskStatus.FAILED)
 
 
 def url_problem(url: str) -> str | None:
-    """Say what keeps *url* from being an absolute http(s) URL that is safe to send; None when nothing does."""
+    """Return what makes *url* unusable as an absolute http(s) URL; None if it is usable."""
     if not url.isascii() or not url.isprintable() or " " in url:
-        return "has blanks, control or non-ASCII characters; percent-encode them"
+        return "contains whitespace, control or non-ASCII characters. Percent-encode them."
     try:
         parts = urlsplit(url)
         _ = parts.port
@@ -60,7 +63,7 @@ def url_problem(url: str) -> str | None:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return "is not an absolute http:// or https:// URL"
     if "@" in parts.netloc:
-        return "carries a user name or password; leave them out"
+        return "contains a user name or password. Remove them."
     return None
 
 
@@ -77,21 +80,21 @@ def _check_text(_: object, field: "attrs.Attribute[str]", value: str) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{field.name}: expected str, got {_abbreviated(value)}")
     if not value.strip():
-        raise ValueError(f"{field.name}: must not be empty, got {_abbreviated(value)}")
+        raise ValueError(f"{field.name}: expected text, got {_abbreviated(value)}")
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise ValueError(
-            f"{field.name}: holds half of a surrogate pair, which no JSON text can carry: {_abbreviated(value)}"
+            f"{field.name}: contains a lone surrogate, which JSON cannot encode, got {_abbreviated(value)}"
         )
 
 
 def _check_images(_: object, __: object, images: tuple[ImageSource, ...]) -> None:
     if len(images) > MAX_IMAGES:
-        raise ValueError(f"images: the service takes at most {MAX_IMAGES}, got {len(images)}; leave some out")
+        raise ValueError(f"images: expected at most {MAX_IMAGES}, got {len(images)}")
     for image in images:
         if not isinstance(image, str | Path | bytes | SupportsSave):
             raise TypeError(f"images: expected URL, data URI, Path, bytes or PIL image, got {_abbreviated(image)}")
         if isinstance(image, str) and not image.startswith("data:") and (problem := url_problem(image)):
-            raise ValueError(f"images: {_abbreviated(image)} {problem} (for a file on disk, pass pathlib.Path)")
+            raise ValueError(f"images: {_abbreviated(image)} {problem} (To send a file, pass pathlib.Path.)")
 
 
 def _check_aspect_ratio(_: object, __: object, value: str | None) -> None:
@@ -110,47 +113,47 @@ def _lower(value: str | None) -> str | None:
 
 def _check_extra(request: "GenerationRequest", _: object, extra: Mapping[str, JsonValue]) -> None:
     if clash := sorted(attrs.fields_dict(type(request)).keys() & extra.keys()):
-        raise ValueError(f"extra: {', '.join(clash)} has an argument of its own; use that")
+        raise ValueError(f"extra: expected other fields than {', '.join(clash)}. Use the argument of that name.")
 
 
 def _as_images(images: ImageSource | Iterable[ImageSource]) -> tuple[ImageSource, ...]:
-    if isinstance(images, tuple | list):  # the rule; the question below is a slow one
+    if isinstance(images, tuple | list):  # the common case; `isinstance` with a protocol is slow
         return tuple(images)
     if isinstance(images, str | bytes | Path | SupportsSave):
-        return (images,)  # a lone image is a natural slip, and a str would otherwise fall apart into letters
+        return (images,)  # one image instead of a list; iterating over a str would yield its characters
     return tuple(images)
 
 
 @attrs.frozen(kw_only=True)
 class GenerationRequest:
-    """One picture to be made. Bad values raise ValueError or TypeError here, before anything is paid.
+    """One image to generate. Invalid values raise ValueError or TypeError on construction, before anything is sent.
 
-    Nano Banana has no `n`: several pictures are several requests.
+    Nano Banana has no `n` parameter. For several images, send several requests.
     """
 
     prompt: str = attrs.field(validator=_check_text, kw_only=False)
     images: tuple[ImageSource, ...] = attrs.field(
         default=(), converter=_as_images, validator=_check_images, repr=_repr_length
     )
-    """At most four reference images."""
+    """Reference images, at most four."""
     model: str = attrs.field(default=DEFAULT_MODEL, validator=_check_text)
-    """A free string: the vendor adds models without notice."""
+    """Name of the model. Any text is accepted, because the service adds models without notice."""
     aspect_ratio: str | None = attrs.field(default=None, validator=_check_aspect_ratio)
-    """`"16:9"` or any N:M, or `"auto"`; None leaves it to the service."""
+    """`"16:9"` or another N:M, or `"auto"`. None leaves the choice to the service."""
     image_size: str | None = attrs.field(
         default=None,
         converter=_lower,
         validator=attrs.validators.optional(_check_text),
     )
-    """`"1k"`, `"2k"` or `"4k"` (only the -pro and -2 models); None leaves it to the service."""
+    """`"1k"`, `"2k"` or `"4k"`, for the -pro and -2 models only. None leaves the choice to the service."""
     callback_url: str | None = attrs.field(default=None, validator=_check_callback_url)
-    """Where the service posts the final state; must be reachable from the internet."""
+    """URL to which the service posts the final state. It must be reachable from the internet."""
     extra: Mapping[str, JsonValue] = attrs.field(factory=dict, validator=_check_extra)
-    """Further JSON fields, sent as they are: the service ignores those it does not know."""
+    """Additional JSON fields, sent unchanged. The service ignores fields that it does not know."""
 
 
 class RequestOptions(TypedDict, total=False):
-    """The fields of a `GenerationRequest` beside the prompt, as keyword arguments."""
+    """The fields of a `GenerationRequest` except the prompt, as keyword arguments."""
 
     images: ImageSource | Iterable[ImageSource]
     model: str
@@ -162,32 +165,32 @@ class RequestOptions(TypedDict, total=False):
 
 @attrs.frozen(kw_only=True)
 class GeneratedImage:
-    """One picture of a finished task: either `url` or `data` is set."""
+    """One image of a finished task. Either `url` or `data` is set."""
 
     url: str | None = None
-    """Where the picture lies. Its lifetime is unknown: download at once."""
+    """Location of the image. Its lifetime is unknown: download it at once."""
     data: bytes | None = attrs.field(default=None, repr=lambda data: "None" if data is None else f"<{len(data)} bytes>")
-    """The encoded picture itself, when the service answered it inline."""
+    """The encoded image, if the service returned it inline."""
     media_type: str | None = None
-    """As announced with inline data; None for a URL. The downloader trusts only the bytes."""
+    """Media type that the service stated for inline data; None for a URL. Downloads check the bytes instead."""
 
 
 @attrs.frozen(kw_only=True)
 class Task:
-    """A snapshot of one task, as the service last told it."""
+    """A snapshot of one task, as the service last reported it."""
 
     task_id: str
     status: TaskStatus
     images: tuple[GeneratedImage, ...] = ()
     texts: tuple[str, ...] = ()
-    """What the model answered in words, beside or instead of pictures."""
+    """Text that the model returned beside or instead of images."""
     consumed: Decimal | None = None
-    """Credits charged; None when the service did not say."""
+    """Credits charged; None if the service did not report them."""
     reason: str | None = None
-    """Why it failed, in the vendor's words; often None even then."""
+    """Reason for the failure in the service's words. Often None, even for a failed task."""
     created_at: datetime | None = None
     raw: Mapping[str, JsonValue] = attrs.field(factory=dict, repr=False, eq=False)
-    """The service's own `data` object, unknown fields included. Numbers with a point are Decimal."""
+    """The service's own `data` object, with unknown fields. Numbers with a decimal point are Decimal."""
 
     @property
     def is_final(self) -> bool:
@@ -197,17 +200,17 @@ class Task:
 
 @attrs.frozen(kw_only=True)
 class SavedImage:
-    """A picture on disk: whole, type-checked, and durable."""
+    """An image file that was checked and written durably."""
 
     path: Path
     sha256: str
-    """Of the file, in hex."""
+    """Hex digest of the file."""
     size_bytes: int
 
 
 @attrs.frozen(kw_only=True)
 class CallbackPayload:
-    """What somebody who posted to a callback URL claims. Not to be believed: query the task."""
+    """The body posted to a callback URL. It is not authenticated: query the task before you act on it."""
 
     task_id: str
     status: TaskStatus
@@ -216,34 +219,34 @@ class CallbackPayload:
 
 
 class PendingCallback(Protocol):
-    """One submit whose end will be announced."""
+    """A callback that is registered for one submit."""
 
     @property
     def nonce(self) -> str:
-        """What tells this submit from all others."""
+        """Identifier of the submit, unique to it."""
         ...
 
     @property
     def url(self) -> str:
-        """The callback URL of this submit, and of no other."""
+        """Callback URL of this submit only."""
         ...
 
     def bind(self, task_id: str) -> bool:
-        """Note which task the submit became; True when a callback for it has come already."""
+        """Record the task id of the submit. Return True if a callback for it has already arrived."""
         ...
 
     async def wait_task_id(self) -> str:
-        """Return the task id that a callback brings, when one comes."""
+        """Wait for a callback and return the task id in it."""
         ...
 
 
 @runtime_checkable
 class CallbackSource(Protocol):
-    """Who hears the service's callbacks: `CallbackReceiver`."""
+    """A receiver of the service's callbacks, such as `CallbackReceiver`."""
 
     unmatched_hooks: list[Callable[[str, str], Awaitable[None]]]
-    """Told of nonce and claimed task id when a callback is about a submit whose task is not known here."""
+    """Functions awaited with nonce and task id when a callback belongs to a submit whose task id is unknown here."""
 
     def register(self) -> PendingCallback:
-        """Return the expectation of one submit."""
+        """Register a callback for one submit and return it."""
         ...

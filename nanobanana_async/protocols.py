@@ -1,4 +1,4 @@
-"""The seam between what we say and how it travels: one request out, one reply back."""
+"""The seam between the client and the network: one request out, one response back."""
 
 import enum
 from collections.abc import Awaitable, Callable, Mapping
@@ -8,33 +8,36 @@ import attrs
 from attrs.validators import instance_of
 
 ChunkSink: TypeAlias = Callable[[bytes], Awaitable[None]]
-"""Takes the next piece of a body that is streamed rather than kept."""
+"""A function that takes the next chunk of a streamed body."""
 
 
 class RequestKind(enum.Enum):
-    """What a request is for, which decides how it may travel."""
+    """The purpose of a request, which decides how it may be sent."""
 
     SUBMIT = enum.auto()
-    """Costs money. A fresh connection: on a reused one, 20 of 4800 failed ambiguously (measured)."""
+    """A request that may be charged. It uses a new connection.
+
+    On a reused connection, 20 of 4800 submits failed ambiguously (measured).
+    """
     READ = enum.auto()
-    """An API call that is safe to repeat. Reuses connections."""
+    """An API call that is safe to retry. It reuses connections."""
     DOWNLOAD = enum.auto()
-    """A file on somebody else's host: never with credentials, cookies or a handed-in client."""
+    """A file on a third-party host. It never carries credentials or cookies, and never uses the caller's client."""
 
 
 class Phase(enum.IntEnum):
-    """How far an exchange got before it failed. Up to `CONNECT`, the peer provably had no byte of the request."""
+    """How far an exchange got before it failed. Up to `CONNECT`, the peer received no byte of the request."""
 
     CONNECT = 0
     SEND = 1
-    """The request was on its way: it may have arrived whole, in part or not at all."""
+    """The request was being sent. All of it, a part or nothing may have arrived."""
     RESPONSE = 2
-    """At least the status line of a reply had arrived."""
+    """At least the status line of a response had arrived."""
 
 
 @attrs.frozen(kw_only=True)
 class WireRequest:
-    """One HTTP request, ready to go."""
+    """One HTTP request, ready to be sent."""
 
     kind: RequestKind
     method: str
@@ -42,20 +45,20 @@ class WireRequest:
     headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
     body: bytes | None = attrs.field(default=None, repr=False)
     max_bytes: int = 2**20
-    """Largest reply body that is read; one that is longer ends the exchange."""
+    """Largest response body that is read. A longer one ends the exchange."""
     public_only: bool = False
-    """Refuse to connect to an address that is not public."""
+    """Whether to refuse connections to addresses that are not public."""
 
 
 def _check_headers(_: object, __: object, headers: Mapping[object, object]) -> None:
     for name, value in headers.items():
         if not isinstance(name, str) or not isinstance(value, str):
-            raise TypeError(f"headers: expected texts, got {name!r:.80}: {value!r:.80}")
+            raise TypeError(f"headers: expected str names and values, got {name!r:.80}: {value!r:.80}")
 
 
 @attrs.frozen(kw_only=True)
 class WireResponse:
-    """One HTTP reply. Header names are lower case; `body` is as it came, never decompressed."""
+    """One HTTP response. Header names are lower case. `body` is the body as received, never decompressed."""
 
     status: int = attrs.field(validator=instance_of(int))
     headers: Mapping[str, str] = attrs.field(factory=dict, repr=False, validator=_check_headers)
@@ -63,12 +66,14 @@ class WireResponse:
 
 
 class ExchangeError(Exception):
-    """No whole reply came. Raised by transports, never seen by users; holds text and bytes only, so no key.
+    """The exchange ended without a complete response. Raised by transports; users see the error it is mapped to.
+
+    It contains only text and bytes, so never the API key.
 
     Attributes:
-        phase: How far it got; the verdict on a submit hangs on it.
-        permanent: Trying again cannot help (a certificate, a malformed URL, a refused address).
-        reply: What had arrived of the reply, cut where it failed; None before the status line.
+        phase: How far the exchange got. The verdict on a submit depends on it.
+        permanent: Whether a retry cannot help: a certificate, a malformed URL, a refused address.
+        response: The part of the response that had arrived; None before the status line.
     """
 
     def __init__(
@@ -79,22 +84,22 @@ class ExchangeError(Exception):
 
 
 class Transport(Protocol):
-    """One request out, one reply back. Never retries, never follows redirects, never keeps anybody waiting in a queue.
+    """Send one request and return one response. Never retries, never follows redirects, never queues.
 
-    Callers bound how many requests are under way; an implementation must be able to carry all they send.
+    The caller bounds how many requests are in flight. An implementation carries all of them at once.
     """
 
     async def send(self, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None) -> WireResponse:
-        """Return the reply to *request* within *timeout_s* seconds in all.
+        """Return the response to *request* within *timeout_s* seconds in total.
 
-        With a *sink*, the body of a 200 goes there piece by piece and the reply's own `body` is empty.
-        Cancelling gives up the connection, and nothing else.
+        With a *sink*, the body of a 200 is passed to it in chunks, and the `body` of the response is empty.
+        Cancelling closes the connection and has no other effect.
 
         Raises:
-            ExchangeError: No whole reply came in time, or its body was longer than `request.max_bytes`.
+            ExchangeError: No complete response arrived in time, or its body exceeded `request.max_bytes`.
         """
         ...
 
     async def aclose(self) -> None:
-        """Close every connection. Twice is harmless."""
+        """Close every connection. A second call has no effect."""
         ...

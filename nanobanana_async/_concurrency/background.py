@@ -1,7 +1,7 @@
-"""Where background work lives: one task of its own, on asyncio or on trio.
+"""Run background tasks under a dedicated root task, on asyncio or trio.
 
-So a client may be opened in one task and closed in another, as bots and fixtures do; a task group entered in
-`__aenter__` breaks then.
+A task group must be exited in the task that entered it, but bots and pytest fixtures open and close clients in
+different tasks.
 """
 
 import asyncio
@@ -19,15 +19,15 @@ from nanobanana_async.errors import ConfigurationError
 T = TypeVar("T")
 
 
-_CLOSED_MESSAGE: Final = "the client is closed, or its event loop has ended; make a new one"
+_CLOSED_MESSAGE: Final = "client: is closed, or its event loop has ended. Create a new client."
 
 
 class ShieldedWorkCancelled(Exception):
-    """The host was closed before sheltered work had ended."""
+    """The background task group was closed before shielded work had finished."""
 
 
 class _ShieldedResult(Generic[T]):
-    """What one sheltered call came to, for a caller who may have gone."""
+    """The result of one shielded call, for a caller that may have been cancelled."""
 
     def __init__(self) -> None:
         self.done = anyio.Event()
@@ -37,9 +37,9 @@ class _ShieldedResult(Generic[T]):
 
 
 class BackgroundTaskGroup:
-    """Runs background tasks from first use to `aclose`, bound to the event loop of that first use.
+    """A task group that runs from first use to `aclose`, bound to the event loop of that first use.
 
-    Everything raises `ConfigurationError` after `aclose`, on another event loop, and in a forked child.
+    Every method raises `ConfigurationError` after `aclose`, on another event loop, and in a forked child.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class BackgroundTaskGroup:
         self._closing = False
         self._root: asyncio.Task[None] | None = None
         self.on_stopped: Callable[[], None] = lambda: None
-        """Called when background work has ended, also when the event loop ended it."""
+        """Called when background work has ended, also if the event loop ended it."""
 
     @property
     def is_open(self) -> bool:
@@ -62,12 +62,12 @@ class BackgroundTaskGroup:
         return self._owner is not None and not self._closing
 
     def check_open(self) -> None:
-        """Raise unless new work may begin."""
+        """Raise `ConfigurationError` if the group is closed."""
         if self._closing:
             raise ConfigurationError(_CLOSED_MESSAGE)
 
     async def ensure_started(self) -> None:
-        """Start on first use; say so clearly when this is no place to be used from."""
+        """Start the group on first use. Raise `ConfigurationError` in another event loop or process."""
         self.check_open()
         if self._owner is None:
             self._owner = self._current_owner()
@@ -77,19 +77,19 @@ class BackgroundTaskGroup:
         await self._ready.wait()
 
     def start_soon(self, work: Callable[[], Coroutine[object, object, None]]) -> None:
-        """Run *work* in the background, after `ensure`. It must not raise; closing cancels it."""
+        """Run *work* in the background, after `ensure_started`. It must not raise. Closing the group cancels it."""
         if self._tasks is None:
             raise ConfigurationError(_CLOSED_MESSAGE)
         self._tasks.start_soon(work)
 
     async def shield(self, work: Callable[[], Awaitable[T]], *, on_abandoned: Callable[[T], None]) -> T:
-        """Return what *work* returns, and let it run to its end even if the caller is cancelled meanwhile.
+        """Return the result of *work*, which runs to its end even if the caller is cancelled.
 
-        Starts without giving way, so from the call on *work* is certain to run. When the caller has gone,
-        the result goes to *orphaned* instead.
+        *work* starts without a checkpoint, so it always runs once this is called. If the caller is cancelled, the
+        result is passed to *on_abandoned* instead.
 
         Raises:
-            ShieldedWorkCancelled: The host was closed, and *work* did not end in the time it was given.
+            ShieldedWorkCancelled: The group was closed, and *work* did not end within the drain time.
         """
         result: _ShieldedResult[T] = _ShieldedResult()
         self._shielded += 1
@@ -98,17 +98,17 @@ class BackgroundTaskGroup:
             await result.done.wait()
         except BaseException:
             result.abandoned = True
-            if result.done.is_set() and result.error is None:  # answered and cancelled in the same breath
-                on_abandoned(result.value)  # type: ignore[arg-type]  # set whenever `error` is not
+            if result.done.is_set() and result.error is None:  # the result and the cancellation arrived together
+                on_abandoned(result.value)  # type: ignore[arg-type]  # `value` is set if `error` is None
             raise
         if result.error is not None:
             raise result.error
-        return result.value  # type: ignore[return-value]  # the same
+        return result.value  # type: ignore[return-value]  # `value` is set if `error` is None
 
     async def aclose(self, *, drain_s: float) -> None:
-        """Take no new work, give sheltered calls *drain_s* seconds to end, cancel the rest. Twice is harmless.
+        """Refuse new work, give shielded calls *drain_s* seconds to finish, and cancel the rest.
 
-        Cancelling ends the waiting; the background work ends all the same.
+        A second call has no effect. Cancelling ends the wait; the background work still ends.
         """
         self.check_owner()
         self.request_stop(drain_s=drain_s)
@@ -116,7 +116,7 @@ class BackgroundTaskGroup:
             await self._done.wait()
 
     def request_stop(self, *, drain_s: float) -> None:
-        """Begin what `aclose` does, without waiting for its end. Only on its own event loop."""
+        """Start closing without waiting for the end. Call it on the group's own event loop only."""
         self._closing = True
         if not self._stop.is_set():
             self._drain_s = drain_s
@@ -127,13 +127,13 @@ class BackgroundTaskGroup:
         return os.getpid(), anyio.lowlevel.current_token()
 
     def check_owner(self) -> None:
-        """Raise unless this is the event loop and the process it was first used in, if it was."""
+        """Raise `ConfigurationError` in another event loop or process than the one of first use."""
         if self._owner is None:
             return
         if self._owner[0] != os.getpid():
-            raise ConfigurationError("the client was made before a fork; make one in each process")
+            raise ConfigurationError("client: was created before a fork. Create one client per process.")
         if self._owner != self._current_owner():
-            raise ConfigurationError("the client belongs to another event loop; make one in each loop")
+            raise ConfigurationError("client: is bound to another event loop. Create one client per event loop.")
 
     def _start(self) -> None:
         lowlevel = trio_lowlevel()
@@ -143,7 +143,7 @@ class BackgroundTaskGroup:
             self._root = asyncio.get_running_loop().create_task(self._run(), name="nanobanana_async")
             self._root.add_done_callback(
                 lambda _: self._mark_stopped()
-            )  # a task that is cancelled before its first step
+            )  # also if the task is cancelled before its first step
 
     async def _run(self) -> None:
         try:
@@ -159,7 +159,7 @@ class BackgroundTaskGroup:
             self._mark_stopped()
 
     def _mark_stopped(self) -> None:
-        """Let everybody know that background work has ended, also when the event loop ended it, or never began it."""
+        """Set the state to stopped and call `on_stopped`, also if the event loop ended the work or never began it."""
         if not self._done.is_set():
             self._closing = True
             self._tasks = None
@@ -173,7 +173,7 @@ class BackgroundTaskGroup:
         try:
             result.value = await work()
             result.error = None
-        except Exception as exc:  # noqa: BLE001 - it is the caller's, and re-raised there
+        except Exception as exc:  # noqa: BLE001 - raised again in the caller's task
             result.error = exc
         finally:
             self._shielded -= 1

@@ -1,4 +1,4 @@
-"""`DelayQueue`: what is due when, for one coroutine to sleep on, whatever the number of items."""
+"""`DelayQueue`: items with a due time, for one coroutine to wait on, whatever their number."""
 
 import heapq
 import itertools
@@ -9,23 +9,23 @@ import anyio
 
 
 class Delayed(Protocol):
-    """Something that is due."""
+    """An item with a due time."""
 
     due_s: float
-    """When, on the event loop's clock; infinity for never."""
+    """Due time on the event loop's clock; infinity if it is not scheduled."""
 
 
 T = TypeVar("T", bound=Delayed)
 
 
 class DelayQueue(Generic[T]):
-    """What is due, the earliest first.
+    """Items ordered by due time, earliest first.
 
-    Deletion is lazy: an item whose time is no longer its own is stale, and is dropped when it is met, or when stale
-    items are most of the heap. So everything costs O(log n), whoever leaves, and nobody is kept alive by it for long.
+    Deletion is lazy. An entry whose time differs from its item's `due_s` is stale. It is dropped when it reaches the
+    head, or when stale entries are most of the heap. Every operation is O(log n), and a removed item is released soon.
 
-    Once asleep, it sleeps for *slack_s* seconds at least, and what falls due meanwhile is served together: a request
-    that leaves in company costs a third of the CPU of a lone one (`benchmarks/polls.py`).
+    `wait_due` sleeps for at least *slack_s* seconds, and items that become due meanwhile are served together. Requests
+    sent together cost a third of the CPU of single ones (`benchmarks/polls.py`).
     """
 
     def __init__(self, slack_s: float) -> None:
@@ -35,13 +35,13 @@ class DelayQueue(Generic[T]):
         self._counter = itertools.count()
         self._head_changed = anyio.Event()
         self.wakeups = 0
-        """Times that `wait_due` woke up."""
+        """Number of times that `wait_due` woke up."""
 
     def __len__(self) -> int:
         return len(self._heap)
 
     def schedule(self, item: T, due_s: float) -> None:
-        """Put *item* in, or move it; with infinity, take it out."""
+        """Insert *item* or change its due time. With infinity, remove it."""
         self._scheduled += (due_s < math.inf) - (item.due_s < math.inf)
         item.due_s = due_s
         if due_s < math.inf:
@@ -53,28 +53,28 @@ class DelayQueue(Generic[T]):
             heapq.heapify(self._heap)
 
     def remove(self, item: T) -> None:
-        """Take *item* out, if it is in."""
+        """Remove *item* if it is scheduled."""
         self.schedule(item, math.inf)
 
     def next_due_s(self) -> float:
-        """Return when the first item is due; infinity when there is none."""
+        """Return the due time of the first item; infinity if the queue is empty."""
         while self._heap and self._heap[0][0] != self._heap[0][2].due_s:
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else math.inf
 
     def pop(self) -> T:
-        """Take out the first item. Only right after `wait_due` or `next_due_s`, for it must not be stale."""
+        """Remove and return the first item. Call it right after `wait_due` or `next_due_s`."""
         item = heapq.heappop(self._heap)[2]
         item.due_s = math.inf
         self._scheduled -= 1
         return item
 
     def count_overdue(self, now_s: float) -> int:
-        """Count the items that are overdue at *now_s*. O(n): for statistics only."""
+        """Return the number of items due before *now_s*. O(n): for statistics only."""
         return sum(due_s < now_s and due_s == item.due_s for due_s, _, item in self._heap)
 
     async def wait_due(self) -> None:
-        """Return when the first item is due, or at most the grain later."""
+        """Return when the first item is due, at most *slack_s* later."""
         while (wait_s := self.next_due_s() - anyio.current_time()) > 0:
             self._head_changed = anyio.Event()
             with anyio.move_on_after(max(wait_s, self._slack_s)):
@@ -83,4 +83,4 @@ class DelayQueue(Generic[T]):
 
 
 _COMPACT_AFTER: Final = 100
-"""Stale items that are not worth a sweep."""
+"""Number of stale entries below which the heap is not rebuilt."""

@@ -1,4 +1,4 @@
-"""`OneShotEvent`: wakes one task, once. A waiter among a million costs one future, not an event with a queue in it."""
+"""`OneShotEvent`: a one-time event for one waiting task, small enough for a million waiters."""
 
 import asyncio
 import sys
@@ -8,16 +8,16 @@ if TYPE_CHECKING:
     import trio
 
 
-def trio_lowlevel() -> Any | None:  # noqa: ANN401 - a module that need not be installed
-    """Return `trio.lowlevel` if trio is loaded, and whole: another thread may be half way through importing it."""
+def trio_lowlevel() -> Any | None:  # noqa: ANN401 - a module that may not be installed
+    """Return `trio.lowlevel` if trio is fully imported; another thread may be importing it now."""
     return getattr(sys.modules.get("trio"), "lowlevel", None)
 
 
 class OneShotEvent:
-    """Rung once, from the same event loop; waited for by one task. On asyncio and on trio.
+    """An event that is set once and awaited by one task, on the same event loop.
 
-    `anyio.Event` does the same for any number of tasks, and is five objects; the garbage collector stops the loop to
-    look at each.
+    It works on asyncio and trio. `anyio.Event` allows any number of waiters, but is five objects, and the garbage
+    collector stops the event loop to visit each of them.
     """
 
     __slots__ = ("_is_set", "_waiter")
@@ -27,7 +27,7 @@ class OneShotEvent:
         self._waiter: asyncio.Future[None] | trio.lowlevel.Task | None = None
 
     def set(self) -> None:
-        """Wake who waits, now or later."""
+        """Wake the waiting task, now or when it starts to wait."""
         self._is_set = True
         sleeper, self._waiter = self._waiter, None
         if isinstance(sleeper, asyncio.Future):
@@ -37,7 +37,7 @@ class OneShotEvent:
             sys.modules["trio"].lowlevel.reschedule(sleeper)
 
     async def wait(self) -> None:
-        """Return once it has rung. Cancelling ends the waiting."""
+        """Return once the event is set. Cancelling ends the wait."""
         if self._is_set:
             return
         lowlevel = trio_lowlevel()

@@ -1,4 +1,4 @@
-"""`flow`: many rows through one worker function, a bounded number at a time, in the order in which they end."""
+"""`map_unordered`: run many items through one worker function with bounded concurrency, in completion order."""
 
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
@@ -11,11 +11,11 @@ from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async.errors import ConfigurationError
 
 R = TypeVar("R")
-O = TypeVar("O")  # noqa: E741 - what comes out
+O = TypeVar("O")  # noqa: E741 - the output type
 
 
 async def iter_any(items: Iterable[R] | AsyncIterable[R]) -> AsyncGenerator[R]:
-    """Yield each of *rows*, whichever kind they are. An async generator is closed with this one."""
+    """Yield each of *items*, from any kind of iterable. An async generator is closed with this one."""
     if isinstance(items, AsyncGenerator):
         async with contextlib.aclosing(items):
             async for item in items:
@@ -36,15 +36,14 @@ async def map_unordered(
     max_in_flight: int,
     on_unconsumed: Callable[[O], None],
 ) -> AsyncGenerator[O]:
-    """Yield what *work* returns for each of *rows*, Nones aside, as each ends. *host* must be running.
+    """Yield the result of *work* for each of *items* as it completes, except None. *background* must be started.
 
-    A row is taken when there is a place for it, and keeps the place until its outcome has been consumed. An error of
-    *rows* ends the taking and is raised here, after the last outcome; one of *work* ends everything. Closing the
-    generator cancels what is under way, without waiting for it: that is the host's business. Outcomes that nobody
-    took by then go to *unread*.
+    An item is pulled when a slot is free, and holds the slot until its result has been consumed. An error of *items*
+    stops the pulling and is raised here after the last result. An error of *work* ends everything. Closing the
+    generator cancels running work without waiting for it. Results that were not consumed are passed to *on_unconsumed*.
     """
     if max_in_flight < 1:
-        raise ValueError(f"max_in_flight: must be at least 1, got {max_in_flight}")
+        raise ValueError(f"max_in_flight: expected at least 1, got {max_in_flight}")
     feed = _MapState(items, work, on_unconsumed, max_in_flight)
     background.start_soon(feed.run)
     try:
@@ -58,7 +57,7 @@ async def map_unordered(
 
 
 class _MapState(Generic[R, O]):
-    """The side of a flow that runs in the background."""
+    """The background side of `map_unordered`."""
 
     def __init__(
         self,
@@ -73,17 +72,17 @@ class _MapState(Generic[R, O]):
         self.slots = anyio.Semaphore(at_once)
         self._scope = anyio.CancelScope()
         self._results_send, self.results = anyio.create_memory_object_stream[O](at_once)
-        self.error: Exception | None = ConfigurationError("the client was closed before the last row had ended")
+        self.error: Exception | None = ConfigurationError("client: was closed before the last item had finished")
 
     async def run(self) -> None:
-        """Run every row."""
+        """Run every item."""
         error = None
         with self._results_send, self._scope:
             try:
                 async with anyio.create_task_group() as group:
                     try:
                         await self._pull(group)
-                    except Exception as exc:  # noqa: BLE001 - raised to whoever consumes, when the others have ended
+                    except Exception as exc:  # noqa: BLE001 - raised to the consumer after the last result
                         error = exc
             except ExceptionGroup as exc:
                 error = exc.exceptions[0]
@@ -107,7 +106,7 @@ class _MapState(Generic[R, O]):
             self._on_unconsumed(outcome)
 
     def stop(self) -> None:
-        """Stop: nobody reads any more."""
+        """Cancel running work and pass results that were not consumed to the hook."""
         self._scope.cancel()
         with self.results, contextlib.suppress(anyio.WouldBlock, anyio.EndOfStream):
             while True:

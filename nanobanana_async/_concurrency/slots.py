@@ -1,4 +1,4 @@
-"""`Admission`: how many submits are being prepared and sent at once, and the line of those who wait for that."""
+"""`Admission`: a FIFO semaphore with deadlines, for submits that are being prepared and sent."""
 
 import math
 from collections import deque
@@ -18,21 +18,20 @@ _TIMER_SLACK_S: Final = 0.05
 
 @attrs.define(eq=False)
 class _Waiter:
-    """One in the line."""
+    """One waiting caller."""
 
     due_s: float = math.inf
-    """When its patience ends."""
+    """Deadline of the wait."""
     event: OneShotEvent = attrs.field(factory=OneShotEvent)
     acquired: bool = False
     cancelled: bool = False
 
 
 class Admission:
-    """So many places, first come, first served.
+    """A FIFO semaphore whose waiters have deadlines.
 
-    A semaphore with a deadline per waiter would do, but a cancel scope and a timer for each of ten thousand callers
-    are a quarter of a million objects, and the garbage collector stops the loop to look at them all. Here a waiter is
-    a future, and one timer serves the whole line.
+    A cancel scope and a timer for each of ten thousand callers are a quarter of a million objects, and the garbage
+    collector stops the event loop to visit them. Here a waiter is one future, and one timer serves all of them.
     """
 
     def __init__(self, places: int) -> None:
@@ -42,9 +41,9 @@ class Admission:
         self._timer_started = False
 
     async def acquire(self, deadline_s: float, start_soon: StartSoon) -> bool:
-        """Return True once there is a place, which `leave` gives back; False when the deadline came first.
+        """Return True once a slot is acquired, which `release` gives back; False if the deadline comes first.
 
-        *start_soon* starts the line's timer, once. Cancelling gives up the place in the line.
+        *start_soon* starts the shared timer once. Cancelling gives up the place in the queue.
         """
         if self._free:
             self._free -= 1
@@ -69,7 +68,7 @@ class Admission:
         return waiter.acquired
 
     def release(self) -> None:
-        """Give a place back: to the next in the line, if there is one."""
+        """Give a slot to the next waiter, or back to the pool."""
         while self._waiters:
             waiter = self._waiters.popleft()
             if not waiter.cancelled:

@@ -1,4 +1,4 @@
-"""The service's operations, one awaitable each: encode, pace, send, judge, and try again where that is safe."""
+"""The operations of the service: encode, wait for a slot, send, classify, and retry where that is safe."""
 
 import contextlib
 import logging
@@ -41,12 +41,12 @@ BeforeSend: TypeAlias = Callable[[], Awaitable[None]]
 
 _log: Final = logging.getLogger("nanobanana_async")
 
-_NO_SLOT_MESSAGE: Final = "the time was up before the submit had its turn; nothing was sent"
+_NO_SLOT_MESSAGE: Final = "timed out waiting for a submit slot; nothing was sent"
 _OUTAGE_AFTER_ERRORS: Final = 3
-"""So many requests in a row that bring no answer are trouble of the service, not of one task."""
+"""Consecutive requests without a response that count as an outage of the service."""
 
 _OFFLOAD_BYTES: Final = 2**20
-"""Requests and replies longer than this hold pictures; to encode or decode them would stall the loop."""
+"""Bodies above this size are encoded and decoded in a thread, because that would block the event loop."""
 
 
 @attrs.frozen
@@ -55,11 +55,11 @@ class AcceptedSubmit:
 
     task_id: str
     possible_duplicates: int
-    """Times it was sent again, under the retry policy, although the time before may have been charged."""
+    """Number of resubmits under the retry policy after a submit that may have been charged."""
 
 
 class ServiceApi:
-    """What the service offers, as this client may use it: paced, bounded, retried where that cannot pay twice."""
+    """The operations of the service within the client's limits. Retries only where no second charge is possible."""
 
     def __init__(
         self,
@@ -80,12 +80,13 @@ class ServiceApi:
         self._retry_quota = RetryQuota()
         self._breaker = CircuitBreaker()
         self.on_orphan: Callable[[AcceptedSubmit, GenerationRequest], None] | None = None
-        """Told of each task that was accepted after its caller had gone."""
+        """Called for each task that was accepted after its caller was cancelled."""
         self._consecutive_throttles = 0
         self._consecutive_errors = 0
         self._submit_lock = anyio.Lock(fast_acquire=True)
         self._admission = Admission(limits.max_submits)
-        """For submits from preparing to outcome. A slot, below, is for the exchange, which may outlive its caller."""
+        """Bounds submits from preparation to outcome. A slot below covers the exchange, which may outlive its caller.
+        """
         self._submit_slots = anyio.Semaphore(limits.max_submits)
         self._poll_slots = anyio.Semaphore(limits.max_polls)
 
@@ -97,19 +98,18 @@ class ServiceApi:
         deadline_s: float,
         before_send: BeforeSend | None = None,
     ) -> AcceptedSubmit:
-        """Ask for one picture and return its task id.
+        """Submit *request* and return its task id.
 
-        *prepare* makes the images of *request* strings. It is called when the submit is let in, so that those who
-        queue cost little, however large their images. *before_send* is awaited before each POST, when its turn has
-        come; if it raises, nothing is sent. *deadline_s* (on the event loop's clock) bounds the waiting.
-        Cancelling, or giving up, while the POST is on the wire does not tear it: it runs to its end in the background,
-        and an id it brings is logged.
+        *prepare* turns the images of *request* into strings. It is called after a slot is acquired, so waiting submits
+        hold no encoded images. *before_send* is awaited before each POST. If it raises, nothing is sent. *deadline_s*,
+        on the event loop's clock, bounds the wait. If the caller is cancelled or times out during the POST, the POST
+        runs to its end in the background and the task id is logged.
 
         Raises:
-            NotSent: Nothing was charged: no connection, or no turn by *deadline_s*.
-            SubmissionUnknown: It may have been charged; nothing says so.
-            ApiError: The service said no.
-            ConfigurationError: It can never work like this.
+            NotSent: Nothing was charged: no connection, or no slot by *deadline_s*.
+            SubmissionUnknown: The submit may have been charged, but no response confirmed it.
+            ApiError: The service responded with an error.
+            ConfigurationError: The client is closed or set up in a way that cannot work.
         """
         await self._background.ensure_started()
         if not await self._admission.acquire(deadline_s, self._background.start_soon):
@@ -124,31 +124,31 @@ class ServiceApi:
             self._admission.release()
 
     async def query(self, task_id: str) -> Task:
-        """Return how the task stands, retrying within `Timeouts.query_s`.
+        """Return a snapshot of the task, with retries within `Timeouts.query_s`.
 
         Raises:
-            TransportError: No usable answer came.
-            ApiError: The service said no; `TaskNotFound` also for a fresh id that is not visible yet.
+            TransportError: No usable response arrived.
+            ApiError: The service responded with an error. `TaskNotFound` includes a new task that is not visible yet.
         """
         wire = self._authorized(codec.encode_query(self._endpoint.base_url, task_id))
         return await self._get_with_retries(wire, partial(codec.decode_task, task_id=task_id))
 
     async def balance(self) -> Decimal:
-        """Return the credits left, retrying within `Timeouts.query_s`. Raises as `query` does."""
+        """Return the credits left, with retries within `Timeouts.query_s`. Raises as `query` does."""
         wire = self._authorized(codec.encode_balance(self._endpoint.base_url))
         return await self._get_with_retries(wire, codec.decode_balance)
 
     @property
     def polls_per_s(self) -> float:
-        """How many queries may leave per second: what the pacer allows, or half of it while submits queue."""
+        """Queries that may be sent per second: the limiter's rate, or half of it while submits wait."""
         return self._rate_limiter.rate * (0.5 if self._submit_lock.locked() else 1.0)
 
     async def acquire_poll_slot(self) -> None:
-        """Wait for a poll slot and for the pacer. `look` gives the slot back, or else `release_poll_slot`."""
+        """Wait for a poll slot and for the rate limiter. `poll` or `release_poll_slot` gives the slot back."""
         await self._acquire_slot(self._poll_slots, None)
 
     def release_poll_slot(self) -> None:
-        """Give the poll slot back unused."""
+        """Give back a poll slot that was not used."""
         self._poll_slots.release()
 
     async def poll(self, task_id: str) -> Task:
@@ -156,7 +156,7 @@ class ServiceApi:
         wire = self._authorized(codec.encode_query(self._endpoint.base_url, task_id))
         return await self._get_once(wire, partial(codec.decode_task, task_id=task_id), self._timeouts.query_s)
 
-    # --- how they travel --------------------------------------------------------------------------------------------
+    # --- requests ---------------------------------------------------------------------------------------------------
 
     async def _submit(
         self, wire: WireRequest, request: GenerationRequest, deadline_s: float, before_send: BeforeSend | None
@@ -175,12 +175,12 @@ class ServiceApi:
             error = submit_error(outcome, rule, duplicates, self._endpoint.base_url)
             if isinstance(error, ApiError) and outcome.response is not None:
                 error.retry_after_s = retry_after_s(outcome.response.headers)
-            # Whoever keeps books has to close them between tries that cost nothing, and may try again himself.
+            # A caller that records attempts has to record the outcome before the next one, and may retry itself.
             is_theirs = before_send is not None and not rule.retry.may_duplicate
             if is_theirs or not self._may_retry(rule, attempts):
                 break
             duplicates += rule.retry.may_duplicate
-            _log.info("submit: try %d ended as %r (%s); trying again", attempts, rule.name, rule.verdict.value)
+            _log.info("submit: attempt %d ended as %r (%s); retrying", attempts, rule.name, rule.verdict.value)
         raise error
 
     async def _run_before_send(self, before_send: BeforeSend) -> None:
@@ -196,16 +196,16 @@ class ServiceApi:
     async def _post(
         self, wire: WireRequest, request: GenerationRequest, *, deadline_s: float, exchange_deadline_s: float
     ) -> SubmitExchange:
-        """Send once. The exchange belongs to the host: it runs to its end whatever becomes of the caller."""
+        """Send once, in a shielded task that runs to its end even if the caller is cancelled."""
         exchange = partial(self._send_submit, wire, exchange_deadline_s)
         with anyio.CancelScope(deadline=deadline_s):
             try:
                 return await self._background.shield(exchange, on_abandoned=partial(self._on_abandoned, request))
             except ShieldedWorkCancelled:
                 return SubmitExchange(
-                    failure=ExchangeError("the client was closed while it was under way", phase=Phase.SEND)
+                    failure=ExchangeError("the client was closed during the exchange", phase=Phase.SEND)
                 )
-        reason = "no answer yet when the caller's time was up; it runs on, and an id it brings will be logged"
+        reason = "the caller timed out before the response; the exchange continues, and its task id will be logged"
         return SubmitExchange(failure=ExchangeError(reason, phase=Phase.SEND))
 
     async def _send_submit(self, wire: WireRequest, exchange_deadline_s: float) -> SubmitExchange:
@@ -216,7 +216,7 @@ class ServiceApi:
         except ExchangeError as exc:
             outcome = self._decode_exchange(exc.response, self._endpoint.redact_error(exc))
         except anyio.get_cancelled_exc_class():
-            _log.warning("a submit was cut off when the client was closed; it may have been charged")
+            _log.warning("submit was interrupted by closing the client; it may have been charged")
             raise
         finally:
             self._submit_slots.release()
@@ -231,7 +231,7 @@ class ServiceApi:
         return SubmitExchange(response=response, envelope=codec.decode_envelope(response), failure=failure)
 
     def _update_breaker(self, outcome: SubmitExchange) -> None:
-        """Trip the breaker on an answer that every further submit would get; reset it when one is accepted."""
+        """Open the breaker on a rejection that every further submit would get; close it when a submit is accepted."""
         verdict = classify(outcome).verdict
         if verdict is Verdict.ACCEPTED:
             self._breaker.reset()
@@ -241,18 +241,18 @@ class ServiceApi:
                 self._breaker.trip(error)
 
     def _on_abandoned(self, request: GenerationRequest, outcome: SubmitExchange) -> None:
-        """Keep a paid id from being lost with its caller: the log is the last place that can hold it."""
+        """Log the result of a submit whose caller was cancelled, because the log is the last place for its task id."""
         rule = classify(outcome)
         if rule.verdict is Verdict.UNKNOWN:
-            _log.warning("a submit whose caller had gone may have been charged: %s", describe(outcome))
+            _log.warning("abandoned submit may have been charged: %s", describe(outcome))
         if rule.verdict is not Verdict.ACCEPTED:
             return
         submitted = _accepted_submit(outcome, 0)
-        _log.warning("task %s was accepted after its caller had gone", submitted.task_id)
+        _log.warning("task %s was accepted after its caller was cancelled", submitted.task_id)
         if self.on_orphan is not None:
             try:
                 self.on_orphan(submitted, request)
-            except Exception:  # noqa: BLE001 - it is the user's code, and this task must go on
+            except Exception:  # noqa: BLE001 - user code; this task must continue
                 _log.exception("on_orphan failed for task %s", submitted.task_id)
 
     async def _get_with_retries(self, wire: WireRequest, decode: Callable[[WireResponse], T]) -> T:
@@ -261,20 +261,20 @@ class ServiceApi:
         attempts = 0
         while True:
             if not await self._acquire_by(self._poll_slots, deadline_s):
-                raise NotSent("the time was up before the request had its turn")
+                raise NotSent("timed out waiting for a poll slot")
             attempts += 1
             last = attempts >= self._retry.attempts
             left_s = deadline_s - anyio.current_time()
             try:
-                # Half of what is left, for a peer that says nothing must not eat the other tries.
+                # Half of the time left: a peer that never responds must not use up the other attempts.
                 return await self._get_once(wire, decode, left_s if last else left_s / 2)
             except (RateLimited, ServiceUnavailable, TransportError) as exc:
                 if last or not self._retry_quota.acquire() or not await self._back_off(attempts, deadline_s):
                     raise
-                _log.info("%s %s: try %d failed; trying again: %s", wire.method, wire.url, attempts, exc)
+                _log.info("%s %s: attempt %d failed; retrying: %s", wire.method, wire.url, attempts, exc)
 
     async def _get_once(self, wire: WireRequest, decode: Callable[[WireResponse], T], timeout_s: float) -> T:
-        """Send once and decode; gives the poll slot back."""
+        """Send once and decode. Gives the poll slot back."""
         sent_s = anyio.current_time()
         try:
             response = await send_checked(self._transport, wire, timeout_s=timeout_s)
@@ -293,26 +293,26 @@ class ServiceApi:
         finally:
             self._poll_slots.release()
         if failure.permanent and failure.phase is Phase.CONNECT:
-            raise ConfigurationError(f"{self._endpoint.base_url} cannot be reached like this: {failure.reason}")
+            raise ConfigurationError(f"{self._endpoint.base_url} cannot be reached: {failure.reason}")
         error = NotSent if failure.phase is Phase.CONNECT else TransportError
-        raise error(f"no answer from {self._endpoint.base_url}: {failure.reason}")
+        raise error(f"no response from {self._endpoint.base_url}: {failure.reason}")
 
-    # --- who may send, and when ---------------------------------------------------------------------------------
+    # --- slots and retries ------------------------------------------------------------------------------------------
 
     async def _next_attempt(self, error: NanoBananaError, attempts: int, deadline_s: float) -> bool:
-        """Pause after a failed try and take the next turn; False when *error*, what is known so far, has to stand."""
+        """Back off after a failed attempt and acquire a slot; False if *error*, the last outcome, has to stand."""
         if not attempts:
             return await self._acquire_submit_slot(deadline_s)
         try:
             return await self._back_off(attempts, deadline_s) and await self._acquire_submit_slot(deadline_s)
         except NanoBananaError:
-            return False  # closed, or refused for good: but a try before this one may have been charged
+            return False  # closed or rejected, but an earlier attempt may have been charged
         except BaseException:
-            _log.warning("a submit was cancelled between two tries; the last one ended so: %s", error)
+            _log.warning("submit was cancelled between two attempts; the last one ended with: %s", error)
             raise
 
     async def _acquire_submit_slot(self, deadline_s: float) -> bool:
-        """Take a turn for a submit, unless it is known that it would be refused."""
+        """Acquire a submit slot, unless the breaker is open or the client is closed."""
         if not await self._acquire_by(self._submit_slots, deadline_s, self._submit_lock):
             return False
         try:
@@ -324,10 +324,10 @@ class ServiceApi:
         return True
 
     async def _acquire_by(self, slots: anyio.Semaphore, deadline_s: float, lock: anyio.Lock | None = None) -> bool:
-        """Take a slot, then a permit; False when the deadline came first, and then nothing is held.
+        """Acquire a slot and the rate limiter's permission; False if the deadline came first, and nothing is held.
 
-        With a *gate*, those behind it stand in the pacer's line one at a time: the tracker, who stands there alone
-        for all tasks, would otherwise get one turn in seventeen while submits queue.
+        With a *lock*, its waiters stand in the limiter's queue one at a time. Otherwise the tracker, which stands there
+        once for all tasks, would get one turn in seventeen while submits wait.
         """
         with anyio.CancelScope(deadline=deadline_s):
             await self._acquire_slot(slots, lock)
@@ -346,7 +346,7 @@ class ServiceApi:
             raise
 
     def _observe(self, response: WireResponse | None, sent_s: float) -> None:
-        """Learn from a reply, or from its absence, how the service fares: its trouble slows everyone."""
+        """Adapt the rate to a response, or to its absence."""
         asked_s = None if response is None else retry_after_s(response.headers)
         if response is not None and (response.status == 429 or (response.status == 503 and asked_s is not None)):
             if self._rate_limiter.record_throttle(sent_s):
@@ -378,7 +378,7 @@ class ServiceApi:
         return allowed and attempts < self._retry.attempts and self._retry_quota.acquire()
 
     async def _back_off(self, attempts: int, deadline_s: float) -> bool:
-        """Sleep before the next try; False, at once, when it could not begin before the deadline."""
+        """Sleep before the next attempt; return False at once if it could not begin before the deadline."""
         backoff_s = self._retry.backoff_s(attempts, self._rng)
         if anyio.current_time() + max(backoff_s, self._rate_limiter.pause_left_s) >= deadline_s:
             return False
@@ -387,14 +387,14 @@ class ServiceApi:
 
 
 async def _run_maybe_in_thread(size_bytes: int, work: Callable[[], T]) -> T:
-    """Do *work* here, or in a thread if it is about a lot of bytes."""
+    """Run *work* here, or in a thread if it handles many bytes."""
     return await anyio.to_thread.run_sync(work) if size_bytes > _OFFLOAD_BYTES else work()
 
 
 def _accepted_submit(outcome: SubmitExchange, duplicates: int) -> AcceptedSubmit:
-    task_id = outcome.envelope.task_id or ""  # the row guarantees one
+    task_id = outcome.envelope.task_id or ""  # guaranteed by the rule
     if outcome.failure is not None or not outcome.envelope.ok:
-        _log.warning("task %s was accepted, though the answer was odd: %s", task_id, describe(outcome))
+        _log.warning("task %s was accepted with an unusual response: %s", task_id, describe(outcome))
     if duplicates:
-        _log.warning("task %s: earlier tries that may have been charged as well: %d", task_id, duplicates)
+        _log.warning("task %s: possible duplicates: %d", task_id, duplicates)
     return AcceptedSubmit(task_id, duplicates)

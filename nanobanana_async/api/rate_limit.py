@@ -1,4 +1,4 @@
-"""Who may send now: a token bucket that Retry-After can hold shut, and the quota that keeps retries from piling up."""
+"""Rate limiter, circuit breaker and retry quota: when a request may be sent."""
 
 import copy
 import math
@@ -15,13 +15,13 @@ import anyio
 from nanobanana_async.errors import ApiError
 
 MAX_RETRY_AFTER_S: Final = 300.0
-"""What a Retry-After is clamped to: nobody sleeps for an hour on a typing error."""
+"""Upper bound of a Retry-After, against absurd values."""
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds a reply asks to wait, in [0, 300]; None when it does not say, or says nonsense.
+    """Return the seconds that a response asks to wait, in [0, 300]; None if it has no valid Retry-After.
 
-    A date is read against the reply's own `Date`, so that a wrong clock here changes nothing (RFC 9110, 10.2.3).
+    A date is compared with the response's own `Date`, so a wrong local clock has no effect (RFC 9110, 10.2.3).
     """
     value = headers.get("retry-after", "").strip()
     if not value:
@@ -43,15 +43,15 @@ def _parse_http_date(text: str) -> float | None:
 
 
 class AdaptiveRateLimiter:
-    """Lets *rate* requests per second through, at most *burst* at once, and none while the service wants quiet.
+    """Allows *rate* requests per second, at most *burst* at once, and none during a pause.
 
-    First come, first served: the first in line sleeps, the others wait for it. The bucket is one number, the time at
-    which it will be full again (the generic cell rate algorithm, as in ITU-T I.371).
+    Callers are served in FIFO order: the first one sleeps, the others wait for it. The bucket is one number, the time
+    at which it will be full again (generic cell rate algorithm, ITU-T I.371).
 
-    The rate gives way to trouble: `slow` takes off half the share of trouble among the last replies, so that a rare
-    429 costs little and a wall of them half, down to one request per second (DCTCP: Alizadeh et al., 2010). Each
-    success gives a little back, so that it recovers by a factor of e in ten seconds. While it is below its best, the
-    gaps are left to chance by half, so that many clients that met the same trouble do not march in step.
+    `record_throttle` lowers the rate by half the fraction of errors among the last responses, down to one request per
+    second. A rare 429 costs little, and a series of them half the rate (DCTCP: Alizadeh et al., 2010). Each success
+    raises it a little, so it recovers by a factor of e in ten seconds. Below the maximum rate half of each interval is
+    random, so that clients that were throttled together do not stay in step.
     """
 
     def __init__(self, rate: float, burst: int, rng: Random | None = None) -> None:
@@ -63,38 +63,38 @@ class AdaptiveRateLimiter:
         self._paused_until_s = -math.inf
         self._last_throttle_s = -math.inf
         self._throttle_fraction = 0.0
-        """The share of trouble among the last replies."""
+        """Fraction of errors among the last responses (EWMA)."""
         self._rate_before_throttle = rate
-        """The rate before the present trouble."""
+        """The rate before the current series of errors."""
         self._lock = anyio.Lock(fast_acquire=True)
         self.rate = rate
-        """Requests per second, as things stand."""
+        """Current rate in requests per second."""
 
     async def acquire(self) -> None:
-        """Return when one request may leave. Cancelling gives up the place in the line, at no cost to the others."""
+        """Return when one request may be sent. Cancelling gives up the place in the queue without delaying others."""
         async with self._lock:
-            # Asked again after each sleep, for a hush may have begun meanwhile.
-            while (wait_s := self._tat_s - self._burst_tolerance_s - anyio.current_time()) > _ROUNDING_S:  # noqa: ASYNC110 - time passes by itself
+            # Checked again after each sleep, because a pause may have begun meanwhile.
+            while (wait_s := self._tat_s - self._burst_tolerance_s - anyio.current_time()) > _ROUNDING_S:  # noqa: ASYNC110 - the condition is the clock
                 await anyio.sleep(wait_s + self._coalesce_s)
             self._tat_s = max(self._tat_s, anyio.current_time()) + self._interval_s()
 
     @property
     def _coalesce_s(self) -> float:
-        """How long permits pile up before they are given out together: company saves CPU, see `DelayQueue`."""
+        """How long permissions are collected and then given together, which saves CPU (see `DelayQueue`)."""
         return min(_COALESCE_S, self._burst_tolerance_s / 2) if self.rate == self._max_rate else 0.0
 
     def _interval_s(self) -> float:
         return 1 / self.rate if self.rate == self._max_rate else self._rng.uniform(0.5, 1.5) / self.rate
 
     def pause(self, seconds: float) -> None:
-        """Let nobody through for *seconds* from now, and no burst after that: one 429 slows everyone."""
+        """Block all requests for *seconds*, then start without a burst. Called after a 429."""
         self._paused_until_s = max(self._paused_until_s, anyio.current_time() + seconds)
         self._tat_s = max(self._tat_s, self._paused_until_s + self._burst_tolerance_s)
 
     def record_throttle(self, sent_s: float) -> bool:
-        """Note trouble with a request that left at *sent_s*.
+        """Record an error for a request sent at *sent_s*, and lower the rate.
 
-        Returns whether it is news: requests that were under way together meet the same trouble, and slow once.
+        Returns whether it starts a new series of errors. Requests in flight together count as one.
         """
         is_news = sent_s > self._last_throttle_s
         if is_news:
@@ -105,13 +105,13 @@ class AdaptiveRateLimiter:
         return is_news
 
     def record_success(self) -> None:
-        """Note a success."""
+        """Record a success, and raise the rate."""
         self._throttle_fraction -= _EWMA_GAIN * self._throttle_fraction
         self.rate = min(self._max_rate, self.rate + _ADDITIVE_INCREASE)
 
     @property
     def pause_left_s(self) -> float:
-        """How long the hush still lasts, in seconds; 0.0 when there is none."""
+        """Remaining time of the pause in seconds; 0.0 if there is none."""
         return max(0.0, self._paused_until_s - anyio.current_time())
 
 
@@ -119,16 +119,16 @@ _ROUNDING_S: Final = 1e-6
 _COALESCE_S: Final = 0.1
 _MIN_RATE: Final = 1.0
 _EWMA_GAIN: Final = 1 / 16
-"""What one reply counts in the share of trouble; the value of that paper."""
+"""Weight of one response in the fraction of errors; the value of the DCTCP paper."""
 _ADDITIVE_INCREASE: Final = 0.1
-"""Requests per second that a success gives back."""
+"""Increase of the rate per success, in requests per second."""
 
 
 class CircuitBreaker:
-    """Stops new submits after an answer that every further one would get: a refused key, an empty account.
+    """Blocks submits after a definite rejection: a refused key or an empty account.
 
-    Only for definite causes; for passing trouble a breaker trips early and a quota does better.
-    Every `PAUSE_S` one submit is let through to see whether the cause is gone, for a refusal costs nothing.
+    Transient errors do not open it; the retry quota handles those better. While it is open, one submit per
+    `PROBE_INTERVAL_S` is sent as a probe, because a rejection is not charged.
     """
 
     PROBE_INTERVAL_S: Final = 30.0
@@ -138,7 +138,7 @@ class CircuitBreaker:
         self._open_until_s = -math.inf
 
     def check(self) -> None:
-        """Raise the cause, at once and without asking the service, while there is one."""
+        """Raise the cause without sending a request, while the breaker is open."""
         if self._cause is None:
             return
         now_s = anyio.current_time()
@@ -147,20 +147,20 @@ class CircuitBreaker:
         self._open_until_s = now_s + self.PROBE_INTERVAL_S
 
     def trip(self, cause: ApiError) -> None:
-        """Stop what has not been sent yet."""
+        """Open the breaker: block submits that have not been sent."""
         self._cause = copy.copy(cause)
         self._open_until_s = anyio.current_time() + self.PROBE_INTERVAL_S
 
     def reset(self) -> None:
-        """Let submits through again: one was accepted."""
+        """Close the breaker: a submit was accepted."""
         self._cause = None
 
 
 class RetryQuota:
-    """Pays for retries out of what succeeds: under a total outage traffic tends to 1.0x instead of 3.0x.
+    """A token bucket for retries that successes refill. In a total outage, traffic tends to 1.0x instead of 3.0x.
 
-    A retry costs `COST` tokens, a success earns one back. Source: the retry quota of the AWS SDKs ("standard" mode),
-    with our own sizes; one per host, shared by everything safe to repeat.
+    A retry costs `COST` tokens, and a success returns one. Source: the retry quota of the AWS SDKs ("standard" mode),
+    with sizes of our own. One quota is shared by all requests that are safe to retry.
     """
 
     CAPACITY: Final = 100
@@ -170,12 +170,12 @@ class RetryQuota:
         self._tokens = self.CAPACITY
 
     def acquire(self) -> bool:
-        """Take the price of one retry; False when the quota is used up, and then the failure stands."""
+        """Take the tokens for one retry. Return False if too few are left; then the error stands."""
         if self._tokens < self.COST:
             return False
         self._tokens -= self.COST
         return True
 
     def release(self) -> None:
-        """Note a success."""
+        """Return one token after a success."""
         self._tokens = min(self.CAPACITY, self._tokens + 1)

@@ -1,18 +1,18 @@
-"""`LatencyModel`: what is known of how long pictures take, and when a look at an unfinished one pays. Pure.
+"""`LatencyModel`: learned latencies of tasks, and when polling an unfinished one is worth a request. Pure.
 
-The method. Time since the submit is cut into bins, and each bin has a rate of completion: events over time at risk, as
-in a life table. Every look adds what it saw. Looks only bracket the end of a task, so one that ended between two looks
-is spread over the bins between them in proportion to what is expected there (one step of Turnbull's self-consistency,
-JRSS B 1976); one that is unfinished counts as time at risk and nothing else, so those who leave early, and the slow
-ones still running, do not bias the rest. A gamma prior per bin (pseudo-events over pseudo-time, the conjugate of a
-constant rate) stands in until there is data, and older observations fade.
+The method. Time since the submit is divided into bins, and each bin has a hazard: events over time at risk, as in a
+life table. Every poll adds an observation. Polls only bracket the end of a task. A task that ended between two polls is
+spread over the bins between them in proportion to the expectation (one step of Turnbull's self-consistency, JRSS B
+1976). An unfinished task counts as time at risk, so tasks that are given up early, and slow ones still running, do not
+bias the rest. A gamma prior per bin (pseudo-events over pseudo-time, the conjugate of a constant rate) is used until
+there are data, and older observations decay.
 
-When to look: at the moment when the waiting that a look could end, weighted with the chance that there is any, has
-added up to the price of a look: the least t with  integral from a to t of P(done by s | unfinished at a) ds = price.
-For a constant rate h that is a pause of sqrt(2 price / h), the law of optimum checking schedules (Keller, Management
-Science 21, 1974; Barlow, Hunter and Proschan, J. SIAM 11, 1963), which spends the fewest looks for a given mean delay.
-Looking whenever P(done) has grown by a fixed share, the obvious rule, is as good where completion times have one peak,
-and needs a tenth more looks where they have two (`benchmarks/schedule.py`).
+When to poll: when the expected delay that a poll can end has reached the cost of a poll. That is the least t with
+integral from a to t of P(done by s | unfinished at a) ds = cost. For a constant hazard h it is an interval of sqrt(2
+cost / h), the law of optimum checking schedules (Keller, Management Science 21, 1974; Barlow, Hunter and Proschan, J.
+SIAM 11, 1963), which needs the fewest polls for a given mean delay. The obvious rule, polling whenever P(done) has
+grown by a fixed share, is as good for latencies with one peak, and needs a tenth more polls for two peaks
+(`benchmarks/schedule.py`).
 """
 
 import math
@@ -22,7 +22,7 @@ from itertools import pairwise
 from typing import Final, Self
 
 _GROWTH: Final = 1.15
-"""Bins widen with age: what matters at 10 s does not at 100 s."""
+"""Ratio of the widths of neighbouring bins. Later bins can be wider."""
 _FIRST_EDGE_S: Final = 1.0
 _LAST_EDGE_S: Final = 1800.0
 _EDGES: Final = (
@@ -32,13 +32,13 @@ _EDGES: Final = (
 )
 BINS: Final = len(_EDGES) - 1
 
-# The prior: 8 to 60 seconds are usual and minutes possible, says everybody who uses the service.
+# The prior: public clients report that 8 to 60 seconds are usual and minutes possible.
 PRIOR_MEDIAN_S: Final = 20.0
 _PRIOR_SIGMA: Final = 0.8
 _PRIOR_TASKS: Final = 4.0
-"""How many observed tasks the prior weighs as much as."""
+"""Weight of the prior, in observed tasks."""
 _DECAY_TASKS: Final = 512.0
-"""After so many further tasks an observation has faded to 1/e."""
+"""Number of later tasks after which an observation has decayed to 1/e."""
 
 
 def _prior() -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -50,7 +50,7 @@ def _prior() -> tuple[tuple[float, ...], tuple[float, ...]]:
         before, after = unfinished(start_s), unfinished(end_s)
         events.append(_PRIOR_TASKS * (before - after))
         at_risk_s.append(_PRIOR_TASKS * (before + after) / 2 * (end_s - start_s))
-    # Beyond the last bin: as in it. A rate of exactly zero would be sure of something.
+    # Beyond the last edge the last bin continues: a hazard of zero would mean certainty.
     return (*events, events[-1]), (*at_risk_s, at_risk_s[-1])
 
 
@@ -58,16 +58,16 @@ _PRIOR_EVENTS, _PRIOR_AT_RISK_S = _prior()
 
 
 class LatencyModel:
-    """Learns from looks, at a cost of a few bins per look."""
+    """Learns from polls. Each poll updates a few bins."""
 
     def __init__(self) -> None:
         self._events = [0.0] * BINS
         self._at_risk_s = [0.0] * BINS
         self._observation_weight = 1.0
-        """What the next observation counts; growing it fades all earlier ones at once."""
+        """Weight of the next observation. Raising it decays all earlier ones at once."""
 
     def next_poll_in_s(self, age_s: float, cost_s: float, max_s: float) -> float:
-        """Return the seconds until a look at a task unfinished at *age_s* is worth *price_s*; at most *max_s*."""
+        """Return the seconds until polling a task unfinished at *age_s* is worth *cost_s*; at most *max_s*."""
         unfinished, waited_s = 1.0, 0.0
         for k, start_s, end_s in _bins(age_s, age_s + max_s):
             rate, length_s = self._hazard(k), end_s - start_s
@@ -79,7 +79,7 @@ class LatencyModel:
         return max_s
 
     def observe(self, since_s: float, age_s: float, *, done: bool) -> None:
-        """Note that a task unfinished at *since_s* was looked at again at *age_s*, and whether it was done by then."""
+        """Record that a task unfinished at *since_s* was polled at *age_s*, and whether it was finished by then."""
         if done:
             self._distribute_event(list(_bins(since_s, age_s)))
             self._decay()
@@ -88,7 +88,7 @@ class LatencyModel:
                 self._at_risk_s[k] += self._observation_weight * (end_s - start_s)
 
     def median_s(self) -> float:
-        """Return the age at which half of the tasks are done."""
+        """Return the age at which half of the tasks are finished."""
         left = math.log(2)
         for k, (start_s, end_s) in enumerate(pairwise(_EDGES)):
             rate = self._hazard(k)
@@ -98,29 +98,29 @@ class LatencyModel:
         raise AssertionError("the last bin has no end")
 
     def dump(self) -> tuple[float, ...]:
-        """Return what was learned, as `2 * BINS` numbers."""
+        """Return the observations as `2 * BINS` numbers."""
         return tuple(value / self._observation_weight for value in (*self._events, *self._at_risk_s))
 
     @classmethod
     def load(cls, numbers: Sequence[float]) -> Self:
-        """Return the curve that `dump` gave.
+        """Return the model that `dump` described.
 
         Raises:
-            ValueError: These are not such numbers.
+            ValueError: The numbers do not describe a model.
         """
         if len(numbers) != 2 * BINS or not all(math.isfinite(value) and value >= 0 for value in numbers):
-            raise ValueError(f"curve: expected {2 * BINS} finite numbers that are not negative")
+            raise ValueError(f"latency model: expected {2 * BINS} finite numbers >= 0")
         model = cls()
         model._events, model._at_risk_s = list(numbers[:BINS]), list(numbers[BINS:])
         return model
 
     def _hazard(self, k: int) -> float:
-        """Completions per second at risk in bin *k*; never zero."""
+        """Return the completions per second at risk in bin *k*; never zero."""
         events = _PRIOR_EVENTS[k] * self._observation_weight + self._events[k]
         return (events / (_PRIOR_AT_RISK_S[k] * self._observation_weight + self._at_risk_s[k])) or 1e-12
 
     def _distribute_event(self, bins: list[tuple[int, float, float]]) -> None:
-        """Add one completion somewhere in *bins*, as much to each as was to be expected."""
+        """Distribute one completion over *bins*, in proportion to the expectation."""
         chances, unfinished = [], 1.0
         for k, start_s, end_s in bins:
             after = unfinished * math.exp(-self._hazard(k) * (end_s - start_s))
@@ -128,7 +128,7 @@ class LatencyModel:
             unfinished = after
         total = math.fsum(chances)
         if not total:
-            return  # two looks at the same moment
+            return  # two polls at the same time
         left = 1.0
         for (k, start_s, end_s), chance in zip(bins, chances, strict=True):
             share = chance / total
@@ -145,7 +145,7 @@ class LatencyModel:
 
 
 def _bins(start_s: float, end_s: float) -> Iterator[tuple[int, float, float]]:
-    """Yield the pieces of the time from *start_s* to *end_s*, each with the number of the bin it lies in."""
+    """Yield the parts of the time from *start_s* to *end_s*, each with the number of its bin."""
     k = bisect_right(_EDGES, start_s) - 1
     while start_s < end_s:
         stop_s = min(_EDGES[k + 1], end_s)
@@ -156,7 +156,7 @@ def _bins(start_s: float, end_s: float) -> Iterator[tuple[int, float, float]]:
 def _solve_delay(rate: float, unfinished: float, waits_s: float, length_s: float) -> float:
     """Return the t in [0, *length_s*] with  t - unfinished * (1 - exp(-rate t)) / rate = *waits_s*.
 
-    The left side is convex and grows, so Newton's method from the right end comes down to it without overshooting.
+    The left side is convex and increasing, so Newton's method from the right end does not overshoot.
     """
     time_s = length_s
     for _ in range(8):

@@ -1,4 +1,4 @@
-"""When to look at an unfinished task, and what its statuses and its absences mean. Pure."""
+"""When to poll an unfinished task, and what its statuses and 404s mean. Pure."""
 
 from collections.abc import Mapping, Sequence
 from random import Random
@@ -8,18 +8,20 @@ from nanobanana_async.models import TaskStatus
 from nanobanana_async.policies import PollPolicy
 from nanobanana_async.tracking.latency import PRIOR_MEDIAN_S, LatencyModel
 
-# A fresh id may answer 404 for 25-30 s, longer with reference images (several public clients allow for it).
+# A new id may return 404 for 25-30 s, longer with reference images (several public clients allow for it).
 NOT_FOUND_GRACE_S: Final = 60.0
-"""For so long after our own submit, a 404 means "not visible yet"."""
+"""Time after a submit in which a 404 means "not visible yet"."""
 LOST_AFTER_POLLS: Final = 3
 LOST_AFTER_S: Final = 300.0
-"""After the grace, a task is gone when so many looks over so long a time all answered 404. Not endless: an id that the
-service has lost would be asked about until the deadline."""
+"""After the grace time, a task is lost when `LOST_AFTER_POLLS` polls over this time all returned 404.
+
+Without a bound, a lost task would be polled until the deadline.
+"""
 DEFAULT_AGE_S: Final = PRIOR_MEDIAN_S
-"""How old a task submitted elsewhere is taken to be when we first hear of it: in the thick of it."""
+"""Assumed age of a task submitted elsewhere, when it is first tracked."""
 
 _MAX_MODELS: Final = 64
-"""Model names are free strings, and may come from a web form."""
+"""Bound on the number of models, which are free text and may come from a web form."""
 
 _STATUS_ORDER: Final = {
     TaskStatus.UNRECOGNIZED: -1,
@@ -32,17 +34,17 @@ _STATUS_ORDER: Final = {
 
 
 def latest_status(known: TaskStatus, seen: TaskStatus) -> TaskStatus:
-    """Return the later of two statuses: stale news never moves a task backwards, and the first final one stays."""
+    """Return the later of two statuses. A stale poll never moves a task backwards, and the first final status stays."""
     return max(known, seen, key=_STATUS_ORDER.__getitem__)
 
 
 def is_lost(missing_polls: int, missing_s: float) -> bool:
-    """Tell whether a task is lost that answered 404 to *late_looks* looks over *late_for_s* seconds after the grace."""
+    """Return whether a task is lost after *missing_polls* 404s over *missing_s* seconds beyond the grace time."""
     return missing_polls >= LOST_AFTER_POLLS and missing_s >= LOST_AFTER_S
 
 
 class PollSchedule:
-    """The pauses of a `PollPolicy`, learned or laid down, and what is learned meanwhile."""
+    """The poll intervals of a `PollPolicy`, learned or static, and the observations."""
 
     def __init__(self, policy: PollPolicy, rng: Random | None = None) -> None:
         self.policy: Final = policy
@@ -51,21 +53,20 @@ class PollSchedule:
         self._latency_models = {model: _load_model(model, numbers) for model, numbers in policy.latency_models.items()}
 
     def next_poll_in_s(self, model: str | None, age_s: float, polls: int, pressure: float = 1.0) -> float:
-        """Return the seconds from now to the next look, before jitter.
+        """Return the seconds from now to the next poll, before jitter.
 
         Args:
-            model: What paints it; None when nobody here knows.
+            model: Name of the model; None if it is not known.
             age_s: Seconds since the submit.
             polls: Polls already sent.
-            pressure: How many times more looks are wanted than may be sent. A learned schedule raises the price of a
-                look with its square, which lengthens pauses in proportion and keeps them at their best. One laid
-                down is kept, and its looks queue.
+            pressure: Demand for polls divided by the allowed rate. A learned schedule multiplies the poll cost by its
+                square, which lengthens intervals in proportion. A static schedule does not change; its polls queue.
         """
         policy = self.policy
         if policy.static_schedule is None:
             cost_s = policy.poll_cost_s * pressure * pressure
             latency_model = self._latency_models.get(model or "", self._prior)
-            if polls == 0:  # nobody knows that it was unfinished later than at its birth
+            if polls == 0:  # it is only known to have been unfinished at age 0
                 return max(latency_model.next_poll_in_s(0.0, cost_s, policy.max_interval_s) - age_s, 0.0)
             return max(latency_model.next_poll_in_s(age_s, cost_s, policy.max_interval_s), policy.min_interval_s)
         if polls == 0:
@@ -76,13 +77,13 @@ class PollSchedule:
         )
 
     def jittered_s(self, interval_s: float) -> float:
-        """Return *pause_s* spread by `PollPolicy.jitter`, so that what began together does not stay together."""
+        """Return *interval_s* spread by `PollPolicy.jitter`, so that tasks of one moment are not polled together."""
         return interval_s * self._rng.uniform(1 - self.policy.jitter, 1 + self.policy.jitter)
 
     def backoff_s(self, failures: int) -> float:
-        """Return the pause after *failures* looks in a row, at whatever tasks, that brought no answer.
+        """Return the wait after *failures* consecutive polls, of any tasks, without a response.
 
-        Doubles up to `max_s`, and the upper half of it is left to chance: nobody comes back together.
+        It doubles up to `max_interval_s`, and its upper half is random.
         """
         policy = self.policy
         return self._rng.uniform(0.5, 1.0) * min(
@@ -90,7 +91,7 @@ class PollSchedule:
         )
 
     def observe(self, model: str, since_s: float, age_s: float, *, done: bool) -> None:
-        """Note that a task unfinished at age *since_s* was looked at again at *age_s*, and whether it was done."""
+        """Record that a task unfinished at age *since_s* was polled at *age_s*, and whether it was finished."""
         latency_model = self._latency_models.get(model)
         if latency_model is None:
             if len(self._latency_models) >= _MAX_MODELS:
@@ -99,11 +100,11 @@ class PollSchedule:
         latency_model.observe(since_s, age_s, done=done)
 
     def median_latencies_s(self) -> Mapping[str, float]:
-        """Return the age at which half of the pictures are done, by model."""
+        """Return the age at which half of the tasks are finished, by model."""
         return {model: latency_model.median_s() for model, latency_model in self._latency_models.items()}
 
     def latency_models(self) -> Mapping[str, tuple[float, ...]]:
-        """Return what was learned, by model, for `PollPolicy.latency_models` of a later client."""
+        """Return the observations by model, for `PollPolicy.latency_models` of a later client."""
         return {model: latency_model.dump() for model, latency_model in self._latency_models.items()}
 
 
@@ -111,4 +112,6 @@ def _load_model(model: str, numbers: Sequence[float]) -> LatencyModel:
     try:
         return LatencyModel.load(numbers)
     except (ValueError, TypeError, OverflowError) as exc:
-        raise ValueError(f"curves: what is given for {model!r} is not what `statistics().curves` gave: {exc}") from None
+        raise ValueError(
+            f"latency_models: expected a value of `statistics().latency_models` for {model!r}: {exc}"
+        ) from None

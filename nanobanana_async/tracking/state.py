@@ -1,4 +1,4 @@
-"""What the tracker keeps: one entry per task, one watch per waiter, and the figures it shows of itself."""
+"""The state of the tracker: tracked tasks, waiters, caches and statistics."""
 
 import copy
 import math
@@ -14,83 +14,83 @@ from nanobanana_async.models import Task
 T = TypeVar("T")
 
 CONFIRM_INTERVAL_S: Final = 10.0
-"""News is only a hint: anybody may send it. So often, and not oftener, it buys a query."""
+"""Minimum time between two polls that callbacks trigger, because anyone may send a callback."""
 
 
 @attrs.frozen(kw_only=True)
 class SubmitInfo:
-    """What is known of a task before it is first looked at."""
+    """What is known of a task before its first poll."""
 
     submitted_at_s: float | None = None
-    """When this client's submit was accepted, on the event loop's clock; None when it was submitted elsewhere."""
+    """When the submit was accepted, on the event loop's clock; None if it was submitted elsewhere."""
     model: str | None = None
     has_callback: bool = False
-    """Whether the service is to call back when it ends."""
+    """Whether the service posts a callback when the task ends."""
 
 
 @attrs.define(eq=False, weakref_slot=False)
 class TrackedTask:
-    """One watched task. There may be a million of them, so it holds no container that it need not."""
+    """One tracked task. There may be a million of them, so it holds no containers."""
 
     task_id: str
     model: str | None
     submitted_at_s: float
-    """When it was submitted; a guess when that was elsewhere."""
+    """When it was submitted; an estimate if it was submitted elsewhere."""
     submitted_here: bool
     """Whether this client submitted it, so that its age is known."""
     has_callback: bool = False
-    """Whether news of its end is expected."""
+    """Whether a callback is expected."""
     waiters: "Waiter | None" = None
-    """Who waits: the head of a chain, for neither joining nor leaving may cost more where many do."""
+    """The first of its waiters. They are linked, so that adding and removing one takes constant time."""
     due_s: float = math.inf
-    """When it is next looked at; infinity while a look is under way."""
+    """Time of its next poll; infinity during a poll."""
     demand_per_s: float = 0.0
-    """Looks per second it would like to have."""
+    """Polls per second that its schedule asks for."""
     later_s: float = -math.inf
-    """When it would be due if somebody came back for it."""
+    """Poll time to restore when a waiter returns to a suspended task."""
     polls: int = 0
     poll_in_flight: bool = False
-    """Whether a look is under way."""
+    """Whether a poll is in flight."""
     consecutive_errors: int = 0
-    """Looks in a row that brought no answer."""
+    """Consecutive polls without a response."""
     last_poll_s: float = -math.inf
-    """When the last look left."""
+    """When the last poll was sent."""
     confirm_at_s: float = -math.inf
-    """When the last look that news has bought was, or is to be."""
+    """Time of the last poll triggered by a callback, past or scheduled."""
     last_unfinished_age_s: float = 0.0
     """The age at which it was last seen unfinished."""
     snapshot: Task | None = None
-    """The last snapshot, never older in status than the one before."""
+    """The last snapshot. Its status never goes backwards."""
     error: NanoBananaError | None = None
-    """What ended the watching, for all who wait."""
+    """The error for all its waiters, once tracking has ended."""
     last_error: str = ""
-    """What the last look met instead of an answer, in words: an error would keep its reply alive."""
+    """Text of the last poll error. An exception object would keep its response alive."""
     last_found_s: float = -math.inf
-    """When it was last seen at the service."""
+    """When the service last returned it."""
     missing_since_s: float = math.inf
-    """Since when it has answered 404 although it should be there; infinity while it has not."""
+    """Time of the first unexpected 404 in a series; infinity if there is none."""
     missing_polls: int = 0
 
     @property
     def is_final(self) -> bool:
-        """Whether its last snapshot will never change again."""
+        """Whether its last snapshot is final."""
         return self.snapshot is not None and self.snapshot.is_final
 
     def set_submit_info(self, submit_info: "SubmitInfo") -> None:
-        """Learn where it comes from, if nobody has said so before."""
+        """Store *submit_info*, unless it is already known."""
         if submit_info.submitted_at_s is not None and not self.submitted_here:
             self.submitted_here, self.submitted_at_s, self.model = True, submit_info.submitted_at_s, submit_info.model
             self.has_callback = submit_info.has_callback
 
     def add_waiter(self, waiter: "Waiter") -> None:
-        """Let one more wait."""
+        """Add a waiter."""
         waiter.after = self.waiters
         if self.waiters is not None:
             self.waiters.before = waiter
         self.waiters = waiter
 
     def remove_waiter(self, waiter: "Waiter") -> None:
-        """Let it go; with the last one goes what only they wanted, however large."""
+        """Remove a waiter. With the last one, drop the snapshot's images."""
         if waiter.before is not None:
             waiter.before.after = waiter.after
         else:
@@ -102,14 +102,14 @@ class TrackedTask:
             self.snapshot = self.error = None
 
     def wake_all(self) -> None:
-        """Wake all who wait."""
+        """Wake all waiters."""
         waiter = self.waiters
         while waiter is not None:
             waiter.wake()
             waiter = waiter.after
 
     def request_confirmation(self, now_s: float) -> bool:
-        """Grant news a look at `confirm_s`; False when the last one it bought is too recent and one is planned."""
+        """Schedule a poll at `confirm_at_s`. Return False if one is scheduled and the last was too recent."""
         if self.confirm_at_s > now_s:
             return False
         self.confirm_at_s = max(now_s, self.confirm_at_s + CONFIRM_INTERVAL_S)
@@ -118,11 +118,11 @@ class TrackedTask:
 
 @attrs.define(eq=False, weakref_slot=False)
 class Waiter:
-    """One who is interested in a task. Costs nothing but itself until `bell` is waited for."""
+    """One waiter of a task. It allocates nothing more until `event` is awaited."""
 
     task: TrackedTask
     due_s: float = math.inf
-    """When its patience ends."""
+    """Deadline of the wait."""
     event: OneShotEvent | None = None
     before: "Waiter | None" = None
     after: "Waiter | None" = None
@@ -134,11 +134,11 @@ class Waiter:
 
 
 NOBODYS: Final = TrackedTask("", None, 0.0, submitted_here=False)
-"""What the watch of somebody who has left is about."""
+"""The task of a waiter that was removed."""
 
 
 def with_task_id(exc: NanoBananaError, task_id: str) -> NanoBananaError:
-    """Return *exc* as one that is about *task_id*."""
+    """Return a copy of *exc* about *task_id*."""
     mine = copy.copy(exc)
     mine.args = (str(exc).replace(exc.task_id or task_id, task_id),)
     mine.task_id = task_id
@@ -146,15 +146,15 @@ def with_task_id(exc: NanoBananaError, task_id: str) -> NanoBananaError:
 
 
 def lost_task_error(tracked: TrackedTask, exc: TaskNotFound) -> TaskNotFound:
-    """Return what those get who wait for a task that the service has lost."""
-    last = "it never showed" if tracked.snapshot is None else f"it was last {tracked.snapshot.status}"
-    was = "was accepted and may have been charged" if tracked.submitted_here else "was there"
-    what = f"task {tracked.task_id} {was}, and the service no longer knows it ({last}): {exc}"
+    """Return the error for the waiters of a task that the service has lost."""
+    last = "never visible" if tracked.snapshot is None else f"last status {tracked.snapshot.status}"
+    was = "was accepted and may have been charged" if tracked.submitted_here else "existed"
+    what = f"task {tracked.task_id} {was}, but the service no longer knows it ({last}): {exc}"
     return TaskNotFound(what, status=exc.status, code=exc.code, task_id=tracked.task_id)
 
 
 class FifoCache(Generic[T]):
-    """The last so many things, by task id."""
+    """The last *maxsize* values, by task id."""
 
     def __init__(self, maxsize: int) -> None:
         self._maxsize = maxsize
@@ -164,7 +164,7 @@ class FifoCache(Generic[T]):
         return len(self._items)
 
     def add(self, task_id: str, value: T) -> None:
-        """Keep *thing*; what was kept first goes when there are too many. A thing that is there stays."""
+        """Add *value* unless the id is present. The oldest value is dropped if the cache is full."""
         if task_id in self._items:
             return
         if len(self._items) >= self._maxsize:
@@ -172,52 +172,52 @@ class FifoCache(Generic[T]):
         self._items[task_id] = value
 
     def get(self, task_id: str) -> T | None:
-        """Return what is kept for *task_id*; None when nothing is."""
+        """Return the value for *task_id*, or None."""
         return self._items.get(task_id)
 
     def pop(self, task_id: str) -> T | None:
-        """Take it out."""
+        """Remove and return the value for *task_id*, or None."""
         return self._items.pop(task_id, None)
 
 
 class TaskCache:
-    """What a tracker keeps of tasks that nobody waits for just now; all of it bounded."""
+    """Tasks without waiters that the tracker remembers. All caches are bounded."""
 
     def __init__(self) -> None:
         self.finished: Final[FifoCache[Task]] = FifoCache(256)
-        """Finished ones, for those who ask late. Ones that carry their picture inline are not kept."""
+        """Finished tasks, for late waiters. Tasks with inline images are not kept."""
         self.suspended: Final[FifoCache[TrackedTask]] = FifoCache(256)
-        """Unfinished ones: who comes back goes on where it was."""
+        """Unfinished tasks without waiters. A waiter that returns resumes them."""
         self.submits: Final[FifoCache[SubmitInfo]] = FifoCache(4096)
-        """Own submits, for handles that are made again from an id: a web app's second request."""
+        """Submits of this client, for handles created again from an id, as in the second request to a web app."""
         self.heard: Final[FifoCache[bool]] = FifoCache(4096)
-        """Own submits of which news came while nobody waited for them."""
+        """Submits of this client whose callback arrived before they had a waiter."""
 
     def add_finished(self, task: Task) -> None:
-        """Keep how a task ended."""
+        """Store a finished task."""
         if all(image.data is None for image in task.images):
             self.finished.add(task.task_id, task)
 
 
 @attrs.frozen(kw_only=True)
 class TrackerStatistics:
-    """How a client's tracker stands, at one moment."""
+    """A snapshot of the client's tracker."""
 
     tracked: int
-    """Tasks somebody waits for that are not final yet."""
+    """Unfinished tasks with at least one waiter."""
     in_flight: int
-    """Looks sent and not answered; never above `Limits.max_polls`."""
+    """Polls in flight; never above `Limits.max_polls`."""
     overdue_tasks: int
-    """Tasks whose look should have left by now: they queue for a slot or for the pacer."""
+    """Tasks whose poll is overdue, because it waits for a slot or the rate limiter."""
     overdue_s: float
-    """How late the most delayed of them is, in seconds; 0.0 when none is."""
+    """Delay of the most overdue poll in seconds; 0.0 if there is none."""
     pressure: float
-    """How many times more looks are wanted than `Limits.requests_per_s` leaves room for; at least 1.0."""
+    """Demand for polls divided by what `Limits.requests_per_s` allows; at least 1.0."""
     polls: int
-    """Looks taken since the client was made."""
+    """Polls sent since the client was created."""
     wakeups: int
-    """Times the scheduler woke up since then."""
+    """Wake-ups of the scheduler since the client was created."""
     median_latency_s: Mapping[str, float]
-    """Seconds in which half of the pictures are done, by model: as learned, and no finer than the looks were."""
+    """Learned median latency in seconds, by model. Its resolution is that of the polls."""
     latency_models: Mapping[str, tuple[float, ...]] = attrs.field(repr=False)
-    """All that was learned, by model, for `PollPolicy(curves=...)` of a later client. Plain numbers: JSON will do."""
+    """Learned latency models, for `PollPolicy(latency_models=...)` of a later client. Plain numbers, valid in JSON."""

@@ -1,7 +1,8 @@
-"""`TaskTracker`: one coroutine that polls for any number of tasks, within a bounded set of requests.
+"""`TaskTracker`: one coroutine that polls any number of tasks, with a bounded number of polls in flight.
 
-Cost follows what is due, not what is watched: a watched task is an entry in a dict and one in a heap, not a coroutine
-and not a timer. All who wait for one id share its entry and its polls; when the last one leaves, the entry goes.
+The cost follows the polls that are due, not the tasks. A tracked task is an entry in a dict and one in a heap, not a
+coroutine and not a timer. All waiters of one task share its polls. When the last one leaves, the task is no longer
+tracked.
 """
 
 import copy
@@ -42,36 +43,37 @@ _log: Final = logging.getLogger("nanobanana_async")
 _TIMER_SLACK_S: Final = 0.2
 _WARN_AFTER_ERRORS: Final = 3
 _CALLBACK_INTERVAL_FACTOR: Final = 4
-"""Times `PollPolicy.max_interval_s` between looks at a task whose end will be announced."""
+"""Poll interval of a task with a pending callback, in multiples of `PollPolicy.max_interval_s`."""
 _DISTRUST_CALLBACKS_AFTER: Final = 3
-"""So many ends that were not announced, and announcements are no longer relied on until the next one comes."""
+"""Consecutive missed callbacks after which polling no longer relies on them, until one arrives."""
 
 
 class PollSource(Protocol):
-    """Where the tracker asks."""
+    """Sends the tracker's polls."""
 
     @property
     def polls_per_s(self) -> float:
-        """How many queries may leave per second, as things stand."""
+        """Polls that may be sent per second at present."""
         ...
 
     async def acquire_poll_slot(self) -> None:
-        """Return when one more query may leave: a slot is taken, and the pacer has agreed."""
+        """Return when one more poll may be sent. The caller then holds a slot."""
         ...
 
     def release_poll_slot(self) -> None:
-        """Give the slot back unused."""
+        """Give back a slot that was not used."""
         ...
 
     async def poll(self, task_id: str) -> Task:
-        """Query once; gives the slot back."""
+        """Query once. Gives the slot back."""
         ...
 
 
 class TaskTracker:
-    """Watches task ids for as long as somebody waits for them.
+    """Tracks task ids as long as they have waiters.
 
-    Starts its coroutine with the first wait. One bad task, and one bad answer, never stops another task.
+    The coroutine starts with the first wait. A task that fails, or a response that cannot be decoded, never stops
+    another task.
     """
 
     def __init__(self, source: PollSource, schedule: PollSchedule, background: BackgroundTaskGroup) -> None:
@@ -90,18 +92,18 @@ class TaskTracker:
         self._polls = 0
         self._warned_unrecognized = False
         self._missed_callbacks = 0
-        """Tasks in a row whose end should have been announced, and was found by a look."""
+        """Consecutive tasks whose end was found by a poll although a callback was expected."""
 
     async def wait(self, task_id: str, *, timeout_s: float, submit_info: SubmitInfo = SubmitInfo()) -> Task:
         """Return the task once its status is final, whether it succeeded or failed.
 
-        Shares polls with all who wait for the same id. Cancelling stops the waiting, not the task.
+        All waiters of one task share its polls. Cancelling stops the wait, not the task.
 
         Raises:
-            TaskTimeout: *timeout_s* passed, or the client was closed; `exc.task` is the last snapshot.
-            TaskNotFound: The service does not know the id.
-            AuthenticationError: The service does not accept the key; this ends every wait.
-            InvalidRequest: The service does not accept the id.
+            TaskTimeout: *timeout_s* passed, or the client was closed. `exc.task` is the last snapshot.
+            TaskNotFound: The service does not know the task.
+            AuthenticationError: The service rejected the key. This ends every wait.
+            InvalidRequest: The service rejected the task id.
         """
         await self._background.ensure_started()
         if (final := self.cache.finished.get(task_id)) is not None:
@@ -118,7 +120,7 @@ class TaskTracker:
     async def updates(
         self, task_id: str, *, timeout_s: float, submit_info: SubmitInfo = SubmitInfo()
     ) -> AsyncGenerator[Task]:
-        """Yield a snapshot at each change of status, the final one last. Raises as `wait` does."""
+        """Yield a snapshot at each change of status, ending with the final one. Raises as `wait` does."""
         await self._background.ensure_started()
         if (final := self.cache.finished.get(task_id)) is not None:
             yield final
@@ -137,7 +139,7 @@ class TaskTracker:
             self.remove_waiter(waiter)
 
     def track(self, task_id: str, submit_info: SubmitInfo = SubmitInfo()) -> Waiter:
-        """Have *task_id* looked at until it is final, or until `leave`. The host must be running."""
+        """Poll *task_id* until it is final, or until `remove_waiter`. The background tasks must be started."""
         submit_info = (
             submit_info if submit_info.submitted_at_s is not None else self.cache.submits.get(task_id) or submit_info
         )
@@ -164,9 +166,9 @@ class TaskTracker:
         return tracked
 
     def remove_waiter(self, waiter: Waiter) -> None:
-        """End *watch*; the last to leave ends the looking."""
+        """Remove *waiter*. The last one ends the polling."""
         self._timeout_queue.remove(waiter)
-        tracked, waiter.task = waiter.task, NOBODYS  # the agenda may hold on to it for a while
+        tracked, waiter.task = waiter.task, NOBODYS  # the delay queue may keep a reference for a while
         tracked.remove_waiter(waiter)
         if tracked.waiters is None and self._tasks.get(tracked.task_id) is tracked:
             tracked.later_s = tracked.due_s
@@ -174,9 +176,9 @@ class TaskTracker:
             self.cache.suspended.add(tracked.task_id, tracked)
 
     def notify(self, task_id: str) -> None:
-        """Take the hint that there is news of *task_id*: it is looked at, at once if that did not just happen.
+        """Poll *task_id* soon, because a callback reported a change.
 
-        Anybody may send a hint, so it buys at most one look per task in ten seconds, and none at ids nobody waits for.
+        Anyone may send a callback, so it triggers at most one poll per task in ten seconds, and none without waiters.
         """
         tracked = self._tasks.get(task_id) or self.cache.suspended.get(task_id)
         if tracked is None and self.cache.submits.get(task_id) is not None:
@@ -185,14 +187,14 @@ class TaskTracker:
             return
         self._missed_callbacks = 0
         tracked.later_s = tracked.confirm_at_s
-        if tracked.confirm_at_s < tracked.due_s < math.inf:  # with a look under way, `_plan` will see to it
+        if tracked.confirm_at_s < tracked.due_s < math.inf:  # with a poll in flight, `_schedule_poll` handles it
             self._poll_queue.schedule(tracked, tracked.confirm_at_s)
 
     def statistics(self) -> TrackerStatistics:
-        """Return how things stand. O(watched)."""
+        """Return a snapshot of the tracker. O(tracked tasks)."""
         try:
             now_s = anyio.current_time()
-        except RuntimeError:  # no event loop (any more): nothing is late
+        except RuntimeError:  # no running event loop: nothing is overdue
             now_s = -math.inf
         return TrackerStatistics(
             tracked=len(self._tasks),
@@ -207,36 +209,38 @@ class TaskTracker:
         )
 
     def close(self) -> None:
-        """End every wait; the tasks themselves run on at the service."""
+        """End every wait. The tasks keep running at the service."""
         for tracked in list(self._tasks.values()):
             reason = (
-                f"the client was closed while waiting for task {tracked.task_id}; it runs on and can be awaited again"
+                f"client: was closed while waiting for task {tracked.task_id}. "
+                "It keeps running; you can wait on it again."
             )
             self._finish(tracked, TaskTimeout(reason, task=tracked.snapshot, task_id=tracked.task_id))
 
-    # --- who waits --------------------------------------------------------------------------------------------------
+    # --- waiters ----------------------------------------------------------------------------------------------------
 
     def _arm(self, waiter: Waiter, deadline_s: float, timeout_s: float) -> OneShotEvent:
-        """Return what rings when there may be news; raise what ended the watching, or that the time is up."""
+        """Return an event that is set at the next change. Raise the error that ended tracking, or TaskTimeout."""
         tracked = waiter.task
         if tracked.error is not None:
-            raise copy.copy(tracked.error)  # each waiter its own: a shared one would collect everybody's traceback
+            raise copy.copy(tracked.error)  # a copy per waiter: a shared one would collect all their tracebacks
         if anyio.current_time() < deadline_s:
             if waiter.due_s != deadline_s:
                 self._timeout_queue.schedule(waiter, deadline_s)
             waiter.event = OneShotEvent()
             return waiter.event
-        unheard = "its callback has not come" if tracked.has_callback else "nothing was heard of it"
-        last = unheard if tracked.snapshot is None else f"it was {tracked.snapshot.status}"
-        error = tracked.last_error and f" (the last look met: {tracked.last_error})"
+        pending = "waiting for its callback" if tracked.has_callback else "without a status"
+        status = pending if tracked.snapshot is None else tracked.snapshot.status
+        error = tracked.last_error and f" (last poll failed: {tracked.last_error})"
         raise TaskTimeout(
-            f"task {tracked.task_id} was not final within {timeout_s:.3g} s: {last}{error}. It runs on; wait again",
+            f"task {tracked.task_id} still {status} after {timeout_s:.3g} s{error}. "
+            "It keeps running; you can wait on it again.",
             task=tracked.snapshot,
             task_id=tracked.task_id,
         )
 
     async def _expire_waiters(self) -> None:
-        """Wake each waiter whose time is up: one timer for all of them."""
+        """Wake each waiter whose deadline has passed. One timer serves all of them."""
         while True:
             await self._timeout_queue.wait_due()
             self._timeout_queue.pop().wake()
@@ -248,10 +252,10 @@ class TaskTracker:
         if self._tasks.get(tracked.task_id) is tracked:
             del self._tasks[tracked.task_id]
         if not self._tasks:
-            self._demand_per_s = 0.0  # so that rounding errors do not add up over years
+            self._demand_per_s = 0.0  # reset, so that rounding errors do not add up
 
     def _finish(self, tracked: TrackedTask, error: NanoBananaError | None = None) -> None:
-        """Stop watching: the task is final, or *error* is what every waiter gets."""
+        """Stop tracking: the task is final, or *error* is raised in every waiter."""
         tracked.error = error
         self._untrack(tracked)
         self.cache.suspended.pop(tracked.task_id)
@@ -263,9 +267,9 @@ class TaskTracker:
         return max(1.0, self._demand_per_s / self._source.polls_per_s)
 
     def _schedule_poll(self, tracked: TrackedTask, *, failures: int = 0) -> None:
-        """Choose when to look next, after *failures* looks in a row that brought no answer."""
+        """Schedule the next poll, after *failures* consecutive polls without a response."""
         now_s = anyio.current_time()
-        if self._tasks.get(tracked.task_id) is not tracked:  # everybody who waited has gone while a look was under way
+        if self._tasks.get(tracked.task_id) is not tracked:  # all waiters left during the poll
             tracked.later_s = now_s + self._schedule.policy.min_interval_s
             return
         due_s = now_s + self._next_poll_in_s(tracked, now_s, failures)
@@ -277,7 +281,7 @@ class TaskTracker:
         if failures:
             return self._schedule.backoff_s(failures)
         if not tracked.polls and not tracked.submitted_here:
-            return 0.0  # it may have ended long ago
+            return 0.0  # it may have finished long ago
         schedule = self._schedule
         if tracked.snapshot is not None and tracked.snapshot.status is TaskStatus.UNRECOGNIZED:
             return schedule.jittered_s(schedule.policy.max_interval_s)
@@ -299,21 +303,21 @@ class TaskTracker:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._expire_waiters)
                 group.start_soon(self._poll_loop)
-        except Exception as exc:  # noqa: BLE001 - a bug; nobody may be left waiting for a scheduler that is gone
+        except Exception as exc:  # noqa: BLE001 - a bug; no waiter may be left without a scheduler
             _log.exception("the tracker failed")
             self._running = False
             for tracked in list(self._tasks.values()):
                 self._finish(tracked, TransportError(f"the tracker failed: {exc!r}", task_id=tracked.task_id))
 
     async def _poll_loop(self) -> None:
-        """Look at whatever is due, the longest overdue first, for as long as the client lives."""
+        """Poll the tasks that are due, the most overdue first, until the client is closed."""
         while True:
             await self._poll_queue.wait_due()
-            # The turn comes before the task: what is due queues in the heap, and not as coroutines.
+            # Acquire the slot before the task is chosen: due tasks wait in the heap, not as coroutines.
             await self._source.acquire_poll_slot()
             now_s = anyio.current_time()
             if self._poll_queue.next_due_s() > now_s:
-                self._source.release_poll_slot()  # whoever was due has gone while we queued
+                self._source.release_poll_slot()  # the due task was removed during the wait for the slot
                 continue
             tracked = self._poll_queue.pop()
             tracked.last_poll_s = now_s
@@ -332,13 +336,13 @@ class TaskTracker:
         except TaskNotFound as exc:
             self._on_not_found(tracked, exc)
         except NanoBananaError as exc:
-            # A late answer, not a failed task, unless the vendor himself says that the question is wrong.
+            # Treat as transient unless the service rejected the query itself.
             if isinstance(exc, InvalidRequest) and exc.status in (400, 422) and exc.code is not None:
                 self._finish(tracked, exc)
             else:
                 self._on_poll_error(tracked, exc)
-        except Exception as exc:  # noqa: BLE001 - a handed-in transport may raise anything, and must not stop the others
-            _log.exception("task %s: the look failed in a way it must not", tracked.task_id)
+        except Exception as exc:  # noqa: BLE001 - a user's transport may raise anything and must not stop the others
+            _log.exception("task %s: poll raised an unexpected error", tracked.task_id)
             self._finish(
                 tracked, TransportError(f"the transport failed: {type(exc).__name__}: {exc}", task_id=tracked.task_id)
             )
@@ -349,11 +353,13 @@ class TaskTracker:
             self._in_flight -= 1
 
     def _on_poll_error(self, tracked: TrackedTask, exc: NanoBananaError) -> None:
-        """Back off, the longer the more looks failed in a row: at this task, or whichever tasks they were about."""
+        """Back off after a failed poll, by the larger number of consecutive failures, of this task or of all tasks."""
         self._consecutive_errors += 1
         tracked.consecutive_errors += 1
-        if self._consecutive_errors == _WARN_AFTER_ERRORS:  # once for all: silence would look like a slow picture
-            _log.warning("%d looks in a row brought no answer; looking on: %s", self._consecutive_errors, exc)
+        if (
+            self._consecutive_errors == _WARN_AFTER_ERRORS
+        ):  # once per outage: without it, an outage looks like a slow image
+            _log.warning("%d consecutive polls failed; polling continues: %s", self._consecutive_errors, exc)
         tracked.last_error = str(exc)
         self._schedule_poll(tracked, failures=max(self._consecutive_errors, tracked.consecutive_errors))
 
@@ -366,12 +372,14 @@ class TaskTracker:
             age_s = now_s - tracked.submitted_at_s
             self._schedule.observe(tracked.model, tracked.last_unfinished_age_s, age_s, done=task.is_final)
             tracked.last_unfinished_age_s = age_s
-        task = self.cache.finished.get(task.task_id) or task  # the first end stands, whatever the service says later
+        task = (
+            self.cache.finished.get(task.task_id) or task
+        )  # the first final status stays, whatever the service reports later
         known = tracked.snapshot
         if known is None or latest_status(known.status, task.status) is task.status:
             tracked.snapshot = task
         else:
-            _log.debug("task %s was %s and is now said to be %s", task.task_id, known.status, task.status)
+            _log.debug("task %s went from %s to %s; ignored", task.task_id, known.status, task.status)
         if task.is_final:
             if tracked.has_callback and tracked.confirm_at_s == -math.inf:
                 self._missed_callbacks += 1
@@ -380,13 +388,13 @@ class TaskTracker:
             return
         if task.status is TaskStatus.UNRECOGNIZED and not self._warned_unrecognized:
             self._warned_unrecognized = True
-            _log.warning("task %s has a status that is not known here; it counts as running", task.task_id)
+            _log.warning("task %s has an unrecognized status; treated as running", task.task_id)
         self._schedule_poll(tracked)
         if known is None or tracked.snapshot is not known:
             tracked.wake_all()
 
     def _on_not_found(self, tracked: TrackedTask, exc: TaskNotFound) -> None:
-        """Judge a 404: fresh ids are invisible for a while, foreign ones never seen do not exist."""
+        """Handle a 404. A new task may be invisible for a while; a foreign id that was never seen does not exist."""
         now_s = anyio.current_time()
         if not tracked.submitted_here and tracked.snapshot is None:
             self._finish(tracked, exc)

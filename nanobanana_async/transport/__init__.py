@@ -1,1 +1,1 @@
-"""What travels: one request out, one reply back, and what the outcome means."""
+"""Send bytes over the network: one request out, one response back."""

@@ -1,8 +1,8 @@
-"""Lanes: what one exchange travels on. With `http`, the only files that name httpx.
+"""Connections that carry one exchange at a time. With `transport.httpx` the only file that names httpx.
 
-Ours are single connections of httpcore, the engine inside httpx: a pool around each, and httpx's request and response
-objects around that, cost a third of the CPU of a small exchange (`benchmarks/polls.py`). Proxies are httpx's business,
-and so is a client that was handed in.
+The package's own connections are single httpcore connections. A pool around each, and the request and response objects
+of httpx, cost a third of the CPU of a small exchange (`benchmarks/polls.py`). Proxies, and a client that the user
+passes, go through httpx.
 """
 
 import ssl
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     import httpx2
 
 _CLOSE_TIMEOUT_S: Final = 2.0
-"""Bound on closing one connection, which TLS peers may drag out."""
+"""Bound on closing one connection, which a TLS peer may delay."""
 _KEEP_ALIVE_S: Final = 5.0
-"""How long a connection at rest is trusted; httpx's own default."""
+"""How long an idle connection is reused; the default of httpx."""
 _SINGLE_CONNECTION: Final = httpx.Limits(max_connections=1, max_keepalive_connections=1)
 
 
 @attrs.frozen
 class Destination:
-    """Where to connect for one request: with a pinned address, the name lives on in `Host` and in SNI."""
+    """Where to connect for one request. If the address is pinned, the host name remains in `Host` and in SNI."""
 
     url: httpx.URL
     headers: Mapping[str, str] = attrs.field(repr=False)
@@ -41,7 +41,7 @@ class Destination:
 
 @attrs.frozen
 class StreamingResponse:
-    """A reply whose head has arrived. `pieces` is the body as it comes, never decompressed."""
+    """A response whose head has arrived. `chunks` is the body as received, never decompressed."""
 
     status: int
     headers: Mapping[str, str]
@@ -49,19 +49,19 @@ class StreamingResponse:
     _close: Callable[[], Awaitable[None]]
 
     async def aclose(self) -> None:
-        """Be done with it: the connection is at rest if the body was read to its end, and else is given up.
+        """Release the connection: it becomes idle if the body was read to its end, else it is closed.
 
-        Bounded, also when cancelled.
+        Bounded in time, also if cancelled.
         """
         with anyio.move_on_after(_CLOSE_TIMEOUT_S, shield=True):
             await self._close()
 
 
 class Connection(Protocol):
-    """What one exchange travels on."""
+    """A connection that carries one exchange at a time."""
 
     async def send(self, request: WireRequest, target: Destination, extensions: dict[str, object]) -> StreamingResponse:
-        """Send *request* and return when the head of the reply is there. Raises the library's own exceptions."""
+        """Send *request* and return when the response head has arrived. Raises the exceptions of the library."""
         ...
 
     @property
@@ -70,14 +70,14 @@ class Connection(Protocol):
         ...
 
     async def aclose(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         ...
 
 
 class _RequestBody(httpx.AsyncByteStream):
-    """A request body in one piece.
+    """A request body in one chunk.
 
-    The libraries' own are async generators, left unfinished when writing fails, and trio complains about those.
+    The libraries' own are async generators, which remain unfinished if writing fails, and trio warns about those.
     """
 
     def __init__(self, data: bytes | None) -> None:
@@ -100,20 +100,20 @@ def _headers(request: WireRequest, target: Destination) -> dict[str, str]:
 
 
 async def import_httpcore() -> None:
-    """Import httpcore off the loop. It takes a tenth of a second, most of it trio's, so nobody does it in passing."""
+    """Import httpcore in a thread. The import takes 0.1 s, most of it for trio, and would block the event loop."""
     if "httpcore" not in sys.modules:
         await anyio.to_thread.run_sync(import_module, "httpcore")
 
 
 def _core_url(url: httpx.URL) -> "httpcore.URL":
-    import httpcore  # noqa: PLC0415 - see `load_engine`
+    import httpcore  # noqa: PLC0415 - see `import_httpcore`
 
     return httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
 
 
 def _core_request(request: WireRequest, target: Destination, extensions: dict[str, object]) -> "httpcore.Request":
-    # Built in a call of its own, so that no frame of a suspended exchange has the headers among its variables.
-    import httpcore  # noqa: PLC0415 - the same
+    # A function of its own, so that no frame of a suspended exchange has the headers as a local variable.
+    import httpcore  # noqa: PLC0415 - see `import_httpcore`
 
     headers = [(name.encode("ascii"), value.encode("ascii")) for name, value in _headers(request, target).items()]
     return httpcore.Request(
@@ -126,10 +126,10 @@ def _core_request(request: WireRequest, target: Destination, extensions: dict[st
 
 
 class DirectConnection:
-    """One connection of ours. Only after `load_engine`."""
+    """A direct httpcore connection. Call `import_httpcore` first."""
 
     def __init__(self, url: httpx.URL, tls: ssl.SSLContext) -> None:
-        import httpcore  # noqa: PLC0415 - the same
+        import httpcore  # noqa: PLC0415 - see `import_httpcore`
 
         submit_info = _core_url(url).origin
         self._connection = httpcore.AsyncHTTPConnection(submit_info, ssl_context=tls, keepalive_expiry=_KEEP_ALIVE_S)
@@ -141,7 +141,7 @@ class DirectConnection:
         for raw_name, raw_value in response.headers:
             name, value = raw_name.decode("ascii").lower(), raw_value.decode("latin-1")
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
-        assert isinstance(response.stream, AsyncIterable)  # noqa: S101 - what an async connection answers with
+        assert isinstance(response.stream, AsyncIterable)  # noqa: S101 - always true for an async connection
         return StreamingResponse(response.status, headers, response.stream, response.aclose)
 
     @property
@@ -156,15 +156,15 @@ class DirectConnection:
 
 
 class ProxyConnection:
-    """One connection of ours through a proxy.
+    """A connection through a proxy.
 
     Raises:
-        ImportError: It speaks SOCKS, and that needs a package that is not there.
-        ValueError: It is not a proxy's URL.
+        ImportError: The proxy uses SOCKS, and the package for it is not installed.
+        ValueError: The URL is not that of a proxy.
     """
 
     is_reusable = True
-    """httpx sees to it."""
+    """httpx decides about reuse."""
 
     def __init__(self, proxy: str, tls: ssl.SSLContext) -> None:
         self._transport = httpx.AsyncHTTPTransport(verify=tls, limits=_SINGLE_CONNECTION, proxy=proxy)
@@ -189,7 +189,7 @@ def _to_httpx_request(request: WireRequest, target: Destination, extensions: dic
 
 def _from_httpx_response(response: "httpx.Response | httpx2.Response") -> StreamingResponse:
     headers = dict(response.headers.items())
-    if response.is_stream_consumed:  # by an event hook, or it never was a stream: httpx has read and decoded it
+    if response.is_stream_consumed:  # an event hook read it, or it was not a stream: httpx has decoded it
         headers.pop("content-encoding", None)
         headers["content-length"] = str(len(response.content))
         return StreamingResponse(response.status_code, headers, _RequestBody(response.content), response.aclose)
@@ -198,7 +198,7 @@ def _from_httpx_response(response: "httpx.Response | httpx2.Response") -> Stream
 
 @attrs.frozen
 class ClientConnection:
-    """The user's client, httpx's or httpx2's: what we call is the same on both."""
+    """The user's client, of httpx or httpx2. Both have the methods used here."""
 
     client: "httpx.AsyncClient | httpx2.AsyncClient"
     is_reusable = True
@@ -211,11 +211,11 @@ class ClientConnection:
         return _from_httpx_response(await self.client.send(built, stream=True, auth=None, follow_redirects=False))  # type: ignore[arg-type]
 
     async def aclose(self) -> None:
-        """Do nothing: it is not ours."""
+        """Do nothing. The user closes the client."""
 
 
 def check_client(client: object) -> None:
-    """Refuse what is neither library's AsyncClient; a sync client would fail only at the first request."""
+    """Raise TypeError unless *client* is an AsyncClient. A sync client would fail only at the first request."""
     if client is not None and not any(
         base.__name__ == "AsyncClient" and base.__module__.partition(".")[0] in ("httpx", "httpx2")
         for base in type(client).__mro__

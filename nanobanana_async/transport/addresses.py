@@ -1,4 +1,4 @@
-"""Which network addresses a URL from somebody else may lead to (server-side request forgery)."""
+"""Which network addresses a URL from a third party may lead to (server-side request forgery)."""
 
 import socket
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
@@ -6,8 +6,8 @@ from typing import Final
 
 import anyio
 
-# `is_global` says yes to these (measured on 3.11 to 3.13), yet they carry an IPv4 address inside, or lead nowhere
-# public: NAT64, 6to4, Teredo, IPv4-compatible, site-local, documentation, the 6to4 relay, protocol assignments.
+# `is_global` is true for these (measured on 3.11 to 3.13), but they embed an IPv4 address or are not public: NAT64,
+# 6to4, Teredo, IPv4-compatible, site-local, documentation, the 6to4 relay, protocol assignments.
 _NOT_PUBLIC: Final = [
     ip_network(network)
     for network in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16", "2001::/32", "::/96", "fec0::/10", "3fff::/20")
@@ -15,7 +15,7 @@ _NOT_PUBLIC: Final = [
 
 
 def is_public(address: str) -> bool:
-    """Tell whether *address* (an IP address in text) is one that anybody on the internet could reach."""
+    """Return whether *address*, an IP address as text, can be reached from the whole internet."""
     try:
         parsed: IPv4Address | IPv6Address = ip_address(address.partition("%")[0])
     except ValueError:
@@ -30,7 +30,7 @@ def is_public(address: str) -> bool:
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """Return the addresses of *host*, in the resolver's order, each once.
+    """Return the addresses of *host* in the order of the resolver, each once.
 
     Raises:
         OSError: The name does not resolve.

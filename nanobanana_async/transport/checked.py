@@ -1,4 +1,4 @@
-"""`exchange`: what everybody calls to use a `Transport`. One that was handed in may hang, lie, or raise anything."""
+"""Wrap a user-supplied transport: enforce its deadline and check what it returns."""
 
 import asyncio
 import math
@@ -10,16 +10,16 @@ import anyio
 from nanobanana_async.protocols import ChunkSink, ExchangeError, Phase, Transport, WireRequest, WireResponse
 
 _GRACE_S: Final = 0.5
-"""What a transport may take beyond its time, so that it can say itself how far it got."""
+"""Extra time for a transport to report its own timeout, with its phase."""
 
 
 async def send_checked(
     transport: Transport, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None
 ) -> WireResponse:
-    """Return what `transport.send` returns, within *timeout_s* and half a second. *sink* may raise what it likes.
+    """Return the result of `transport.send` within *timeout_s* plus half a second. Errors of *sink* pass through.
 
     Raises:
-        ExchangeError: Whatever else happened. The request may have arrived, unless the transport says otherwise.
+        ExchangeError: Any other failure. The request may have arrived, unless the transport proves otherwise.
     """
     own: list[Exception] = []
     with anyio.CancelScope(deadline=anyio.current_time() + max(timeout_s, 0) + _GRACE_S):
@@ -30,7 +30,7 @@ async def send_checked(
         except anyio.get_cancelled_exc_class():
             if _is_cancelled():
                 raise
-            reason = "it was cancelled from within"
+            reason = "it was cancelled internally"
         except Exception as exc:
             if exc in own:
                 raise
@@ -55,12 +55,12 @@ def _recording_errors(sink: ChunkSink, own: list[Exception]) -> Callable[[bytes]
 
 
 def _is_cancelled() -> bool:
-    """Tell whether somebody wants this task to end; a cancelled future that a transport waited for looks the same."""
+    """Return whether this task is being cancelled. A cancelled future inside a transport looks the same."""
     if anyio.current_effective_deadline() == -math.inf:
         return True
     try:
         task = asyncio.current_task()
-    except RuntimeError:  # no asyncio here, and trio has no such accidents
+    except RuntimeError:  # not on asyncio; on trio this cannot happen
         return True
     return task is None or task.cancelling() > 0
 
@@ -68,5 +68,5 @@ def _is_cancelled() -> bool:
 def _describe(exc: Exception) -> str:
     try:
         return f"{type(exc).__name__}: {exc}"
-    except Exception:  # noqa: BLE001 - it cannot even say what it is
+    except Exception:  # noqa: BLE001 - its `__str__` failed
         return type(exc).__name__

@@ -1,9 +1,9 @@
-"""`HttpxTransport`: requests over httpx. Sockets, deadlines and phases; nothing about what is said.
+"""`HttpxTransport`: requests over httpx. Sockets, deadlines and phases; knows nothing of their contents.
 
-One httpx pool with 64 connections costs 10-19 ms of CPU per request, for httpcore re-scans the pool on each event.
-Here every request under way has a lane of its own, with one connection. Lanes share one TLS context, come from a
-stack (callers bound how many there are at once, so nobody queues here), and one that was cut off half way is closed
-and forgotten, which is also what keeps cancelled requests from wedging anything.
+One httpx pool with 64 connections costs 10-19 ms of CPU per request, because httpcore re-scans the pool at each event.
+Here every request in flight has a connection of its own. Connections share one TLS context. Idle ones are kept on a
+stack; the caller bounds their number, so nothing queues here. A connection that was interrupted is closed, so a
+cancelled request cannot block later ones.
 """
 
 import ssl
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     import httpx2
 
 _READ_TIMEOUT_S: Final = 30.0
-"""How long a file host may say nothing before it is worth asking again."""
+"""How long a file host may send nothing before a retry helps."""
 _MAX_ERROR_BODY_BYTES: Final = 2**20
-"""Cap on the body of anything but a 200: nobody needs fifty megabytes of error page."""
+"""Largest body of a response other than a 200."""
 _YIELD_AFTER_CHUNKS: Final = 256
-"""Pieces of a body after which others get their turn: a peer may send one byte at a time, thousands at once."""
+"""Number of chunks after which other tasks run. A peer may send thousands of chunks of one byte."""
 _NO_TLS: Final = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-"""Trusts no certificate at all: for lanes to plain http, which must have a context and never use it."""
+"""A context that trusts no certificate, for plain http, where one is required and not used."""
 _CONNECT_ERRORS: Final = (
     "ConnectError", "ConnectTimeout", "PoolTimeout", "ProxyError",
     "InvalidURL", "UnsupportedProtocol", "LocalProtocolError",
@@ -53,16 +53,16 @@ _PERMANENT_ERRORS: Final = ("InvalidURL", "UnsupportedProtocol", "LocalProtocolE
 
 @attrs.define
 class _ExchangeState:
-    """What is known of one exchange while it runs, for whoever has to judge it if it breaks off."""
+    """The state of one exchange, kept to classify a failure."""
 
     phase: Phase = Phase.SEND
-    """Assume the worst: only a trace may say that no byte has left yet."""
+    """Pessimistic until a trace event proves that no byte was sent."""
     response: WireResponse | None = None
     received: bytearray = attrs.field(factory=bytearray)
     in_sink: bool = False
 
     async def trace(self, event: str, _: Mapping[str, object]) -> None:
-        """Follow httpcore's trace events (its documented `trace` extension)."""
+        """Handle httpcore's trace events (its documented `trace` extension)."""
         if event.endswith("connect_tcp.started"):
             self.phase = Phase.CONNECT
         elif event.endswith("send_request_headers.started"):
@@ -74,9 +74,9 @@ class _ExchangeState:
         return ExchangeError(reason, phase=phase, permanent=permanent, response=response)
 
 
-@lru_cache(2048)  # a task is asked about several times, and parsing costs a tenth of a request
+@lru_cache(2048)  # a task is polled several times, and parsing costs a tenth of a request
 def _parse_url(text: str) -> httpx.URL | str:
-    """Return the URL, or what is wrong with it."""
+    """Return the parsed URL, or what is wrong with it."""
     if problem := url_problem(text):
         return f"the URL {problem}"
     try:
@@ -86,16 +86,16 @@ def _parse_url(text: str) -> httpx.URL | str:
 
 
 class HttpxTransport:
-    """Carries requests over httpx, on asyncio and on trio.
+    """Sends requests over httpx, on asyncio and on trio.
 
     Args:
-        client: An `httpx.AsyncClient` or `httpx2.AsyncClient` of yours (a proxy, a certificate, a test transport).
-            It carries the API calls, stays yours to close, and its own pool decides what a submit rides on: leave it
-            at least as many connections as `Limits` allows, and prefer no keep-alive. Pictures never travel by it.
-        connect_s: How long making one connection may take, in seconds.
-        trust_env: Whether proxies and certificates named in the environment are used (not for *client*). Behind a
-            proxy it is the proxy that resolves names and connects: a picture's URL whose name does not resolve here is
-            left to its judgement, so give it rules of its own about private addresses.
+        client: Your own `httpx.AsyncClient` or `httpx2.AsyncClient`, for a proxy, a certificate or a test. It sends the
+            API calls, and you close it. Its pool chooses the connection of a submit: allow at least as many
+            connections as `Limits` does, and prefer no keep-alive. It never downloads images.
+        connect_s: Timeout of one connection attempt, in seconds.
+        trust_env: Whether to use proxies and certificates from the environment; not used with *client*. A proxy
+            resolves names itself. An image host that does not resolve here is left to the proxy, so configure the
+            proxy to refuse private addresses.
     """
 
     def __init__(
@@ -111,14 +111,14 @@ class HttpxTransport:
         self._trust_env = trust_env
         self._proxies = getproxies() if trust_env else {}
         self._idle_connections: defaultdict[str, list[Connection]] = defaultdict(list)
-        """Lanes at rest, by origin."""
+        """Idle connections by origin."""
         self._tls: ssl.SSLContext | None = None
         self._tls_lock = anyio.Lock()
         self._closed = False
 
     async def send(self, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None) -> WireResponse:
         """See `Transport.send`."""
-        failure = ExchangeError("the time was up before it began", phase=Phase.CONNECT)
+        failure = ExchangeError("timed out before the request started", phase=Phase.CONNECT)
         deadline = anyio.current_time() + timeout_s
         for target in await self._destinations(request, timeout_s):
             time_left_s = deadline - anyio.current_time()
@@ -130,11 +130,11 @@ class HttpxTransport:
             failure = outcome
             if failure.phase is not Phase.CONNECT or failure.permanent:
                 break
-        # Raised here, outside every except block: a foreign exception in `__context__` holds the request, key and all.
+        # Raised outside every except block: an exception in `__context__` would hold the request with the key.
         raise failure
 
     async def aclose(self) -> None:
-        """Close the lanes at rest, and those under way as they come back; a handed-in client stays open."""
+        """Close idle connections now, and others when they are returned. A client that you passed stays open."""
         self._closed = True
         while self._idle_connections:
             for connection in self._idle_connections.popitem()[1]:
@@ -174,7 +174,7 @@ class HttpxTransport:
         progress: _ExchangeState,
         sink: ChunkSink | None,
     ) -> WireResponse:
-        # A timer per read would only repeat the total deadline, except where that one is long and a retry helps.
+        # A timeout per read only helps where the total deadline is long and a retry is possible.
         read_timeout_s = min(timeout_s, _READ_TIMEOUT_S) if request.kind is RequestKind.DOWNLOAD else None
         extensions = {
             **target.extensions,
@@ -199,10 +199,10 @@ class HttpxTransport:
         return attrs.evolve(progress.response, body=bytes(progress.received))
 
     async def _acquire_connection(self, request: WireRequest, target: Destination) -> Connection:
-        """Return a lane at rest, if *request* may ride on a connection that was used before, or a new one."""
+        """Return an idle connection if *request* may reuse one, else a new connection."""
         if self._client is not None and request.kind is not RequestKind.DOWNLOAD:
             if self._client.is_closed:
-                raise ExchangeError("the handed-in client is closed", phase=Phase.CONNECT, permanent=True)
+                raise ExchangeError("the client that was passed in is closed", phase=Phase.CONNECT, permanent=True)
             return ClientConnection(self._client)
         idle = self._idle_connections[_origin(request)] if request.kind is RequestKind.READ else []
         while idle:
@@ -228,14 +228,14 @@ class HttpxTransport:
         return self._proxies.get(scheme) or self._proxies.get("all")
 
     async def _tls_context(self) -> ssl.SSLContext:
-        """Make the one TLS context, off the loop: loading the certificates takes 20-50 ms."""
+        """Return the shared TLS context, created in a thread: loading the certificates takes 20-50 ms."""
         async with self._tls_lock:
             if self._tls is None:
                 self._tls = await anyio.to_thread.run_sync(lambda: httpx.create_ssl_context(trust_env=self._trust_env))
         return self._tls
 
     async def _destinations(self, request: WireRequest, timeout_s: float) -> list[Destination]:
-        """Return where to connect, in order. A guarded request dials the very address that was judged."""
+        """Return where to connect, in order. A guarded request connects to the address that was checked."""
         url = _parse_url(request.url)
         if isinstance(url, str):
             raise ExchangeError(url, phase=Phase.CONNECT, permanent=True)
@@ -257,21 +257,23 @@ class HttpxTransport:
                 f"{host} leads to {refused}, which is not a public address", phase=Phase.CONNECT, permanent=True
             )
         if self._proxy_for(str(url)):
-            return [Destination(url, headers, {})]  # the proxy resolves and connects; it may know names that we do not
+            return [
+                Destination(url, headers, {})
+            ]  # the proxy resolves and connects; it may know names that do not resolve here
         if not addresses:
             raise ExchangeError(reason, phase=Phase.CONNECT)
         pinned = {**headers, "Host": url.netloc.decode("ascii")}
         return [Destination(url.copy_with(host=address), pinned, {"sni_hostname": host}) for address in addresses]
 
     def _map_exception(self, exc: Exception, progress: _ExchangeState) -> ExchangeError:
-        """Say in our words what a foreign exception means. Its text is kept, the exception is not."""
+        """Return the package's error for a library's exception. Its text is kept, the exception is not."""
         name = next((c.__name__ for c in type(exc).__mro__ if c.__name__ in _CONNECT_ERRORS), "")
         sent = not name and not isinstance(exc, UnicodeEncodeError)
         causes = list(_cause_chain(exc))
         bad_tls = any(isinstance(cause, ssl.SSLCertVerificationError) for cause in causes) or any(
             getattr(cause, "reason", None) == "WRONG_VERSION_NUMBER" for cause in causes
         )
-        # Messages of these two may quote a header or a body, so only their names are told.
+        # Messages of these two may quote a header or a body, so only their names are used.
         quotes = name == "LocalProtocolError" or isinstance(exc, UnicodeEncodeError)
         detail = "" if quotes else str(causes[-1]) or str(exc)
         reason = f"{type(exc).__name__}: {detail}".removesuffix(": ")
@@ -284,11 +286,10 @@ class HttpxTransport:
 async def _read_body(
     streaming: StreamingResponse, max_bytes: int, progress: _ExchangeState, sink: ChunkSink | None
 ) -> None:
-    """Read the body raw, so that what came before a failure is kept, and stop at the cap.
+    """Read the body raw, so that bytes received before a failure are kept, and stop at the limit.
 
-    When we are the ones to stop, or are cancelled, the connection is closed and the iteration goes on to its end, which
-    is near: left half way, the libraries' nested generators would be finalised by the garbage collector, and trio
-    complains.
+    If the reading stops early, the connection is closed and the iteration continues to its end. Otherwise the garbage
+    collector would finalize the libraries' nested generators, and trio warns about that.
     """
     size, chunks = 0, 0
     stopped: BaseException | None = None
@@ -302,10 +303,10 @@ async def _read_body(
             size += len(chunk)
             try:
                 await _accept_chunk(chunk, size - max_bytes, progress, sink)
-            except BaseException as exc:  # noqa: BLE001 - raised again below, when the body is done with
+            except BaseException as exc:  # noqa: BLE001 - raised again below, once the body is closed
                 stopped = exc
                 await streaming.aclose()
-    except Exception:  # reading on after our own close fails in as many ways as there are backends
+    except Exception:  # reading after the close fails differently on each backend
         if stopped is None:
             raise
     if stopped is not None:
@@ -316,7 +317,7 @@ async def _accept_chunk(chunk: bytes, excess: int, progress: _ExchangeState, sin
     if excess > 0:
         if sink is None:
             progress.received += chunk[:-excess]
-        raise progress.to_error("the body is longer than may be read", permanent=True)
+        raise progress.to_error("the body exceeds the limit", permanent=True)
     if sink is None:
         progress.received += chunk
         return
@@ -331,6 +332,6 @@ def _origin(request: WireRequest) -> str:
 
 def _cause_chain(exc: BaseException) -> Iterator[BaseException]:
     seen: BaseException | None = exc
-    while isinstance(seen, Exception):  # a cancellation says nothing that anybody would understand
+    while isinstance(seen, Exception):  # a cancellation is not useful to the reader
         yield seen
         seen = seen.__cause__ or seen.__context__

@@ -1,4 +1,4 @@
-"""Bodies from the network as JSON or as safe text. Knows nothing of what the service says, only how bodies go wrong."""
+"""Decode bodies from the network into JSON or safe text, whatever they contain."""
 
 import base64
 import contextlib
@@ -14,22 +14,21 @@ from nanobanana_async.models import GeneratedImage, JsonValue
 _EXCERPT_CHARS: Final = 200
 _CHUNK_BYTES: Final = 1024
 _GZIP_TRAILER_BYTES: Final = 8
-"""The checksum and length at the end of gzip: a piece of their own, for they may be all that is damaged."""
+"""Checksum and length at the end of gzip. They are decompressed as a chunk of their own, because they may be damaged.
+"""
 
 
 def decompress(body: bytes, content_encoding: str, max_bytes: int) -> bytes:
-    """Return *body*, inflated by one layer when its sender compressed it against our will, up to *max_bytes*.
+    """Return *body*, decompressed by one layer if it is gzip or deflate, up to *max_bytes*.
 
-    *coding* is what its header `content-encoding` says.
-
-    Never by the HTTP library: 235 bytes of triple gzip cost it 1.5 GiB (measured). A body that was cut
-    gives what could be inflated.
+    *content_encoding* is the value of that header. The HTTP library never decompresses: 235 bytes of triple gzip cost
+    it 1.5 GiB (measured). A truncated body yields what could be decompressed.
     """
     if content_encoding.strip().lower() not in ("gzip", "x-gzip", "deflate"):
         return body
-    inflater, inflated = zlib.decompressobj(wbits=47), bytearray()  # 47: gzip or zlib, told by the header
+    inflater, inflated = zlib.decompressobj(wbits=47), bytearray()  # 47: gzip or zlib, detected from the header
     bounds = [*range(0, len(body) - _GZIP_TRAILER_BYTES, _CHUNK_BYTES), len(body) - _GZIP_TRAILER_BYTES, len(body)]
-    with contextlib.suppress(zlib.error):  # what came before the damage may hold a task id
+    with contextlib.suppress(zlib.error):  # the bytes before the damage may contain a task id
         for start, end in pairwise(bounds):
             inflated += inflater.decompress(body[start:end], max_bytes - len(inflated))
             if len(inflated) >= max_bytes:
@@ -38,15 +37,17 @@ def decompress(body: bytes, content_encoding: str, max_bytes: int) -> bytes:
 
 
 def parse_json(body: bytes) -> JsonValue:
-    """Return the JSON document in *body*: UTF-8, -16 or -32, numbers with a point as Decimal, no lone surrogates.
+    """Return the JSON document in *body*, which is UTF-8, -16 or -32.
+
+    Numbers with a decimal point are Decimal. Lone surrogates are replaced.
 
     Raises:
-        ValueError: It is not JSON (which includes NaN and integers of thousands of digits).
+        ValueError: The body is not JSON, or contains NaN or an integer of thousands of digits.
         RecursionError: It is nested deeper than the interpreter can follow.
     """
     text = body.decode(json.detect_encoding(body))
     document: JsonValue = json.loads(text, parse_float=_parse_decimal, parse_constant=_reject_constant)
-    # A lone surrogate passes every check here and breaks the first file or database it is written to.
+    # A lone surrogate is valid here, but cannot be encoded when it is written to a file or database.
     return _replace_surrogates(document) if _SURROGATE.search(text) else document
 
 
@@ -75,29 +76,29 @@ def _reject_constant(name: str) -> None:
 
 
 def sanitize_line(text: str) -> str:
-    """Return *text* as one line that does nothing to a terminal: control characters and newlines are blanks."""
+    """Return *text* as one line that is safe for a terminal: control characters and newlines become spaces."""
     return " ".join("".join(character if character.isprintable() else " " for character in text).split())
 
 
 def excerpt(body: bytes) -> str:
-    """Return the start of a body as one safe line: tags and control characters gone."""
+    """Return the start of a body as one safe line, without tags and control characters."""
     text = re.sub(r"<[^>]*>?", " ", body[:2000].decode("utf-8", "replace"))
     line = sanitize_line(text)
     return line if len(line) <= _EXCERPT_CHARS else f"{line[:_EXCERPT_CHARS]}..."
 
 
 def decode_data_uri(uri: str) -> GeneratedImage | None:
-    """Return the picture inside a base64 data URI; None when *uri* is not one, or is damaged.
+    """Return the image in a base64 data URI; None if *uri* is not one, or is damaged.
 
-    A damaged one stays what it was, a `url` that the downloader refuses by name: one bad picture must not hide the
-    others of a paid task.
+    A damaged one remains a `url`, which the download rejects. So one bad image does not hide the other images of a
+    charged task.
     """
     head, comma, payload = uri.strip().partition(",")
     if not comma or not head.lower().startswith("data:") or not head.lower().endswith(";base64"):
         return None
     try:
         data = base64.b64decode(payload, validate=True)
-    except ValueError:  # another dialect, perhaps; translating megabytes is slow, so it is only tried then
+    except ValueError:  # try the URL-safe alphabet; only now, because translating megabytes is slow
         standard = payload.translate(_TO_STANDARD_BASE64)
         try:
             data = base64.b64decode(standard + "=" * (-len(standard) % 4), validate=True)

@@ -1,8 +1,7 @@
-"""Models to bytes and back: the one file with cattrs and with the JSON names of the wire.
+"""Convert models to bytes and back. The only file with cattrs and with the JSON names of the service.
 
-Total in both directions: every request that could be built can be encoded, and no byte sequence makes `read` or the
-functions after it raise anything but the errors of this package. Sources of the wire facts are named where
-they matter.
+Both directions are total. Every valid request can be encoded, and no byte sequence makes a decoder raise anything but
+the errors of this package. Wire facts name their source where they matter.
 """
 
 import json
@@ -37,28 +36,28 @@ BALANCE_PATH: Final = "/api/user"
 
 _MAX_DIGITS: Final = 64
 _MESSAGE_CHARS: Final = 1000
-"""How many characters of the service's words an error quotes."""
+"""Number of characters of the service's message that an error quotes."""
 
 MAX_JSON_BYTES: Final = 2**20
-"""Cap on a reply without pictures."""
+"""Largest response body without images."""
 MAX_QUERY_BYTES: Final = 64 * 2**20
-"""Cap on a query reply: results may be data URIs."""
+"""Largest response body of a query, which may contain data URIs."""
 
 
-# --- out ------------------------------------------------------------------------------------------------------------
+# --- requests --------------------------------------------------------------------------------------------------------
 
 
 def encode_submit(base_url: str, request: GenerationRequest) -> WireRequest:
-    """Return the POST that asks for *request*, whose images must be strings by now.
+    """Return the POST that submits *request*, whose images must be URLs or data URIs.
 
     Raises:
-        ValueError: `extra` holds something JSON cannot carry.
+        ValueError: `extra` contains a value that JSON cannot encode.
     """
     document = {**_converter.unstructure(request), **request.extra}
     try:
         body = json.dumps(document, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
     except (TypeError, ValueError, RecursionError) as exc:
-        raise ValueError(f"extra: cannot be sent as JSON: {exc}") from exc
+        raise ValueError(f"extra: cannot be encoded as JSON: {exc}") from exc
     return WireRequest(
         kind=RequestKind.SUBMIT,
         method="POST",
@@ -70,37 +69,37 @@ def encode_submit(base_url: str, request: GenerationRequest) -> WireRequest:
 
 
 def encode_query(base_url: str, task_id: str) -> WireRequest:
-    """Return the GET that asks how the task stands."""
+    """Return the GET that queries a task."""
     url = f"{base_url}{QUERY_PATH}?task_id={quote(task_id, safe='')}"
     return WireRequest(kind=RequestKind.READ, method="GET", url=url, max_bytes=MAX_QUERY_BYTES)
 
 
 def encode_balance(base_url: str) -> WireRequest:
-    """Return the GET that asks for the credits left."""
+    """Return the GET that queries the balance."""
     return WireRequest(kind=RequestKind.READ, method="GET", url=base_url + BALANCE_PATH, max_bytes=MAX_JSON_BYTES)
 
 
-# --- in: the envelope -----------------------------------------------------------------------------------------------
+# --- the envelope of a response --------------------------------------------------------------------------------------
 
 
 @attrs.frozen(kw_only=True)
 class Envelope:
-    """A reply body as far as it can be understood, whatever it turned out to be."""
+    """A response body, decoded as far as possible."""
 
     is_service_json: bool = False
-    """Whether it is the vendor's own JSON shape: an object with a `code`."""
+    """Whether the body has the service's JSON shape: an object with a `code`."""
     ok: bool = False
-    """Whether `code` says success: the integer 0, or "0". (`false == 0` in Python, hence the care.)"""
+    """Whether `code` means success: the integer 0 or "0". In Python `false == 0`, so the type is checked."""
     code: int | None = None
     message: str = ""
-    """What the service said, `detail` before `message`; an excerpt of the body when it spoke no JSON."""
+    """Message of the service, `detail` before `message`; an excerpt of the body if it is not JSON."""
     data: Mapping[str, JsonValue] = attrs.field(factory=dict, repr=False)
     task_id: str | None = None
-    """A task id in `data`, or one salvaged from a body that was cut or is not JSON."""
+    """Task id in `data`, or salvaged from a body that was truncated or is not JSON."""
 
 
 def decode_envelope(response: WireResponse) -> Envelope:
-    """Make sense of the body of *reply*; never raises. Decodes by content, for content types are not reliable."""
+    """Decode the body of *response*. Never raises, and ignores the content type, which is not reliable."""
     body = decompress(response.body, response.headers.get("content-encoding", ""), MAX_JSON_BYTES)
     try:
         document = parse_json(body)
@@ -111,30 +110,30 @@ def decode_envelope(response: WireResponse) -> Envelope:
     code = document.get("code")
     data = document.get("data")
     fields: Mapping[str, JsonValue] = data if isinstance(data, dict) else {}
-    said = next((text for key in ("detail", "message", "error") if (text := _to_text(document.get(key)))), "")
+    message = next((text for key in ("detail", "message", "error") if (text := _to_text(document.get(key)))), "")
     return Envelope(
         is_service_json="code" in document,
         ok=(type(code) is int and code == 0) or code == "0",
         code=_code(code),
-        message=sanitize_line(said[:_MESSAGE_CHARS]) or excerpt(body),
+        message=sanitize_line(message[:_MESSAGE_CHARS]) or excerpt(body),
         data=fields,
         task_id=_to_task_id(fields.get("task_id")),
     )
 
 
 def to_api_error(response: WireResponse, envelope: Envelope, *, task_id: str | None = None) -> ApiError:
-    """Return the error for an answer that is a refusal: by HTTP status first, then by code and wording."""
+    """Return the error for an error response, classified by HTTP status first, then by code and words."""
     kind = _error_type(response.status, envelope)
     code = "" if envelope.code is None else f", code {envelope.code}"
-    about = f"task {task_id}: " if task_id else ""
-    said = f"{about}{envelope.message or 'refused'}{_redirect_note(response)}"
-    lost = response.status in (404, 405) and not envelope.is_service_json
-    advice = "; check the base URL" if lost else _ADVICE.get(kind, "")
-    what = f"{said} (HTTP {response.status}{code}){advice}"
-    return kind(what, status=response.status, code=envelope.code, task_id=task_id)
+    subject = f"task {task_id}: " if task_id else ""
+    is_other_server = response.status in (404, 405) and not envelope.is_service_json
+    advice = " Check the base URL." if is_other_server else _ADVICE.get(kind, "")
+    detail = f"{envelope.message or 'rejected'}{_redirect_note(response)}"
+    message = f"{subject}{detail} (HTTP {response.status}{code}).{advice}"
+    return kind(message, status=response.status, code=envelope.code, task_id=task_id)
 
 
-_ADVICE: Final = {AuthenticationError: "; check the API key", InsufficientCredits: "; top up the account"}
+_ADVICE: Final = {AuthenticationError: " Check the API key.", InsufficientCredits: " Top up the account."}
 
 
 def _error_type(status: int, envelope: Envelope) -> type[ApiError]:
@@ -150,29 +149,32 @@ def _error_type(status: int, envelope: Envelope) -> type[ApiError]:
 
 
 def _redirect_note(response: WireResponse) -> str:
-    """Name the host a redirect points to, and nothing more of it: we never follow one with the key."""
+    """Return a note that names the host of a redirect. A request with the key is never redirected."""
     if not 300 <= response.status < 400:
         return ""
     found = re.match(r"(?:https?:)?//([A-Za-z0-9.:\[\]-]{1,100})", response.headers.get("location", ""))
-    return f"; redirected to {found[1] if found else 'another path'}, which is not followed: check the base URL"
+    return f" (redirected to {found[1] if found else 'another path'}, not followed; check the base URL)"
 
 
 def _lacks_credit(envelope: Envelope) -> bool:
-    """Judge by wording, for no status is documented. Source: the messages other clients look for."""
-    # A refusal may quote a prompt about a credit card; the apostrophes of "doesn't" and "it's" quote nothing.
-    said = re.sub(r"(?<!\w)'[^']*'(?!\w)|\"[^\"]*\"", "", envelope.message)
-    return re.search(r"insufficient|not enough|credit(?! card)|balance|quota", said, re.IGNORECASE) is not None
+    """Return whether the message says that the account is empty.
+
+    No status is documented for it. Source of the words: the messages that other clients look for.
+    """
+    # An error may quote a prompt about a credit card. The apostrophes of "doesn't" and "it's" are not quotes.
+    message = re.sub(r"(?<!\w)'[^']*'(?!\w)|\"[^\"]*\"", "", envelope.message)
+    return re.search(r"insufficient|not enough|credit(?! card)|balance|quota", message, re.IGNORECASE) is not None
 
 
-# --- in: what the operations answer -----------------------------------------------------------------------------
+# --- responses of the operations ---------------------------------------------------------------------------------
 
 
 def decode_task(response: WireResponse, task_id: str) -> Task:
-    """Return the task of a query reply.
+    """Return the task in the response to a query.
 
     Raises:
-        ApiError: The service refused.
-        ProtocolError: The answer is not one, or is about another task.
+        ApiError: The service responded with an error.
+        ProtocolError: The response cannot be decoded, or is about another task.
     """
     envelope = _checked_envelope(response, task_id)
     try:
@@ -182,17 +184,17 @@ def decode_task(response: WireResponse, task_id: str) -> Task:
     else:
         if wire.task_id in ("", task_id):
             return wire.task(task_id)
-        what = f"it is about task {wire.task_id!r}"
+        what = f"expected this task, got {wire.task_id!r}"
     raise ProtocolError(
-        f"the answer about task {task_id} cannot be used: {what}", task_id=task_id, status=response.status
+        f"task {task_id}: the response cannot be decoded: {what}", task_id=task_id, status=response.status
     )
 
 
 def decode_callback(body: bytes) -> CallbackPayload:
-    """Return what a posted body claims. The same fields as a task's, flat (vendor's documentation).
+    """Return the contents of a callback body: the fields of a task, without envelope (service's documentation).
 
     Raises:
-        ProtocolError: It is not JSON, or names no task.
+        ProtocolError: The body is not JSON, or names no task.
     """
     try:
         document = parse_json(body)
@@ -201,21 +203,21 @@ def decode_callback(body: bytes) -> CallbackPayload:
     payload = document if isinstance(document, dict) else {}
     task_id = _to_task_id(payload.get("task_id"))
     if task_id is None:
-        raise ProtocolError(f"the callback names no task: {excerpt(body) or 'empty'}")
+        raise ProtocolError(f"callback: expected a task_id, got {excerpt(body) or 'an empty body'}")
     return CallbackPayload(task_id=task_id, status=_status(payload.get("status"), None), raw=payload)
 
 
 def decode_balance(response: WireResponse) -> Decimal:
-    """Return the credits left.
+    """Return the credits in the response to a balance request.
 
     Raises:
-        ApiError: The service refused.
-        ProtocolError: The answer holds no number.
+        ApiError: The service responded with an error.
+        ProtocolError: The response contains no number.
     """
     envelope = _checked_envelope(response)
     credit = _decimal(envelope.data.get("credit"), Decimal)
     if credit is None:
-        raise ProtocolError(f"the answer names no credit: {envelope.message}", status=response.status)
+        raise ProtocolError(f"balance: expected a credit, got {envelope.message}", status=response.status)
     return credit
 
 
@@ -225,14 +227,14 @@ def _checked_envelope(response: WireResponse, task_id: str | None = None) -> Env
         raise to_api_error(response, envelope, task_id=task_id)
     if not envelope.is_service_json:
         raise ProtocolError(
-            f"the answer is not the service's JSON (HTTP {response.status}): {envelope.message or 'empty'}",
+            f"expected the service's JSON, got HTTP {response.status}: {envelope.message or 'an empty body'}",
             task_id=task_id,
             status=response.status,
         )
     return envelope
 
 
-# --- the parts ------------------------------------------------------------------------------------------------------
+# --- fields ----------------------------------------------------------------------------------------------------------
 
 
 @attrs.frozen(kw_only=True)
@@ -242,7 +244,7 @@ class _Reason:
 
 @attrs.frozen(kw_only=True)
 class _ResultItem:
-    """One entry of `result`: a picture, words, or both."""
+    """One entry of `result`: an image, text, or both."""
 
     image: GeneratedImage | None = None
     text: str = ""
@@ -250,7 +252,7 @@ class _ResultItem:
 
 @attrs.frozen(kw_only=True)
 class _TaskData:
-    """`data` of a query reply, field by field as the service spells it."""
+    """The `data` object of a query response, with the field names of the service."""
 
     task_id: str = ""
     status: TaskStatus = TaskStatus.UNRECOGNIZED
@@ -281,20 +283,20 @@ def _status(value: object, _: object) -> TaskStatus:
 
 
 def _decimal(value: object, _: object) -> Decimal | None:
-    """Read a number or a decimal string; anything else, infinities and negative amounts included, is None."""
+    """Return a number or decimal string as Decimal; None for other values, infinities and negative amounts."""
     if isinstance(value, bool) or not isinstance(value, int | str | Decimal):
         return None
     try:
         number = Decimal(value)
     except InvalidOperation:
         return None
-    # 1e999999999 is a Decimal like any other until somebody prints it in full.
+    # 1e999999999 is a valid Decimal, but printing it in full would need a gigabyte.
     sane = number.is_finite() and number >= 0 and abs(number.adjusted()) < _MAX_DIGITS
     return number if sane else None
 
 
 def _to_datetime(value: object, _: object) -> datetime | None:
-    """Read an ISO date (taken as UTC when it names no zone) or a Unix time; anything else is None."""
+    """Return an ISO date (UTC if it has no zone) or a Unix time as datetime; None for anything else."""
     try:
         if isinstance(value, str):
             parsed = datetime.fromisoformat(value)
@@ -307,7 +309,10 @@ def _to_datetime(value: object, _: object) -> datetime | None:
 
 
 def _items(value: object, _: object) -> tuple[_ResultItem, ...]:
-    """Normalise `result`: null is (), one object or string is (it,); what is neither is passed over (see `raw`)."""
+    """Return the entries of `result`: () for null, one entry for an object or string.
+
+    Entries of other types are left out; `Task.raw` contains them.
+    """
     entries = value if isinstance(value, list) else [value]
     return tuple(item for entry in entries if (item := _item(entry)) is not None)
 
@@ -331,12 +336,12 @@ def _reason(value: object, _: object) -> _Reason:
 
 
 def _to_text(value: object) -> str:
-    """Return what a field says in words: a string as it is, a list or an object as JSON, nothing for null."""
+    """Return a field as text: a string unchanged, a list or object as JSON, "" for null."""
     if isinstance(value, str):
         return value.strip()
     try:
         return "" if value in (None, [], {}) else json.dumps(value, default=str)[:1000]
-    except RecursionError:  # it could be read at one depth of the stack, and cannot be written at another
+    except RecursionError:  # nesting that could be decoded may be too deep to encode from here
         return ""
 
 
@@ -348,12 +353,12 @@ def _code(value: object) -> int | None:
 
 def _to_task_id(value: object) -> str | None:
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)  # undocumented, and paid for all the same
+        return str(value)  # undocumented, but the task is charged
     return value.strip() or None if isinstance(value, str) else None
 
 
 def _salvage_task_id(body: bytes) -> str | None:
-    """Return a task id that stands whole in the bytes of a body nobody can parse (promise P5)."""
+    """Return a complete task id found in the bytes of a body that cannot be decoded (promise P5)."""
     found = re.search(rb'"task_id"\s*:\s*"([!#-\[\]-~]{1,200})"', body)
     return found[1].decode("ascii") if found else None
 

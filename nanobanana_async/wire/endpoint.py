@@ -1,4 +1,4 @@
-"""Whom we talk to, and as whom: the base URL and the API key, checked once so that neither can leak or fail later."""
+"""Base URL, API key and headers, validated once so that the key cannot leak or fail later."""
 
 import contextlib
 import os
@@ -19,40 +19,40 @@ from nanobanana_async.transport.addresses import is_public, resolve
 
 DEFAULT_BASE_URL: Final = "https://api.defapi.org"
 KEY_VARIABLES: Final = ("DEFAPI_API_KEY", "DEFAPI_KEY", "NANO_BANANA_API_KEY")
-"""Environment variables that users of the service already have; the first one set wins."""
+"""Environment variables with the API key. The first one that is set is used."""
 BASE_URL_VARIABLE: Final = "DEFAPI_BASE_URL"
 
 _DNS_TIMEOUT_S: Final = 10.0
 
-# The file hosts refuse the default user agents of libraries (403 "error code: 1010").
+# File hosts reject the default user agents of libraries (403 "error code: 1010").
 USER_AGENT: Final = f"nanobanana-async/{version('nanobanana-async')}"
 
 
 @attrs.frozen
 class ApiKey:
-    """An API key that no repr shows, so neither does a traceback that prints local variables."""
+    """An API key that no repr shows, so a traceback with local variables does not contain it."""
 
     value: str = attrs.field(repr=False)
 
     def normalized(self) -> "ApiKey":
-        """Return it without what people paste along with a key.
+        """Return the key without the whitespace and prefix that are often pasted with it.
 
         Raises:
-            ConfigurationError: Nothing is left, or it cannot stand in a header. The message does not quote it.
+            ConfigurationError: The key is empty, or contains invalid characters. The message does not quote it.
         """
         clean = ApiKey(re.sub(r"^bearer(\s+|$)", "", self.value.strip(), flags=re.IGNORECASE).strip())
         if not clean.value:
-            raise ConfigurationError(f"no API key: set {KEY_VARIABLES[0]} (in a program, api_key=... does as well)")
+            raise ConfigurationError(f"no API key: set {KEY_VARIABLES[0]} or pass api_key=...")
         if not re.fullmatch(r"[!-~]+", clean.value):
             raise ConfigurationError(
-                "api_key: holds blanks, control or non-ASCII characters inside (it is not shown here); copy it again"
+                "api_key: contains whitespace, control or non-ASCII characters (value hidden). Copy the key again."
             )
         return clean
 
 
 @attrs.define
 class Endpoint:
-    """The service as this client sees it. The key is in no repr."""
+    """Base URL and key of the service. No repr contains the key."""
 
     base_url: str
     _key: ApiKey
@@ -60,7 +60,7 @@ class Endpoint:
 
     @classmethod
     def resolve(cls, api_key: ApiKey | None, base_url: str | None) -> "Endpoint":
-        """Return the endpoint for what the caller gave, or else what the environment says.
+        """Return the endpoint from the arguments, else from the environment.
 
         Raises:
             ConfigurationError: There is no key, or the key or the URL cannot be used.
@@ -72,31 +72,34 @@ class Endpoint:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """What every API request carries. Never sent anywhere but to `base_url`."""
+        """Headers of every API request. They are sent to `base_url` only."""
         return {
             "Authorization": f"Bearer {self._key.value}",
             "Accept": "application/json",
-            # Never compressed: 235 bytes of gzip can cost 1.5 GiB (measured).
+            # No compression: 235 bytes of gzip can cost 1.5 GiB (measured).
             "Accept-Encoding": "identity",
             "User-Agent": USER_AGENT,
         }
 
     def redact_response(self, response: WireResponse) -> WireResponse:
-        """Return *reply* with the key struck out: some servers quote it back, and errors quote what servers say."""
+        """Return *response* with the key removed. Some servers quote it, and errors quote their words."""
         key = self._key.value.encode()
         return (
             attrs.evolve(response, body=response.body.replace(key, b"[API key]")) if key in response.body else response
         )
 
     def redact_error(self, failure: ExchangeError) -> ExchangeError:
-        """The same for what a transport says went wrong: one that was handed in may quote the request."""
+        """Return a transport error with the key removed. A user's transport may quote the request."""
         if self._key.value in failure.reason:
             failure.reason = failure.reason.replace(self._key.value, "[API key]")
             failure.args = (failure.reason,)
         return failure
 
     async def is_public(self) -> bool:
-        """Tell whether the service is on the internet: then its pictures are, too. A simulator may be anywhere."""
+        """Return whether the service is on the internet. If so, its image URLs have to be public, too.
+
+        A simulator and its images may be anywhere.
+        """
         if self.base_url == DEFAULT_BASE_URL:
             return True
         if self._is_public is None:
@@ -106,7 +109,7 @@ class Endpoint:
         return self._is_public is not False
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("an endpoint holds the API key, and is not pickled; make a client in each process")
+        raise TypeError("endpoint: contains the API key and cannot be pickled. Create one client per process.")
 
 
 def _normalized_url(url: str, name: str) -> str:
@@ -115,14 +118,14 @@ def _normalized_url(url: str, name: str) -> str:
         raise ConfigurationError(f"{name}: {cleaned!r} {problem}")
     parts = urlsplit(cleaned)
     if parts.query or parts.fragment:
-        raise ConfigurationError(f"{name}: {cleaned!r} has a query or a fragment; leave it out")
+        raise ConfigurationError(f"{name}: {cleaned!r} contains a query or a fragment. Remove it.")
     if parts.scheme == "http" and not _is_private_host(parts.hostname or ""):
-        raise ConfigurationError(f"{name}: {cleaned!r} would send the API key in the clear; use https://")
+        raise ConfigurationError(f"{name}: {cleaned!r} would send the API key unencrypted. Use https://.")
     return cleaned
 
 
 def _is_private_host(host: str) -> bool:
-    """Tell whether *host* names this machine or a private network, where a simulator or a proxy may speak http."""
+    """Return whether *host* names this machine or a private network, where plain http is accepted."""
     try:
         ip_address(host)
     except ValueError:
