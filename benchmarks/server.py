@@ -164,7 +164,7 @@ def main() -> None:
     options = parser.parse_args()
     profile = SimulatorProfile(median_s=options.latency)
     service = SimulatedService(
-        profile, seed=options.seed, now_s=time.monotonic, paint=tiny_png
+        profile, seed=options.seed, now_s=time.monotonic, render=tiny_png
     )  # to paint would cost the CPU
     socket = open_listener("127.0.0.1", 0)
     # Idle connections are kept for longer than any client keeps them, or the two race.

@@ -210,8 +210,8 @@ class CallbackReceiver:
                     break
             headers = {name.lower(): value for name, value in scope["headers"]}
             coding = headers.get(b"content-encoding", b"").decode("latin-1")
-            known = await self.deliver(scope["path"], bytes(body), content_encoding=coding, may_forward=True)
-            return 204 if known else 404
+            is_known = await self.deliver(scope["path"], bytes(body), content_encoding=coding, may_forward=True)
+            return 204 if is_known else 404
         return 408
 
 

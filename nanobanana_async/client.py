@@ -160,10 +160,10 @@ class NanoBananaClient:
         """
         await self._background.ensure_started()
 
-        async def keyed() -> AsyncGenerator[tuple[str, GenerationRequest]]:
+        async def numbered() -> AsyncGenerator[tuple[str, GenerationRequest]]:
             number = 0
-            async with contextlib.aclosing(iter_any(requests)) as wanted:
-                async for request in wanted:
+            async with contextlib.aclosing(iter_any(requests)) as source:
+                async for request in source:
                     yield str(number), request if isinstance(request, GenerationRequest) else GenerationRequest(request)
                     number += 1
 
@@ -176,7 +176,7 @@ class NanoBananaClient:
             return Succeeded(key=key, request=request, task=task)
 
         outcomes: AsyncGenerator[Outcome] = map_unordered(
-            self._background, keyed(), generate_one, max_in_flight=max_in_flight, on_unconsumed=log_unconsumed
+            self._background, numbered(), generate_one, max_in_flight=max_in_flight, on_unconsumed=log_unconsumed
         )
         async with contextlib.aclosing(outcomes):
             async for outcome in outcomes:

@@ -113,7 +113,7 @@ def _lower(value: str | None) -> str | None:
 
 def _check_extra(request: "GenerationRequest", _: object, extra: Mapping[str, JsonValue]) -> None:
     if clash := sorted(attrs.fields_dict(type(request)).keys() & extra.keys()):
-        raise ValueError(f"extra: expected other fields than {', '.join(clash)}. Use the argument of that name.")
+        raise ValueError(f"extra: got {', '.join(clash)}. Pass it as an argument instead.")
 
 
 def _as_images(images: ImageSource | Iterable[ImageSource]) -> tuple[ImageSource, ...]:

@@ -35,8 +35,8 @@ MUTANTS: Final = (
     Mutant(
         "a submit is sent again after a lost reply",
         "wire/classify.py",
-        'Rule("reply lost or cut", Verdict.UNKNOWN, RetryRule.ALWAYS',
-        'Rule("reply lost or cut", Verdict.UNKNOWN, RetryRule.SAFE',
+        'Rule("response lost or cut", Verdict.UNKNOWN, RetryRule.ALWAYS',
+        'Rule("response lost or cut", Verdict.UNKNOWN, RetryRule.SAFE',
         "test_api.py",
     ),
     Mutant(
@@ -232,15 +232,15 @@ MUTANTS: Final = (
     Mutant(
         "cancelling a batch tears a submit on the wire",
         "batch/submitter.py",
-        "            scope.shield = True",
-        "            scope.shield = False",
+        "            scope.shield = True\n",
+        "            scope.shield = False\n",
         "test_batch.py::test_cancelling_lets_a_submit_on_the_wire_come_to_a_durable_end",
     ),
     Mutant(
         "the budget is reserved too late",
         "batch/submitter.py",
-        "                self._budget.reserve(model)  # here",
-        "                # here",
+        "                self._budget.reserve(model)  # before",
+        "                # before",
         "test_batch.py::test_the_budget_holds_and_may_be_raised_later",
     ),
     Mutant(

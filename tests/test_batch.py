@@ -372,7 +372,7 @@ async def test_a_lost_answer_is_unknown_until_somebody_decides(tmp_path: Path) -
         await batch.resubmit(records[0].key)
         await batch.abandon(records[1].key)
         mine = next(outcome.task for outcome in again.values() if isinstance(outcome, Succeeded))
-        with pytest.raises(LedgerError, match=f"task {mine.task_id} is what row"):
+        with pytest.raises(LedgerError, match=f"task {mine.task_id} belongs to row"):
             await batch.bind(records[2].key, mine.task_id)
         await batch.bind(records[2].key, foreign.task_id)
         with pytest.raises(LedgerError):
@@ -489,7 +489,7 @@ async def test_a_service_that_names_no_price_cannot_be_kept_to_a_budget(tmp_path
     simulator.service._state = lambda *args: {**state(*args), "consumed": None}  # type: ignore[method-assign]
     async with batch_of(simulator, tmp_path, budget=Decimal(100)) as batch:
         _, cause = await run_until_stopped(batch)
-    assert "nobody knows what a picture costs" in str(cause)
+    assert "the price is not yet known" in str(cause)
     assert len(simulator.charges) == 1
 
 
@@ -631,7 +631,7 @@ async def test_a_fresh_task_that_is_invisible_after_a_restart_is_waited_for(tmp_
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("no_threads")
 async def test_a_picture_that_takes_too_long_is_waited_for_by_the_next_run(tmp_path: Path) -> None:
-    """It is paid, and it runs on."""
+    """It is paid, and the exchange continues."""
     simulator = Simulator(SimulatorProfile(median_s=100, sigma=0, visibility_delay_s=0))
     async with batch_of(simulator, tmp_path) as batch:
         outcomes = await run(batch, ["fox"], timeout_s=50)

@@ -110,7 +110,7 @@ def test_a_file_of_prompts_becomes_a_folder_of_pictures(scenes: dict[str, CliSce
     """The page on stdout, the summary on stderr; no live display where there is no terminal."""
     first, _ = scenes["whole"].runs
     assert (first.code, first.out) == (0, "run/index.html\n")
-    assert first.err.splitlines()[-1] == "4 of 4 done; 2 credits spent"
+    assert first.err.splitlines()[-1] == "4 of 4 saved; 2 credits spent"
     assert "\x1b" not in first.err
     assert len(list((first.folder / "run").glob("*.png"))) == 4
 
@@ -131,8 +131,8 @@ def test_an_interrupted_run_settles_and_says_how_to_go_on(scenes: dict[str, CliS
     assert [act.code for act in scene.runs] == [130, 143, 0]
     for act in scene.runs[:2]:
         *_, summary, hint, last = act.err.splitlines()
-        assert summary == "0 of 4 done, 4 to go (4 of them submitted); 0 credits spent, 4 at a price nobody knows yet"
-        assert hint == "to go on: nanobanana batch prompts.txt --out run"
+        assert summary == "0 of 4 saved, 4 remaining (4 submitted); 0 credits spent, price of 4 not yet known"
+        assert hint == "To resume, run: nanobanana batch prompts.txt --out run"
         assert last == "interrupted"
         assert "Traceback" not in act.err
     assert sorted(charge.prompt for charge in scene.server.charges) == PROMPTS
@@ -144,8 +144,8 @@ def test_credits_that_run_out_half_way_cost_nothing_but_time(scenes: dict[str, C
     (poor,) = scenes["poor"].runs
     assert poor.code == 1
     assert "insufficient credit" in poor.err
-    assert "2 of 4 done, 2 to go; 1 credits spent" in poor.err
-    assert "to go on: nanobanana batch prompts.txt --out run" in poor.err
+    assert "2 of 4 saved, 2 remaining; 1 credits spent" in poor.err
+    assert "To resume, run: nanobanana batch prompts.txt --out run" in poor.err
     assert len(scenes["poor"].server.charges) == 2
 
 
@@ -153,7 +153,7 @@ def test_a_second_process_is_refused(scenes: dict[str, CliScenario]) -> None:
     """With the pid of the first, which is not disturbed."""
     second, first = scenes["crowded"].runs
     assert (first.code, second.code) == (0, 1)
-    assert f"run/ledger.db: is in use by process {first.err}; one run at a time" in second.err
+    assert f"run/ledger.db: in use by process {first.err}. Wait until it has finished" in second.err
     assert len(scenes["crowded"].server.charges) == 4
 
 
@@ -171,19 +171,19 @@ def test_a_second_interrupt_does_not_wait_and_names_what_is_unknown(tmp_path: Pa
             assert process.stderr is not None
             wait_for(lambda: server.requests)
             process.send_signal(signal.SIGINT)
-            assert "Ctrl-C again does not wait" in process.stderr.readline()
+            assert "Ctrl-C again to exit now" in process.stderr.readline()
             process.send_signal(signal.SIGINT)
             for _ in range(more):
                 time.sleep(0.01)
                 process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert "1 unknown, 1 to go" in err
+    assert "1 unknown, 1 remaining" in err
     assert "nanobanana batch resolve --out run" in err
     assert "Traceback" not in err
     listed = nanobanana("batch", "resolve", "--out", "run", cwd=tmp_path, DEFAPI_API_KEY="")
     assert listed.returncode == 0
-    assert re.fullmatch(r"\w{16}  price unknown  'a fox'  the program ended before an answer came\n", listed.stdout)
+    assert re.fullmatch(r"\w{16}  price unknown  'a fox'  the program ended before a response arrived\n", listed.stdout)
     assert nanobanana("batch", "resolve", "--out", "run", "--abandon", cwd=tmp_path).returncode == 2
     key = listed.stdout.split()[0]
     assert nanobanana("batch", "resolve", "--out", "run", "--abandon", "--resubmit", key, cwd=tmp_path).returncode == 2
@@ -197,27 +197,29 @@ def test_a_second_interrupt_does_not_wait_and_names_what_is_unknown(tmp_path: Pa
     ("arguments", "variables", "code", "says"),
     [
         pytest.param(["p.txt", "--out", "run"], {"DEFAPI_API_KEY": "dk-wrong"}, 1, "Invalid API key", id="wrong-key"),
-        pytest.param(["bad.csv", "--out", "run"], {}, 1, "line 3: prompt: must not be empty", id="bad-row"),
+        pytest.param(["bad.csv", "--out", "run"], {}, 1, "line 3: prompt: expected text", id="bad-row"),
         pytest.param(
             ["many.csv", "--out", "run"],
             {},
             1,
-            "line 25: prompt: must not be empty, got ''\nnanobanana: and 36 more\n",
+            "line 25: prompt: expected text, got ''\nnanobanana: and 36 more\n",
             id="bad-rows",
         ),
         pytest.param(
             ["p.txt", "--out", "run", "--aspect-ratio", "1x1"], {}, 1, "nanobanana: aspect_ratio: ", id="bad-ratio"
         ),
         pytest.param(["none.txt", "--out", "run"], {}, 1, "none.txt: No such file", id="no-file"),
-        pytest.param(["p.txt", "--out", "p.txt"], {}, 1, "p.txt: is a file, and not a folder", id="out-is-a-file"),
+        pytest.param(["p.txt", "--out", "p.txt"], {}, 1, "p.txt: expected a folder, got a file", id="out-is-a-file"),
         pytest.param(["p.txt", "--out", "/proc/no"], {}, 1, "/proc/no", id="unwritable"),
         pytest.param(["p.txt"], {}, 2, "Missing option '-o' / '--out'", id="no-out"),
         pytest.param([], {}, 2, "Missing argument 'FILE'", id="no-arguments"),
-        pytest.param(["p.txt", "--out", "run", "--budget", "lots"], {}, 2, "'lots' is not a number", id="bad-budget"),
-        pytest.param(["p.txt", "--out", "run", "--budget", "nan"], {}, 2, "not more than 0", id="nan-budget"),
+        pytest.param(
+            ["p.txt", "--out", "run", "--budget", "lots"], {}, 2, "expected a number, got 'lots'", id="bad-budget"
+        ),
+        pytest.param(["p.txt", "--out", "run", "--budget", "nan"], {}, 2, "expected more than 0", id="nan-budget"),
         pytest.param(["p.txt", "--out", "run", "--max-in-flight", "0"], {}, 2, "not in the range", id="none-in-flight"),
-        pytest.param(["resolve", "--out", "none"], {}, 1, "there is no ledger", id="nothing-to-resolve"),
-        pytest.param(["resolve", "--out", "none", "--bind", "ta-1"], {}, 2, "the one KEY that it is", id="bind-what"),
+        pytest.param(["resolve", "--out", "none"], {}, 1, "not found", id="nothing-to-resolve"),
+        pytest.param(["resolve", "--out", "none", "--bind", "ta-1"], {}, 2, "and one KEY", id="bind-what"),
     ],
 )
 def test_what_goes_wrong_is_told_before_anything_is_paid(

@@ -130,15 +130,15 @@ async def test_paid_rows_that_the_file_has_no_longer_are_fetched_all_the_same(tm
 
 
 async def test_a_ledger_that_is_gone_is_not_begun_anew(tmp_path: Path) -> None:
-    """Everything would be paid again."""
+    """Everything would be charged again."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         await run(batch)
     (tmp_path / "ledger.db").unlink()
-    with pytest.raises(LedgerError, match="would be paid again"):
+    with pytest.raises(LedgerError, match="would be charged again"):
         await Ledger.open(tmp_path)
     (tmp_path / "ledger.db").touch()
-    with pytest.raises(LedgerError, match="would be paid again"):
+    with pytest.raises(LedgerError, match="would be charged again"):
         await Ledger.open(tmp_path)
 
 
@@ -319,7 +319,7 @@ async def test_a_journal_that_is_taken_away_stops_the_run(tmp_path: Path) -> Non
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         (tmp_path / "ledger.db-wal").unlink()
-        with pytest.raises(LedgerError, match="taken away"):
+        with pytest.raises(LedgerError, match="removed or replaced"):
             await run(batch)
     assert simulator.charges == []
 

@@ -152,7 +152,7 @@ async def test_the_command_prints_what_is_posted() -> None:
         for body in (b'{"task_id": "ta-1", "status": "success"}', b"\x1b[2Jnonsense"):
             await anyio.to_thread.run_sync(_post, f"{url}/any/path", body)
         assert process.stdout.readline() == "POST /any/path: task ta-1 success\n"
-        assert process.stdout.readline() == "POST /any/path: the callback names no task: [2Jnonsense\n"
+        assert process.stdout.readline() == "POST /any/path: callback: expected a task_id, got [2Jnonsense\n"
 
 
 def _post(url: str, body: bytes) -> None:

@@ -135,7 +135,9 @@ def test_a_disk_that_is_full_after_the_money_is_out_names_what_to_do(ended: dict
     full = ended["full"]
     assert full.code == 1
     assert "fox.png: cannot be written" in full.err
-    assert re.search(r"paid, and not saved: 'too large'; to fetch it: nanobanana wait ta\S+ -o fox\.png", full.err)
+    assert re.search(
+        r"charged but not saved: 'too large'. To download it, run: nanobanana wait ta\S+ -o fox\.png", full.err
+    )
     assert list(full.folder.iterdir()) == []
 
 
@@ -162,18 +164,18 @@ def test_the_demo_makes_24_pictures_and_a_gallery(ended: dict[str, Ended]) -> No
         pytest.param(["generate", "x"], {"DEFAPI_API_KEY": "dk-wrong"}, 1, "Invalid API key", id="wrong-key"),
         pytest.param(["generate", "x"], {"DEFAPI_API_KEY": ""}, 1, "set DEFAPI_API_KEY", id="no-key"),
         pytest.param(["balance"], {"DEFAPI_BASE_URL": "http://127.0.0.1:9"}, 1, "Connect", id="nobody-there"),
-        pytest.param(["balance"], {"DEFAPI_BASE_URL": "http://api.defapi.org"}, 1, "in the clear", id="no-tls"),
+        pytest.param(["balance"], {"DEFAPI_BASE_URL": "http://api.defapi.org"}, 1, "unencrypted", id="no-tls"),
         pytest.param(["generate", "x", "-o", "/proc/no/x.png"], {}, 1, "/proc/no", id="unwritable"),
         pytest.param(["generate", "x", "--image", "none.png"], {}, 1, "none.png: cannot be read", id="no-image"),
         pytest.param(["status", "ta-none"], {}, 1, "ta-none: task not found", id="no-task"),
         pytest.param(["wait", "ta-none"], {}, 1, "ta-none: task not found", id="nothing-to-wait-for"),
         pytest.param(["generate"], {}, 2, "Missing argument", id="no-prompt"),
-        pytest.param(["generate", ""], {}, 2, "prompt: must not be empty", id="empty-prompt"),
+        pytest.param(["generate", ""], {}, 2, "prompt: expected text", id="empty-prompt"),
         pytest.param(["generate", "x", "--aspect-ratio", "wide"], {}, 2, "such as '16:9'", id="bad-ratio"),
         pytest.param(["generate", "x", "-o", "-"], {}, 2, "not written to stdout", id="to-stdout"),
-        pytest.param(["generate", "x", "-o", "file/x.png"], {}, 1, "file: is a file, and not a folder", id="no-folder"),
-        pytest.param(["generate", "a", "b", "-o", "c.png"], {}, 2, "names one file", id="two-into-one"),
-        pytest.param(["simulate", "--faults", "fire=1"], {}, 2, "'fire' is not one of", id="bad-fault"),
+        pytest.param(["generate", "x", "-o", "file/x.png"], {}, 1, "file: expected a folder", id="no-folder"),
+        pytest.param(["generate", "a", "b", "-o", "c.png"], {}, 2, "a folder for 2 prompts", id="two-into-one"),
+        pytest.param(["simulate", "--faults", "fire=1"], {}, 2, "got 'fire'", id="bad-fault"),
     ],
 )
 def test_what_goes_wrong_is_one_clear_line_and_an_exit_code(
@@ -219,7 +221,9 @@ def test_an_interrupt_leaves_no_traceback_and_says_how_to_go_on(
             _, errors = process.communicate(timeout=20)
         task_id = server.service.charges[0].task_id
         assert process.returncode == code
-        assert f"paid, and not saved: 'a fox'; to fetch it: nanobanana wait {task_id} -o 'my pictures'" in errors
+        assert (
+            f"charged but not saved: 'a fox'. To download it, run: nanobanana wait {task_id} -o 'my pictures'" in errors
+        )
         assert "Traceback" not in errors
         waited = nanobanana("wait", task_id, "-o", "fox.png", cwd=tmp_path)
         assert (waited.returncode, waited.stdout, len(server.service.charges)) == (0, "fox.png\n", 1)
@@ -230,7 +234,7 @@ def test_what_the_service_says_cannot_drive_the_terminal() -> None:
     said = json.dumps({"code": 1, "message": "failed", "detail": "\x1b[2J\x1b]0;owned\x07no\nsuch\nthing"}).encode()
     with serving(saying(response(said, status="400 Bad"))) as server:
         ended = nanobanana("balance", DEFAPI_BASE_URL=server.url, DEFAPI_API_KEY="dk-test")
-    assert ended.stderr == "nanobanana: [2J ]0;owned no such thing (HTTP 400, code 1)\n"
+    assert ended.stderr == "nanobanana: [2J ]0;owned no such thing (HTTP 400, code 1).\n"
 
 
 def test_a_terminal_without_a_letter_shows_it_in_escapes() -> None:
@@ -239,7 +243,7 @@ def test_a_terminal_without_a_letter_shows_it_in_escapes() -> None:
         ended = nanobanana(
             "balance", DEFAPI_BASE_URL=server.url, DEFAPI_API_KEY="dk-test", PYTHONIOENCODING="latin-1:strict"
         )
-    assert ended.stderr == "nanobanana: \\u65e5\\u672c (HTTP 400, code 1)\n"
+    assert ended.stderr == "nanobanana: \\u65e5\\u672c (HTTP 400, code 1).\n"
 
 
 def test_status_and_balance_tell_how_things_stand(nanobanana_server: SimulatorServer) -> None:
@@ -269,7 +273,7 @@ def test_a_failed_task_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
         task_id = anyio.run(submit)
         waited = nanobanana("wait", task_id)
         assert (waited.returncode, waited.stdout) == (1, f"{task_id}  failed\n")
-        assert waited.stderr == f"nanobanana: task {task_id} failed: the prompt was refused\n"
+        assert waited.stderr == f"nanobanana: task {task_id} failed: the prompt was rejected\n"
         looked = nanobanana("status", task_id, "--json")
         assert (looked.returncode, json.loads(looked.stdout)["status"]) == (1, "failed")
 

@@ -349,7 +349,7 @@ async def test_closing_refuses_what_is_still_in_line_and_lets_the_rest_end() -> 
             await anyio.sleep(0.03)
             group.start_soon(client.aclose)
             await client.aclose()
-    assert ends == {"accepted": 2, "the client is closed, or its event loop has ended; make a new one": 18}
+    assert ends == {"accepted": 2, "client: is closed, or its event loop has ended. Create a new client.": 18}
     assert len(simulator.charges) == 2
 
 

@@ -78,7 +78,7 @@ async def test_a_picture_that_is_not_there_yet_is_asked_for_again(step: Step) ->
         pytest.param(lost(Phase.CONNECT, permanent=True), "gone", 1, id="refused-address"),
         pytest.param(response(302, body=b"", location="/again"), "redirects more than 3 times", 4, id="redirect-loop"),
         pytest.param(
-            response(302, body=b"", location="http://["), "redirects to what is no URL", 1, id="broken-redirect"
+            response(302, body=b"", location="http://["), "redirects to an invalid URL", 1, id="broken-redirect"
         ),
         pytest.param(response(302, body=b"", location="http://files.example/"), "from https to", 1, id="downgrade"),
         pytest.param(response(302, body=b"", location="https://u:p@b.example/"), "user name", 1, id="credentials"),

@@ -27,7 +27,7 @@ def test_a_key_that_cannot_be_sent_is_refused_without_being_shown(key: str) -> N
 @pytest.mark.parametrize("key", [None, "", "  ", "Bearer "])
 def test_no_key_is_said_to_be_missing(key: str | None) -> None:
     """With the name of the variable to set."""
-    with pytest.raises(ConfigurationError, match=r"no API key: set DEFAPI_API_KEY \(in a program, api_key=\.\.\. "):
+    with pytest.raises(ConfigurationError, match=r"no API key: set DEFAPI_API_KEY or pass api_key=\.\.\."):
         NanoBananaClient(key)
 
 
@@ -53,8 +53,8 @@ def test_the_base_url_is_given_or_from_the_environment_or_the_service(monkeypatc
         ("ftp://api.defapi.org", "absolute"),
         ("https://user:pass@api.defapi.org", "user name or password"),
         ("https://api.defapi.org?x=1", "query"),
-        ("http://api.defapi.org", "in the clear"),
-        ("http://8.8.8.8", "in the clear"),
+        ("http://api.defapi.org", "unencrypted"),
+        ("http://8.8.8.8", "unencrypted"),
         ("https://api.defapi.org\r\nX: y", "control"),
     ],
 )

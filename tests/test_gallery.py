@@ -49,8 +49,8 @@ def test_no_prompt_can_break_out_of_the_page() -> None:
 
 def test_what_has_no_picture_says_why() -> None:
     """A failed row is a card, too."""
-    page = page_of("Run", [GalleryCard(prompt="fox", status="failed", note="the prompt was refused")])
-    assert "the prompt was refused" in page
+    page = page_of("Run", [GalleryCard(prompt="fox", status="failed", note="the prompt was rejected")])
+    assert "the prompt was rejected" in page
     assert tags(page, "img") == []
 
 

@@ -133,5 +133,5 @@ async def test_closing_from_another_loop_harms_nobody(other_loop: bool) -> None:
 @pytest.mark.parametrize("numbers", [None, [], [1.0], ["x"] * 112, [float("nan")] * 112, [10**400] * 112, 5])
 def test_what_is_no_curve_is_refused_with_the_name_of_its_model(numbers: object) -> None:
     """A file that was saved by hand, or cut."""
-    with pytest.raises(ValueError, match="curves: what is given for 'm'"):
+    with pytest.raises(ValueError, match=r"latency_models: .* for 'm'"):
         NanoBananaClient("dk-test", polling=PollPolicy(latency_models={"m": numbers}))  # type: ignore[dict-item]

@@ -131,7 +131,7 @@ def test_a_curve_can_be_saved_and_restored() -> None:
 @pytest.mark.parametrize("numbers", [[], [1.0] * 7, [math.nan] * 2 * BINS, [-1.0] * 2 * BINS, [math.inf] * 2 * BINS])
 def test_what_is_no_curve_is_refused(numbers: list[float]) -> None:
     """A file from elsewhere must not make a client look every nanosecond."""
-    with pytest.raises(ValueError, match="curve: expected"):
+    with pytest.raises(ValueError, match="latency model: expected"):
         LatencyModel.load(numbers)
 
 

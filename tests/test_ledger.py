@@ -77,7 +77,7 @@ async def test_an_intent_that_nobody_closed_is_unknown(tmp_path: Path) -> None:
         await ledger.begin_attempt("k")
     async with opened(tmp_path) as ledger:
         record = await record_of(ledger)
-        assert (record.state, record.reason) == (RowState.UNKNOWN, "the program ended before an answer came")
+        assert (record.state, record.reason) == (RowState.UNKNOWN, "the program ended before a response arrived")
         with pytest.raises(LedgerError):
             await ledger.begin_attempt("k")
 
@@ -107,7 +107,7 @@ async def test_a_row_never_goes_back(tmp_path: Path, steps: list[RowState], refu
         for state in steps:
             await ledger.transition("k", state)
         before = await record_of(ledger)
-        with pytest.raises(LedgerError, match="not in a state"):
+        with pytest.raises(LedgerError, match="its state does not allow this"):
             await ledger.transition("k", refused)
         assert await record_of(ledger) == before
 
@@ -243,7 +243,7 @@ async def test_a_second_process_is_refused_with_the_pid_of_the_first(tmp_path: P
         assert holder.stdout is not None
         holder.stdout.readline()
         began_s = time.monotonic()
-        with pytest.raises(LedgerError, match=f"in use by process {holder.pid}; one run at a time") as caught:
+        with pytest.raises(LedgerError, match=f"in use by process {holder.pid}. Wait until it has finished") as caught:
             await Ledger.open(tmp_path)
         assert time.monotonic() - began_s < 1
         assert caught.value.pid == holder.pid
@@ -308,7 +308,7 @@ async def test_a_copy_is_refused_until_it_is_adopted(tmp_path: Path) -> None:
         ),
         pytest.param(
             lambda path: sqlite3.connect(path).execute("PRAGMA user_version=99").connection.close(),
-            "newer release",
+            "newer version",
             id="newer",
         ),
     ],
@@ -331,7 +331,7 @@ async def test_an_empty_file_is_a_new_ledger(tmp_path: Path) -> None:
 
 async def test_where_there_is_no_ledger_none_is_made_by_asking(tmp_path: Path) -> None:
     """A mistyped folder is told."""
-    with pytest.raises(LedgerError, match="there is no ledger"):
+    with pytest.raises(LedgerError, match="not found"):
         await Ledger.open(tmp_path / "typo", create=False)
     assert not (tmp_path / "typo").exists()
 
@@ -352,7 +352,7 @@ async def test_after_a_write_that_failed_nothing_is_written_any_more(tmp_path: P
         with pytest.raises(LedgerError, match="full"):
             await ledger.upsert_rows([row(str(number), "x" * 2000) for number in range(2, 50)])
         ledger._db.execute("PRAGMA max_page_count=100000")
-        with pytest.raises(LedgerError, match="nothing more is submitted"):
+        with pytest.raises(LedgerError, match="Nothing more is submitted"):
             await ledger.begin_attempt("1")
     async with opened(tmp_path) as ledger:
         assert [(record.key, record.state) for record in await ledger.query_rows(list)] == [("1", RowState.READY)]

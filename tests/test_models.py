@@ -15,8 +15,8 @@ from nanobanana_async import GeneratedImage, GenerationRequest, ImageSource, Tas
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        pytest.param({"prompt": ""}, "prompt: must not be empty", id="empty-prompt"),
-        pytest.param({"prompt": " \n"}, "prompt: must not be empty", id="blank-prompt"),
+        pytest.param({"prompt": ""}, "prompt: expected text", id="empty-prompt"),
+        pytest.param({"prompt": " \n"}, "prompt: expected text", id="blank-prompt"),
         pytest.param({"prompt": "\ud800"}, "surrogate", id="half-a-character"),
         pytest.param({"images": ["https://a.example/1.png"] * 5}, "at most 4, got 5", id="five-images"),
         pytest.param({"images": ["fox.png"]}, "pass pathlib.Path", id="path-as-text"),
@@ -26,10 +26,10 @@ from nanobanana_async import GeneratedImage, GenerationRequest, ImageSource, Tas
         pytest.param({"aspect_ratio": "16:9\n"}, "aspect_ratio", id="ratio-with-newline"),
         pytest.param({"callback_url": "app.example/hook"}, "absolute http", id="relative-callback"),
         pytest.param({"callback_url": "ftp://app.example/"}, "absolute http", id="ftp-callback"),
-        pytest.param({"callback_url": "https://app.example/a b"}, "percent-encode", id="blank-in-callback"),
+        pytest.param({"callback_url": "https://app.example/a b"}, "Percent-encode", id="blank-in-callback"),
         pytest.param({"callback_url": "https://app.example:99999/"}, "not a URL", id="impossible-port"),
-        pytest.param({"model": ""}, "model: must not be empty", id="no-model"),
-        pytest.param({"extra": {"prompt": "x", "seed": 1}}, "extra: prompt has an argument", id="extra-overrides"),
+        pytest.param({"model": ""}, "model: expected text", id="no-model"),
+        pytest.param({"extra": {"prompt": "x", "seed": 1}}, "extra: got prompt", id="extra-overrides"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_name_and_what_to_do(fields: dict[str, object], says: str) -> None:

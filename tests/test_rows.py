@@ -76,10 +76,10 @@ def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
     assert [fault.partition(": ")[::2] for fault in caught.value.errors] == [
         ("line 2", "aspect_ratio: expected 'auto' or 'N:M' such as '16:9', got 'wide'"),
         ("line 4", f"images: {tmp_path / 'none.png'} cannot be read (No such file or directory)"),
-        ("line 6", "prompt: must not be empty, got ''"),
-        ("line 7", "4 cells, but 3 columns; quote a text with a comma in it"),
+        ("line 6", "prompt: expected text, got ''"),
+        ("line 7", "4 cells, but 3 columns. Quote text that contains a comma."),
     ]
-    assert str(caught.value).splitlines()[0] == f"{path}: 4 rows cannot be used; nothing was submitted"
+    assert str(caught.value).splitlines()[0] == f"{path}: 4 errors; nothing was submitted"
 
 
 @pytest.mark.parametrize(
@@ -87,23 +87,23 @@ def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
     [
         pytest.param("p.csv", "aspect_ratio\n1:1\n", "column 'prompt'", id="no-prompt-column"),
         pytest.param("p.csv", "prompt,aspect\nfox,1:1\n", "'aspect' is not one of prompt, images", id="typo"),
-        pytest.param("p.csv", "prompt,prompt\nfox,hare\n", "two columns 'prompt'", id="column-twice"),
+        pytest.param("p.csv", "prompt,prompt\nfox,hare\n", "duplicate column 'prompt'", id="column-twice"),
         pytest.param("p.csv", 'prompt\n"fox\n', "line 2: unexpected end of data", id="open-quote"),
         pytest.param("p.csv", "prompt\n" + "x" * 200_000, "field larger", id="huge-cell"),
         pytest.param("p.csv", "", "column 'prompt'", id="empty-csv"),
-        pytest.param("p.csv", "prompt\n", "no row in it", id="header-only"),
-        pytest.param("p.txt", "\n\n", "no row in it", id="empty-txt"),
-        pytest.param("p.txt", b"fox\nh\xe4re\n", "line 2 is not UTF-8 (byte 0xe4)", id="latin-1"),
+        pytest.param("p.csv", "prompt\n", "contains no rows", id="header-only"),
+        pytest.param("p.txt", "\n\n", "contains no rows", id="empty-txt"),
+        pytest.param("p.txt", b"fox\nh\xe4re\n", "line 2 is not UTF-8, got byte 0xe4", id="latin-1"),
         pytest.param("p.jsonl", "{\n", "not JSON", id="bad-json"),
         pytest.param("p.jsonl", "[1]\n", "not a JSON object", id="no-object"),
         pytest.param("p.jsonl", "[" * 100_000, "not JSON", id="nested"),
         pytest.param("p.jsonl", '{"prompt": 5}', "prompt: expected text", id="number"),
-        pytest.param("p.jsonl", '{"prompt": "x", "images": [5]}', "images: expected texts", id="image-number"),
+        pytest.param("p.jsonl", '{"prompt": "x", "images": [5]}', "images: expected a list of text", id="image-number"),
         pytest.param("p.jsonl", '{"prompt": "x", "seed": 5}', "'seed' is not one of", id="unknown-field"),
         pytest.param("p.jsonl", '{"prompt": "\\ud800"}', "surrogate", id="half-a-character"),
-        pytest.param("p.csv", "prompt,key\na,k\nb,k\n", "'k' is the key of an earlier row", id="key-twice"),
+        pytest.param("p.csv", "prompt,key\na,k\nb,k\n", "'k' is also the key of an earlier row", id="key-twice"),
         pytest.param("p.csv", "prompt,images\na,p.csv\n", "p.csv is not a PNG, JPEG, WebP or GIF", id="no-image"),
-        pytest.param("p.yaml", "- fox", ".txt, .csv and .jsonl", id="other-suffix"),
+        pytest.param("p.yaml", "- fox", ".txt, .csv or .jsonl", id="other-suffix"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_before_anything_is_paid(

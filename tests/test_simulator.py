@@ -29,7 +29,7 @@ class ManualService:
         self.now_s = 0.0
         settings = {"median_s": 10.0, "sigma": 0.0, "visibility_delay_s": 1.0, **profile}
         self.service = SimulatedService(
-            SimulatorProfile(**settings), seed=seed, now_s=lambda: self.now_s, paint=tiny_png
+            SimulatorProfile(**settings), seed=seed, now_s=lambda: self.now_s, render=tiny_png
         )
 
     def submit(self, fields: dict[str, object] | None = None, *, key: dict[str, str] = KEY) -> SimulatedResponse:

@@ -29,12 +29,12 @@ class OneShotEvent:
     def set(self) -> None:
         """Wake the waiting task, now or when it starts to wait."""
         self._is_set = True
-        sleeper, self._waiter = self._waiter, None
-        if isinstance(sleeper, asyncio.Future):
-            if not sleeper.done():
-                sleeper.set_result(None)
-        elif sleeper is not None:
-            sys.modules["trio"].lowlevel.reschedule(sleeper)
+        waiter, self._waiter = self._waiter, None
+        if isinstance(waiter, asyncio.Future):
+            if not waiter.done():
+                waiter.set_result(None)
+        elif waiter is not None:
+            sys.modules["trio"].lowlevel.reschedule(waiter)
 
     async def wait(self) -> None:
         """Return once the event is set. Cancelling ends the wait."""

@@ -1,1 +1,1 @@
-"""Many rows, and what people see of them."""
+"""Crash-safe batches: many rows, one ledger, a gallery and a manifest."""

@@ -1,4 +1,4 @@
-"""A run as one web page that opens from disk: pictures, prompts, status, time and cost, with search and filter."""
+"""The gallery: one HTML page with images, prompts, status, time and cost, a search and a filter."""
 
 from collections.abc import Iterable, Iterator
 from html import escape
@@ -14,23 +14,23 @@ _PAGE: Final = "gallery.html"
 
 @attrs.frozen(kw_only=True)
 class GalleryCard:
-    """One card of the page."""
+    """One card of the gallery."""
 
     prompt: str
     status: str
-    """One word: `done`, `failed`, `unknown`. The filter offers those that occur."""
+    """One word: `succeeded`, `failed` or `unknown`. The filter offers the ones that occur."""
     file: str | None = None
-    """The picture, relative to the page; None when there is none."""
+    """File of the image, relative to the page; None if there is none."""
     seconds: float | None = None
-    """From submit to picture; None when not measured."""
+    """Time from submit to saved image; None if not measured."""
     cost: str = ""
-    """Credits, as text."""
+    """Credits as text."""
     note: str = ""
-    """What went wrong."""
+    """Reason why there is no image."""
 
 
 def render(title: str, cards: Iterable[GalleryCard]) -> Iterator[str]:
-    """Yield the page as HTML, a card at a time. Every text is escaped: prompts may hold anything."""
+    """Yield the HTML of the page, one card at a time. All text is escaped."""
     page = files(__package__).joinpath(_PAGE).read_text(encoding="utf-8")
     head, _, tail = page.partition("$cards")
     yield head.replace("$title", escape(title))
@@ -43,7 +43,7 @@ def write(page: Path, title: str, cards: Iterable[GalleryCard]) -> None:
     """Write the page. Blocking.
 
     Raises:
-        OSError: The disk would not take it.
+        OSError: The file could not be written.
     """
     with page.open("w", encoding="utf-8") as file:
         file.writelines(render(title, cards))

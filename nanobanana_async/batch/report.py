@@ -1,4 +1,4 @@
-"""What a batch leaves for its readers: `index.html` for people, `manifest.jsonl` for machines. Made from the ledger."""
+"""Write the gallery `index.html` and the manifest `manifest.jsonl` from the ledger."""
 
 import json
 import os
@@ -16,10 +16,10 @@ _STATUS_LABELS: Final = {RowState.SAVED: "succeeded", RowState.FAILED: "failed",
 
 
 def write(folder: Path, records: Iterable[LedgerRow]) -> None:
-    """Write both, each whole or not at all, a row at a time. Blocking.
+    """Write both files atomically, one row at a time. Blocking.
 
     Raises:
-        OSError: The disk would not take it.
+        OSError: A file could not be written.
     """
     title = os.fsencode(folder.resolve().name).decode("utf-8", "replace")
     manifest, page = folder / f".{MANIFEST_NAME}.part", folder / f".{GALLERY_NAME}.part"

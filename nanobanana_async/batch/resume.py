@@ -1,4 +1,4 @@
-"""How rows end, in the words of the public outcomes. Pure, but for a look at the disk."""
+"""Outcomes of earlier runs. Pure, except for checking that files exist."""
 
 from datetime import UTC, datetime
 
@@ -10,34 +10,34 @@ from nanobanana_async.outcomes import Failed, Outcome, Unknown
 
 
 def previous_outcome(row: BatchRow, record: LedgerRow, *, retry_failed: bool) -> Outcome | None:
-    """Return what an earlier run has come to, when there is nothing more to do about it."""
+    """Return the outcome of an earlier run if the row needs nothing more, else None."""
     error: NanoBananaError
     if record.fingerprint != row.fingerprint:
-        what = f"key {row.key!r} was paid for with another prompt or other options; use a new key"
+        what = f"key {row.key!r}: was charged for another prompt or other options. Use a new key."
         return Failed(key=row.key, request=row.request, error=ConfigurationError(what))
     if record.state in (RowState.UNKNOWN, RowState.SUBMITTING):
         unknown = SubmissionUnknown(record.reason or "")
         unknown.task_id = record.task_id
         return Unknown(key=row.key, request=row.request, error=unknown, replayed=True)
     if record.state is RowState.ABANDONED:
-        error = SubmissionUnknown(f"given up: {record.reason}")
+        error = SubmissionUnknown(f"abandoned: {record.reason}")
     elif record.state is RowState.FAILED and not retry_failed:
-        error = TaskFailed(record.reason or "it failed in an earlier run", task_id=record.task_id)
+        error = TaskFailed(record.reason or "the task failed in an earlier run", task_id=record.task_id)
     else:
         return None
     return Failed(key=row.key, request=row.request, error=error, replayed=True)
 
 
 def files_exist(record: LedgerRow) -> bool:
-    """Tell whether the pictures of a row are still where they were put. Blocking."""
+    """Return whether the files of a row still exist. Blocking."""
     return bool(record.files) and all(file.path.is_file() for file in record.files)
 
 
 def task_from_row(record: LedgerRow) -> Task:
-    """Return what the ledger holds of a finished task."""
+    """Return the finished task, as far as the ledger stores it."""
     return Task(task_id=record.task_id or "", status=TaskStatus.SUCCESS, consumed=record.consumed)
 
 
 def to_datetime(unix_s: float | None) -> datetime | None:
-    """Return a time of the ledger as a date."""
+    """Return a time in the ledger as datetime."""
     return None if unix_s is None else datetime.fromtimestamp(unix_s, UTC)

@@ -1,4 +1,4 @@
-"""Prompts from .txt, .csv, .jsonl, or any iterable: each a `BatchRow` with a key that is the same tomorrow."""
+"""Read prompts from .txt, .csv, .jsonl or any iterable, as `BatchRow`s with stable keys."""
 
 import contextlib
 import csv
@@ -21,30 +21,30 @@ from nanobanana_async.models import GenerationRequest, ImageSource, SupportsSave
 from nanobanana_async.policies import Limits
 
 COLUMNS: Final = ("prompt", "images", "model", "aspect_ratio", "image_size", "key", "name")
-"""What a .csv or .jsonl may name. Anything else is refused: a misspelt column would silently cost money."""
+"""Columns of a .csv or .jsonl file. Others are rejected, because a misspelt column would silently cost money."""
 _MAX_KEY_CHARS: Final = 200
 
 
 @attrs.frozen(kw_only=True)
 class BatchRow:
-    """One picture that is wanted."""
+    """One row of a batch: one image to generate."""
 
     key: str
-    """What makes it the same row in a later run."""
+    """Identifies the row in later runs."""
     request: GenerationRequest
     name: str | None = None
-    """What to call the file; None makes a name from the prompt."""
+    """File name without suffix; None derives it from the prompt."""
     fingerprint: str
-    """Of the request's content: two rows with one key must not differ in it."""
+    """Hash of the request. Rows with the same key must have the same one."""
 
 
 Rows: TypeAlias = Iterable[BatchRow | GenerationRequest | str] | AsyncIterable[BatchRow | GenerationRequest | str]
 
 
 class RowKeys:
-    """Gives rows their keys: the given one, else the content's hash, with an ordinal for equal rows.
+    """Assigns keys to rows: the given key, else a hash of the content with an ordinal for equal rows.
 
-    So the order of rows does not matter, rows may be added anywhere, and an edited row is a new row.
+    The order of rows does not matter, rows may be added anywhere, and an edited row is a new row.
     """
 
     def __init__(self) -> None:
@@ -58,10 +58,10 @@ class RowKeys:
         name: str | None = None,
         images: Iterable[str] | None = None,
     ) -> BatchRow:
-        """Return the row of *request*; *images* are its references as the user spelt them.
+        """Return the row of *request*. *images* are its references as written by the user.
 
         Raises:
-            ValueError: The key is not usable, or another row has it.
+            ValueError: The key is invalid, or another row has it.
         """
         content = _fingerprint(request, list(map(_image_identity, request.images) if images is None else images))
         self._seen[content] += 1
@@ -73,34 +73,34 @@ class RowKeys:
         else:
             self._seen[f"key {key}"] += 1
             if self._seen[f"key {key}"] > 1:
-                raise ValueError(f"key: {key!r} is the key of an earlier row, too")
+                raise ValueError(f"key: {key!r} is also the key of an earlier row")
         return BatchRow(key=key, request=request, name=name, fingerprint=content)
 
 
 async def with_keys(rows: Rows) -> AsyncGenerator[BatchRow | Exception]:
-    """Yield each of *rows* with a key; what goes wrong with them comes last, so that those before it are not lost."""
+    """Yield each of *rows* with a key. An error of the source is yielded last, after the rows before it."""
     keys = RowKeys()
     try:
-        async with contextlib.aclosing(iter_any(rows)) as wanted:
-            async for one in wanted:
+        async with contextlib.aclosing(iter_any(rows)) as source:
+            async for one in source:
                 if isinstance(one, BatchRow):
                     yield one
                     continue
                 request = one if isinstance(one, GenerationRequest) else GenerationRequest(one)
                 images = [await _image_identity_async(image) for image in request.images]
                 yield keys.row(request, images=images)
-    except Exception as exc:  # noqa: BLE001 - raised by whoever consumes
+    except Exception as exc:  # noqa: BLE001 - raised by the consumer
         yield exc
 
 
 def _fingerprint(request: GenerationRequest, images: list[str]) -> str:
-    """Return 16 hex digits of what the picture depends on. A file counts by its path, not by what is in it."""
+    """Return 16 hex digits of everything the image depends on. A file counts by its path, not its content."""
     content = [request.prompt, images, request.model, request.aspect_ratio, request.image_size, dict(request.extra)]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 async def _image_identity_async(image: ImageSource) -> str:
-    """Return what `_image_text` does, which takes seconds for a large picture."""
+    """Return `_image_identity`, computed in a thread: it takes seconds for a large image."""
     return (
         _image_identity(image)
         if isinstance(image, str | Path)
@@ -119,13 +119,13 @@ def _image_identity(image: ImageSource) -> str:
 
 
 def read_rows(path: Path, **defaults: str | None) -> list[BatchRow]:
-    """Return the rows of a file: a prompt a line (.txt), or records with `COLUMNS` (.csv, .jsonl).
+    """Return the rows of a file: one prompt per line (.txt), or records with `COLUMNS` (.csv, .jsonl).
 
-    Images are URLs, data URIs, or paths from the file's own folder; in a .csv, several are parted by `|`. *defaults*
-    stand in for columns that a row leaves empty. Blocking.
+    Images are URLs, data URIs, or paths relative to the file; in a .csv they are separated by `|`. *defaults* fill
+    empty columns. Blocking.
 
     Raises:
-        InvalidBatchFile: Some rows cannot be used: `faults` names them all, with their lines.
+        InvalidBatchFile: Rows are invalid. `errors` lists all of them with their lines.
         OSError: The file cannot be read.
     """
     readers: dict[str, Callable[[str], Iterable[_Record]]] = {
@@ -135,18 +135,18 @@ def read_rows(path: Path, **defaults: str | None) -> list[BatchRow]:
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise InvalidBatchFile(f"{path}: rows are read from .txt, .csv and .jsonl files")
+        raise InvalidBatchFile(f"{path}: expected a .txt, .csv or .jsonl file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         line = exc.object[: exc.start].count(b"\n") + 1
         raise InvalidBatchFile(
-            f"{path}: line {line} is not UTF-8 (byte {exc.object[exc.start]:#x}); save it as UTF-8"
+            f"{path}: line {line} is not UTF-8, got byte {exc.object[exc.start]:#x}. Save the file as UTF-8."
         ) from None
     try:
         GenerationRequest("-", **{name: value for name, value in defaults.items() if value})  # type: ignore[arg-type]
     except ValueError as exc:
-        raise InvalidBatchFile(str(exc)) from None  # else every row would be blamed for it
+        raise InvalidBatchFile(str(exc)) from None  # checked first, so that the error is not repeated for each row
     rows, errors, keys = [], [], RowKeys()
     try:
         for line, record in reader(text):
@@ -157,29 +157,29 @@ def read_rows(path: Path, **defaults: str | None) -> list[BatchRow]:
     except _FileError as exc:
         errors.append(str(exc))
     if errors:
-        count = "a row" if len(errors) == 1 else f"{len(errors)} rows"
-        raise InvalidBatchFile(f"{path}: {count} cannot be used; nothing was submitted", errors=tuple(errors))
+        count = "1 error" if len(errors) == 1 else f"{len(errors)} errors"
+        raise InvalidBatchFile(f"{path}: {count}; nothing was submitted", errors=tuple(errors))
     if not rows:
-        raise InvalidBatchFile(f"{path}: there is no row in it")
+        raise InvalidBatchFile(f"{path}: contains no rows")
     return rows
 
 
 class _FileError(Exception):
-    """The file has no rows in the sense of its suffix."""
+    """The file as a whole cannot be read as its type."""
 
 
 _Record = tuple[int, Mapping[str, object]]
 
 
 def _from_txt(text: str) -> Iterator[_Record]:
-    for line, prompt in enumerate(re.split(r"\r\n|\n|\r", text), start=1):  # lines as editors count them
+    for line, prompt in enumerate(re.split(r"\r\n|\n|\r", text), start=1):  # line numbers as editors show them
         if prompt.strip():
             yield line, {"prompt": prompt.strip()}
 
 
 def _from_csv(text: str) -> Iterator[_Record]:
     header = text.partition("\n")[0]
-    # Spreadsheets of half of Europe write semicolons; no column of ours has any of these in its name.
+    # Spreadsheets in many locales write semicolons. No column name contains any of these.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
     columns = [name.strip().lower() for name in _next_csv_row(reader) or []]
     if "prompt" not in columns:
@@ -191,7 +191,7 @@ def _from_csv(text: str) -> Iterator[_Record]:
             if len(cells) > len(columns):
                 yield (
                     line,
-                    {"fault": f"{len(cells)} cells, but {len(columns)} columns; quote a text with a comma in it"},
+                    {"fault": f"{len(cells)} cells, but {len(columns)} columns. Quote text that contains a comma."},
                 )
             else:
                 record = {name: cell for name, cell in zip(columns, cells, strict=False) if cell.strip()}
@@ -204,11 +204,11 @@ def _next_csv_row(reader: "Iterator[list[str]]") -> list[str] | None:
     try:
         return next(reader, None)
     except csv.Error as exc:
-        raise _FileError(f"line {reader.line_num}: {exc}; is there a quote that is not closed?") from None  # type: ignore[attr-defined]  # a csv reader has it
+        raise _FileError(f"line {reader.line_num}: {exc}. Check for a quote that is not closed.") from None  # type: ignore[attr-defined]  # csv readers have line_num
 
 
 def _from_jsonl(text: str) -> Iterator[_Record]:
-    for line, part in enumerate(text.split("\n"), start=1):  # and not at U+2028, which JSON allows in a string
+    for line, part in enumerate(text.split("\n"), start=1):  # not at U+2028, which JSON allows in a string
         if part.strip():
             try:
                 record = json.loads(part)
@@ -224,7 +224,7 @@ def _check_columns(names: Iterable[str]) -> None:
     if unknown := [name for name in names if name not in COLUMNS]:
         raise _FileError(f"line 1: {unknown[0]!r} is not one of {', '.join(COLUMNS)}")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise _FileError(f"line 1: there are two columns {twice[0]!r}")
+        raise _FileError(f"line 1: duplicate column {twice[0]!r}")
 
 
 def _parse_row(
@@ -241,13 +241,13 @@ def _parse_row(
     key, title = given.pop("key", None), given.pop("name", None)
     images = given.pop("images", ())
     if not isinstance(images, str | list | tuple) or not all(isinstance(image, str) for image in images):
-        raise TypeError(f"images: expected texts, got {images!r:.80}")
+        raise TypeError(f"images: expected a list of text, got {images!r:.80}")
     options = {**{name: value for name, value in defaults.items() if value is not None}, **given}
     texts = [images] if isinstance(images, str) else images
     sources = [_load_image(text, folder) for text in texts]
-    request = GenerationRequest(str(options.pop("prompt", "")), images=sources, **options)  # type: ignore[arg-type]  # texts, all of them
-    # The spelling, not the path: the same row from another working directory is the same row.
-    return keys.row(request, key=key, name=title, images=texts)  # type: ignore[arg-type]  # the same
+    request = GenerationRequest(str(options.pop("prompt", "")), images=sources, **options)  # type: ignore[arg-type]  # all are str
+    # The text as written, not the path: a row is the same in another working directory.
+    return keys.row(request, key=key, name=title, images=texts)  # type: ignore[arg-type]  # all are str
 
 
 def _load_image(text: str, folder: Path) -> ImageSource:

@@ -1,4 +1,4 @@
-"""`RunState`: what the rows of one run have in common: how many are where, and what has stopped it."""
+"""`RunState`: the state shared by the rows of one run."""
 
 from pathlib import Path
 from typing import Protocol
@@ -13,10 +13,10 @@ from nanobanana_async.models import GeneratedImage, SavedImage
 
 
 class ImageStore(Protocol):
-    """Who writes the pictures: the client, or something that lets other machines do it."""
+    """Stores images: the client, or another implementation."""
 
     async def put(self, image: GeneratedImage, stem: Path) -> SavedImage:
-        """Write one picture, durably, to *stem* plus the suffix of its type. Raises `ImageError`."""
+        """Write one image durably to *stem* plus the suffix of its type. Raises `ImageError`."""
         ...
 
 
@@ -33,55 +33,55 @@ class ClientImageStore:
 
 @attrs.frozen(kw_only=True)
 class BatchProgress:
-    """How a run stands, at one moment."""
+    """A snapshot of a run."""
 
     succeeded: int
     failed: int
     unknown: int
     replayed: int
-    """Those of the three above that an earlier run had come to."""
+    """Outcomes among the three above that are from an earlier run."""
     in_flight: int
-    """Submitted, and not on disk."""
+    """Submitted and not saved."""
     budget: BudgetStatus
     last_error: str | None
-    """What the last submit met, while fewer are tried because of it; None when all is well."""
+    """Error of the last submit while the run backs off; None otherwise."""
 
 
 class RunStopped(Exception):
-    """The run takes nothing more on; why stands in `RunState.stop_reason`."""
+    """The run takes no more rows; `RunState.stop_reason` is the reason."""
 
 
 class RunState:
-    """Counts, and wakes whoever waits for them to change."""
+    """Counters, and a way to wait for their change."""
 
     def __init__(self) -> None:
         self.pending = 0
-        """Rows between clearance and their end: they may be or are paid."""
+        """Rows that have reserved credits and are not finished."""
         self.task_ids: dict[str, str] = {}
-        """Row key to task id of those whose id is known, whether or not the ledger would take it."""
+        """Task ids by row key, also of those that the ledger could not store."""
         self.saving = 0
-        """Those of them whose picture is on its way to the disk."""
+        """Rows whose image is being saved."""
         self.stop_reason: NanoBananaError | None = None
-        """What has stopped the run; None while it takes rows on."""
+        """Why the run has stopped; None while it takes rows."""
         self._changed = anyio.Event()
 
     def stop(self, cause: NanoBananaError) -> None:
-        """Take nothing more on. The first cause stands."""
+        """Take no more rows. The first reason is kept."""
         self.stop_reason = self.stop_reason or cause
         self.notify_all()
 
     def raise_if_stopped(self) -> None:
-        """Raise `RunStopped` if it is."""
+        """Raise `RunStopped` if the run has stopped."""
         if self.stop_reason is not None:
             raise RunStopped
 
     def notify_all(self) -> None:
-        """Wake all who wait: a count has changed."""
+        """Wake all waiters after a change."""
         self._changed.set()
         self._changed = anyio.Event()
 
     async def wait_change(self) -> None:
-        """Return at the next change; raise `RunStopped` if there is nothing to wait for any more."""
+        """Return at the next change. Raise `RunStopped` if the run has stopped."""
         self.raise_if_stopped()
         await self._changed.wait()
         self.raise_if_stopped()

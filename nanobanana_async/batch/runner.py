@@ -1,4 +1,4 @@
-"""`Batch`: rows -> ledger -> client -> files. What it has begun it can go on with after anything."""
+"""`Batch`: rows -> ledger -> client -> files. An interrupted batch can be resumed."""
 
 import contextlib
 import logging
@@ -43,16 +43,16 @@ from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown, outco
 _UPSERT_CHUNK: Final = 100
 _log: Final = logging.getLogger("nanobanana_async")
 _CONFIRM_INTERVAL_S: Final = 10.0
-"""Between two queries that callbacks about one unknown row cause."""
+"""Minimum time between two queries that callbacks about one unknown row trigger."""
 _REPORT_INTERVAL_S: Final = 60.0
-"""How old the page and the manifest may be, for those who look in the night."""
+"""Interval at which the gallery and the manifest are rewritten."""
 
 
 class Batch:
-    """A folder of pictures in the making, and its ledger. Make it with `Batch.open`.
+    """A folder of images with its ledger. Create it with `Batch.open`.
 
-    However a run ended, the next one over the same rows goes on: what is paid is fetched, what is unknown is left
-    alone, the rest is submitted. No key is kept in the folder.
+    A later run over the same rows resumes: it downloads charged images, leaves unknown rows alone, and submits the
+    rest. The folder contains no API key.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Batch:
         self._outcome_counts: Counter[type[Outcome] | str] = Counter()
         self._last_confirm_s: dict[str, float] = {}
         self._seen_keys: set[str] = set()
-        """Keys of this run: paid rows that have none of them are fetched at its end."""
+        """Keys seen in this run. Charged rows of earlier runs without one are completed at its end."""
         self._callback = callback
         if callback is not None:
             callback.unmatched_hooks.append(self._on_unmatched_callback)
@@ -90,19 +90,18 @@ class Batch:
         image_store: ImageStore | None = None,
         callback: CallbackSource | None = None,
     ) -> AsyncGenerator["Batch"]:
-        """Open the batch in *folder*, made if missing. Leaving the block settles it: see `aclose`.
+        """Open the batch in *folder*, which is created if missing. Leaving the block closes it (see `aclose`).
 
         Args:
-            folder: Where pictures and ledger go. One process at a time.
-            client: What submits and waits. It stays open.
-            budget: Credits that may be spent here, by all runs together. New submits stop before what is spent and
-                what those in flight may cost (the largest price seen for their model) could exceed it.
-            image_store: Who writes the pictures; None is the client.
-            callback: A `CallbackReceiver`, as for `client.submit`. A callback also tells what became of an unknown
-                row, whenever it comes.
+            folder: Folder of images and ledger. One process at a time may use it.
+            client: The client that submits and waits. It is not closed.
+            budget: Credits that all runs together may spend. A submit that could exceed it is not sent; submits in
+                flight count at the largest price seen for their model.
+            image_store: Stores the images; None uses the client.
+            callback: A `CallbackReceiver`, as for `client.submit`. A callback also resolves an unknown row, in any run.
 
         Raises:
-            LedgerError: Another process has the folder (`exc.pid`), or its ledger cannot be used.
+            LedgerError: Another process holds the folder (`exc.pid`), or its ledger cannot be used.
         """
         ledger = await Ledger.open(Path(folder))
         try:
@@ -123,24 +122,23 @@ class Batch:
     async def run(
         self, rows: Rows, *, max_in_flight: int = 200, retry_failed: bool = False, timeout_s: float | None = None
     ) -> AsyncGenerator[Outcome]:
-        """Yield what becomes of each of *rows*, as each ends; nothing a row meets ends the run.
+        """Run all *rows* and yield one outcome each, in completion order. A failed row does not stop the run.
 
-        Rows that an earlier run had come to the end of are yielded again, marked `earlier`: a program that died
-        between a picture and its own use of it is told once more. Rows of earlier runs that are paid, not fetched, and
-        no longer among *rows* come last.
+        Outcomes of earlier runs are yielded again, marked `replayed`, because the program may have ended before it used
+        them. Charged rows of earlier runs that are not among *rows* and not saved come last.
 
         Args:
-            rows: `BatchRow`s (from `read_rows`), requests or prompts. Taken as there is room.
-            max_in_flight: Rows under way, or ended and not yet yielded. A slow consumer slows the submits.
-            retry_failed: Submit failed rows once more; each may be paid again.
-            timeout_s: Seconds to wait for each picture; None takes `Timeouts.task_s`. One that is not final by then
-                is `Failed` with `TaskTimeout`, and the next run goes on waiting.
+            rows: `BatchRow`s (from `read_rows`), requests or prompts. Taken when a slot is free.
+            max_in_flight: Rows running, or finished and not yet consumed. A slow consumer slows the submits.
+            retry_failed: Whether to submit failed rows again; each may be charged again.
+            timeout_s: Seconds to wait for each image; None uses `Timeouts.task_s`. A row that is not final by then is
+                `Failed` with `TaskTimeout`, and the next run continues to wait.
 
-        Raises, after the last outcome, what keeps the run from submitting more:
-            AuthenticationError, InsufficientCredits: By the service.
-            BudgetExceeded: One more picture could cost too much.
-            LedgerError: The disk would not take what must be written.
-            ImageError: The disk would not take a picture.
+        Raises, after the last outcome, what prevents more submits:
+            AuthenticationError, InsufficientCredits: The service rejected the key, or the account is empty.
+            BudgetExceeded: Another image could exceed the budget.
+            LedgerError: The ledger could not be written.
+            ImageError: An image could not be written to the disk.
             NotSent, RateLimited, ServiceUnavailable, SubmissionUnknown: No submit has worked for an hour, or ever.
         """
         await self._background.ensure_started()
@@ -148,7 +146,7 @@ class Batch:
         async def work(entered: tuple[BatchRow, LedgerRow | None]) -> Outcome | None:
             row, record = entered
             if record is None:
-                error = ConfigurationError(f"row {row.key}: another row has this key, too")
+                error = ConfigurationError(f"row {row.key}: another row has this key")
                 return Failed(key=row.key, request=row.request, error=error)
             outcome = await self._run_row(row, record, retry_failed=retry_failed, timeout_s=timeout_s)
             if outcome is not None:
@@ -172,11 +170,11 @@ class Batch:
 
     @property
     def in_flight(self) -> Mapping[str, str]:
-        """Row key to task id of what is paid and not on disk. After a `LedgerError`, the last place that has them."""
+        """Task ids by key of rows that are charged and not saved. After a `LedgerError` it is their last record."""
         return self._run_state.task_ids
 
     def progress(self) -> BatchProgress:
-        """Return how it stands. No disk, no network."""
+        """Return a snapshot of the run. No I/O."""
         ended = self._outcome_counts
         return BatchProgress(
             succeeded=ended[Succeeded],
@@ -189,13 +187,13 @@ class Batch:
         )
 
     async def aclose(self) -> None:
-        """Settle and close: take no more rows, let submits on the wire end within `Timeouts.submit_s`, stop waiting.
+        """Close the batch: take no more rows, let submits in flight finish within `Timeouts.submit_s`, stop waiting.
 
-        What is paid and not on disk is fetched by the next run. `index.html` and `manifest.jsonl` are written.
-        From any task; twice is harmless.
+        The next run downloads what is charged and not saved. The gallery and the manifest are written. Call it from any
+        task. A second call has no effect.
         """
         timeouts = self._client.timeouts
-        self._run_state.stop(ConfigurationError("the batch was closed"))
+        self._run_state.stop(ConfigurationError("batch: was closed"))
         with anyio.move_on_after(timeouts.submit_s + timeouts.close_s, shield=True):
             try:
                 await self._background.aclose(drain_s=0)
@@ -209,43 +207,43 @@ class Batch:
         def write(records: Iterator[LedgerRow]) -> OSError | None:
             try:
                 report.write(self.folder, records)
-            except OSError as exc:  # no trouble of the ledger's, which can make all of it again, any time
+            except OSError as exc:  # not an error of the ledger, from which the report can be written again
                 return exc
             return None
 
         with contextlib.suppress(LedgerError):
-            if (trouble := await self._ledger.query_rows(write)) is not None:
-                _log.warning("%s cannot be written: %s", report.GALLERY_NAME, trouble)
+            if (failed := await self._ledger.query_rows(write)) is not None:
+                _log.warning("%s cannot be written: %s", report.GALLERY_NAME, failed)
 
     async def _report_periodically(self) -> None:
         while True:
             await anyio.sleep(_REPORT_INTERVAL_S)
             await self._report()
 
-    # --- what nobody knows the end of -------------------------------------------------------------------------------
+    # --- unknown rows -----------------------------------------------------------------------------------------------
 
     async def unknown_rows(self) -> list[LedgerRow]:
-        """Return the rows that may have been paid, and for which nothing says so."""
+        """Return the rows that may have been charged without a confirmation."""
         return await self._ledger.query_rows(list, RowState.UNKNOWN)
 
     async def resubmit(self, key: str) -> None:
-        """Have the next run submit this unknown row once more, though it may be paid twice then."""
+        """Let the next run submit the unknown row *key* again. It may be charged twice."""
         await self._ledger.transition(key, RowState.REQUEUED)
 
     async def abandon(self, key: str) -> None:
-        """Give this unknown row up: it counts as failed from now on, and is never submitted again."""
+        """Give up the unknown row *key*. It counts as failed and is never submitted again."""
         await self._ledger.transition(key, RowState.ABANDONED)
 
     async def bind(self, key: str, task_id: str) -> None:
-        """Tell which task this unknown row is, if you know: from a log, a callback, or the service's support.
+        """Record the task id of the unknown row *key*, known from a log, a callback or the service's support.
 
         Raises:
-            LedgerError: The row is not unknown, or another row is that task.
+            LedgerError: The row is not unknown, or another row has that task.
         """
         await self._ledger.bind(key, self._client.task(task_id).task_id)
 
     async def _on_unmatched_callback(self, nonce: str, task_id: str) -> None:
-        """Take a callback about a submit that no expectation here is waited for: an unknown row's, perhaps."""
+        """Handle a callback without a pending submit, which may belong to an unknown row."""
         now_s = anyio.current_time()
         if now_s < self._last_confirm_s.get(
             nonce, -math.inf
@@ -255,15 +253,15 @@ class Batch:
         try:
             await self._client.task(task_id).query()
         except NanoBananaError as exc:
-            _log.warning("a callback says that an unknown row is task %s, which cannot be confirmed: %s", task_id, exc)
+            _log.warning("task %s was named by a callback for an unknown row and cannot be confirmed: %s", task_id, exc)
         else:
             await self._ledger.bind_by_nonce(nonce, task_id)
 
     # --- all rows ---------------------------------------------------------------------------------------------------
 
     async def _registered_rows(self, rows: Rows) -> AsyncGenerator[tuple[BatchRow, LedgerRow | None]]:
-        """Enter rows in the ledger, many in one transaction, until something stops the run. None: its key was met."""
-        most = 1 if isinstance(rows, AsyncIterable) else _UPSERT_CHUNK  # the next one may be long in coming
+        """Insert rows into the ledger, many per transaction, until the run stops. None marks a repeated key."""
+        most = 1 if isinstance(rows, AsyncIterable) else _UPSERT_CHUNK  # the next one may arrive much later
         waiting: list[BatchRow] = []
         error: Exception | None = None
         async with contextlib.aclosing(with_keys(rows)) as all_rows:
@@ -288,7 +286,7 @@ class Batch:
             yield pair
 
     async def _leftover_rows(self) -> list[tuple[BatchRow, LedgerRow]]:
-        """Return rows of earlier runs that are paid, not fetched, and were not met in this one."""
+        """Return charged rows of earlier runs that are not saved and were not seen in this run."""
         found = await self._ledger.query_rows(list, RowState.SUBMITTED, RowState.SUCCEEDED)
         return [(_row_from_ledger(record), record) for record in found if record.key not in self._seen_keys]
 
@@ -302,7 +300,7 @@ class Batch:
     async def _run_row(
         self, row: BatchRow, record: LedgerRow, *, retry_failed: bool, timeout_s: float | None
     ) -> Outcome | None:
-        """Return what became of the row; None when the run stopped before it came to anything."""
+        """Return the outcome of the row; None if the run stopped before it had one."""
         try:
             return await self._process_row(row, record, retry_failed=retry_failed, timeout_s=timeout_s)
         except RunStopped:
@@ -310,7 +308,7 @@ class Batch:
         except AuthenticationError as exc:
             self._run_state.stop(exc)
             return None
-        except LedgerError:  # ends the others, too: nothing that they come to can be written down
+        except LedgerError:  # ends the whole run, because no outcome can be recorded
             raise
         except (NanoBananaError, ValueError) as exc:
             return outcome_from_error(exc, key=row.key, request=row.request)
@@ -348,14 +346,14 @@ class Batch:
     async def _complete_row(
         self, row: BatchRow, record: LedgerRow, handle: TaskHandle, timeout_s: float | None
     ) -> Outcome:
-        """Wait for the task, write its end down, and have its picture on disk."""
+        """Wait for the task, record its end, and save its images."""
         try:
             task = await handle.wait(timeout_s=timeout_s)
         except TaskNotFound as exc:
             if record.state in _HAS_IMAGE:
                 raise
             await self._ledger.transition(row.key, RowState.UNKNOWN, reason=str(exc))
-            raise SubmissionUnknown(str(exc)) from exc  # paid, and gone: people must say what to do about it
+            raise SubmissionUnknown(str(exc)) from exc  # charged and lost: the user has to decide
         if record.state not in _HAS_IMAGE:
             await self._record_final(row, task)
         if not task.images:
@@ -378,10 +376,10 @@ class Batch:
             try:
                 return await self._write_images(stem, task)
             except ImageError as exc:
-                if isinstance(exc.__cause__, OSError):  # the disk: no picture would fare better
+                if isinstance(exc.__cause__, OSError):  # the disk: every other image would fail, too
                     self._run_state.stop(exc)
                     raise RunStopped from None
-                fresh = await self._client.task(task_id).query()  # the link may have expired
+                fresh = await self._client.task(task_id).query()  # the URL may have expired
                 if not fresh.images:
                     raise
                 return await self._write_images(stem, fresh)
@@ -405,7 +403,7 @@ def _row_from_ledger(record: LedgerRow) -> BatchRow:
 
 
 def _ignore_unconsumed(_: Outcome) -> None:
-    """Do nothing about an outcome that nobody took: the next run yields it again."""
+    """Do nothing about an outcome that was not consumed: the next run yields it again."""
 
 
 _HAS_IMAGE: Final = (RowState.SUCCEEDED, RowState.SAVED)

@@ -1,4 +1,4 @@
-"""`Submitter`: the step that costs money, by the book, and only when it is in order."""
+"""`Submitter`: submit rows with a durable record of each attempt."""
 
 import logging
 import time
@@ -31,11 +31,11 @@ from nanobanana_async.models import CallbackSource, PendingCallback
 _log: Final = logging.getLogger("nanobanana_async")
 
 _NOT_CHARGED: Final = (NotSent, RateLimited, AuthenticationError, InsufficientCredits, ConfigurationError)
-"""After these, nothing was charged, and the row is not what is wrong."""
+"""Errors after which nothing was charged and the row itself is valid."""
 
 
 class Submitter:
-    """Submits rows: each has an intent in the ledger before its first byte leaves, and its task id there after it."""
+    """Submits rows. The ledger has each attempt before its first byte is sent, and its task id right after it."""
 
     def __init__(
         self,
@@ -51,23 +51,23 @@ class Submitter:
         self._run_state = run_state
         self._callback = callback
         self._pending_callbacks: dict[str, PendingCallback] = {}
-        """By row key, of submits whose answer has not come."""
+        """Pending callbacks by row key, of submits without a response."""
         self._outage = OutageBackoff()
         self.last_error: str | None = None
-        """What the last submit met, while fewer are tried because of it."""
+        """Error of the last submit, while the run backs off."""
         self._probe_lock = anyio.Lock()
         self._reserve_slots = anyio.Semaphore(client.limits.max_submits)
 
     async def submit(self, row: BatchRow) -> TaskHandle:
-        """Return the handle of the row's task, once its id is durable.
+        """Return the handle of the row's task once its id is durable.
 
-        While the service is in trouble that charges nothing, waits. Cancelling is heeded up to the intent; from there
-        on the row has to come to a durable state, within `Timeouts.submit_s`.
+        Waits while the service has errors that are not charged. Can be cancelled until the attempt is recorded. After
+        that it runs until the outcome is recorded, for at most `Timeouts.submit_s`.
 
         Raises:
-            SubmissionUnknown: It may be paid.
-            NanoBananaError: The service, or a reference image, is against it.
-            RunStopped: The run takes nothing more on.
+            SubmissionUnknown: The submit may have been charged.
+            NanoBananaError: The service rejected the request, or a reference image is invalid.
+            RunStopped: The run takes no more rows.
         """
         try:
             return await self._submit_until_sent(row)
@@ -83,16 +83,16 @@ class Submitter:
         while handle is None:
             if self._outage.is_probing:
                 async with self._probe_lock:
-                    if self._outage.is_probing:  # and not only when it was this row's turn to ask
+                    if self._outage.is_probing:  # still probing after the wait for the lock
                         handle = await self._submit_once(row)
                         continue
             handle = await self._submit_once(row)
         return handle
 
     async def _submit_once(self, row: BatchRow) -> TaskHandle | None:
-        """Submit once; None when nothing was charged, and it is to be tried again."""
+        """Submit once. Return None if nothing was charged and the row is to be submitted again."""
         try:
-            async with self._reserve_slots:  # the others are judged when it is nearly their turn, and not before
+            async with self._reserve_slots:  # the budget is checked shortly before the submit, not earlier
                 await self._reserve(row.request.model)
                 handle = await self._submit_reserved(row)
         except (NotSent, RateLimited) as exc:
@@ -113,13 +113,13 @@ class Submitter:
     def _record_failure(self, exc: NanoBananaError) -> None:
         now_s = anyio.current_time()
         self._outage.record_failure(now_s)
-        _log.info("a submit met trouble: %s", exc)
+        _log.info("submit failed: %s", exc)
         self.last_error = str(exc) if self._outage.is_probing else None
         if self._outage.should_give_up(now_s, rate_limited=isinstance(exc, RateLimited)):
             self._run_state.stop(exc)
 
     async def _reserve(self, model: str) -> None:
-        """Wait until one more submit is in order: no trouble, no paid pictures that queue, and money for it."""
+        """Wait until one more submit is allowed by outage, downloads and budget, and reserve it."""
         with anyio.move_on_after(self._outage.backoff_s()):
             while True:
                 await self._run_state.wait_change()
@@ -127,7 +127,7 @@ class Submitter:
             self._run_state.raise_if_stopped()
             affordable = self._budget.can_reserve(model)
             if affordable and self._run_state.saving <= self._client.limits.max_downloads:
-                self._budget.reserve(model)  # here, for the next to ask must be told of this one
+                self._budget.reserve(model)  # before the next caller checks the budget
                 self._run_state.pending += 1
                 return
             if not affordable and not self._run_state.pending:
@@ -136,15 +136,15 @@ class Submitter:
 
     def _budget_message(self, model: str) -> str:
         funds, price = self._budget.status(), self._budget.max_price(model)
-        next_one = "nobody knows what a picture costs" if price is None else f"one more may cost {price.normalize():f}"
-        reserved = f", {funds.reserved.normalize():f} may be charged for what is unknown" if funds.reserved else ""
+        next_one = "the price is not yet known" if price is None else f"one more may cost {price.normalize():f}"
+        reserved = f", {funds.reserved.normalize():f} reserved" if funds.reserved else ""
         return (
-            f"the budget does not allow another submit: {funds.spent.normalize():f} credits are spent{reserved}, "
+            f"budget: another submit could exceed it: {funds.spent.normalize():f} credits spent{reserved}, "
             f"and {next_one}"
         )
 
     async def _submit_reserved(self, row: BatchRow) -> TaskHandle:
-        """Submit what `_clearance` has counted in; on return it still counts."""
+        """Submit a row that `_reserve` has reserved. The reservation remains on return."""
         try:
             return await self._submit_recorded(row)
         except BaseException:
@@ -153,7 +153,7 @@ class Submitter:
             raise
 
     async def _submit_recorded(self, row: BatchRow) -> TaskHandle:
-        """Submit, by the book."""
+        """Submit, with a durable record of the attempt and its outcome."""
         model, submit_count = row.request.model, 0
         pending_callback = None if self._callback is None else self._callback.register()
         nonce = None if pending_callback is None else pending_callback.nonce
@@ -164,12 +164,13 @@ class Submitter:
             nonlocal submit_count
             self._run_state.raise_if_stopped()
             if submit_count and not self._budget.can_reserve(model):
-                raise BudgetExceeded(f"it was not tried again: {self._budget_message(model)}")
+                raise BudgetExceeded(f"not resubmitted: {self._budget_message(model)}")
             await self._ledger.begin_attempt(row.key, resubmit=submit_count > 0, nonce=nonce)
             if submit_count:
-                self._budget.reserve(model)  # the time before may be charged, too
+                self._budget.reserve(model)  # the earlier submit may also have been charged
             submit_count += 1
-            scope.shield = True  # from here on it may be paid: its end must be written down, whoever cancels
+            # From here on the submit may be charged, so its outcome is recorded even if the caller is cancelled.
+            scope.shield = True
 
         with anyio.CancelScope() as scope:
             try:
@@ -185,7 +186,7 @@ class Submitter:
         return handle
 
     async def _recover(self, row: BatchRow) -> TaskHandle | None:
-        """Return the task that a callback tells, after an answer was lost. Cancelling leaves the row unknown."""
+        """Wait for the callback of a submit whose response was lost. Cancelling leaves the row unknown."""
         pending_callback = self._pending_callbacks.get(row.key)
         found = None if pending_callback is None else await self._client.recover(pending_callback)
         if pending_callback is None or found is None:
@@ -199,7 +200,7 @@ class Submitter:
         if isinstance(exc, SubmissionUnknown):
             await self._ledger.transition(row.key, RowState.UNKNOWN, reason=str(exc))
             return
-        # After a re-send, a try before it may be charged: that is for its owner to decide about.
+        # After a resubmit, an earlier submit may have been charged: the user has to decide.
         state = RowState.REJECTED if isinstance(exc, _NOT_CHARGED) and submit_count == 1 else RowState.FAILED
         await self._ledger.transition(row.key, state, reason=str(exc), ended_at=time.time())
         self._budget.settle(row.request.model, None)
@@ -209,5 +210,5 @@ class Submitter:
         try:
             await self._ledger.transition(row.key, RowState.SUBMITTED, task_id=handle.task_id, submitted_at=time.time())
         except LedgerError as exc:
-            _log.error("task %s of row %s is paid, and not in the ledger: %s", handle.task_id, row.key, exc)
+            _log.error("task %s of row %s is charged and not in the ledger: %s", handle.task_id, row.key, exc)
             raise

@@ -1,10 +1,10 @@
-"""`nanobanana batch`: a file of prompts in, a folder of pictures out. The same command goes on after anything."""
+"""`nanobanana batch`: generate an image for each row of a file, and resume after any interruption."""
 
 import logging
 import shlex
 import statistics
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
 from decimal import Decimal, InvalidOperation
@@ -20,7 +20,7 @@ from anyio.abc import TaskGroup
 from nanobanana_async.batch import report
 from nanobanana_async.batch.rows import read_rows
 from nanobanana_async.batch.runner import Batch
-from nanobanana_async.cli.generate import check_writable, json_option, timeout_option
+from nanobanana_async.cli.generate import check_writable, json_option, poll_option, poll_policy, timeout_option
 from nanobanana_async.cli.progress import ProgressBar
 from nanobanana_async.cli.resolve import print_summary, resolve
 from nanobanana_async.cli.runtime import (
@@ -43,13 +43,13 @@ from nanobanana_async.wire.body import sanitize_line
 _REFRESH_INTERVAL_S: Final = 0.5
 _PLAIN_INTERVAL_S: Final = 10.0
 _MAX_REPORTED: Final = 20
-"""Failures that are told as they happen."""
+"""Number of failures that are printed as they happen."""
 _FIRST_MEDIAN_S: Final = 20.0
-"""Of the schedule's prior: what a picture takes as long as nobody has seen one."""
+"""Assumed latency before the first image: the median of the prior."""
 
 
 class _BatchGroup(click.Group):
-    """`batch FILE` beside `batch resolve`: what is no command of the group is a file to run."""
+    """`batch FILE` beside `batch resolve`: an argument that is not a command is the file to run."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])
@@ -62,15 +62,15 @@ class _Credits(click.ParamType[Decimal]):
         try:
             amount = Decimal(value)
         except InvalidOperation:
-            self.fail(f"{value!r} is not a number.", param, ctx)
+            self.fail(f"expected a number, got {value!r}.", param, ctx)
         if not amount.is_finite() or amount <= 0:
-            self.fail(f"{value} is not more than 0.", param, ctx)
+            self.fail(f"expected more than 0, got {value}.", param, ctx)
         return amount
 
 
 @click.group(cls=_BatchGroup)
 def batch() -> None:
-    """Make a picture for each row of a file, durably."""
+    """Generate an image for each row of a file."""
 
 
 batch.add_command(resolve)
@@ -78,20 +78,23 @@ batch.add_command(resolve)
 
 @batch.command(name="run")
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("-o", "--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Made if missing.")
+@click.option(
+    "-o", "--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder, created if missing."
+)
 @click.option(
     "--max-in-flight",
     default=200,
     show_default=True,
     type=click.IntRange(1, 100_000),
-    help="Pictures under way at once.",
+    help="Images in flight at once.",
 )
-@click.option("--budget", type=_Credits(), metavar="CREDITS", help="Stop before this could be exceeded.")
-@click.option("--retry-failed", is_flag=True, help="Submit failed rows once more; each may be paid again.")
-@click.option("--model", metavar="MODEL", help="For rows that name none.")
-@click.option("--aspect-ratio", metavar="N:M", help="The same.")
-@click.option("--image-size", metavar="SIZE", help="The same.")
+@click.option("--budget", type=_Credits(), metavar="CREDITS", help="Do not send a submit that could exceed this.")
+@click.option("--retry-failed", is_flag=True, help="Submit failed rows again. Each may be charged again.")
+@click.option("--model", metavar="MODEL", help="For rows without a model.")
+@click.option("--aspect-ratio", metavar="N:M", help="For rows without an aspect ratio.")
+@click.option("--image-size", metavar="SIZE", help="For rows without an image size.")
 @timeout_option
+@poll_option
 @json_option
 def run_batch(  # noqa: PLR0913 - one parameter per option
     file: Path,
@@ -101,34 +104,35 @@ def run_batch(  # noqa: PLR0913 - one parameter per option
     *,
     retry_failed: bool,
     timeout_s: float | None,
+    poll_s: float | None,
     as_json: bool,
     **defaults: str | None,
 ) -> None:
-    """Make a picture for each row of FILE, durably: nanobanana batch FILE --out DIR.
+    """Generate an image for each row of FILE: nanobanana batch FILE --out DIR.
 
-    FILE is a .txt with a prompt a line, or a .csv or .jsonl with some of the columns prompt, images, model,
-    aspect_ratio, image_size, key, name.
+    FILE is a .txt with one prompt per line, or a .csv or .jsonl with the columns prompt, images, model, aspect_ratio,
+    image_size, key, name.
 
-    Run the same command again to go on, whatever ended it: what is paid is fetched, what is done is left alone. Rows
-    that may have been paid, and for which nothing says so, are not submitted again: see `nanobanana batch resolve
-    --help`.
+    To resume after an interruption, run the same command again. Charged images are downloaded, and saved ones are
+    left alone. Rows that may have been charged are not resubmitted. To resolve them, run: nanobanana batch resolve
+    --out DIR.
     """
     command = shlex.join(["nanobanana", *sys.argv[1:]])
 
-    async def work(session: CommandContext) -> int:
+    async def work(context: CommandContext) -> int:
         rows = await anyio.to_thread.run_sync(lambda: read_rows(file, **defaults))
         check_writable(out)
         keys = {row.key for row in rows}
-        async with NanoBananaClient() as client:
+        async with NanoBananaClient(polling=poll_policy(poll_s)) as client:
             if not as_json:
-                session.print_summary = partial(print_summary, out, command, keys, budget)
+                context.print_summary = partial(print_summary, out, command, keys, budget)
             async with Batch.open(out, client, budget=budget) as batch:
                 outcomes = batch.run(rows, max_in_flight=max_in_flight, retry_failed=retry_failed, timeout_s=timeout_s)
-                watcher = _ProgressReporter(batch, client, len(rows), max_in_flight, as_json=as_json)
+                reporter = _ProgressReporter(batch, client, len(rows), max_in_flight, as_json=as_json)
                 try:
-                    code = await watcher.watch(outcomes)
+                    code = await reporter.run(outcomes)
                 except LedgerError:
-                    session.unsaved_tasks.update({task_id: (key, str(out)) for key, task_id in batch.in_flight.items()})
+                    context.unsaved_tasks.update({task_id: (key, str(out)) for key, task_id in batch.in_flight.items()})
                     raise
         if not as_json:
             print_result(out / report.GALLERY_NAME)
@@ -137,13 +141,23 @@ def run_batch(  # noqa: PLR0913 - one parameter per option
     run(work, as_json=as_json)
 
 
-class _ProgressReporter(logging.Handler):
-    """Shows a run while it goes on."""
+class _WarningHandler(logging.Handler):
+    """Passes the library's warnings to a function."""
+
+    def __init__(self, handle_record: Callable[[logging.LogRecord], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._handle_record = handle_record
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._handle_record(record)
+
+
+class _ProgressReporter:
+    """Reports a run on the terminal."""
 
     def __init__(
         self, batch: Batch, client: NanoBananaClient, total: int, max_in_flight: int, *, as_json: bool
     ) -> None:
-        super().__init__(logging.WARNING)
         self._batch = batch
         self._client = client
         self._total = total
@@ -153,11 +167,11 @@ class _ProgressReporter(logging.Handler):
         self._started_s = anyio.current_time()
         self._reported = 0
 
-    async def watch(self, outcomes: AsyncGenerator[Outcome]) -> int:
-        """Show each of *outcomes*, and return the exit code they add up to."""
+    async def run(self, outcomes: AsyncGenerator[Outcome]) -> int:
+        """Report each of *outcomes*, and return the exit code of the run."""
         code = EXIT_OK
-        if not self._as_json:  # else there is no display to tear
-            logging.getLogger("nanobanana_async").addHandler(self)
+        if not self._as_json:  # with JSON there is no bar that a log line could break
+            logging.getLogger("nanobanana_async").addHandler(_WarningHandler(self._report_warning))
         with self._bar:
             async with _background_tasks() as group, aclosing(outcomes):
                 group.start_soon(self._refresh)
@@ -166,7 +180,7 @@ class _ProgressReporter(logging.Handler):
                         code = max(code, _exit_code(outcome))
                         self._report(outcome)
                 except anyio.get_cancelled_exc_class():
-                    self._bar.print_line("stopping: submits on the wire are waited for; Ctrl-C again does not wait")
+                    self._bar.print_line("stopping: waiting for submits in flight (press Ctrl-C again to exit now)")
                     raise
             self._show()
         return code
@@ -182,12 +196,11 @@ class _ProgressReporter(logging.Handler):
         if self._reported <= _MAX_REPORTED:
             self._bar.print_line(line)
         elif self._reported == _MAX_REPORTED + 1:
-            self._bar.print_line(f"further ones are in {report.MANIFEST_NAME}")
+            self._bar.print_line(f"see {report.MANIFEST_NAME} for further failures")
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Show what the library warns of, where it does not tear the display."""
+    def _report_warning(self, record: logging.LogRecord) -> None:
         line = sanitize_line(record.getMessage())
-        if record.levelno >= logging.ERROR:  # a paid id, perhaps: never left out
+        if record.levelno >= logging.ERROR:  # it may name a charged task, so it is always printed
             self._bar.print_line(line)
         else:
             self._report_limited(line)
@@ -203,29 +216,29 @@ class _ProgressReporter(logging.Handler):
         rate = (ended - progress.replayed) / max(anyio.current_time() - self._started_s, 1e-3)
         median_s = statistics.median(self._client.statistics().median_latency_s.values() or [_FIRST_MEDIAN_S])
         left = self._total - ended
-        parts = [f"{progress.succeeded} done", f"{progress.in_flight} in flight"]
+        parts = [f"{progress.succeeded} succeeded", f"{progress.in_flight} in flight"]
         parts += [f"{progress.failed} failed"] if progress.failed else []
         parts += [f"{progress.unknown} unknown"] if progress.unknown else []
         parts += [f"{progress.budget.spent.normalize():f} credits"] if progress.budget.spent else []
         parts += [f"{rate * 60:.0f}/min"] if rate else []
-        # Only when each place has brought one is their rate worth more than the learned median.
-        is_early = ended - progress.replayed < self._max_in_flight
+        # The rate is more accurate than the learned median once every slot has finished one image.
+        is_warming_up = ended - progress.replayed < self._max_in_flight
         if progress.last_error is not None:
             parts.append(f"waiting: {sanitize_line(progress.last_error)[:50]}")
         if ended > progress.replayed or not left:
-            left_s = eta_s(left, median_s, self._max_in_flight, None if is_early else rate)
+            left_s = eta_s(left, median_s, self._max_in_flight, None if is_warming_up else rate)
             parts.append(f"{timedelta(seconds=round(left_s))} left")
         self._bar.show(ended, "  ".join(parts))
 
 
 @asynccontextmanager
 async def _background_tasks() -> AsyncGenerator[TaskGroup]:
-    """Give a task group for what runs beside the block, and ends with it; what the block raises is not wrapped."""
+    """Yield a task group that is cancelled with the block. An error of the block is raised unwrapped."""
     error = None
     async with anyio.create_task_group() as group:
         try:
             yield group
-        except Exception as exc:  # noqa: BLE001 - raised below: the group would wrap it
+        except Exception as exc:  # noqa: BLE001 - raised below, because the group would wrap it
             error = exc
         group.cancel_scope.cancel()
     if error is not None:
@@ -233,10 +246,10 @@ async def _background_tasks() -> AsyncGenerator[TaskGroup]:
 
 
 def eta_s(left: int, median_s: float, max_in_flight: int, rate_per_s: float | None) -> float:
-    """Return the seconds that *left* pictures still take.
+    """Return the estimated seconds until *left* images are finished.
 
-    Each place brings a picture in *median_s* (Little's law), until there is a rate to go by. The last one takes its
-    time, however few there are.
+    Each slot finishes an image per *median_s* (Little's law), until a rate is known. The last image takes its full
+    latency.
     """
     if not left:
         return 0.0

@@ -13,10 +13,10 @@ from nanobanana_async.cli.tasks import balance, status, wait
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="nanobanana-async")
 def cli() -> None:
-    """Make pictures with the Nano Banana 2 API.
+    """Generate images with the Nano Banana 2 API.
 
-    The key is read from DEFAPI_API_KEY, the service's address from DEFAPI_BASE_URL. Without a key, try
-    `nanobanana demo`.
+    Set your API key in DEFAPI_API_KEY. To use another base URL, set DEFAPI_BASE_URL. To try it without a key, run:
+    nanobanana demo.
     """
 
 

@@ -1,4 +1,4 @@
-"""`nanobanana demo`: two dozen pictures from a simulator of its own, and a gallery to look at them."""
+"""`nanobanana demo`: generate 24 images with a simulator, and write a gallery."""
 
 from pathlib import Path
 from typing import Final
@@ -18,7 +18,7 @@ from nanobanana_async.simulator.subprocess import simulator_process
 
 _LATENCY_S: Final = 3.0
 _POLLING: Final = PollPolicy.backoff(first_poll_s=0.8, initial_s=0.4, multiplier=1.2, max_s=1.5)
-"""The default schedule, scaled to pictures that take three seconds."""
+"""The default backoff, scaled to images that take three seconds."""
 _SUBJECTS: Final = (
     ("a fox in snow", "16:9"),
     ("a lighthouse keeper's library", "3:4"),
@@ -33,9 +33,16 @@ _STYLES: Final = ("in watercolour", "as a woodcut", "at golden hour")
 
 
 @click.command()
-@click.option("-o", "--output", default="nanobanana-demo", show_default=True, metavar="FOLDER", help="Where to.")
+@click.option(
+    "-o",
+    "--output",
+    default="nanobanana-demo",
+    show_default=True,
+    metavar="FOLDER",
+    help="Folder for images and gallery.",
+)
 def demo(output: str) -> None:
-    """Make 24 pictures with a simulator: no key, no network, no cost."""
+    """Generate 24 images with a simulator: no key, no network, no cost."""
     folder = Path(output)
     pairs = [(f"{subject}, {style}", ratio) for style in _STYLES for subject, ratio in _SUBJECTS]
     jobs = [
@@ -43,39 +50,37 @@ def demo(output: str) -> None:
         for number, (prompt, ratio) in enumerate(pairs, start=1)
     ]
 
-    async def work(_: CommandContext) -> int:  # what is unfinished is never told: the simulator takes its tasks with it
+    async def work(_: CommandContext) -> int:  # unsaved tasks are not listed: they end with the simulator
         check_writable(folder)
         async with (
             simulator_process("--latency", str(_LATENCY_S)) as simulator,
             NanoBananaClient(simulator.key, base_url=simulator.url, polling=_POLLING) as client,
         ):
-            click.echo(f"Making {len(jobs)} pictures with a simulator on {simulator.url}", err=True)
-            with JobProgressBar(len(jobs)) as board:
+            click.echo(f"generating {len(jobs)} images with a simulator on {simulator.url}", err=True)
+            with JobProgressBar(len(jobs)) as progress:
                 code = await run_jobs(
                     client,
                     jobs,
-                    session=CommandContext(),
-                    board=board,
+                    context=CommandContext(),
+                    progress=progress,
                     timeout_s=60,
-                    on_finished=lambda job: _say(board, job),
+                    on_finished=lambda job: _print_files(progress, job),
                 )
         report_failures(jobs)
         page = folder / "index.html"
-        await anyio.to_thread.run_sync(gallery.write, page, "nanobanana demo", [_entry(job, folder) for job in jobs])
-        click.echo(
-            f"{sum(not job.error for job in jobs)} pictures in {folder}, the gallery is {page.resolve().as_uri()}"
-        )
+        await anyio.to_thread.run_sync(gallery.write, page, "nanobanana demo", [_card(job, folder) for job in jobs])
+        click.echo(f"{sum(not job.error for job in jobs)} images saved in {folder}. Gallery: {page.resolve().as_uri()}")
         return code
 
     run(work)
 
 
-def _say(board: JobProgressBar, job: Job) -> None:
+def _print_files(progress: JobProgressBar, job: Job) -> None:
     for file in job.files:
-        board.print_line(f"{job.seconds:5.1f} s  {file}")
+        progress.print_line(f"{job.seconds:5.1f} s  {file}")
 
 
-def _entry(job: Job, folder: Path) -> gallery.GalleryCard:
+def _card(job: Job, folder: Path) -> gallery.GalleryCard:
     return gallery.GalleryCard(
         prompt=job.request.prompt,
         status="failed" if job.error else "succeeded",

@@ -1,4 +1,4 @@
-"""`nanobanana generate`: prompts in, pictures on disk."""
+"""`nanobanana generate`: generate images from prompts and save them."""
 
 import errno
 import tempfile
@@ -14,15 +14,23 @@ from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.images.formats import SUFFIXES
 from nanobanana_async.models import DEFAULT_MODEL, GenerationRequest, ImageSource
+from nanobanana_async.policies import PollPolicy
 
 timeout_option = click.option(
     "--timeout",
     "timeout_s",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
-    help="Give up waiting after this long.  [default: 900]",
+    help="Stop waiting after this time.  [default: 900]",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object a line, and nothing else.")
+poll_option = click.option(
+    "--poll",
+    "poll_s",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Poll each task at this interval.  [default: learned]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 
 
 @click.command()
@@ -32,48 +40,50 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
     "--output",
     default=".",
     metavar="PATH",
-    help="A file, if it ends like a picture (fox.png); else a folder, made if missing.  [default: here]",
+    help="A file with an image suffix (fox.png), or a folder, created if missing.  [default: .]",
 )
-@click.option("--image", "images", multiple=True, metavar="PATH|URL", help="A reference image; up to four.")
-@click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="MODEL", help="Which model paints.")
-@click.option("--aspect-ratio", metavar="N:M", help="Such as 16:9, or auto.")
-@click.option("--image-size", metavar="SIZE", help="1k, 2k or 4k, where the model can.")
+@click.option("--image", "images", multiple=True, metavar="PATH|URL", help="Reference image; up to four.")
+@click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="MODEL", help="Name of the model.")
+@click.option("--aspect-ratio", metavar="N:M", help="Aspect ratio, such as 16:9, or auto.")
+@click.option("--image-size", metavar="SIZE", help="1k, 2k or 4k, for models that support it.")
 @timeout_option
+@poll_option
 @json_option
 def generate(
     prompts: tuple[str, ...],
     output: str,
     images: tuple[str, ...],
     timeout_s: float | None,
+    poll_s: float | None,
     *,
     as_json: bool,
-    **options: Any,  # noqa: ANN401 - click hands over what the options above say
+    **options: Any,  # noqa: ANN401 - the remaining options above
 ) -> None:
-    """Make one picture for each PROMPT."""
-    where = Path(output)
+    """Generate one image for each PROMPT."""
+    path = Path(output)
     if output == "-":
-        raise click.UsageError("-o -: pictures are not written to stdout; name a file or a folder.")
-    if len(prompts) > 1 and where.suffix.lower() in SUFFIXES:
-        raise click.UsageError(f"-o {output} names one file, but there are {len(prompts)} prompts; name a folder.")
+        raise click.UsageError("-o: expected a file or a folder, got '-'. Images are not written to stdout.")
+    if len(prompts) > 1 and path.suffix.lower() in SUFFIXES:
+        raise click.UsageError(f"-o: expected a folder for {len(prompts)} prompts, got the file {output}.")
     references = [_reference(image) for image in images]
     try:
         requests = [GenerationRequest(prompt, images=references, **options) for prompt in prompts]
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
-    jobs = [Job(request=request, output=where) for request in requests]
+    jobs = [Job(request=request, output=path) for request in requests]
 
-    async def work(session: CommandContext) -> int:
+    async def work(context: CommandContext) -> int:
         def keep(handle: TaskHandle) -> None:
-            session.unsaved_tasks.setdefault(handle.task_id, ("accepted while this was interrupted", output))
+            context.unsaved_tasks.setdefault(handle.task_id, ("accepted during the interrupt", output))
 
-        async with NanoBananaClient(on_orphan=keep) as client:
-            check_writable(where)
-            with JobProgressBar(len(jobs), quiet=as_json) as board:
+        async with NanoBananaClient(polling=poll_policy(poll_s), on_orphan=keep) as client:
+            check_writable(path)
+            with JobProgressBar(len(jobs), quiet=as_json) as progress:
                 code = await run_jobs(
                     client,
                     jobs,
-                    session=session,
-                    board=board,
+                    context=context,
+                    progress=progress,
                     timeout_s=timeout_s,
                     on_finished=lambda job: _show(job, as_json=as_json),
                 )
@@ -81,6 +91,11 @@ def generate(
         return code
 
     run(work, as_json=as_json)
+
+
+def poll_policy(poll_s: float | None) -> PollPolicy:
+    """Return the policy for `--poll`; the learned schedule if it is None."""
+    return PollPolicy() if poll_s is None else PollPolicy.fixed(poll_s)
 
 
 def _reference(text: str) -> ImageSource:
@@ -95,20 +110,20 @@ def _show(job: Job, *, as_json: bool) -> None:
             print_result(file)
 
 
-def check_writable(where: Path) -> None:
-    """Fail before anything is paid when pictures could not be saved to *where*.
+def check_writable(path: Path) -> None:
+    """Raise before anything is charged if images could not be saved to *path*.
 
     Raises:
-        OSError: They could not.
+        OSError: The folder cannot be written.
     """
-    folder = where.parent if where.suffix.lower() in SUFFIXES else where
+    folder = path.parent if path.suffix.lower() in SUFFIXES else path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except FileExistsError:
-        raise NotADirectoryError(errno.ENOTDIR, "is a file, and not a folder", str(folder)) from None
+        raise NotADirectoryError(errno.ENOTDIR, "expected a folder, got a file", str(folder)) from None
     except OSError as exc:
         raise OSError(exc.errno, exc.strerror, str(folder)) from None
-    if where != folder and where.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a folder, and not a file", str(where))
+    if path != folder and path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected a file, got a folder", str(path))

@@ -1,4 +1,4 @@
-"""Pictures being made: each job from prompt to file, all at once, none able to stop another."""
+"""Run jobs concurrently, each from prompt to file."""
 
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
@@ -27,26 +27,26 @@ from nanobanana_async.wire.body import sanitize_line
 
 @attrs.define(kw_only=True)
 class Job:
-    """One prompt on its way."""
+    """One prompt and its result."""
 
     request: GenerationRequest
     output: Path
-    """The file, or the folder, to save to."""
+    """File or folder to save to."""
     name: str | None = None
-    """What to call the picture in a folder; None names it after its prompt and task."""
+    """File name in a folder; None derives it from prompt and task id."""
     task: Task | None = None
     files: list[Path] = attrs.field(factory=list)
     error: Exception | None = None
     seconds: float | None = None
-    """From submit to file."""
+    """Time from submit to file."""
 
     @property
     def exit_code(self) -> int:
-        """What this job adds to the exit code of the whole command."""
+        """Exit code of this job."""
         return exit_code(self.error)
 
     def record(self) -> dict[str, object]:
-        """Return what `--json` shows of it."""
+        """Return the fields of the job for `--json`."""
         record = {"prompt": self.request.prompt, "files": [str(file) for file in self.files], **task_record(self.task)}
         error = error_record(self.error) if self.error is not None else {"error": None, "error_type": None}
         return {**record, **error, "task_id": error.get("task_id") or record["task_id"]}
@@ -56,19 +56,19 @@ async def run_jobs(
     client: NanoBananaClient,
     jobs: Sequence[Job],
     *,
-    session: CommandContext,
-    board: JobProgressBar,
+    context: CommandContext,
+    progress: JobProgressBar,
     timeout_s: float | None,
     on_finished: Callable[[Job], None],
 ) -> int:
-    """Run all *jobs* at once, call *finished* with each as it ends, and return the exit code for all of them."""
+    """Run all *jobs* concurrently, call *on_finished* after each, and return the exit code."""
 
     async def run_one(number: int, job: Job) -> None:
         try:
-            await _run_job(client, job, session, timeout_s, lambda state: board.move(number, state))
+            await _run_job(client, job, context, timeout_s, lambda state: progress.move(number, state))
         except (NanoBananaError, OSError, ValueError) as exc:
             job.error = exc
-        board.move(number, {EXIT_OK: "succeeded", EXIT_FAILED: "failed", EXIT_UNKNOWN: "unknown"}[job.exit_code])
+        progress.move(number, {EXIT_OK: "succeeded", EXIT_FAILED: "failed", EXIT_UNKNOWN: "unknown"}[job.exit_code])
         on_finished(job)
 
     async with anyio.create_task_group() as group:
@@ -78,12 +78,12 @@ async def run_jobs(
 
 
 async def _run_job(
-    client: NanoBananaClient, job: Job, session: CommandContext, timeout_s: float | None, move: Callable[[str], None]
+    client: NanoBananaClient, job: Job, context: CommandContext, timeout_s: float | None, move: Callable[[str], None]
 ) -> None:
     started_s = anyio.current_time()
     move("submitting")
     handle = await client.submit(job.request)
-    session.unsaved_tasks[handle.task_id] = (job.request.prompt, str(job.output))
+    context.unsaved_tasks[handle.task_id] = (job.request.prompt, str(job.output))
     move("submitted")
     try:
         async with aclosing(handle.updates(timeout_s=timeout_s)) as updates:
@@ -93,14 +93,14 @@ async def _run_job(
         name = job.name or f"{job.request.prompt[:40]}-{handle.task_id[-6:]}"
         job.files = await client.save(task, job.output, name=name)
     except (TaskFailed, NoImage, TaskNotFound):
-        del session.unsaved_tasks[handle.task_id]  # it has ended, and there is nothing to come back for
+        del context.unsaved_tasks[handle.task_id]  # it ended without an image to download
         raise
-    del session.unsaved_tasks[handle.task_id]
+    del context.unsaved_tasks[handle.task_id]
     job.seconds = anyio.current_time() - started_s
 
 
 def report_failures(jobs: Sequence[Job]) -> None:
-    """Print each distinct error once, as one line, with the prompt it is about or how often it came."""
+    """Print each distinct error once, with its prompt or its count."""
     failed: dict[str, list[Job]] = {}
     for job in jobs:
         if job.error is not None:

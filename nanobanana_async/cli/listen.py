@@ -1,4 +1,4 @@
-"""`nanobanana listen`: prints callbacks as they come, for trying a tunnel."""
+"""`nanobanana listen`: print callbacks as they arrive, to test a tunnel."""
 
 import sys
 
@@ -14,21 +14,23 @@ _MAX_BODY_BYTES = 2**20
 
 
 @click.command()
-@click.option("--port", default=8788, show_default=True, type=click.IntRange(0, 65535), help="0 picks a free one.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", default=8788, show_default=True, type=click.IntRange(0, 65535), help="0 selects a free port.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @json_option
 def listen(*, port: int, host: str, as_json: bool) -> None:
-    """Print callbacks as they come, on any path: to see whether a tunnel works. Nothing is checked."""
+    """Print callbacks as they arrive, on any path. Use it to test a tunnel. Nothing is verified."""
     try:
-        import uvicorn  # noqa: PLC0415 - an extra
+        import uvicorn  # noqa: PLC0415 - needs an extra
 
-        from nanobanana_async.simulator.server import open_listener  # noqa: PLC0415 - the same
+        from nanobanana_async.simulator.server import open_listener  # noqa: PLC0415 - needs an extra
     except ModuleNotFoundError as exc:
-        sys.exit(f"nanobanana: to listen needs {exc.name}: pip install 'nanobanana-async[cli,simulator]'")
+        sys.exit(
+            f"nanobanana: listen needs {exc.name}. To install it, run: pip install 'nanobanana-async[cli,simulator]'"
+        )
     with exit_on_bind_error(host, port):
         socket = open_listener(host, port)
     address = f"http://{host}:{socket.getsockname()[1]}"
-    click.echo(f"Listening on {address}; post a callback there, through your tunnel (Ctrl-C stops it)", err=True)
+    click.echo(f"listening on {address} for callbacks (press Ctrl-C to stop)", err=True)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         body = b""
@@ -44,7 +46,7 @@ def listen(*, port: int, host: str, as_json: bool) -> None:
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False, lifespan="off"))
     try:
         server.run(sockets=[socket])
-    except KeyboardInterrupt:  # uvicorn shuts down first, then raises the signal again
+    except KeyboardInterrupt:  # uvicorn shuts down, then raises the signal again
         sys.exit(130)
 
 

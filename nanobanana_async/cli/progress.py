@@ -1,4 +1,4 @@
-"""What a person sees while many tasks run: a live bar on a terminal, plain lines elsewhere. All of it on stderr."""
+"""Progress on stderr: a live bar on a terminal, plain lines elsewhere."""
 
 import time
 from collections import Counter
@@ -24,9 +24,9 @@ _ORDER: Final = (
 
 
 class ProgressBar:
-    """So many of *total* have ended, and what there is to say about them. Use it with `with`; silent when *quiet*.
+    """Shows how many of *total* have ended. Use it with `with`. Prints nothing if *quiet*.
 
-    Where there is no terminal, what `show` says is a line every *plain_every_s* seconds; None is never.
+    Without a terminal, `show` prints a line every *plain_every_s* seconds, or never if None.
     """
 
     def __init__(self, total: int, *, quiet: bool = False, plain_every_s: float | None = None) -> None:
@@ -50,7 +50,7 @@ class ProgressBar:
             self._progress.stop()
 
     def show(self, ended: int, status: str) -> None:
-        """Show that *ended* have ended, with *words* beside it."""
+        """Show that *ended* have ended, with *status* beside the bar."""
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=ended, words=status)
         elif not self._quiet and self._plain_every_s is not None:
@@ -68,14 +68,14 @@ class ProgressBar:
 
 
 class JobProgressBar(ProgressBar):
-    """Counts jobs by where they stand."""
+    """Shows how many jobs are in each state."""
 
     def __init__(self, total: int, *, quiet: bool = False) -> None:
         super().__init__(total, quiet=quiet)
         self._states: dict[int, str] = dict.fromkeys(range(total), "waiting")
 
     def move(self, job: int, state: str) -> None:
-        """Note that job number *job* now is in *state*."""
+        """Set the state of job number *job*."""
         self._states[job] = state
         counts = Counter(self._states.values())
         ended = counts["succeeded"] + counts["failed"] + counts["unknown"]
@@ -84,8 +84,8 @@ class JobProgressBar(ProgressBar):
 
 
 def _live_progress(total: int) -> "Progress | None":
-    """Return a bar with one task; None where nobody would see it move."""
-    from rich.console import Console  # noqa: PLC0415 - costs 50 ms, and only commands that wait need it
+    """Return a rich progress bar with one task; None without a terminal."""
+    from rich.console import Console  # noqa: PLC0415 - takes 50 ms; only commands that wait need it
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
 
     console = Console(stderr=True)

@@ -1,4 +1,4 @@
-"""`nanobanana batch resolve`: what to do about rows that may have been paid, and for which nothing says so."""
+"""`nanobanana batch resolve`: decide about rows that may have been charged."""
 
 import re
 import shlex
@@ -19,19 +19,19 @@ from nanobanana_async.ledger.schema import LedgerRow, RowState
 from nanobanana_async.ledger.sqlite import Ledger
 from nanobanana_async.wire.body import sanitize_line
 
-_DONE = (RowState.SAVED,)
+_SAVED = (RowState.SAVED,)
 _FAILED = (RowState.FAILED, RowState.ABANDONED)
 
 
 @click.command()
 @click.argument("keys", metavar="[KEY]...", nargs=-1)
-@click.option("-o", "--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Of the batch.")
-@click.option("--list", "list_rows", is_flag=True, help="Show them, and what they may cost. The default.")
-@click.option("--resubmit", is_flag=True, help="Have the next run submit them again: they may be paid twice.")
-@click.option("--abandon", is_flag=True, help="Give them up; they count as failed.")
-@click.option("--bind", "task_id", metavar="TASK_ID", help="Tell which task the one KEY is; the next run fetches it.")
-@click.option("--all", "all_rows", is_flag=True, help="All unknown rows, instead of KEYs.")
-@click.option("--adopt", is_flag=True, help="Take a ledger that was copied or restored for the true one.")
+@click.option("-o", "--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the batch.")
+@click.option("--list", "list_rows", is_flag=True, help="List the rows and their largest cost. The default.")
+@click.option("--resubmit", is_flag=True, help="Submit them again in the next run. They may be charged twice.")
+@click.option("--abandon", is_flag=True, help="Give them up. They count as failed.")
+@click.option("--bind", "task_id", metavar="TASK_ID", help="Record the task id of one KEY. The next run downloads it.")
+@click.option("--all", "all_rows", is_flag=True, help="Select all unknown rows instead of KEYs.")
+@click.option("--adopt", is_flag=True, help="Accept a copied or restored ledger as the original.")
 @json_option
 def resolve(  # noqa: PLR0913 - one parameter per option
     keys: tuple[str, ...],
@@ -45,42 +45,44 @@ def resolve(  # noqa: PLR0913 - one parameter per option
     adopt: bool,
     as_json: bool,
 ) -> None:
-    """Decide about rows whose submit was sent, and never answered. Works without a key, and sends nothing."""
+    """Resolve rows whose submit got no response. Needs no API key and sends no requests."""
     if sum((list_rows, resubmit, abandon, task_id is not None)) > 1:
-        raise click.UsageError("--list, --resubmit, --abandon, --bind: one at a time.")
+        raise click.UsageError("expected one of --list, --resubmit, --abandon and --bind.")
     if task_id is not None and (len(keys) != 1 or not re.fullmatch(r"[!-~]{1,200}", task_id)):
-        raise click.UsageError("--bind: name a task id without blanks, and the one KEY that it is.")
+        raise click.UsageError("--bind: expected a task id without spaces, and one KEY.")
     if (resubmit or abandon) and bool(keys) is all_rows:
-        raise click.UsageError("name KEYs (see --list), or say --all.")
+        raise click.UsageError("expected KEYs or --all. To list the keys, pass --list.")
     decided = task_id is not None or resubmit or abandon
 
     async def work(_: CommandContext) -> int:
         async with aclosing(await Ledger.open(out, adopt=adopt, create=False)) as ledger:
             unknown = await ledger.query_rows(list, RowState.UNKNOWN)
-            account = Budget.from_attempts(await ledger.attempt_costs())
+            budget = Budget.from_attempts(await ledger.attempt_costs())
             chosen = keys or tuple(record.key for record in unknown)
             if unlisted := set(chosen) - {record.key for record in unknown}:
-                raise ConfigurationError(f"{min(unlisted)!r} is the key of no unknown row; --list shows them")
+                raise ConfigurationError(
+                    f"key: expected that of an unknown row, got {min(unlisted)!r}. To list the keys, pass --list."
+                )
             for key in chosen if decided else ():
                 if task_id is not None:
                     await ledger.bind(key, task_id)
                 else:
                     await ledger.transition(key, RowState.REQUEUED if resubmit else RowState.ABANDONED)
         if decided:
-            click.echo(f"changed: {len(chosen)}; run the batch again to act on it", err=True)
+            click.echo(f"{len(chosen)} changed. To apply it, run the batch again.", err=True)
         else:
             if adopt:
-                click.echo("adopted: the next run of the batch goes on here", err=True)
-            _show(unknown, account, as_json=as_json)
+                click.echo("ledger adopted. To resume, run the batch again.", err=True)
+            _show(unknown, budget, as_json=as_json)
         return EXIT_OK
 
     run(work, as_json=as_json)
 
 
-def _show(unknown: list[LedgerRow], account: Budget, *, as_json: bool) -> None:
+def _show(unknown: list[LedgerRow], budget: Budget, *, as_json: bool) -> None:
     total: Decimal | None = Decimal(0)
     for record in unknown:
-        price = account.max_price(record.model)
+        price = budget.max_price(record.model)
         max_cost = None if price is None else price * record.submit_count
         total = None if total is None or max_cost is None else total + max_cost
         if as_json:
@@ -91,52 +93,54 @@ def _show(unknown: list[LedgerRow], account: Budget, *, as_json: bool) -> None:
             facts = (record.key, cost, repr(record.prompt[:60]), record.task_id or "", record.reason or "")
             print_result("  ".join(filter(None, map(sanitize_line, facts))))
     if not as_json:
-        most = "at a price nobody knows" if total is None else f"{total.normalize():f} credits at worst"
-        click.echo(f"{len(unknown)} may have been paid: {most}", err=True)
+        largest = "price not yet known" if total is None else f"up to {total.normalize():f} credits"
+        click.echo(f"{len(unknown)} may have been charged: {largest}", err=True)
 
 
 async def print_summary(out: Path, command: str, keys: set[str], budget: Decimal | None) -> None:
-    """Say on stderr how the batch in *out* stands, and what to type next. *keys* are those of the rows asked for.
+    """Print the state of the batch in *out*, and the next commands, on stderr. *keys* are those of the file.
 
     Raises:
-        LedgerError: It cannot be read.
+        LedgerError: The ledger cannot be read.
     """
     async with aclosing(await Ledger.open(out, create=False)) as ledger:
         states, unlisted = await ledger.query_rows(partial(_count, keys))
         funds = Budget.from_attempts(await ledger.attempt_costs(), budget).status()
-    done, failed = (sum(states[state] for state in group) for group in (_DONE, _FAILED))
+    saved, failed = (sum(states[state] for state in group) for group in (_SAVED, _FAILED))
     unknown = states[RowState.UNKNOWN]
-    paid = states[RowState.SUBMITTED] + states[RowState.SUCCEEDED]
-    to_go = len(keys) - done - failed - unknown
-    parts = [f"{done} of {len(keys)} done"]
+    charged = states[RowState.SUBMITTED] + states[RowState.SUCCEEDED]
+    remaining = len(keys) - saved - failed - unknown
+    parts = [f"{saved} of {len(keys)} saved"]
     parts += [
-        f"{number} {word}" for number, word in ((failed, "failed"), (unknown, "unknown"), (to_go, "to go")) if number
+        f"{number} {word}"
+        for number, word in ((failed, "failed"), (unknown, "unknown"), (remaining, "remaining"))
+        if number
     ]
-    parts[-1] += f" ({paid} of them submitted)" if paid else ""
+    parts[-1] += f" ({charged} submitted)" if charged else ""
     money = f"{funds.spent.normalize():f} credits spent"
     if funds.reserved:
-        money += f", up to {funds.reserved.normalize():f} more may be or become charged"
-    elif paid:
-        money += f", {paid} at a price nobody knows yet"
+        money += f", up to {funds.reserved.normalize():f} more may be charged"
+    elif charged:
+        money += f", price of {charged} not yet known"
     money += "" if funds.remaining is None else f", {funds.remaining.normalize():f} of the budget left"
     click.echo(f"{', '.join(parts)}; {money}", err=True)
-    place = shlex.quote(str(out))
+    folder = shlex.quote(str(out))
     if unlisted:
-        click.echo(f"besides, {unlisted} of earlier runs that the file does not have (any more)", err=True)
+        click.echo(f"{unlisted} rows of earlier runs are not in the file", err=True)
     if unknown:
         click.echo(
-            f"{unknown} may have been paid; to decide about them: nanobanana batch resolve --out {place}", err=True
+            f"{unknown} may have been charged. To resolve them, run: nanobanana batch resolve --out {folder}", err=True
         )
     if failed:
-        click.echo("to submit failed rows again, which may be paid again: add --retry-failed", err=True)
-    if to_go:
-        click.echo(f"to go on: {command}", err=True)
+        click.echo("To submit failed rows again, add --retry-failed. Each may be charged again.", err=True)
+    if remaining:
+        click.echo(f"To resume, run: {command}", err=True)
         if budget is not None:
-            click.echo("if the budget is used up, with a larger --budget", err=True)
+            click.echo("If the budget is used up, pass a larger --budget.", err=True)
 
 
 def _count(keys: set[str], records: Iterator[LedgerRow]) -> tuple[Counter[RowState], int]:
-    """Return how many of *keys* are in which state, and how many records have other keys."""
+    """Return the number of *keys* in each state, and the number of rows with other keys."""
     states: Counter[RowState] = Counter()
     unlisted = 0
     for record in records:

@@ -1,4 +1,4 @@
-"""`nanobanana simulate`: the service, played, on a local port."""
+"""`nanobanana simulate`: the simulated service on a local port."""
 
 import sys
 import threading
@@ -18,8 +18,8 @@ _TEST_KEY = "dk-test"
 
 
 @click.command()
-@click.option("--port", default=8787, show_default=True, type=click.IntRange(0, 65535), help="0 picks a free one.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
+@click.option("--port", default=8787, show_default=True, type=click.IntRange(0, 65535), help="0 selects a free port.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--latency",
     "median_s",
@@ -27,7 +27,7 @@ _TEST_KEY = "dk-test"
     show_default=True,
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
-    help="The median time a picture takes.",
+    help="Median latency of an image.",
 )
 @click.option(
     "--faults",
@@ -35,11 +35,13 @@ _TEST_KEY = "dk-test"
     metavar="NAME=RATE,...",
     help="failed_tasks, text_only, inline_images, server_errors, rate_limited, lost_responses.",
 )
-@click.option("--balance", default=100_000.0, show_default=True, type=click.FloatRange(min=0), help="Credits to spend.")
-@click.option("--seed", default=0, show_default=True, help="The same seed repeats the same service.")
-@click.option("--key", default=_TEST_KEY, show_default=True, help="The API key it accepts.")
-@click.option("--json", "as_json", is_flag=True, help="Print where it listens as JSON.")
-@click.option("--until-eof", is_flag=True, hidden=True, help="Stop when stdin closes: for a parent that may die.")
+@click.option(
+    "--balance", default=100_000.0, show_default=True, type=click.FloatRange(min=0), help="Credits in the account."
+)
+@click.option("--seed", default=0, show_default=True, help="The same seed gives the same ids, latencies and errors.")
+@click.option("--key", default=_TEST_KEY, show_default=True, help="API key that is accepted.")
+@click.option("--json", "as_json", is_flag=True, help="Print URL and key as one JSON object.")
+@click.option("--until-eof", is_flag=True, hidden=True, help="Stop when stdin closes.")
 def simulate(  # noqa: PLR0913 - one parameter per option
     *,
     port: int,
@@ -52,20 +54,20 @@ def simulate(  # noqa: PLR0913 - one parameter per option
     as_json: bool,
     until_eof: bool,
 ) -> None:
-    """Play the service on this machine: no key, no network, no cost."""
+    """Run a simulated service on this machine: no key, no network, no cost."""
     settings = {"median_s": median_s, "visibility_delay_s": median_s / 20, "balance": Decimal(str(balance))}
     server = _make_server(faults, {**settings, "keys": frozenset({key})}, seed=seed, address=(host, port))
     if as_json:
         print_json({"url": server.url, "key": key})
     else:
-        click.echo(f"The simulator listens on {server.url} (Ctrl-C stops it). In another terminal:")
+        click.echo(f"simulator listening on {server.url} (press Ctrl-C to stop). To use it, run in another terminal:")
         click.echo(f'DEFAPI_BASE_URL={server.url} DEFAPI_API_KEY={key} nanobanana generate "a fox in snow" -o fox.png')
     sys.stdout.flush()
     if until_eof:
         threading.Thread(target=_stop_at_eof, args=(server,), daemon=True).start()
     try:
         server.run()
-    except KeyboardInterrupt:  # uvicorn shuts down first, then raises the signal again
+    except KeyboardInterrupt:  # uvicorn shuts down, then raises the signal again
         sys.exit(130)
 
 
@@ -73,9 +75,11 @@ def _make_server(
     faults: str, settings: Mapping[str, object], *, seed: int, address: tuple[str, int]
 ) -> "SimulatorServer":
     try:
-        from nanobanana_async.simulator.server import SimulatorServer  # noqa: PLC0415 - an extra
+        from nanobanana_async.simulator.server import SimulatorServer  # noqa: PLC0415 - needs an extra
     except ModuleNotFoundError as exc:
-        sys.exit(f"nanobanana: the simulator needs {exc.name}: pip install 'nanobanana-async[cli,simulator]'")
+        sys.exit(
+            f"nanobanana: simulate needs {exc.name}. To install it, run: pip install 'nanobanana-async[cli,simulator]'"
+        )
     try:
         profile = SimulatorProfile.from_faults(faults, **settings)
     except ValueError as exc:

@@ -1,10 +1,10 @@
-"""`nanobanana status`, `wait` and `balance`: about what was submitted before."""
+"""`nanobanana status`, `wait` and `balance`: query tasks submitted earlier, and the account."""
 
 from pathlib import Path
 
 import click
 
-from nanobanana_async.cli.generate import check_writable, json_option, timeout_option
+from nanobanana_async.cli.generate import check_writable, json_option, poll_option, poll_policy, timeout_option
 from nanobanana_async.cli.runtime import (
     EXIT_FAILED,
     EXIT_OK,
@@ -24,7 +24,7 @@ from nanobanana_async.wire.body import sanitize_line
 @click.argument("task_id")
 @json_option
 def status(task_id: str, *, as_json: bool) -> None:
-    """Tell how a task stands."""
+    """Print the status of a task."""
 
     async def work(_: CommandContext) -> int:
         async with NanoBananaClient() as client:
@@ -37,16 +37,17 @@ def status(task_id: str, *, as_json: bool) -> None:
 
 @click.command()
 @click.argument("task_id")
-@click.option("-o", "--output", metavar="PATH", help="Save the pictures to this file or folder.")
+@click.option("-o", "--output", metavar="PATH", help="Save the images to this file or folder.")
 @timeout_option
+@poll_option
 @json_option
-def wait(task_id: str, output: str | None, timeout_s: float | None, *, as_json: bool) -> None:
-    """Wait for a task to finish, and save its pictures with -o."""
+def wait(task_id: str, output: str | None, timeout_s: float | None, poll_s: float | None, *, as_json: bool) -> None:
+    """Wait for a task, and save its images with -o."""
 
     async def work(_: CommandContext) -> int:
         if output is not None:
             check_writable(Path(output))
-        async with NanoBananaClient() as client:
+        async with NanoBananaClient(polling=poll_policy(poll_s)) as client:
             handle = client.task(task_id)
             try:
                 task = await handle.result(timeout_s=timeout_s)
@@ -64,7 +65,7 @@ def wait(task_id: str, output: str | None, timeout_s: float | None, *, as_json: 
 @click.command()
 @json_option
 def balance(*, as_json: bool) -> None:
-    """Tell how many credits are left."""
+    """Print the credits left in the account."""
 
     async def work(_: CommandContext) -> int:
         async with NanoBananaClient() as client:
@@ -86,6 +87,6 @@ def _show(task: Task, *, as_json: bool, files: list[Path] | None = None) -> None
             print_result(file)
     else:
         facts = [task.task_id, task.status.value]
-        facts += [image.url or "inline picture" for image in task.images]
+        facts += [image.url or "inline image" for image in task.images]
         facts += [f"{task.consumed:f} credits"] if task.consumed is not None else []
         print_result("  ".join(map(sanitize_line, [*facts, *task.texts])))

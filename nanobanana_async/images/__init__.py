@@ -1,1 +1,1 @@
-"""Pictures in and out."""
+"""Images in and out."""

@@ -1,4 +1,4 @@
-"""Pictures from wherever the service put them: whole, checked, and without ever showing the key to anybody."""
+"""Download images: complete, checked, and without sending the key."""
 
 import hashlib
 import os
@@ -26,24 +26,24 @@ from nanobanana_async.wire.endpoint import USER_AGENT
 _HEADERS: Final = {"User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity"}
 _MAX_REDIRECTS: Final = 3
 _EXTRA_ATTEMPTS: Final = 2
-"""On top of `RetryPolicy.attempts`: right after success a file may answer 404 or 403 for a moment."""
+"""Attempts beyond `RetryPolicy.attempts`, because a new file may return 404 or 403 for a moment."""
 _WRITE_BUFFER_BYTES: Final = 2**18
-"""Pieces are gathered to this size before a thread writes them."""
+"""Size to which chunks are collected before a thread writes them."""
 
 
 _TOKEN_BYTES: Final = 8
-"""Of chance in the name of a file that is not whole."""
+"""Random bytes in the name of a partial file."""
 
 
 class _Target(Protocol):
-    """Where the bytes of one try go."""
+    """A writer for the bytes of one attempt."""
 
     async def write(self, chunk: bytes) -> None:
-        """Take the next piece."""
+        """Write the next chunk."""
         ...
 
     def discard(self) -> None:
-        """Forget what came. Quick enough for the loop, and nothing that could be cancelled half way."""
+        """Discard the bytes. Fast and without a checkpoint, so that it cannot be cancelled."""
         ...
 
 
@@ -52,10 +52,10 @@ WriterT = TypeVar("WriterT", bound=_Target)
 
 
 class _ValidatingWriter:
-    """Passes pieces on, refuses what is no picture as soon as that shows, and remembers how it ended."""
+    """Passes chunks on, rejects a file that is not an image, and checks that it is complete."""
 
-    def __init__(self, target: _Target) -> None:
-        self._target = target
+    def __init__(self, writer: _Target) -> None:
+        self._target = writer
         self._head = b""
         self._tail = b""
         self.format: ImageFormat | None = None
@@ -70,12 +70,15 @@ class _ValidatingWriter:
         await self._target.write(chunk)
 
     def finish(self, response: WireResponse) -> ImageFormat:
-        """Return the format; refuse an empty body, and one that was cut where nothing but its own end could tell."""
+        """Return the format. Raise if the body is empty, or is truncated.
+
+        Without a declared length, the trailer of the format is the only sign of a complete file.
+        """
         if self.format is None:
-            raise _DownloadError(f"not a picture, only {len(self._head)} bytes")
+            raise _DownloadError(f"not an image, only {len(self._head)} bytes")
         framed = "content-length" in response.headers or "chunked" in response.headers.get("transfer-encoding", "")
         if not framed and not self._tail.endswith(self.format.trailer):
-            raise _DownloadError("the picture was cut off", passing=True)
+            raise _DownloadError("the image is truncated", transient=True)
         return self.format
 
     def _sniffed(self) -> ImageFormat:
@@ -86,11 +89,11 @@ class _ValidatingWriter:
 
 
 class _DownloadError(Exception):
-    """Why one try brought no picture; *passing* when another try may."""
+    """The reason why one attempt failed. *transient* means that another attempt may succeed."""
 
-    def __init__(self, reason: str, *, passing: bool = False) -> None:
+    def __init__(self, reason: str, *, transient: bool = False) -> None:
         super().__init__(reason)
-        self.transient = passing
+        self.transient = transient
 
 
 class _BytesWriter:
@@ -105,7 +108,7 @@ class _BytesWriter:
 
 
 class _PartFile:
-    """A file that gets its name only when it is whole. Disk work happens in threads, never on the loop."""
+    """A file that is renamed to its name once it is complete. Disk access happens in threads."""
 
     def __init__(self, stem: Path) -> None:
         self._stem = stem
@@ -127,9 +130,9 @@ class _PartFile:
         await anyio.to_thread.run_sync(self._locked, self._write, data)
 
     def _locked(self, work: Callable[[T], None], argument: T) -> None:
-        """Do a step of disk work, in a thread, unless it is all over.
+        """Run one disk operation in a thread, unless the file was discarded.
 
-        asyncio's own `task.cancel()` leaves a thread to itself: it may still be writing when `discard` is called.
+        On asyncio, `task.cancel()` does not wait for a thread, which may still write when `discard` is called.
         """
         with self._lock:
             if not self._discarded:
@@ -147,7 +150,7 @@ class _PartFile:
             data = data[os.write(self._descriptor, data) :]
 
     async def commit(self, path: Path) -> SavedImage:
-        """Put the whole file in its place, durably."""
+        """Rename the complete file to *path*, durably."""
         await self._flush()
         await anyio.to_thread.run_sync(self._locked, self._publish, path)
         return SavedImage(path=path, sha256=self._digest.hexdigest(), size_bytes=self._size_bytes)
@@ -156,7 +159,7 @@ class _PartFile:
         os.fsync(self._descriptor)
         self._close()
         self._path.replace(path)
-        if os.name == "posix":  # the name itself is durable only when the folder is
+        if os.name == "posix":  # the rename is durable once the folder is synced
             folder = os.open(path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
@@ -165,7 +168,7 @@ class _PartFile:
 
     def discard(self) -> None:
         self._discarded = True
-        if self._lock.acquire(blocking=False):  # else the thread that has it comes here when it is done
+        if self._lock.acquire(blocking=False):  # else the thread that holds it calls this when it is done
             try:
                 self._close()
                 self._path.unlink(missing_ok=True)
@@ -179,16 +182,16 @@ class _PartFile:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove what a process that was killed has left half written in *folder*. Blocking; only where nobody writes."""
+    """Remove partial files of a killed process from *folder*. Blocking; call it while no other writer is active."""
     for part in folder.glob(f".{'[0-9a-f]' * 2 * _TOKEN_BYTES}.part"):
         part.unlink(missing_ok=True)
 
 
 class Downloader:
-    """Fetches pictures, a bounded number at a time.
+    """Downloads images, a bounded number at a time.
 
-    *public_only* tells whether only public addresses may be reached: a URL in an answer must not make us fetch from
-    the networks we happen to live in.
+    *public_only* returns whether only public addresses may be contacted, so that a URL in a response cannot reach
+    private networks.
     """
 
     def __init__(
@@ -209,21 +212,21 @@ class Downloader:
         self._rng = Random()
 
     async def download(self, image: GeneratedImage) -> bytes:
-        """Return the encoded picture.
+        """Return the encoded image.
 
         Raises:
-            ImageError: It could not be fetched within `Timeouts.download_s`, or is no picture we take.
+            ImageError: The download did not succeed within `Timeouts.download_s`, or the file is not an image.
         """
-        target, _ = await self._download_with_retries(image, _BytesWriter)
-        return bytes(target.data)
+        writer, _ = await self._download_with_retries(image, _BytesWriter)
+        return bytes(writer.data)
 
     async def save(self, image: GeneratedImage, stem: Path, *, keep_suffix: bool = False) -> SavedImage:
-        """Write the picture to *stem* plus the suffix of its true type, or to *stem* itself if *exact*.
+        """Write the image to *stem* plus the suffix of its true type, or to *stem* itself with *keep_suffix*.
 
-        The name appears only when the file is whole; a file that had it is replaced. Missing folders are made.
+        The file is written atomically and replaces an existing one. Missing folders are created.
 
         Raises:
-            ImageError: As `read`, or the disk would not take it.
+            ImageError: The download failed as in `download`, or the file could not be written.
         """
         try:
             file, image_format = await self._download_with_retries(image, partial(_PartFile, stem))
@@ -236,7 +239,7 @@ class Downloader:
             raise ImageError(f"{exc.filename or stem}: cannot be written: {exc.strerror or exc}") from exc
 
     async def _download_with_retries(
-        self, image: GeneratedImage, new_target: Callable[[], WriterT]
+        self, image: GeneratedImage, new_writer: Callable[[], WriterT]
     ) -> tuple[WriterT, ImageFormat]:
         async with self._slots if image.data is None else nullcontext():
             deadline_s = anyio.current_time() + self._timeouts.download_s
@@ -244,7 +247,7 @@ class Downloader:
             while True:
                 attempts += 1
                 try:
-                    return await _try_once(new_target, partial(self._stream_into, image, deadline_s=deadline_s))
+                    return await _try_once(new_writer, partial(self._stream_into, image, deadline_s=deadline_s))
                 except _DownloadError as exc:
                     backoff_s = self._retry.backoff_s(attempts, self._rng)
                     spent = attempts >= self._retry.attempts + _EXTRA_ATTEMPTS
@@ -261,27 +264,27 @@ class Downloader:
         return WireResponse(status=200, headers={"content-length": str(len(image.data))})
 
     async def _get_following_redirects(self, url: str, sink: ChunkSink, deadline_s: float) -> WireResponse:
-        """Get *url*, walking up to three redirects by hand so that each hop is judged like the first."""
+        """Get *url* and follow up to three redirects, checking each URL like the first."""
         for _ in range(_MAX_REDIRECTS + 1):
             response = await self._get(url, sink, deadline_s)
             if response.status == 200:
                 return response
             location = response.headers.get("location")
             if response.status not in (301, 302, 303, 307, 308) or not location:
-                passing = response.status in (403, 404, 408, 425, 429) or response.status >= 500
-                raise _DownloadError(f"the file host answered HTTP {response.status}", passing=passing)
+                transient = response.status in (403, 404, 408, 425, 429) or response.status >= 500
+                raise _DownloadError(f"the file host returned HTTP {response.status}", transient=transient)
             try:
-                target = urljoin(url, location)
+                writer = urljoin(url, location)
             except ValueError:
-                raise _DownloadError("the file host redirects to what is no URL") from None
-            if url.lower().startswith("https:") and not target.lower().startswith("https:"):
-                raise _DownloadError("the file host redirects from https to something less")
-            url = target
+                raise _DownloadError("the file host redirects to an invalid URL") from None
+            if url.lower().startswith("https:") and not writer.lower().startswith("https:"):
+                raise _DownloadError("the file host redirects from https to another scheme")
+            url = writer
         raise _DownloadError(f"the file host redirects more than {_MAX_REDIRECTS} times")
 
     async def _get(self, url: str, sink: ChunkSink, deadline_s: float) -> WireResponse:
         if problem := url_problem(url):
-            raise _DownloadError(f"the picture's URL {problem}")
+            raise _DownloadError(f"the image URL {problem}")
         request = WireRequest(
             kind=RequestKind.DOWNLOAD,
             method="GET",
@@ -298,27 +301,27 @@ class Downloader:
             failure = exc
         else:
             if response.headers.get("content-encoding", "identity") != "identity":
-                raise _DownloadError("the file host compressed what it was asked to send as it is")
+                raise _DownloadError("the file host compressed the file although identity was requested")
             return response
-        raise _DownloadError(failure.reason, passing=not failure.permanent)
+        raise _DownloadError(failure.reason, transient=not failure.permanent)
 
 
 async def _try_once(
-    new_target: Callable[[], WriterT], deliver: Callable[[ChunkSink], Awaitable[WireResponse]]
+    new_writer: Callable[[], WriterT], deliver: Callable[[ChunkSink], Awaitable[WireResponse]]
 ) -> tuple[WriterT, ImageFormat]:
-    """Return a fresh target, filled and judged; whatever goes wrong, nothing of it stays behind."""
-    target = new_target()
-    judged = _ValidatingWriter(target)
+    """Return a new target that is filled and checked. After an error, discard it."""
+    writer = new_writer()
+    judged = _ValidatingWriter(writer)
     try:
         response = await deliver(judged.write)
-        return target, judged.finish(response)
+        return writer, judged.finish(response)
     except BaseException:
-        target.discard()
+        writer.discard()
         raise
 
 
 def _describe(image: GeneratedImage) -> str:
-    """Name a picture in messages: without the query, which may hold a signature."""
+    """Return the name of an image for messages: its URL without the query, which may contain a signature."""
     if image.url is None:
-        return "the inline picture"
+        return "the inline image"
     return image.url.partition("?")[0][:200]

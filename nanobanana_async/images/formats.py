@@ -1,22 +1,22 @@
-"""Picture formats, told by their bytes: names and content types from the network are not believed. Pure."""
+"""Image formats, detected from the bytes, because names and media types are not reliable. Pure."""
 
 from typing import Final
 
 import attrs
 
 SNIFF_BYTES: Final = 12
-"""How much of a file `sniff` needs."""
+"""Number of bytes that `sniff` needs."""
 
 
 @attrs.frozen
 class ImageFormat:
-    """One of the formats that are accepted."""
+    """A supported image format."""
 
     media_type: str
     suffix: str
     magic: bytes
     trailer: bytes
-    """What a whole file ends with; empty when the format does not say."""
+    """Last bytes of a complete file; empty if the format has none."""
 
 
 _PNG: Final = ImageFormat("image/png", ".png", b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")
@@ -28,7 +28,7 @@ SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".gif", ".webp"})
 
 
 def sniff(head: bytes) -> ImageFormat | None:
-    """Return the format of a file that starts with *head*; None when it is no picture we take."""
+    """Return the format of a file that starts with *head*; None if it is not supported."""
     for image_format in (_PNG, _JPEG, _GIF):
         if head.startswith(image_format.magic):
             return image_format

@@ -1,4 +1,4 @@
-"""Reference images: whatever a user has at hand, as the URL or data URI that the service takes."""
+"""Encode reference images as the URLs and data URIs that the service accepts."""
 
 import base64
 import io
@@ -14,10 +14,10 @@ from nanobanana_async.models import ImageSource, SupportsSave
 
 
 async def encode_references(images: tuple[ImageSource, ...], *, max_bytes: int) -> tuple[str, ...]:
-    """Return one URL or data URI for each of *images*. Files are read and encoded off the event loop.
+    """Return one URL or data URI for each of *images*. Files are read and encoded in threads.
 
     Raises:
-        ImageError: A file cannot be read, is no PNG, JPEG, WebP or GIF, or is larger than *max_bytes*.
+        ImageError: A file cannot be read, is not a PNG, JPEG, WebP or GIF, or exceeds *max_bytes*.
     """
     return tuple([await _encode_reference(image, max_bytes) for image in images])
 
@@ -46,10 +46,10 @@ def _to_data_uri(image: Path | bytes | SupportsSave, max_bytes: int) -> str:
 
 def _read(path: Path, max_bytes: int) -> bytes:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for without end
-            raise ImageError(f"{path}: cannot be read: it is not a file")
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe could block forever
+            raise ImageError(f"{path}: cannot be read: expected a regular file")
         with path.open("rb") as file:
-            # Judged before reading: somebody will point this at a film.
+            # Checked before reading, because the file may be very large.
             _check_size(str(path), os.fstat(file.fileno()).st_size, max_bytes)
             return file.read(max_bytes + 1)
     except OSError as exc:
@@ -68,6 +68,6 @@ def _to_png(image: SupportsSave) -> bytes:
 def _check_size(name: str, size_bytes: int, max_bytes: int) -> None:
     if size_bytes > max_bytes:
         raise ImageError(
-            f"{name}: {size_bytes / 2**20:.1f} MiB, but a reference image may have {max_bytes / 2**20:.1f} MiB "
-            "(Limits.reference_bytes); scale it down"
+            f"{name}: expected at most {max_bytes / 2**20:.1f} MiB (Limits.max_reference_bytes), "
+            f"got {size_bytes / 2**20:.1f} MiB. Scale the image down."
         )

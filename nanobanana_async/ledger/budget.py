@@ -1,4 +1,4 @@
-"""`Budget`: what a run has spent and may still come to cost. Pure; credits are Decimal, never float."""
+"""`Budget`: what a run has spent, and what its submits may still cost. Pure; credits are Decimal, never float."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -10,21 +10,21 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class BudgetStatus:
-    """How the account stands. Credits."""
+    """State of the budget, in credits."""
 
     spent: Decimal
-    """What the service said it charged, in all runs of the batch."""
+    """Credits that the service reported as charged, in all runs of the batch."""
     reserved: Decimal
-    """What submits may still come to cost, or may have cost: those in flight, and those nobody knows the end of."""
+    """Largest amount that submits in flight and submits with an unknown outcome may cost."""
     remaining: Decimal | None
-    """Of the budget; None without one."""
+    """Budget minus spent and reserved; None without a budget."""
 
 
 class Budget:
-    """Keeps what is spent and reserved at or below *budget*; None is no limit.
+    """Keeps spent and reserved credits at or below *budget*; None means no limit.
 
-    A submit is reserved at the largest price seen for its model. Until one is known, one at a time is let through, at
-    the largest price of any model; the very first one at none, for nobody knows what it costs.
+    A submit reserves the largest price seen for its model. Until one is known, submits go one at a time and reserve the
+    largest price of any model. The first submit reserves nothing, because no price is known.
     """
 
     def __init__(self, budget: Decimal | None = None) -> None:
@@ -35,7 +35,10 @@ class Budget:
 
     @classmethod
     def from_attempts(cls, costs: Iterable[tuple[str, int, Decimal | None]], budget: Decimal | None = None) -> Self:
-        """Return the account of a ledger: model, submits that may yet cost something, and what it did cost."""
+        """Return the budget of a ledger.
+
+        *costs* has a tuple per attempt: model, number of submits that may still cost, and credits charged.
+        """
         account = cls(budget)
         for model, unsettled, consumed in costs:
             account._reserved_counts[model] += unsettled
@@ -45,7 +48,7 @@ class Budget:
         return account
 
     def can_reserve(self, model: str) -> bool:
-        """Tell whether one more submit keeps within the budget, whatever becomes of those before it."""
+        """Return whether one more submit stays within the budget, whatever the outcome of earlier ones."""
         if self._budget is None:
             return True
         if model not in self._price and (
@@ -55,22 +58,22 @@ class Budget:
         return self._spent + self._reserved() + self._worst_case_price(model) <= self._budget
 
     def reserve(self, model: str) -> None:
-        """Reserve for a submit that is about to leave."""
+        """Reserve the price of a submit that is about to be sent."""
         self._reserved_counts[model] += 1
 
     def settle(self, model: str, consumed: Decimal | None) -> None:
-        """Settle one submit: it has cost *consumed*; None is nothing."""
+        """Settle one submit that cost *consumed*. None means nothing."""
         self._reserved_counts[model] -= 1
         if consumed is not None:
             self._spent += consumed
             self._price[model] = max(consumed, self._price.get(model, consumed))
 
     def max_price(self, model: str) -> Decimal | None:
-        """Return the largest price seen for *model*; None when none was."""
+        """Return the largest price seen for *model*, or None."""
         return self._price.get(model)
 
     def status(self) -> BudgetStatus:
-        """Return how it stands."""
+        """Return the state of the budget."""
         reserved = self._reserved()
         left = None if self._budget is None else self._budget - self._spent - reserved
         return BudgetStatus(spent=self._spent, reserved=reserved, remaining=left)
@@ -81,5 +84,5 @@ class Budget:
         )
 
     def _worst_case_price(self, model: str) -> Decimal:
-        """Return what one more may cost: the largest price seen for its model, or else for any."""
+        """Return the largest price seen for *model*, else for any model."""
         return self._price.get(model, max(self._price.values(), default=Decimal(0)))

@@ -1,4 +1,4 @@
-"""What stands in a ledger: the tables, the states of a row, and which may follow which. SQL, and no disk of its own."""
+"""The tables of a ledger, the states of a row, and the allowed transitions. SQL on a given connection."""
 
 import enum
 import json
@@ -17,37 +17,37 @@ from nanobanana_async.models import SavedImage
 
 
 class RowState(enum.StrEnum):
-    """Where a row stands: its last attempt, or `OPEN` when there is none."""
+    """State of a row: that of its last attempt, or `READY` if there is none."""
 
     READY = "ready"
     """Not submitted."""
     SUBMITTING = "submitting"
-    """A POST is about to leave, or has left."""
+    """A POST is about to be sent, or was sent."""
     REJECTED = "rejected"
-    """The service provably did not take it: open again."""
+    """The service provably did not accept it. It is ready again."""
     UNKNOWN = "unknown"
-    """It may have been paid, and nothing says so."""
+    """It may have been charged, but no response confirmed it."""
     SUBMITTED = "submitted"
-    """Its task id is known."""
+    """The task id is known."""
     SUCCEEDED = "succeeded"
-    """There is a picture, and it is not on disk."""
+    """The task has an image, which is not saved yet."""
     FAILED = "failed"
-    """It ended without a picture."""
+    """It ended without an image."""
     SAVED = "saved"
-    """The picture is on disk."""
+    """The image is saved."""
     REQUEUED = "requeued"
-    """It was unknown, and its owner will rather pay twice: open again."""
+    """It was unknown, and the user accepts a possible second charge. It is ready again."""
     ABANDONED = "abandoned"
-    """It was unknown, and its owner has given it up."""
+    """It was unknown, and the user has given it up."""
 
     @property
     def is_ready(self) -> bool:
-        """Whether a run submits it."""
+        """Whether a run submits the row."""
         return self in (RowState.READY, RowState.REJECTED, RowState.REQUEUED)
 
     @property
     def is_submittable(self) -> bool:
-        """Whether a submit is in order: for a failed row, when its owner says so."""
+        """Whether the row may be submitted: also if it has failed and the user retries failed rows."""
         return self.is_ready or self is RowState.FAILED
 
 
@@ -61,7 +61,8 @@ ALLOWED_FROM: Final[Mapping[RowState, tuple[RowState, ...]]] = {
     RowState.REQUEUED: (RowState.UNKNOWN,),
     RowState.ABANDONED: (RowState.UNKNOWN,),
 }
-"""What a state may follow. Nothing else is written, whoever asks: a paid row never becomes an open one by mistake."""
+"""States from which a transition is allowed. Others are never written, so a charged row never becomes ready by mistake.
+"""
 _POSSIBLY_CHARGED: Final = (
     RowState.SUBMITTING,
     RowState.UNKNOWN,
@@ -94,19 +95,19 @@ _CURRENT_ATTEMPT: Final = "(key, attempt) = (SELECT key, attempt FROM rows WHERE
 
 @attrs.frozen(kw_only=True)
 class LedgerRow:
-    """One row as the ledger knows it: its last attempt. Times are Unix seconds, None when it has not come to that."""
+    """One row in the ledger, with its last attempt. Times are Unix seconds; None if not reached."""
 
     key: str
     number: int
-    """In the order in which rows were first seen, from 1."""
+    """Position in the order in which rows were first seen, from 1."""
     file_stem: str
-    """What its files are called, without suffix. No other row has it, in any case."""
+    """Name of its files without suffix. Unique in the ledger, ignoring case."""
     fingerprint: str
     prompt: str
     model: str
     state: RowState = attrs.field(converter=RowState)
     submit_count: int
-    """Times the POST left. More than one: the ones before may have been charged as well."""
+    """Number of POSTs. If more than one, the earlier ones may also have been charged."""
     task_id: str | None
     intended_at: float | None
     submitted_at: float | None
@@ -118,7 +119,7 @@ class LedgerRow:
 
 
 def upsert_row(db: sqlite3.Connection, row: BatchRow) -> sqlite3.Row:
-    """Return the line of *row*; enter it as open if it is new, update it if nothing of it is paid and to come."""
+    """Insert *row* as ready, or update it if no charge is pending. Return its line."""
     found: sqlite3.Row | None = db.execute(f"{SELECT_ROWS} WHERE key = ?", (row.key,)).fetchone()
     content = (row.fingerprint, row.request.prompt, row.request.model)
     if found is None:
@@ -135,7 +136,7 @@ def upsert_row(db: sqlite3.Connection, row: BatchRow) -> sqlite3.Row:
 
 
 _EDITABLE_STATES: Final = (RowState.READY, RowState.REJECTED, RowState.FAILED)
-"""States in which a row with a key of the user's own may get another prompt: nothing of it is paid and to come."""
+"""States in which a row with a key of its own may get another prompt, because no charge is pending."""
 
 
 def _stem(db: sqlite3.Connection, row: BatchRow, number: int) -> str:
@@ -146,7 +147,7 @@ def _stem(db: sqlite3.Connection, row: BatchRow, number: int) -> str:
 
 
 def begin_attempt(db: sqlite3.Connection, key: str, nonce: str | None = None) -> bool:
-    """Begin a new attempt; False when the row is not one to submit."""
+    """Begin a new attempt. Return False if the row may not be submitted."""
     state, attempt = db.execute(
         "SELECT coalesce(state, 'ready'), attempt FROM rows LEFT JOIN attempts USING (key, attempt) WHERE key = ?",
         (key,),
@@ -162,7 +163,7 @@ def begin_attempt(db: sqlite3.Connection, key: str, nonce: str | None = None) ->
 
 
 def count_resubmit(db: sqlite3.Connection, key: str) -> bool:
-    """Count one more POST of the attempt that is under way; False when none is."""
+    """Count one more POST of the current attempt. Return False if there is none."""
     done = db.execute(
         f"UPDATE attempts SET submit_count = submit_count + 1 WHERE {_CURRENT_ATTEMPT} AND state = 'submitting'", (key,)
     )
@@ -170,7 +171,7 @@ def count_resubmit(db: sqlite3.Connection, key: str) -> bool:
 
 
 def transition(db: sqlite3.Connection, key: str, state: RowState, facts: Mapping[str, str | float | None]) -> bool:
-    """Put the last attempt of *key* in *state*; False, and nothing done, when it is in none that this may follow."""
+    """Set the state of the current attempt of *key*. Return False, without a change, if it is not allowed."""
     before = ALLOWED_FROM[state]
     sets = "".join(f", {name} = ?" for name in facts)
     values = [_storable(value) for value in facts.values()]
@@ -182,21 +183,21 @@ def transition(db: sqlite3.Connection, key: str, state: RowState, facts: Mapping
 
 
 def bind_task(db: sqlite3.Connection, key: str, task_id: str) -> bool:
-    """Note which task the last attempt of *key* became, as somebody says; False when it is not unknown.
+    """Record the task id of the current attempt of *key*. Return False if its state is not unknown.
 
     Raises:
-        ValueError: It cannot be that one: another attempt is.
+        ValueError: Another attempt has this task id.
     """
     other = db.execute(
         f"SELECT key FROM attempts WHERE task_id = ? AND NOT {_CURRENT_ATTEMPT}", (task_id, key)
     ).fetchone()
     if other is not None:
-        raise ValueError(f"task {task_id} is what row {other[0]} became")
+        raise ValueError(f"task {task_id} belongs to row {other[0]}")
     return transition(db, key, RowState.SUBMITTED, {"task_id": task_id})
 
 
 def bind_by_nonce(db: sqlite3.Connection, nonce: str, task_id: str) -> None:
-    """Note which task the unknown submit with this nonce became, if it is one, and still the last of its row."""
+    """Record the task id of the unknown submit with this nonce, if it is the last attempt of its row."""
     db.execute(
         "UPDATE attempts SET state = 'submitted', task_id = ? WHERE nonce = ? AND state = 'unknown'"
         " AND (key, attempt) IN (SELECT key, attempt FROM rows)"
@@ -206,18 +207,18 @@ def bind_by_nonce(db: sqlite3.Connection, nonce: str, task_id: str) -> None:
 
 
 def is_unresolved(db: sqlite3.Connection, nonce: str) -> bool:
-    """Tell whether nobody knows what became of the submit with this nonce."""
+    """Return whether the outcome of the submit with this nonce is unknown."""
     found = db.execute("SELECT 1 FROM attempts WHERE nonce = ? AND state = 'unknown'", (nonce,))
     return found.fetchone() is not None
 
 
 def _storable(value: str | float | None) -> str | float | None:
-    """Return *value* as SQLite takes it: a path in an error may hold bytes that are no text."""
+    """Return *value* in a form that SQLite stores: a path in an error may contain bytes that are not text."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
 
 def attempt_cost(line: sqlite3.Row) -> tuple[str, int, Decimal | None]:
-    """Return the model, how many submits of an attempt may yet cost something, and what it did cost."""
+    """Return the model of an attempt, the number of its submits that may still cost, and the credits charged."""
     consumed = None if line["consumed"] is None else Decimal(line["consumed"])
     state = RowState(line["state"])
     unsettled = state in _POSSIBLY_CHARGED or (state in (RowState.SUCCEEDED, RowState.SAVED) and consumed is None)
@@ -225,7 +226,7 @@ def attempt_cost(line: sqlite3.Row) -> tuple[str, int, Decimal | None]:
 
 
 def to_ledger_row(line: sqlite3.Row, folder: Path) -> LedgerRow:
-    """Return a line of `SELECT` as a record."""
+    """Return a line of `SELECT_ROWS` as a `LedgerRow`."""
     fields = dict(line)
     files = tuple(
         SavedImage(path=folder / name, sha256=digest, size_bytes=size)

@@ -1,6 +1,6 @@
-"""`Ledger`: the books of a batch. A row's intent, task id, end and file are each durable before the next step.
+"""`Ledger`: the durable record of a batch. Attempt, task id, end and file are each durable before the next step.
 
-WAL with synchronous=FULL: what a call has returned survives a power cut. Calls that come together share one fsync.
+WAL with synchronous=FULL: what a call has returned survives a power failure. Concurrent calls share one fsync.
 """
 
 import contextlib
@@ -31,12 +31,12 @@ T = TypeVar("T")
 _FILE_NAME: Final = "ledger.db"
 _BUSY_TIMEOUT_S: Final = 0.5
 _GROUP_COMMIT_S = 0.025
-"""How long a write waits for others to share its fsync; a row has four of them, and takes seconds anyway."""
-_INTERRUPTED_REASON: Final = "the program ended before an answer came"
+"""How long a write waits for others to share its fsync. A row needs four of them and takes seconds."""
+_INTERRUPTED_REASON: Final = "the program ended before a response arrived"
 
 
 class _Write(Generic[T]):
-    """One piece of work, to be done in somebody's transaction."""
+    """One pending write, executed in a shared transaction."""
 
     def __init__(self, work: Callable[[sqlite3.Connection], T]) -> None:
         self.work = work
@@ -47,10 +47,10 @@ class _Write(Generic[T]):
 
 
 class Ledger:
-    """The books of one batch folder. One process has them at a time; the file lock ends with the process.
+    """The ledger of one batch folder. One process holds it at a time; the file lock ends with the process.
 
-    After the first write that failed, every further one raises `LedgerError` at once: a failed fsync says nothing
-    about what is on the disk, and asking again would get a yes that means nothing.
+    After the first failed write, each further one raises `LedgerError` at once. After a failed fsync the contents of
+    the disk are unknown, and a second fsync would succeed without meaning.
     """
 
     def __init__(self, folder: Path, connection: sqlite3.Connection) -> None:
@@ -67,19 +67,19 @@ class Ledger:
         self._is_closed = False
         self._background.on_stopped = self._wake_pending
 
-    # --- opening and closing ----------------------------------------------------------------------------------------
+    # --- open and close ---------------------------------------------------------------------------------------------
 
     @classmethod
     async def open(cls, folder: Path, *, adopt: bool = False, create: bool = True) -> Self:
-        """Open the ledger of *folder*; intents of a run that was cut off become unknown.
+        """Open the ledger of *folder*. Attempts of an interrupted run become unknown.
 
         Args:
-            folder: Where the batch lives.
-            adopt: Take a ledger that was copied or restored for the true one, from now on.
-            create: Make folder and ledger if there are none.
+            folder: The folder of the batch.
+            adopt: Whether to accept a copied or restored ledger as the original.
+            create: Whether to create the folder and the ledger if they are missing.
 
         Raises:
-            LedgerError: Another process has it, or it is not usable: damaged, a copy, of a newer version, absent.
+            LedgerError: Another process holds it, or it is damaged, a copy, of a newer version, or missing.
         """
         opened: list[Self] = []
         has_left = threading.Event()
@@ -87,12 +87,12 @@ class Ledger:
         def work() -> None:
             opened.append(cls._open(folder, adopt, create))
             if has_left.is_set():
-                opened[0]._close()  # noqa: SLF001 - our own
+                opened[0]._close()  # noqa: SLF001 - an instance of this class
 
         try:
             await anyio.to_thread.run_sync(work)
-            await opened[0]._background.ensure_started()  # noqa: SLF001 - the same
-        except BaseException:  # `task.cancel()` does not wait for the thread, and nobody gets what that makes
+            await opened[0]._background.ensure_started()  # noqa: SLF001 - an instance of this class
+        except BaseException:  # `task.cancel()` does not wait for the thread, whose ledger would never be closed
             has_left.set()
             for ledger in opened:
                 await ledger.aclose()
@@ -100,7 +100,7 @@ class Ledger:
         return opened[0]
 
     @classmethod
-    def _open(cls, folder: Path, adopt: bool, create: bool) -> Self:  # noqa: FBT001 - `open` hands them on
+    def _open(cls, folder: Path, adopt: bool, create: bool) -> Self:  # noqa: FBT001 - passed on by `open`
         path = folder / _FILE_NAME
         try:
             if create:
@@ -121,14 +121,14 @@ class Ledger:
         return cls(folder, db)
 
     async def aclose(self) -> None:
-        """Close it; the lock is free then."""
+        """Close the ledger and release the lock."""
         with anyio.CancelScope(shield=True):
             try:
-                while self._is_writing and self._background.is_open:  # noqa: ASYNC110 - for milliseconds, and once
+                while self._is_writing and self._background.is_open:  # noqa: ASYNC110 - once, for milliseconds
                     await anyio.sleep(_GROUP_COMMIT_S)
                 await self._background.aclose(drain_s=0)
                 await anyio.to_thread.run_sync(self._close)
-            finally:  # nothing is left to do, unless `task.cancel()` came through
+            finally:  # has an effect only if `task.cancel()` broke the shield
                 self._background.request_stop(drain_s=0)
                 self._close()
 
@@ -142,51 +142,51 @@ class Ledger:
                 (self.folder / "ledger.pid").unlink(missing_ok=True)
                 self._db.close()
             except (OSError, sqlite3.Error):
-                pass  # what was promised is on the disk; a checkpoint that fails is made by the next opening
+                pass  # committed data is on the disk; the next open repeats a failed checkpoint
 
     # --- one row ----------------------------------------------------------------------------------------------------
 
     async def upsert_rows(self, rows: Iterable[BatchRow]) -> list[LedgerRow]:
-        """Return the record of each of *rows*; new ones are entered as open."""
+        """Return the ledger row of each of *rows*. New ones are inserted as ready."""
         rows = list(rows)
         return await self._commit_write(
             lambda db: [schema.to_ledger_row(schema.upsert_row(db, row), self.folder) for row in rows]
         )
 
     async def begin_attempt(self, key: str, *, resubmit: bool = False, nonce: str | None = None) -> None:
-        """Note that a POST is about to leave for an open or failed row; *again*: one more for the same attempt.
+        """Record that a POST is about to be sent. With *resubmit* it is another POST of the current attempt.
 
-        With the *nonce* of its callback, what comes back can be recognised.
+        *nonce* identifies the callback of this submit.
         """
         await self._commit_write(
             lambda db: schema.count_resubmit(db, key) if resubmit else schema.begin_attempt(db, key, nonce), key
         )
 
     async def bind_by_nonce(self, nonce: str, task_id: str) -> None:
-        """Note which task the submit with this *nonce* became, if nobody knew."""
+        """Record the task id of the submit with this *nonce*, if it is unknown."""
         await self._commit_write(lambda db: schema.bind_by_nonce(db, nonce, task_id))
 
     async def is_unresolved(self, nonce: str) -> bool:
-        """Tell whether nobody knows what became of the submit with this *nonce*."""
+        """Return whether the outcome of the submit with this *nonce* is unknown."""
         return await self._commit_write(lambda db: schema.is_unresolved(db, nonce))
 
     async def transition(self, key: str, state: RowState, **facts: str | float | None) -> None:
-        """Note that the last attempt of *key* is now in *state*, with *facts* about it (columns of `attempts`)."""
+        """Set the state of the current attempt of *key*, and *facts* about it (columns of `attempts`)."""
         await self._commit_write(lambda db: schema.transition(db, key, state, facts), key)
 
     async def bind(self, key: str, task_id: str) -> None:
-        """Note which task the unknown row *key* became, as somebody says; refused if another row is that task."""
+        """Record the task id of the unknown row *key*. Raises if another row has that task."""
         await self._commit_write(lambda db: schema.bind_task(db, key, task_id), key)
 
     async def record_saved(self, key: str, files: Iterable[SavedImage]) -> None:
-        """Note that the pictures of *key* are on disk, whole."""
+        """Record that the images of *key* are saved."""
         listed = json.dumps([[file.path.name, file.sha256, file.size_bytes] for file in files])
         await self.transition(key, RowState.SAVED, files=listed, saved_at=time.time())
 
     # --- all rows ---------------------------------------------------------------------------------------------------
 
     async def query_rows(self, use: Callable[[Iterator[LedgerRow]], T], *states: RowState) -> T:
-        """Return what *use* makes of the records in order (all of them, or those in *states*). It runs in a thread."""
+        """Return the result of *use* on the rows in order, all or those in *states*. It runs in a thread."""
         where = f" WHERE coalesce(state, 'ready') IN ({', '.join('?' * len(states))})" if states else ""
 
         def work(db: sqlite3.Connection) -> T:
@@ -196,7 +196,7 @@ class Ledger:
         return await self._commit_write(work)
 
     async def attempt_costs(self) -> list[tuple[str, int, Decimal | None]]:
-        """Return for each attempt its model, how many of its submits may yet cost something, and what it did cost."""
+        """Return model, number of submits that may still cost, and credits charged, for each attempt."""
 
         def work(db: sqlite3.Connection) -> list[tuple[str, int, Decimal | None]]:
             lines = db.execute("SELECT model, state, submit_count, consumed FROM attempts JOIN rows USING (key)")
@@ -207,15 +207,14 @@ class Ledger:
     # --- the disk ---------------------------------------------------------------------------------------------------
 
     async def _commit_write(self, work: Callable[[sqlite3.Connection], T], key: str | None = None) -> T:
-        """Return what *work* returns, once it is on the disk.
+        """Return the result of *work* once it is on the disk.
 
-        Whoever comes first waits a moment and writes for all who have come by then: their one fsync is shared. Not
-        cancellable: half a write helps nobody, and it takes milliseconds.
+        Group commit: waits 25 ms, then commits all pending writes in one transaction. Not cancellable.
         """
         write = _Write(work)
         if not self._background.is_open:
-            raise LedgerError(f"{self.folder / _FILE_NAME}: is closed")
-        self._pending_writes.append(write)  # type: ignore[arg-type]  # whatever it returns
+            raise LedgerError(f"{self.folder / _FILE_NAME}: the ledger is closed")
+        self._pending_writes.append(write)  # type: ignore[arg-type]  # the result type varies
         if not self._is_writing:
             self._is_writing = True
             self._background.start_soon(self._write_loop)
@@ -224,11 +223,11 @@ class Ledger:
         if write.error is not None or not write.is_done:
             raise LedgerError(f"{self.folder / _FILE_NAME}: {write.error or 'the program ended before it was written'}")
         if key is not None and not write.value:
-            raise LedgerError(f"row {key}: there is none, or it is not in a state that this may follow")
-        return write.value  # type: ignore[return-value]  # set whenever `error` is not
+            raise LedgerError(f"row {key}: not found, or its state does not allow this")
+        return write.value  # type: ignore[return-value]  # `value` is set if `error` is None
 
     async def _write_loop(self) -> None:
-        """Write what has come, until nothing comes. Belongs to nobody who could be cancelled."""
+        """Commit pending writes until there are none. Runs in the background, so no caller can cancel it."""
         writes: list[_Write[object]] = []
         try:
             while self._pending_writes:
@@ -241,10 +240,10 @@ class Ledger:
             self._is_writing = False
             for write in writes:
                 write.done.set()
-            self._wake_pending()  # there are none, unless the event loop is ending
+            self._wake_pending()  # none are left, unless the event loop is ending
 
     def _wake_pending(self) -> None:
-        """Wake those whose orders nobody will write."""
+        """Wake the callers whose writes will not be executed."""
         for write in self._pending_writes:
             write.done.set()
 
@@ -253,7 +252,7 @@ class Ledger:
             if self._failure is None:
                 try:
                     self._run_transaction(writes)
-                except Exception:  # noqa: BLE001 - one of them is no good: find out which, and let the others through
+                except Exception:  # noqa: BLE001 - one of them fails: find out which, and commit the others
                     for write in writes:
                         self._commit_alone(write)
             for write in writes:
@@ -266,13 +265,13 @@ class Ledger:
         try:
             self._run_transaction([write])
         except (sqlite3.Error, OSError) as exc:
-            self._failure = f"cannot be written ({exc}); nothing more is submitted"
-        except Exception as exc:  # noqa: BLE001 - what it was asked to write cannot be written
-            write.error = f"cannot take this: {exc}"
+            self._failure = f"cannot be written: {exc}. Nothing more is submitted."
+        except Exception as exc:  # noqa: BLE001 - the value cannot be stored
+            write.error = f"cannot store this: {exc}"
 
     def _run_transaction(self, writes: list[_Write[object]]) -> None:
         if self._file_ids() != self._opened_file_ids:
-            raise OSError("its file was taken away")
+            raise OSError("the file was removed or replaced")
         self._db.execute("BEGIN IMMEDIATE")
         try:
             for write in writes:
@@ -295,31 +294,31 @@ def _inode(path: Path) -> int | None:
 
 
 def _create_private_file(path: Path, *, create: bool) -> None:
-    """Make the file, for its owner's eyes only. One that exists stays closed: to close it would drop SQLite's lock."""
+    """Create the file with mode 0600. An existing file is not opened: closing it would drop SQLite's lock."""
     if not path.exists():
         if not create:
-            raise LedgerError(f"{path}: there is no ledger; name the --out of a batch")
+            raise LedgerError(f"{path}: not found. Pass the --out folder of a batch.")
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
 
 
 def _initialize(db: sqlite3.Connection, path: Path, *, adopt: bool) -> None:
-    """Take the lock, check the file, make or find the tables, and close the books of a run that was cut off."""
+    """Lock and check the file, create the tables if needed, and set interrupted attempts to unknown."""
     db.execute("PRAGMA locking_mode=EXCLUSIVE")
     db.execute("PRAGMA journal_mode=WAL")
     db.execute("PRAGMA synchronous=FULL")
-    db.execute("PRAGMA fullfsync=ON")  # on macOS an fsync does not reach the disk without it
+    db.execute("PRAGMA fullfsync=ON")  # on macOS, fsync does not reach the disk without it
     db.execute("BEGIN EXCLUSIVE")
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > schema.SCHEMA_VERSION:
-        raise LedgerError(f"{path}: was written by a newer release (version {version}); upgrade nanobanana-async")
-    if (said := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-        raise LedgerError(f"{path}: is damaged ({said}); restore it from a backup")
+        raise LedgerError(f"{path}: written by a newer version, got schema {version}. Upgrade nanobanana-async.")
+    if (check := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+        raise LedgerError(f"{path}: is damaged ({check}). Restore it from a backup.")
     instance = path.stat().st_ino
     if version == 0:
         if (path.parent / "manifest.jsonl").exists():
             raise LedgerError(
-                f"{path}: is gone or empty, but {path.parent} holds a batch, which would be paid again; restore it, or "
-                "take another folder"
+                f"{path}: missing or empty, but {path.parent} contains a batch that would be charged again. "
+                "Restore the file, or use another folder."
             )
         for statement in schema.SCHEMA.split(";"):
             db.execute(statement)
@@ -328,8 +327,8 @@ def _initialize(db: sqlite3.Connection, path: Path, *, adopt: bool) -> None:
     known = db.execute("SELECT value FROM meta WHERE name = 'instance'").fetchone()[0]
     if known != instance and not adopt:
         raise LedgerError(
-            f"{path}: is a copy, and a run of the original could pay for the same rows; if the original is no longer "
-            f"used: nanobanana batch resolve --out {path.parent} --adopt"
+            f"{path}: is a copy of another ledger. Running both could charge rows twice. If you no longer use the "
+            f"original, run: nanobanana batch resolve --out {path.parent} --adopt"
         )
     db.execute("UPDATE meta SET value = ? WHERE name = 'instance'", (instance,))
     db.execute("UPDATE attempts SET state = 'unknown', reason = ? WHERE state = 'submitting'", (_INTERRUPTED_REASON,))
@@ -342,6 +341,6 @@ def _open_error(path: Path, exc: Exception) -> LedgerError:
             pid = int((path.parent / "ledger.pid").read_text())
         except (OSError, ValueError):
             pid = None
-        whose = "another process" if pid is None else f"process {pid}"
-        return LedgerError(f"{path}: is in use by {whose}; one run at a time", pid=pid)
+        holder = "another process" if pid is None else f"process {pid}"
+        return LedgerError(f"{path}: in use by {holder}. Wait until it has finished.", pid=pid)
     return LedgerError(f"{path}: cannot be used: {getattr(exc, 'strerror', None) or exc}")

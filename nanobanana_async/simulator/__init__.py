@@ -1,8 +1,8 @@
-"""The service, played: for demos, for benchmarks, and for your own test-suite.
+"""A simulated service, for demos, benchmarks and tests.
 
-`Simulator` works in memory and needs nothing more; `SimulatorServer` listens on a real port and needs the extra
-`simulator`, so it is imported from `nanobanana_async.simulator.server`. For pytest, load the fixtures with
-`pytest_plugins = ["nanobanana_async.simulator.pytest_plugin"]`.
+`Simulator` works in memory. `SimulatorServer` listens on a port and needs the extra `simulator`, so import it from
+`nanobanana_async.simulator.server`. pytest loads the fixtures `nanobanana_simulator` and `nanobanana_server` through an
+entry point.
 """
 
 from nanobanana_async.simulator.in_memory import FAST_LIMITS, FAST_POLLING, FAST_PROFILE, Simulator

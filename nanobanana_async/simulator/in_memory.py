@@ -1,4 +1,4 @@
-"""`Simulator`: the played service as a transport, without sockets, for tests in virtual or real time."""
+"""`Simulator`: the simulated service as a transport without sockets, in virtual or real time."""
 
 import struct
 import zlib
@@ -13,29 +13,29 @@ from nanobanana_async.protocols import ChunkSink, ExchangeError, Phase, WireRequ
 from nanobanana_async.simulator.service import Charge, ImageSpec, SimulatedService, SimulatorProfile
 
 FAST_PROFILE: Final = SimulatorProfile(median_s=0.02, sigma=0.3, visibility_delay_s=0.0)
-"""Pictures in a fiftieth of a second: for tests in real time."""
+"""Images after a median of 0.02 s, for tests in real time."""
 FAST_POLLING: Final = PollPolicy.backoff(first_poll_s=0.01, initial_s=0.01, multiplier=1.2, max_s=0.2)
 FAST_LIMITS: Final = Limits(requests_per_s=10_000, burst=1_000)
 
 
 class Simulator:
-    """The service, played in memory: a `Transport` for `NanoBananaClient(transport=...)`.
+    """The simulated service in memory: a `Transport` for `NanoBananaClient(transport=...)`.
 
-    Pictures are tiny but real PNGs. Time is the event loop's, so it can be virtual.
+    Images are tiny but real PNGs. Time is that of the event loop, so it can be virtual.
 
     Args:
-        profile: How the service behaves.
-        seed: The same seed and the same calls give the same ids, times and troubles.
-        delay_s: How long every exchange takes.
+        profile: Behaviour of the service.
+        seed: The same seed and the same calls give the same ids, latencies and errors.
+        delay_s: Duration of every exchange.
     """
 
     def __init__(self, profile: SimulatorProfile = FAST_PROFILE, *, seed: int = 0, delay_s: float = 0.0) -> None:
-        self.service: Final = SimulatedService(profile, seed=seed, now_s=anyio.current_time, paint=tiny_png)
+        self.service: Final = SimulatedService(profile, seed=seed, now_s=anyio.current_time, render=tiny_png)
         self.delay_s = delay_s
 
     @property
     def charges(self) -> list[Charge]:
-        """What was paid for, in order: the truth to compare a program's belief with."""
+        """Every charge in order, to compare with what a program believes."""
         return self.service.charges
 
     def client(
@@ -46,12 +46,12 @@ class Simulator:
         polling: PollPolicy = FAST_POLLING,
         timeouts: Timeouts = Timeouts(),
     ) -> NanoBananaClient:
-        """Return a client of this service that polls as fast as `FAST` paints."""
+        """Return a client of this service with poll intervals that fit `FAST_PROFILE`."""
         key = min(self.service.profile.keys)
         return NanoBananaClient(key, limits=limits, retry=retry, polling=polling, timeouts=timeouts, transport=self)
 
     async def send(self, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None) -> WireResponse:
-        """See `Transport.send`. The request counts as arrived when half of `delay_s` has passed."""
+        """See `Transport.send`. The request arrives after half of `delay_s`."""
         with anyio.move_on_after(timeout_s):
             await anyio.sleep(self.delay_s / 2)
             headers = {name.lower(): value for name, value in request.headers.items()}
@@ -67,19 +67,19 @@ class Simulator:
                 body=simulated.body,
             )
             if len(response.body) > request.max_bytes:
-                raise ExchangeError("the body is too long", phase=Phase.RESPONSE, permanent=True)
+                raise ExchangeError("the body exceeds the limit", phase=Phase.RESPONSE, permanent=True)
             if sink is None or response.status != 200:
                 return response
             await sink(response.body)
             return attrs.evolve(response, body=b"")
-        raise ExchangeError(f"no whole reply within {timeout_s:.3g} s", phase=Phase.SEND)
+        raise ExchangeError(f"no complete response within {timeout_s:.3g} s", phase=Phase.SEND)
 
     async def aclose(self) -> None:
-        """Do nothing: there is nothing to close."""
+        """Do nothing; nothing needs to be closed."""
 
 
 def tiny_png(spec: ImageSpec) -> bytes:
-    """Return a PNG of 8 x 8 pixels in a colour that follows from the prompt. Needs no Pillow."""
+    """Return a PNG of 8 x 8 pixels whose colour depends on the prompt. Needs no Pillow."""
     colour = struct.pack(">I", zlib.crc32(spec.prompt.encode()))[:3]
     rows = (b"\0" + colour * 8) * 8
     chunks = ((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))

@@ -1,4 +1,4 @@
-"""Pytest fixtures for users of the package. pytest loads them by itself, through the entry point `pytest11`."""
+"""Pytest fixtures for users of the package, loaded through the entry point `pytest11`."""
 
 from __future__ import annotations
 

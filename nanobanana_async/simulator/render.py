@@ -1,4 +1,4 @@
-"""A real, pleasant PNG for a prompt: a seeded landscape with the prompt written on it. Needs Pillow."""
+"""Render a PNG for a prompt: a seeded landscape with the prompt as caption. Needs Pillow."""
 
 import io
 import math
@@ -26,7 +26,7 @@ _LAYERS: Final = 5
 
 
 def render_png(spec: ImageSpec) -> bytes:
-    """Return an encoded PNG of the ordered size. The same order gives the same picture."""
+    """Return an encoded PNG of the requested size. The same spec gives the same image."""
     rng = Random(crc32(spec.prompt.encode()))
     above, horizon, sun, hills = rng.choice(_PALETTES)
     width, height = spec.width, spec.height
@@ -48,7 +48,7 @@ def _add_sun(image: Image.Image, rng: Random, colour: Colour) -> None:
     width, height = image.size
     radius = min(width, height) * rng.uniform(0.06, 0.12)
     x, y = width * rng.uniform(0.2, 0.8), height * rng.uniform(0.18, 0.42)
-    # The glow is soft, so a small one scaled up looks the same and is much faster to blur.
+    # The glow is soft, so a small one looks the same when scaled up, and is much faster to blur.
     small = Image.new("L", (128, 128))
     ImageDraw.Draw(small).ellipse((44, 44, 84, 84), fill=150)
     glow = small.filter(ImageFilter.GaussianBlur(14)).resize((int(radius * 7), int(radius * 7)))
@@ -57,7 +57,7 @@ def _add_sun(image: Image.Image, rng: Random, colour: Colour) -> None:
 
 
 def _ridge(rng: Random, width: int, height: int, *, base: float) -> list[tuple[float, float]]:
-    """Return the outline of one row of hills: a sum of three sines, closed along the bottom."""
+    """Return the outline of one row of hills: a sum of three sines, closed along the bottom edge."""
     waves = [(rng.uniform(0.6, 1.6) * 2**n, rng.uniform(0, math.tau), 0.05 / 1.7**n) for n in range(3)]
     line = []
     for step in range(65):
@@ -85,7 +85,7 @@ def _add_caption(image: Image.Image, prompt: str) -> None:
 
 
 def _wrapped(text: str, font: "ImageFont.ImageFont | ImageFont.FreeTypeFont", width: float) -> list[str]:
-    """Break *text* into at most three lines of *width* pixels, the last one cut with dots."""
+    """Return *text* in at most three lines of *width* pixels; the last one ends with dots if text is left."""
     lines = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}".strip()

@@ -1,4 +1,4 @@
-"""The played service over real sockets: an ASGI app around the vendor, and uvicorn to serve it."""
+"""The simulated service on a port: an ASGI app, served by uvicorn."""
 
 import contextlib
 import itertools
@@ -27,12 +27,12 @@ _CALLBACK_TRIES: Final = 3
 
 
 def make_service(profile: SimulatorProfile, *, seed: int = 0) -> SimulatedService:
-    """Return a vendor in real time that paints real pictures."""
-    return SimulatedService(profile, seed=seed, now_s=time.monotonic, paint=render_png)
+    """Return a simulated service in real time that renders full-size images."""
+    return SimulatedService(profile, seed=seed, now_s=time.monotonic, render=render_png)
 
 
 def make_app(service: SimulatedService) -> Starlette:
-    """Return the ASGI app: the API, the pictures, and callbacks sent from its lifespan."""
+    """Return the ASGI app: the API, the image files, and callbacks sent from its lifespan."""
     transport = HttpxTransport()
     background: list[TaskGroup] = []
 
@@ -40,10 +40,10 @@ def make_app(service: SimulatedService) -> Starlette:
         try:
             body = await request.body()
         except ClientDisconnect:
-            return Response()  # to nobody
+            return Response()  # the peer has disconnected
         known = len(service.tasks)
         handle = partial(service.handle, request.method, str(request.url), dict(request.headers), body)
-        # Painting takes tens of milliseconds; everything else is quicker than a thread.
+        # Rendering takes tens of milliseconds; everything else is faster than starting a thread.
         response = await anyio.to_thread.run_sync(handle) if request.url.path.startswith("/files/") else handle()
         for task in itertools.islice(reversed(service.tasks.values()), len(service.tasks) - known):
             if task.callback_url is not None and background:
@@ -81,9 +81,10 @@ async def _post_callback(
 
 
 def open_listener(host: str, port: int) -> socket.socket:
-    """Return a listening socket that asyncio recognises as TCP.
+    """Return a listening socket that asyncio treats as TCP.
 
-    `socket.create_server` leaves the protocol at 0, asyncio then leaves Nagle on, and each answer takes 40 ms.
+    `socket.create_server` leaves the protocol at 0. asyncio then leaves Nagle's algorithm on, and each response takes
+    40 ms.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -98,12 +99,12 @@ def open_listener(host: str, port: int) -> socket.socket:
 
 
 class SimulatorServer:
-    """The service on a real port, in a thread: for tests of programs that take a base URL.
+    """The simulated service on a port, in a thread, for programs that take a base URL.
 
-    Use it with `with`; `url` is the base URL, `charges` the truth about what was paid.
+    Use it with `with`. `url` is the base URL, and `charges` has every charge.
 
     Raises:
-        OSError: The port is taken.
+        OSError: The port is in use.
     """
 
     def __init__(self, profile: SimulatorProfile, *, seed: int = 0, host: str = "127.0.0.1", port: int = 0) -> None:
@@ -117,11 +118,11 @@ class SimulatorServer:
 
     @property
     def charges(self) -> list[Charge]:
-        """What was paid for, in order: the truth to compare a program's belief with."""
+        """Every charge in order, to compare with what a program believes."""
         return self.service.charges
 
     def run(self) -> None:
-        """Serve in this thread until it is told to stop."""
+        """Serve in this thread until `stop` is called."""
         self._server.run(sockets=[self._socket])
 
     def __enter__(self) -> Self:
@@ -129,7 +130,7 @@ class SimulatorServer:
         return self
 
     def stop(self) -> None:
-        """Tell it to stop, from any thread."""
+        """Stop serving. Can be called from any thread."""
         self._server.should_exit = True
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,7 @@
-"""The vendor, played: a pure, seeded state machine that owns the truth about what was charged.
+"""The simulated service: a pure, seeded state machine that records what was charged.
 
-It speaks the wire from the other side and shares no code with the client's codec, so that the two can contradict each
-other. No sockets, no sleeping; time is an argument.
+It shares no code with the client's codec, so that a mistake in one shows in the other. No sockets and no sleeping; the
+time is an argument.
 """
 
 import json
@@ -30,51 +30,51 @@ def _rate() -> float:
 
 @attrs.frozen(kw_only=True)
 class SimulatorProfile:
-    """How the played service behaves. Rates are shares of submits, in [0, 1]."""
+    """Behaviour of the simulated service. Rates are fractions of submits, in [0, 1]."""
 
     median_s: float = attrs.field(default=20.0, validator=gt(0))
-    """Median of the lognormal time from submit to final state (the real service: 8 to 60 s)."""
+    """Median of the lognormal latency of a task (the real service: 8 to 60 s)."""
     sigma: float = attrs.field(default=0.5, validator=ge(0))
-    """Spread of that time: the standard deviation of its logarithm."""
+    """Spread of the latency: the standard deviation of its logarithm."""
     visibility_delay_s: float = attrs.field(default=1.0, validator=ge(0))
-    """For so long a fresh id answers 404 (the real service: up to 30 s)."""
+    """Time for which a new id returns 404 (the real service: up to 30 s)."""
     failed_tasks: float = _rate()
-    """Tasks that end as failed."""
+    """Rate of tasks that end as failed."""
     text_only: float = _rate()
-    """Tasks that end as success, with words and no picture."""
+    """Rate of tasks that end as success, with text and without an image."""
     inline_images: float = _rate()
-    """Tasks whose picture comes as a data URI."""
+    """Rate of tasks whose image is a data URI."""
     server_errors: float = _rate()
-    """Submits answered with the vendor's own 500, and not charged."""
+    """Rate of submits that get the service's own 500 and are not charged."""
     rate_limited: float = _rate()
-    """Submits answered with 429 and Retry-After: 1."""
+    """Rate of submits that get a 429 with Retry-After: 1."""
     lost_responses: float = _rate()
-    """Submits that are charged, and answered by a gateway that says 502."""
+    """Rate of submits that are charged and get a gateway's 502."""
     price: Decimal = Decimal("0.5")
     balance: Decimal = Decimal(100_000)
     keys: frozenset[str] = frozenset({"dk-test"})
-    """The API keys it accepts."""
+    """API keys that are accepted."""
 
     @classmethod
     def from_faults(cls, text: str, **settings: object) -> "SimulatorProfile":
         """Return a profile with rates from text such as `"failed_tasks=0.05,inline_images=0.2"`.
 
         Raises:
-            ValueError: A name is unknown, or a rate is no number in [0, 1].
+            ValueError: A name is unknown, or a rate is not a number in [0, 1].
         """
         known = ("failed_tasks", "text_only", "inline_images", "server_errors", "rate_limited", "lost_responses")
         rates: dict[str, float] = {}
         for part in filter(None, (item.strip() for item in text.split(","))):
             name, _, value = part.partition("=")
             if name not in known:
-                raise ValueError(f"faults: {name!r} is not one of {', '.join(known)}")
+                raise ValueError(f"faults: expected one of {', '.join(known)}, got {name!r}")
             rates[name] = float(value or 1)
         return cls(**rates, **settings)  # type: ignore[arg-type]  # both are float fields
 
 
 @attrs.frozen(kw_only=True)
 class Charge:
-    """One submit that was paid for."""
+    """One submit that was charged."""
 
     task_id: str
     prompt: str
@@ -84,7 +84,7 @@ class Charge:
 
 @attrs.frozen(kw_only=True)
 class SimulatedResponse:
-    """What the service sends back."""
+    """One HTTP response of the service."""
 
     status: int
     body: bytes
@@ -94,7 +94,7 @@ class SimulatedResponse:
 
 @attrs.frozen(kw_only=True)
 class ImageSpec:
-    """What a painter needs to know."""
+    """Prompt and size of an image to render."""
 
     prompt: str
     width: int
@@ -103,7 +103,7 @@ class ImageSpec:
 
 @attrs.frozen(kw_only=True)
 class SimulatedTask:
-    """One task inside the vendor. Its whole life is fixed when it is accepted; the clock only reveals it."""
+    """One task in the service. All of it is fixed when it is accepted; the clock only reveals it."""
 
     task_id: str
     image: ImageSpec
@@ -115,11 +115,11 @@ class SimulatedTask:
 
     @property
     def final_s(self) -> float:
-        """When it becomes final, on the vendor's clock."""
+        """When it becomes final, on the service's clock."""
         return self.accepted_s + self.latency_s
 
     def status(self, now_s: float) -> str:
-        """Return the status at *now_s*: pending, submitted and in_progress take 10, 10 and 80 % of the time."""
+        """Return the status at *now_s*: pending, submitted and in_progress take 10, 10 and 80 % of the latency."""
         share = (now_s - self.accepted_s) / self.latency_s
         if share >= 1:
             return "failed" if self.result_kind == "failed" else "success"
@@ -127,7 +127,7 @@ class SimulatedTask:
 
 
 class SimulatedService:
-    """The service's mind. `charges` is the truth that tests compare with what a client believes."""
+    """The state of the service. `charges` is what tests compare with what a client believes."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class SimulatedService:
         *,
         seed: int = 0,
         now_s: Callable[[], float],
-        paint: Callable[[ImageSpec], bytes],
+        render: Callable[[ImageSpec], bytes],
     ) -> None:
         self.profile = profile
         self.charges: list[Charge] = []
@@ -143,19 +143,19 @@ class SimulatedService:
         self.requests: list[str] = []
         """Every request as `"POST /api/image/gen"`, in order of arrival."""
         self.credential_leaks: list[str] = []
-        """File requests that came with credentials. Must stay empty."""
+        """File requests that carried credentials. It has to stay empty."""
         self._spent = Decimal(0)
         self._rng = Random(seed)
         self._now_s = now_s
-        self._render = paint
+        self._render = render
 
     @property
     def balance(self) -> Decimal:
-        """Credits left on the account."""
+        """Credits left in the account."""
         return self.profile.balance - self._spent
 
     def handle(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> SimulatedResponse:
-        """Answer one HTTP request. *url* is absolute; header names are lower case."""
+        """Return the response to one HTTP request. *url* is absolute; header names are lower case."""
         parts = urlsplit(url)
         self.requests.append(f"{method} {parts.path}")
         if method == "GET" and parts.path.startswith("/files/"):
@@ -165,8 +165,8 @@ class SimulatedService:
             case "POST", "/api/image/gen":
                 return self._submit(body) if known else _error_response(401, 1, "Invalid API key")
             case "GET", "/api/task/query" if known:
-                wanted = parse_qs(parts.query).get("task_id", [""])[0]
-                return self._query(wanted, f"{parts.scheme}://{parts.netloc}")
+                match = parse_qs(parts.query).get("task_id", [""])[0]
+                return self._query(match, f"{parts.scheme}://{parts.netloc}")
             case "GET", "/api/user" if known:
                 return _json_response(200, {"code": 0, "message": "ok", "data": {"credit": str(self.balance)}})
             case "GET", "/api/task/query" | "/api/user":
@@ -174,15 +174,15 @@ class SimulatedService:
         return SimulatedResponse(status=404, body=_NGINX_404, media_type="text/html")
 
     def callback_body(self, task: SimulatedTask, files_url: str) -> bytes:
-        """Return what the service posts to the callback URL: flat, and in final states only."""
+        """Return the body of a callback: the fields of the task without envelope, in final states only."""
         state = self._state(task, files_url)
         return json.dumps(
             {key: state[key] for key in ("result", "status", "task_id", "consumed", "status_reason")}
         ).encode()
 
     def _submit(self, body: bytes) -> SimulatedResponse:
-        # All dice are thrown for every submit, so that a changed rate does not shift the others.
-        trouble, ending, spread = self._rng.random(), self._rng.random(), self._rng.gauss(0.0, 1.0)
+        # Draw every random number for every submit, so that changing one rate does not shift the others.
+        error_draw, kind_draw, spread = self._rng.random(), self._rng.random(), self._rng.gauss(0.0, 1.0)
         task_id = f"ta{UUID(int=self._rng.getrandbits(128), version=4)}"
         profile = self.profile
         try:
@@ -191,9 +191,9 @@ class SimulatedService:
             return _error_response(400, 1, "invalid JSON")
         if problem := _request_error(request):
             return _error_response(400, 1, problem)
-        if trouble < profile.rate_limited:
+        if error_draw < profile.rate_limited:
             return attrs.evolve(_error_response(429, 1, "too many requests"), headers={"retry-after": "1"})
-        if trouble < profile.rate_limited + profile.server_errors:
+        if error_draw < profile.rate_limited + profile.server_errors:
             return _error_response(500, 1, "internal error")
         if self.balance < profile.price:
             return _error_response(402, 1, "insufficient credit")
@@ -202,14 +202,14 @@ class SimulatedService:
             image=_image_spec(request),
             accepted_s=self._now_s(),
             latency_s=profile.median_s * math.exp(profile.sigma * spread),
-            result_kind=self._draw_result_kind(ending),
+            result_kind=self._draw_result_kind(kind_draw),
             callback_url=request.get("callback_url"),
         )
         self.tasks[task_id] = task
         charge = Charge(task_id=task_id, prompt=task.image.prompt, credits=profile.price, at_s=task.accepted_s)
         self.charges.append(charge)
         self._spent += charge.credits
-        is_lost = 0 <= trouble - profile.rate_limited - profile.server_errors < profile.lost_responses
+        is_lost = 0 <= error_draw - profile.rate_limited - profile.server_errors < profile.lost_responses
         accepted = _json_response(200, {"code": 0, "message": "ok", "data": {"task_id": task_id}})
         return SimulatedResponse(status=502, body=_NGINX_502, media_type="text/html") if is_lost else accepted
 
@@ -241,7 +241,7 @@ class SimulatedService:
             "result": result,
             "consumed": f"{self.profile.price:.6f}" if result else None,
             "created_at": (_EPOCH + timedelta(seconds=task.accepted_s)).isoformat(),
-            "status_reason": {"message": "the prompt was refused" if status == "failed" else None},
+            "status_reason": {"message": "the prompt was rejected" if status == "failed" else None},
         }
 
     def _item(self, task: SimulatedTask, files_url: str) -> dict[str, str]:
@@ -263,7 +263,7 @@ class SimulatedService:
 
 
 def _request_error(request: object) -> str | None:
-    """Return the `detail` of a 400 for a request the service would not take."""
+    """Return the `detail` of a 400 for an invalid request, or None."""
     if not isinstance(request, dict):
         return "a JSON object is required"
     for name in ("prompt", "model"):
@@ -278,7 +278,7 @@ def _request_error(request: object) -> str | None:
 
 
 def _image_spec(request: Mapping[str, object]) -> ImageSpec:
-    """Read the wanted size: 1k, 2k or 4k is the longer side; the ratio is N:M."""
+    """Return prompt and size: 1k, 2k or 4k is the longer side, and the ratio is N:M."""
     longer = {"2k": 2048, "4k": 4096}.get(str(request.get("image_size")), 1024)
     wide, _, high = str(request.get("aspect_ratio", "1:1")).partition(":")
     ratio = int(wide) / int(high) if wide.isdigit() and high.isdigit() and int(high) else 1.0

@@ -1,4 +1,4 @@
-"""The service in a process of its own, as the real one would be: for demos, benchmarks and tests."""
+"""The simulated service in a process of its own, for demos, benchmarks and tests."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ _CLOSE_TIMEOUT_S: Final = 5.0
 
 @attrs.frozen
 class RunningSimulator:
-    """Where it listens, and the key it accepts."""
+    """Base URL of the process, and the key that it accepts."""
 
     url: str
     key: str
@@ -29,22 +29,22 @@ async def simulator_process(*options: str) -> AsyncGenerator[RunningSimulator]:
     """Run `nanobanana simulate` with *options* on a free port. It ends with the block, or with this process.
 
     Raises:
-        ConfigurationError: It did not start; why stands on stderr.
+        ConfigurationError: It did not start. Its stderr has the reason.
     """
     command = [sys.executable, "-m", "nanobanana_async.cli", "simulate", "--port", "0", "--json", "--until-eof"]
-    # A session of its own, so that Ctrl-C reaches the client first; the pipe tells it when we are gone.
+    # A session of its own, so that Ctrl-C reaches the client first. The pipe closes when this process ends.
     async with await anyio.open_process(
         [*command, *options], stdin=subprocess.PIPE, stderr=None, start_new_session=True
     ) as process:
         try:
-            assert process.stdout is not None  # noqa: S101 - a pipe by default
+            assert process.stdout is not None  # noqa: S101 - always a pipe here
             line = ""
             async for text in TextReceiveStream(process.stdout):
                 line += text
                 if line.endswith("\n"):
                     break
             if not line:
-                raise ConfigurationError("the simulator did not start")
+                raise ConfigurationError("simulator: did not start. See its output on stderr.")
             yield RunningSimulator(**json.loads(line))
         finally:
             process.terminate()

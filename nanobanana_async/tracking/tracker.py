@@ -356,9 +356,8 @@ class TaskTracker:
         """Back off after a failed poll, by the larger number of consecutive failures, of this task or of all tasks."""
         self._consecutive_errors += 1
         tracked.consecutive_errors += 1
-        if (
-            self._consecutive_errors == _WARN_AFTER_ERRORS
-        ):  # once per outage: without it, an outage looks like a slow image
+        # Once per outage. Without a warning, an outage looks like a slow image.
+        if self._consecutive_errors == _WARN_AFTER_ERRORS:
             _log.warning("%d consecutive polls failed; polling continues: %s", self._consecutive_errors, exc)
         tracked.last_error = str(exc)
         self._schedule_poll(tracked, failures=max(self._consecutive_errors, tracked.consecutive_errors))

@@ -163,7 +163,7 @@ class HttpxTransport:
                 if progress.in_sink:
                     raise
                 return self._map_exception(exc, progress)
-        return progress.to_error(f"no whole reply within {timeout_s:.3g} s")
+        return progress.to_error(f"no complete response within {timeout_s:.3g} s")
 
     async def _send_and_read(
         self,
