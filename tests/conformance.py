@@ -1,4 +1,4 @@
-"""What the client believes against what the service charged, for every test that has both in its process."""
+"""Compare what the client reports with what the service charged, in every test with both in its process."""
 
 from collections import Counter
 from typing import Any
@@ -13,7 +13,7 @@ from nanobanana_async.simulator.service import SimulatedService
 
 @attrs.define
 class ChargeAudit:
-    """Both sides of the account."""
+    """Reported submits and recorded charges."""
 
     accepted: list[str] = attrs.field(factory=list)
     unknown: int = 0
@@ -24,7 +24,7 @@ class ChargeAudit:
     vendors: list[SimulatedService] = attrs.field(factory=list)
 
     def check(self) -> None:
-        """Accepted is exactly one charge; all charges together are accounted for."""
+        """Assert that each accepted submit is exactly one charge, and that all charges are declared."""
         charges = Counter(charge.task_id for service in self.vendors for charge in service.charges)
         known = {task_id for vendor in self.vendors for task_id in vendor.tasks}
         for task_id, times in Counter(self.accepted).items():
@@ -35,7 +35,7 @@ class ChargeAudit:
 
 
 def watch_charges(monkeypatch: pytest.MonkeyPatch) -> ChargeAudit:
-    """Write down every submit and every vendor from now on."""
+    """Record every submit and every simulated service from now on."""
     audit = ChargeAudit()
     submit, begin = ServiceApi.submit, SimulatedService.__init__
 

@@ -11,7 +11,7 @@ from tests.virtual_time import backend_options
 
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> object:
-    """Asyncio and trio; in virtual time where the mark `virtual_time` asks for it, and `real_time` does not object."""
+    """Return asyncio and trio, in virtual time for the mark `virtual_time` without `real_time`."""
     if request.node.get_closest_marker("virtual_time") and not request.node.get_closest_marker("real_time"):
         return request.param, backend_options(request.param)
     return request.param
@@ -19,9 +19,9 @@ def anyio_backend(request: pytest.FixtureRequest) -> object:
 
 @pytest.fixture(scope="session", autouse=True)
 def _as_in_a_terminal() -> None:
-    """Let the commands we start heed what whoever runs the tests ignores, as nohup does: handlers are not inherited.
+    """Restore signals that the parent process ignores, as nohup does, so that started commands handle them.
 
-    Not by `preexec_fn`: beside threads that import or log, it hangs.
+    `preexec_fn` hangs beside threads that import or log.
     """
     for number in (signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
@@ -30,7 +30,7 @@ def _as_in_a_terminal() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_key_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test sees the key, the service or the proxy of whoever runs it."""
+    """Remove keys, base URLs and proxies of the environment."""
     for name in ("DEFAPI_API_KEY", "DEFAPI_KEY", "NANO_BANANA_API_KEY", "DEFAPI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
@@ -40,9 +40,9 @@ def _no_key_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def audit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ChargeAudit]:
-    """Conformance, after every test: what the client believes is what was charged.
+    """Compare, after every test, what the client reported with what was charged.
 
-    Not where the mark `other_clients` says that submits come from other processes, or from the test itself.
+    The mark `other_clients` turns it off where submits come from other processes or from the test itself.
     """
     audit = watch_charges(monkeypatch)
     yield audit

@@ -1,4 +1,4 @@
-"""Small real implementations of our protocols, scripted from the outside."""
+"""Small real implementations of the protocols, scripted by the test."""
 
 import json
 from collections.abc import Awaitable, Callable, Iterable
@@ -17,7 +17,7 @@ PNG = tiny_png(ImageSpec(prompt="a fox", width=8, height=8))
 
 
 def response(status: int = 200, document: object = None, *, body: bytes | None = None, **headers: str) -> WireResponse:
-    """Return a reply with a JSON body, or with *body* as it is."""
+    """Return a response with a JSON body, or with *body* unchanged."""
     raw = body if body is not None else json.dumps(document).encode()
     return WireResponse(
         status=status, body=raw, headers={name.replace("_", "-"): text for name, text in headers.items()}
@@ -25,18 +25,18 @@ def response(status: int = 200, document: object = None, *, body: bytes | None =
 
 
 def accepted(task_id: str = "ta-1") -> WireResponse:
-    """Return the service's answer to a good submit."""
+    """Return the service's response to a valid submit."""
     return response(200, {"code": 0, "message": "ok", "data": {"task_id": task_id}})
 
 
 def state(status: object, task_id: str = "ta-1", **fields: object) -> WireResponse:
-    """Return the service's answer to a query."""
+    """Return the service's response to a query."""
     data = {"task_id": task_id, "status": status, "result": None, **fields}
     return response(200, {"code": 0, "message": "ok", "data": data})
 
 
 def finished(task_id: str = "ta-1", url: str = "https://files.example/fox.png") -> WireResponse:
-    """Return the answer to a query about a finished task."""
+    """Return the response to a query about a finished task."""
     return state("success", task_id, result=[{"image": url}], consumed="0.500000")
 
 
@@ -52,7 +52,7 @@ def lost(phase: Phase = Phase.SEND, *, permanent: bool = False, partial: WireRes
 
 @attrs.define
 class ScriptedTransport:
-    """Plays its steps one after the other, the last one for ever, and remembers what it was asked."""
+    """Plays its steps in order, repeats the last one, and records the requests."""
 
     steps: list[Step]
     requests: list[WireRequest] = attrs.field(factory=list)
@@ -72,16 +72,16 @@ class ScriptedTransport:
             await anyio.lowlevel.checkpoint()
             if isinstance(step, ExchangeError):
                 raise ExchangeError(step.reason, phase=step.phase, permanent=step.permanent, response=step.response)
-            answer = step if isinstance(step, WireResponse) else await step(request)
+            result = step if isinstance(step, WireResponse) else await step(request)
         finally:
             self.in_flight -= 1
-        if sink is not None and answer.status == 200:
-            await sink(answer.body)
-            return attrs.evolve(answer, body=b"")
-        return answer
+        if sink is not None and result.status == 200:
+            await sink(result.body)
+            return attrs.evolve(result, body=b"")
+        return result
 
     async def aclose(self) -> None:
-        """Remember that somebody closed us."""
+        """Record that it was closed."""
         self.closed = True
 
 
@@ -91,5 +91,5 @@ def script(*steps: Step) -> ScriptedTransport:
 
 
 def submits(requests: Iterable[WireRequest]) -> int:
-    """Count the POSTs to the service."""
+    """Return the number of POSTs to the service."""
     return sum(request.method == "POST" for request in requests)

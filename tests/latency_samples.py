@@ -1,4 +1,4 @@
-"""A fleet of tasks against a schedule, without a clock: what it costs in looks, and how late it notices."""
+"""Simulate many tasks against a schedule without a clock: number of polls and delay."""
 
 import heapq
 import math
@@ -17,17 +17,17 @@ Draw: TypeAlias = Callable[[Random], float]
 
 @cache
 def lognormal(median_s: float, sigma: float) -> Draw:
-    """Return draws from one peak."""
+    """Return draws from a distribution with one peak."""
     return lambda rng: median_s * math.exp(sigma * rng.gauss(0, 1))
 
 
 def bimodal(rng: Random) -> float:
-    """Draw from two peaks: most pictures quick, some queued."""
+    """Return draws from a distribution with two peaks."""
     return lognormal(12, 0.2)(rng) if rng.random() < 0.7 else lognormal(60, 0.25)(rng)
 
 
 def simulate(policy: PollPolicy, draw: Draw, tasks: int, *, seed: int = 1) -> tuple[list[int], list[float]]:
-    """Return the looks at each task and the delay in seconds, with up to 200 tasks at a time from a cold start."""
+    """Return the polls of each task and its delay in seconds, with up to 200 concurrent tasks."""
     rng, schedule = Random(seed), PollSchedule(policy, Random(seed + 1))
     polls: list[int] = []
     delays_s: list[float] = []
@@ -70,8 +70,8 @@ def _fixed(draw: Draw, tasks: int) -> list[tuple[float, float]]:
     return model
 
 
-def fixed_looks(draw: Draw, mean_s: float, tasks: int) -> float:
-    """Return the looks per task of the fixed interval with that mean delay."""
+def fixed_polls(draw: Draw, mean_s: float, tasks: int) -> float:
+    """Return the polls per task of the fixed interval with that mean delay."""
     for (polls, late_s), (fewer, later_s) in pairwise(_fixed(draw, tasks)):
         if late_s <= mean_s <= later_s:
             share = math.log(mean_s / late_s) / math.log(later_s / late_s)

@@ -1,8 +1,8 @@
-"""Plant one bug at a time in a copy of the package; the tests must notice each.
+"""Plant one bug at a time in a copy of the package, and check that the tests find it.
 
-    python -m tests.mutants
+python -m tests.mutants
 
-Prints a line per bug and returns 1 if one lives, or if the code it changes is no longer there.
+Prints a line per bug. Returns 1 if a bug is not found, or if the code that it changes no longer exists.
 """
 
 import os
@@ -22,7 +22,7 @@ AT_ONCE: Final = 2
 
 @attrs.frozen
 class Mutant:
-    """One planted bug, and the tests that should find it."""
+    """One planted bug, and the tests that find it."""
 
     name: str
     file: str
@@ -79,14 +79,14 @@ MUTANTS: Final = (
         "tracking/tracker.py",
         "        if not tracked.submitted_here and tracked.snapshot is None:\n",
         "        if True:\n",
-        "test_tracker.py::test_our_own_fresh_task_may_be_invisible_for_a_while",
+        "test_tracker.py::test_a_new_task_may_be_invisible_for_a_while",
     ),
     Mutant(
-        "a bad answer ends the wait",
+        "a bad response ends the wait",
         "tracking/tracker.py",
         "            if isinstance(exc, InvalidRequest) and exc.status in (400, 422) and exc.code is not None:\n",
         "            if True:\n",
-        "test_tracker.py::test_a_passing_trouble_is_a_late_answer",
+        "test_tracker.py::test_a_transient_error_does_not_end_the_wait",
     ),
     Mutant(
         "news buys a look each time",
@@ -107,17 +107,17 @@ MUTANTS: Final = (
         "tracking/tracker.py",
         "        if tracked.waiters is None and self._tasks.get(tracked.task_id) is tracked:\n",
         "        if False:\n",
-        "test_tracker.py::test_the_last_one_to_leave_ends_the_looking",
+        "test_tracker.py::test_the_last_waiter_that_leaves_ends_the_polling",
     ),
     Mutant(
         "a task is lost when a look at it fails",
         "tracking/tracker.py",
         "        self._schedule_poll(tracked, failures=max(self._consecutive_errors, tracked.consecutive_errors))\n",
         "        pass\n",
-        "test_tracker.py::test_a_passing_trouble_is_a_late_answer",
+        "test_tracker.py::test_a_transient_error_does_not_end_the_wait",
     ),
     Mutant(
-        "an answer on its way counts as newer than the news",
+        "a response in flight counts as newer than the callback",
         "tracking/tracker.py",
         "        if tracked.confirm_at_s > tracked.last_poll_s:\n",
         "        if False:\n",
@@ -171,7 +171,7 @@ MUTANTS: Final = (
         "transport/httpx.py",
         '        detail = "" if quotes else str(causes[-1]) or str(exc)\n',
         "        detail = str(causes[-1]) or str(exc)\n",
-        "test_httpx_transport.py::test_nothing_of_a_request_is_in_what_a_failure_shows",
+        "test_httpx_transport.py::test_an_error_contains_nothing_of_the_request",
     ),
     Mutant(
         "the key is shown by a traceback with local variables",
@@ -234,7 +234,7 @@ MUTANTS: Final = (
         "batch/submitter.py",
         "            scope.shield = True\n",
         "            scope.shield = False\n",
-        "test_batch.py::test_cancelling_lets_a_submit_on_the_wire_come_to_a_durable_end",
+        "test_batch.py::test_cancelling_lets_a_submit_in_flight_reach_the_ledger",
     ),
     Mutant(
         "the budget is reserved too late",
@@ -255,76 +255,76 @@ MUTANTS: Final = (
         "batch/resume.py",
         "    if record.state in (RowState.UNKNOWN, RowState.SUBMITTING):\n",
         "    if False:\n",
-        "test_batch.py::test_a_lost_answer_is_unknown_until_somebody_decides",
+        "test_batch.py::test_a_lost_response_is_unknown_until_it_is_resolved",
     ),
     Mutant(
         "a full disk is taken for a bad picture",
         "batch/runner.py",
         "                if isinstance(exc.__cause__, OSError):",
         "                if False:",
-        "test_batch.py::test_a_disk_that_takes_no_picture_stops_the_submits",
+        "test_batch.py::test_a_full_disk_stops_the_submits",
     ),
     Mutant(
         "a commit is not synced",
         "ledger/sqlite.py",
         'db.execute("PRAGMA synchronous=FULL")',
         'db.execute("PRAGMA synchronous=NORMAL")',
-        "test_ledger.py::test_the_file_is_for_its_owner_alone_and_every_commit_is_synced",
+        "test_ledger.py::test_the_file_is_private_and_every_commit_is_synced",
     ),
     Mutant(
         "two processes may have one ledger",
         "ledger/sqlite.py",
         'db.execute("PRAGMA locking_mode=EXCLUSIVE")',
         "pass",
-        "test_ledger.py::test_the_same_process_is_no_exception",
+        "test_ledger.py::test_the_same_process_cannot_open_it_twice",
     ),
     Mutant(
         "a write that failed is tried again",
         "ledger/sqlite.py",
         "            if self._failure is None:\n",
         "            if True:\n",
-        "test_ledger.py::test_after_a_write_that_failed_nothing_is_written_any_more",
+        "test_ledger.py::test_after_a_failed_write_every_write_fails",
     ),
     Mutant(
         "half a picture is left behind by a kill",
         "images/download.py",
         "        part.unlink(missing_ok=True)\n",
         "        pass\n",
-        "test_batch_cli.py::test_twenty_kills_lose_nothing_and_pay_nothing_twice",
+        "test_batch_cli.py::test_twenty_kills_lose_nothing_and_charge_nothing_twice",
     ),
     Mutant(
         "a forged callback is taken",
         "callbacks.py",
         "        return nonce if any(matches) else None\n",
         "        return nonce\n",
-        "test_callbacks.py::test_what_is_posted_is_answered_quickly_and_tells_nothing",
+        "test_callbacks.py::test_responses_to_posts_reveal_nothing",
     ),
     Mutant(
         "a true path opens another task",
         "callbacks.py",
         "            return self.task_id == task_id\n",
         "            return True\n",
-        "test_callbacks.py::test_what_is_posted_is_answered_quickly_and_tells_nothing",
+        "test_callbacks.py::test_responses_to_posts_reveal_nothing",
     ),
     Mutant(
         "a task that a callback invents is believed",
         "client.py",
         "                    await handle.query()\n                    return handle\n",
         "                    return handle\n",
-        "test_callbacks.py::test_a_submit_whose_answer_was_lost_is_found_by_its_callback",
+        "test_callbacks.py::test_a_submit_whose_response_was_lost_is_recovered_by_its_callback",
     ),
     Mutant(
         "a transport that hangs is waited for",
         "transport/checked.py",
         "    with anyio.CancelScope(deadline=anyio.current_time() + max(timeout_s, 0) + _GRACE_S):\n",
         "    with anyio.CancelScope():\n",
-        "test_checked_transport.py::test_a_transport_that_hangs_holds_its_slot_no_longer_than_its_time",
+        "test_checked_transport.py::test_a_transport_that_hangs_holds_its_slot_until_the_timeout",
     ),
 )
 
 
-def _fate(mutant: Mutant) -> str:
-    """Return "killed", or what else became of it."""
+def _result(mutant: Mutant) -> str:
+    """Return "killed", or the reason why it was not."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for part in ("nanobanana_async", "tests"):
@@ -347,9 +347,9 @@ def _fate(mutant: Mutant) -> str:
 
 
 def main() -> int:
-    """Plant them all; return 1 unless each is killed."""
+    """Plant all bugs; return 1 unless each is found."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        fates = list(pool.map(_fate, MUTANTS))
+        fates = list(pool.map(_result, MUTANTS))
     for mutant, fate in zip(MUTANTS, fates, strict=True):
         print(f"{fate:8} {mutant.name}")
     killed = fates.count("killed")

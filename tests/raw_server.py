@@ -1,4 +1,4 @@
-"""A raw-socket server for tests: says exactly the bytes it is told to, and remembers what it heard."""
+"""A raw-socket server for tests that sends exactly the given bytes and records what it received."""
 
 import contextlib
 import socket
@@ -13,7 +13,7 @@ Handler: TypeAlias = Callable[[socket.socket, bytes], None]
 
 
 class RawServer:
-    """One thread per connection; *handle* gets the socket and the request it read."""
+    """One thread per connection. *handle* gets the socket and the request."""
 
     def __init__(self, handle: Handler, *, reads: bool, tls: ssl.SSLContext | None) -> None:
         self._handle = handle
@@ -66,7 +66,7 @@ class RawServer:
 
 
 def read_request(peer: socket.socket) -> bytes:
-    """Return one whole request, or nothing at the end of the connection."""
+    """Return one complete request, or nothing at the end of the connection."""
     data = b""
     while b"\r\n\r\n" not in data:
         if not (chunk := peer.recv(65536)):
@@ -98,7 +98,7 @@ def reset(peer: socket.socket) -> None:
 
 @contextmanager
 def serving(handle: Handler, *, reads: bool = True, tls: ssl.SSLContext | None = None) -> Iterator[RawServer]:
-    """Run a server whose connections are handled by *handle*: after each request, or at once if it never *reads*."""
+    """Run a server that calls *handle* after each request, or at once if it never *reads*."""
     server = RawServer(handle, reads=reads, tls=tls)
     thread = threading.Thread(target=server.accept_forever, daemon=True)
     thread.start()
@@ -109,8 +109,8 @@ def serving(handle: Handler, *, reads: bool = True, tls: ssl.SSLContext | None =
         thread.join()
 
 
-def saying(*chunks: bytes) -> Handler:
-    """Return a handler that says *pieces* and keeps the connection."""
+def sending(*chunks: bytes) -> Handler:
+    """Return a handler that sends *chunks* and keeps the connection."""
 
     def handle(peer: socket.socket, _: bytes) -> None:
         for chunk in chunks:
@@ -119,8 +119,8 @@ def saying(*chunks: bytes) -> Handler:
     return handle
 
 
-def saying_then(end: Callable[[socket.socket], None], *chunks: bytes) -> Handler:
-    """Return a handler that says *pieces* and then does *end* to the connection."""
+def sending_then(end: Callable[[socket.socket], None], *chunks: bytes) -> Handler:
+    """Return a handler that sends *chunks* and then applies *end* to the connection."""
 
     def handle(peer: socket.socket, _: bytes) -> None:
         for chunk in chunks:

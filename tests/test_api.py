@@ -1,4 +1,4 @@
-"""One awaitable per operation: paced, judged, and repeated only where that cannot pay twice."""
+"""The operations of the service: rate-limited, classified, and retried only where no second charge is possible."""
 
 import logging
 import math
@@ -49,7 +49,7 @@ async def running(
     retry: RetryPolicy = RetryPolicy(),
     timeouts: Timeouts = Timeouts(),
 ) -> AsyncIterator[ServiceApi]:
-    """Run an `ServiceApi` over *transport*."""
+    """Run a `ServiceApi` over *transport*."""
     background = BackgroundTaskGroup()
     endpoint = Endpoint.resolve(ApiKey("dk-test"), "https://api.example")
     try:
@@ -59,26 +59,26 @@ async def running(
             await background.aclose(drain_s=100)
 
 
-async def as_it_is(request: GenerationRequest) -> GenerationRequest:
-    """Prepare nothing: there are no images."""
+async def unchanged(request: GenerationRequest) -> GenerationRequest:
+    """Return the request unchanged: it has no images."""
     return request
 
 
 async def submit(transport: ScriptedTransport, *, resubmit: ResubmitLevel = "api-5xx") -> AcceptedSubmit:
-    """Submit one request and return what came of it."""
+    """Submit one request and return the result."""
     async with running(transport, retry=RetryPolicy(resubmit=resubmit)) as api:
-        return await api.submit(FOX, as_it_is, deadline_s=math.inf)
+        return await api.submit(FOX, unchanged, deadline_s=math.inf)
 
 
 async def test_an_accepted_submit_returns_its_task_id() -> None:
-    """One POST, no possible duplicates."""
+    """An accepted submit is one POST and has no possible duplicates."""
     transport = script(accepted("ta-7"))
     assert await submit(transport) == AcceptedSubmit("ta-7", 0)
     assert submits(transport.requests) == 1
 
 
-async def test_what_never_connected_is_sent_again() -> None:
-    """It provably cost nothing."""
+async def test_a_submit_that_never_connected_is_retried() -> None:
+    """A submit that never connected cost nothing, so it is retried."""
     transport = script(lost(Phase.CONNECT), lost(Phase.CONNECT), accepted())
     assert (await submit(transport)).possible_duplicates == 0
     assert submits(transport.requests) == 3
@@ -100,10 +100,10 @@ async def test_what_never_connected_is_sent_again() -> None:
         pytest.param(HTML, SubmissionUnknown, 1, id="gateway-502"),
     ],
 )
-async def test_by_default_only_what_is_safe_or_the_vendors_own_500_is_sent_again(
+async def test_by_default_safe_failures_and_the_services_own_500_are_retried(
     step: Step, error: type[NanoBananaError], posts: int
 ) -> None:
-    """The table's default column."""
+    """The default policy follows the default column of the table."""
     transport = script(step)
     with pytest.raises(error) as caught:
         await submit(transport)
@@ -115,8 +115,10 @@ async def test_by_default_only_what_is_safe_or_the_vendors_own_500_is_sent_again
     ("resubmit", "posts"),
     [("never", (1, 1, 1)), ("api-5xx", (3, 1, 1)), ("any-5xx", (3, 3, 1)), ("always", (3, 3, 3))],
 )
-async def test_each_policy_resends_what_it_names(resubmit: ResubmitLevel, posts: tuple[int, int, int]) -> None:
-    """The vendor's 500, a gateway's 502, a lost reply."""
+async def test_each_resubmit_level_resubmits_what_it_names(
+    resubmit: ResubmitLevel, posts: tuple[int, int, int]
+) -> None:
+    """Each level handles the service's 500, a gateway's 502 and a lost response as it says."""
     counts = []
     for step in (rejected(500), HTML, lost(Phase.SEND)):
         transport = script(step)
@@ -126,51 +128,51 @@ async def test_each_policy_resends_what_it_names(resubmit: ResubmitLevel, posts:
     assert tuple(counts) == posts
 
 
-async def test_resends_that_may_have_been_charged_are_counted() -> None:
-    """Twice the vendor's own 500, then an id: two possible duplicates, told to the caller."""
+async def test_resubmits_that_may_duplicate_a_charge_are_counted() -> None:
+    """Two 500s of the service and then an id are two possible duplicates."""
     assert await submit(script(rejected(500), rejected(500), accepted())) == AcceptedSubmit("ta-1", 2)
 
 
-async def test_a_refusal_after_resends_tells_how_many_may_have_been_charged() -> None:
-    """The error carries the count."""
+async def test_a_rejection_after_resubmits_carries_the_possible_duplicates() -> None:
+    """The error carries the number of possible duplicates."""
     with pytest.raises(ServiceUnavailable) as caught:
         await submit(script(rejected(500)))
     assert caught.value.possible_duplicates == 2
 
 
-async def test_never_connecting_after_a_resend_is_not_called_unsent() -> None:
-    """The first try may have been charged, so the whole submit is unknown."""
+async def test_a_failed_connection_after_a_resubmit_is_unknown() -> None:
+    """The first submit may have been charged, so the whole submit is unknown."""
     with pytest.raises(SubmissionUnknown) as caught:
         await submit(script(rejected(500), lost(Phase.CONNECT)))
     assert caught.value.possible_duplicates == 1
 
 
-async def test_unknown_says_what_is_known_and_what_to_do() -> None:
-    """Status, excerpt, and the way to find out."""
+async def test_an_unknown_submit_says_what_is_known_and_what_to_do() -> None:
+    """The error contains the status, an excerpt, and how to find out about the charge."""
     with pytest.raises(SubmissionUnknown, match=r"HTTP 502 Bad gateway.*balance.*charge you twice") as caught:
         await submit(script(HTML))
     assert caught.value.status == 502
 
 
-async def test_a_429_slows_everybody_for_as_long_as_it_says() -> None:
-    """The next request of anybody leaves after Retry-After."""
+async def test_a_429_pauses_all_requests_for_retry_after() -> None:
+    """The next request of any caller is sent after Retry-After."""
     transport = script(rejected(429, retry_after="7"), accepted())
     await submit(transport)
     assert transport.times_s[1] - transport.times_s[0] >= 7
 
 
 async def test_a_wait_that_exceeds_the_time_left_is_raised_at_once() -> None:
-    """Sleeping through the deadline helps nobody; the error says how long the service asked for."""
+    """If the wait would pass the deadline, the error is raised at once and contains the wait."""
     async with running(script(rejected(429, retry_after="200")), timeouts=Timeouts(submit_s=30)) as api:
         start_s = anyio.current_time()
         with pytest.raises(RateLimited) as caught:
-            await api.submit(FOX, as_it_is, deadline_s=math.inf)
+            await api.submit(FOX, unchanged, deadline_s=math.inf)
         assert anyio.current_time() - start_s < 1
         assert caught.value.retry_after_s == 200
 
 
-async def test_a_turn_that_comes_too_late_does_not_hide_what_the_service_said() -> None:
-    """The loop stood still over the deadline, and the wait for the turn ended before anybody could cancel it."""
+async def test_a_slot_acquired_too_late_does_not_hide_the_service_error() -> None:
+    """If the loop stalls past the deadline, the service's last error is still raised."""
     transport = script(rejected(429, retry_after="7"))
     async with running(transport, timeouts=Timeouts(submit_s=10)) as api, anyio.create_task_group() as group:
 
@@ -180,12 +182,12 @@ async def test_a_turn_that_comes_too_late_does_not_hide_what_the_service_said() 
 
         group.start_soon(stall)
         with pytest.raises(RateLimited):
-            await api.submit(FOX, as_it_is, deadline_s=math.inf)
+            await api.submit(FOX, unchanged, deadline_s=math.inf)
     assert len(transport.times_s) == 1
 
 
 async def test_submits_in_flight_are_bounded() -> None:
-    """The limit holds however many callers there are."""
+    """The number of submits in flight never exceeds the limit, for any number of callers."""
 
     async def slow(_: WireRequest) -> WireResponse:
         await anyio.sleep(1)
@@ -195,12 +197,12 @@ async def test_submits_in_flight_are_bounded() -> None:
     limits = Limits(max_submits=3, requests_per_s=1000, burst=100)
     async with running(transport, limits=limits) as api, anyio.create_task_group() as group:
         for _ in range(20):
-            group.start_soon(lambda: api.submit(FOX, as_it_is, deadline_s=math.inf))
+            group.start_soon(lambda: api.submit(FOX, unchanged, deadline_s=math.inf))
     assert (transport.most_in_flight, submits(transport.requests)) == (3, 20)
 
 
-def slow_answer(seconds: float) -> Callable[[WireRequest], Awaitable[WireResponse]]:
-    """Return a step that takes its time and then accepts."""
+def slow_response(seconds: float) -> Callable[[WireRequest], Awaitable[WireResponse]]:
+    """Return a step that waits and then accepts."""
 
     async def step(_: WireRequest) -> WireResponse:
         await anyio.sleep(seconds)
@@ -209,63 +211,63 @@ def slow_answer(seconds: float) -> Callable[[WireRequest], Awaitable[WireRespons
     return step
 
 
-async def test_cancelling_the_caller_does_not_tear_a_post_on_the_wire(caplog: pytest.LogCaptureFixture) -> None:
-    """It runs to its end, and the id it brings is logged."""
-    transport = script(slow_answer(5))
+async def test_cancelling_the_caller_does_not_interrupt_a_post(caplog: pytest.LogCaptureFixture) -> None:
+    """The POST runs to its end, and its task id is logged."""
+    transport = script(slow_response(5))
     async with running(transport) as api:
         with anyio.move_on_after(1):
-            await api.submit(FOX, as_it_is, deadline_s=math.inf)
+            await api.submit(FOX, unchanged, deadline_s=math.inf)
         assert transport.in_flight == 1
         await anyio.sleep(10)
         assert transport.in_flight == 0
     assert "ta-late" in caplog.text
 
 
-async def test_a_caller_cancelled_while_queueing_has_paid_nothing() -> None:
-    """Until the POST begins, cancelling is free, and the slot is given back."""
-    transport = script(slow_answer(5))
+async def test_cancelling_a_queued_submit_costs_nothing() -> None:
+    """Until the POST begins, cancelling is free and gives the slot back."""
+    transport = script(slow_response(5))
     async with running(transport, limits=Limits(max_submits=1)) as api:
         async with anyio.create_task_group() as group:
-            group.start_soon(lambda: api.submit(FOX, as_it_is, deadline_s=math.inf))
+            group.start_soon(lambda: api.submit(FOX, unchanged, deadline_s=math.inf))
             await anyio.sleep(1)
             with anyio.move_on_after(1):
-                await api.submit(FOX, as_it_is, deadline_s=math.inf)
+                await api.submit(FOX, unchanged, deadline_s=math.inf)
         assert submits(transport.requests) == 1
-        await api.submit(FOX, as_it_is, deadline_s=math.inf)
+        await api.submit(FOX, unchanged, deadline_s=math.inf)
 
 
-async def test_giving_up_while_queueing_says_that_nothing_was_sent() -> None:
-    """The caller's time ended before its turn."""
+async def test_a_timeout_in_the_queue_says_that_nothing_was_sent() -> None:
+    """The caller's deadline passed before it had a slot."""
     async with (
-        running(script(slow_answer(50)), limits=Limits(max_submits=1)) as api,
+        running(script(slow_response(50)), limits=Limits(max_submits=1)) as api,
         anyio.create_task_group() as group,
     ):
-        group.start_soon(lambda: api.submit(FOX, as_it_is, deadline_s=math.inf))
+        group.start_soon(lambda: api.submit(FOX, unchanged, deadline_s=math.inf))
         await anyio.sleep(1)
         with pytest.raises(NotSent, match="nothing was sent"):
-            await api.submit(FOX, as_it_is, deadline_s=anyio.current_time() + 2)
+            await api.submit(FOX, unchanged, deadline_s=anyio.current_time() + 2)
         group.cancel_scope.cancel()
 
 
-async def test_giving_up_on_a_post_on_the_wire_is_unknown(caplog: pytest.LogCaptureFixture) -> None:
-    """It may be paid, and the exchange continues."""
-    async with running(script(slow_answer(5))) as api:
+async def test_a_timeout_during_a_post_is_unknown(caplog: pytest.LogCaptureFixture) -> None:
+    """The submit may be charged, and the exchange continues."""
+    async with running(script(slow_response(5))) as api:
         with pytest.raises(SubmissionUnknown, match="the exchange continues"):
-            await api.submit(FOX, as_it_is, deadline_s=anyio.current_time() + 1)
+            await api.submit(FOX, unchanged, deadline_s=anyio.current_time() + 1)
     assert "ta-late" in caplog.text
 
 
-async def test_closing_waits_for_the_post_on_the_wire() -> None:
-    """The caller gets its id although the client is being closed."""
+async def test_closing_waits_for_a_post_in_flight() -> None:
+    """The caller gets its task id although the client is being closed."""
     background = BackgroundTaskGroup()
     endpoint = Endpoint.resolve(ApiKey("dk-test"), "https://api.example")
     api = ServiceApi(
-        script(slow_answer(5)), background, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts()
+        script(slow_response(5)), background, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts()
     )
     ids = []
 
     async def caller() -> None:
-        ids.append((await api.submit(FOX, as_it_is, deadline_s=math.inf)).task_id)
+        ids.append((await api.submit(FOX, unchanged, deadline_s=math.inf)).task_id)
 
     async with anyio.create_task_group() as group:
         group.start_soon(caller)
@@ -274,18 +276,18 @@ async def test_closing_waits_for_the_post_on_the_wire() -> None:
     assert ids == ["ta-late"]
 
 
-async def test_closing_does_not_wait_for_ever() -> None:
-    """What has not ended by then is unknown, and says so."""
+async def test_closing_waits_for_a_bounded_time() -> None:
+    """A submit that has not ended by then is unknown."""
     background = BackgroundTaskGroup()
     endpoint = Endpoint.resolve(ApiKey("dk-test"), "https://api.example")
     api = ServiceApi(
-        script(slow_answer(500)), background, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts()
+        script(slow_response(500)), background, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts()
     )
     errors: list[NanoBananaError] = []
 
     async def caller() -> None:
         try:
-            await api.submit(FOX, as_it_is, deadline_s=math.inf)
+            await api.submit(FOX, unchanged, deadline_s=math.inf)
         except NanoBananaError as exc:
             errors.append(exc)
 
@@ -308,8 +310,8 @@ async def test_closing_does_not_wait_for_ever() -> None:
         pytest.param(HTML, id="502"),
     ],
 )
-async def test_a_query_is_repeated_after_every_passing_trouble(step: Step) -> None:
-    """A GET costs nothing."""
+async def test_a_query_is_retried_after_every_transient_error(step: Step) -> None:
+    """A GET costs nothing, so it is retried."""
     async with running(script(step, step, finished())) as api:
         assert (await api.query("ta-1")).is_final
 
@@ -323,8 +325,8 @@ async def test_a_query_is_repeated_after_every_passing_trouble(step: Step) -> No
         pytest.param(HTML, ServiceUnavailable, id="502"),
     ],
 )
-async def test_a_query_that_keeps_failing_raises_what_it_met(step: Step, error: type[NanoBananaError]) -> None:
-    """After three tries."""
+async def test_a_query_that_keeps_failing_raises_its_last_error(step: Step, error: type[NanoBananaError]) -> None:
+    """After three attempts the last error is raised."""
     transport = script(step)
     async with running(transport) as api:
         with pytest.raises(error):
@@ -332,8 +334,8 @@ async def test_a_query_that_keeps_failing_raises_what_it_met(step: Step, error: 
     assert len(transport.requests) == 3
 
 
-async def test_an_outage_is_not_met_with_three_times_the_traffic() -> None:
-    """The quota lets the first few retry, and then one request is one request."""
+async def test_the_retry_quota_bounds_traffic_in_an_outage() -> None:
+    """The quota allows a few retries; after that each request is sent once."""
     transport = script(lost(Phase.CONNECT))
     async with running(transport) as api:
         for _ in range(200):
@@ -343,7 +345,7 @@ async def test_an_outage_is_not_met_with_three_times_the_traffic() -> None:
 
 
 async def test_every_operation_ends_by_its_deadline() -> None:
-    """Even when the transport never answers in time and every answer asks to wait."""
+    """Every operation ends in time, even if the transport is slow and every response asks to wait."""
     async with running(script(rejected(503, retry_after="15")), timeouts=Timeouts(query_s=20)) as api:
         start_s = anyio.current_time()
         with pytest.raises(NanoBananaError):
@@ -352,7 +354,7 @@ async def test_every_operation_ends_by_its_deadline() -> None:
 
 
 async def test_an_odd_acceptance_is_kept_and_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """An id despite an error code: paid, ours, and worth a warning."""
+    """A task id beside an error code is charged, so it is accepted with a warning."""
     caplog.set_level(logging.WARNING, "nanobanana_async")
     transport = script(response(200, {"code": 1, "message": "hm", "data": {"task_id": "ta-odd"}}))
     assert (await submit(transport)).task_id == "ta-odd"
@@ -360,15 +362,15 @@ async def test_an_odd_acceptance_is_kept_and_logged(caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.parametrize("step", [rejected(401, 401), rejected(402), rejected(400, 1, "insufficient balance")])
-async def test_a_definite_refusal_stops_further_submits_at_once(step: WireResponse) -> None:
-    """A revoked key, an empty account: those already on the wire end, all others are refused without being sent."""
+async def test_a_definite_rejection_opens_the_breaker(step: WireResponse) -> None:
+    """After a revoked key or an empty account, submits in flight finish and others are refused without being sent."""
     transport = script(step)
     async with running(transport, limits=Limits(max_submits=4)) as api:
         errors: list[type[Exception]] = []
 
         async def one() -> None:
             try:
-                await api.submit(FOX, as_it_is, deadline_s=math.inf)
+                await api.submit(FOX, unchanged, deadline_s=math.inf)
             except NanoBananaError as exc:
                 errors.append(type(exc))
 
@@ -380,30 +382,30 @@ async def test_a_definite_refusal_stops_further_submits_at_once(step: WireRespon
     assert submits(transport.requests) <= 4
 
 
-async def test_a_refused_account_is_tried_again_every_half_minute_and_recovers() -> None:
-    """Topping up needs no restart: one submit is let through to see."""
+async def test_an_open_breaker_probes_every_half_minute_and_recovers() -> None:
+    """After a top-up, the next probe is accepted and closes the breaker without a restart."""
     transport = script(rejected(402), rejected(402), accepted())
     async with running(transport) as api:
         for interval_s, posts in ((0, 1), (1, 1), (30, 2), (1, 2)):
             await anyio.sleep(interval_s)
             with pytest.raises(InsufficientCredits):
-                await api.submit(FOX, as_it_is, deadline_s=math.inf)
+                await api.submit(FOX, unchanged, deadline_s=math.inf)
             assert submits(transport.requests) == posts
         await anyio.sleep(30)
         for _ in range(3):
-            assert (await api.submit(FOX, as_it_is, deadline_s=math.inf)).task_id == "ta-1"
+            assert (await api.submit(FOX, unchanged, deadline_s=math.inf)).task_id == "ta-1"
 
 
-async def test_polls_go_on_while_submits_are_stopped() -> None:
-    """What is paid is fetched."""
+async def test_polls_continue_while_the_breaker_is_open() -> None:
+    """Charged images are still delivered."""
     async with running(script(rejected(402), finished())) as api:
         with pytest.raises(InsufficientCredits):
-            await api.submit(FOX, as_it_is, deadline_s=math.inf)
+            await api.submit(FOX, unchanged, deadline_s=math.inf)
         assert (await api.query("ta-1")).is_final
 
 
-async def test_a_transport_that_raises_what_it_must_not_leaves_the_submit_unknown() -> None:
-    """Whatever it was, the money may be out."""
+async def test_an_unexpected_transport_exception_leaves_the_submit_unknown() -> None:
+    """Whatever the exception, the submit may have been charged."""
 
     async def broken(_: WireRequest) -> WireResponse:
         raise RuntimeError("boom")
@@ -412,51 +414,51 @@ async def test_a_transport_that_raises_what_it_must_not_leaves_the_submit_unknow
         await submit(script(broken))
 
 
-async def test_running_out_of_time_after_a_possible_charge_is_not_called_unsent() -> None:
-    """The vendor's 500 may have been charged; the second try never had its turn."""
-    async with running(script(rejected(500), slow_answer(50)), limits=Limits(max_submits=1, burst=1)) as api:
+async def test_a_timeout_after_a_possible_charge_is_unknown() -> None:
+    """The service's 500 may have been charged, and the second attempt never got a slot."""
+    async with running(script(rejected(500), slow_response(50)), limits=Limits(max_submits=1, burst=1)) as api:
         with pytest.raises((ServiceUnavailable, SubmissionUnknown)):
-            await api.submit(FOX, as_it_is, deadline_s=anyio.current_time() + 3)
+            await api.submit(FOX, unchanged, deadline_s=anyio.current_time() + 3)
 
 
 async def test_a_hook_that_fails_does_not_stop_the_client(caplog: pytest.LogCaptureFixture) -> None:
-    """It is the user's code; the failure is logged, and so is the id."""
-    async with running(script(slow_answer(1))) as api:
+    """An error in the user's hook is logged, and so is the task id."""
+    async with running(script(slow_response(1))) as api:
 
         def hook(*_: object) -> None:
             raise RuntimeError("boom")
 
         api.on_orphan = hook
         with anyio.move_on_after(0.5):
-            await api.submit(FOX, as_it_is, deadline_s=math.inf)
+            await api.submit(FOX, unchanged, deadline_s=math.inf)
         await anyio.sleep(1)
-        assert (await api.submit(FOX, as_it_is, deadline_s=math.inf)).task_id == "ta-late"
+        assert (await api.submit(FOX, unchanged, deadline_s=math.inf)).task_id == "ta-late"
     assert caplog.text.count("on_orphan failed for task ta-late") == 1
 
 
-async def test_a_submit_cut_off_by_closing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """Even when nobody is there to be told."""
+async def test_a_submit_interrupted_by_closing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """The log has the submit even if no caller is left."""
     background = BackgroundTaskGroup()
     endpoint = Endpoint.resolve(ApiKey("dk-test"), "https://api.example")
     api = ServiceApi(
-        script(slow_answer(500)), background, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts()
+        script(slow_response(500)), background, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts()
     )
     with anyio.move_on_after(1):
-        await api.submit(FOX, as_it_is, deadline_s=math.inf)
+        await api.submit(FOX, unchanged, deadline_s=math.inf)
     await background.aclose(drain_s=1)
     assert "may have been charged" in caplog.text
 
 
-async def test_a_submit_cancelled_between_two_tries_leaves_a_record(caplog: pytest.LogCaptureFixture) -> None:
-    """The first one may have been charged, and nobody else will tell."""
+async def test_a_submit_cancelled_between_two_attempts_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """The first attempt may have been charged, and the log is its only record."""
     async with running(script(rejected(500)), limits=Limits(requests_per_s=0.1, burst=1)) as api:
         with anyio.move_on_after(5):
-            await api.submit(FOX, as_it_is, deadline_s=math.inf)
+            await api.submit(FOX, unchanged, deadline_s=math.inf)
     assert "cancelled between two attempts; the last one ended with: no (HTTP 500, code 1)" in caplog.text
 
 
-async def test_closing_between_two_tries_tells_how_the_last_one_ended() -> None:
-    """Not only that the client is closed."""
+async def test_closing_between_two_attempts_raises_the_last_error() -> None:
+    """The error is that of the last attempt, not that the client is closed."""
     background = BackgroundTaskGroup()
     endpoint = Endpoint.resolve(ApiKey("dk-test"), "https://api.example")
     limits = Limits(requests_per_s=0.1, burst=1)
@@ -467,7 +469,7 @@ async def test_closing_between_two_tries_tells_how_the_last_one_ended() -> None:
 
     async def caller() -> None:
         try:
-            await api.submit(FOX, as_it_is, deadline_s=math.inf)
+            await api.submit(FOX, unchanged, deadline_s=math.inf)
         except NanoBananaError as exc:
             errors.append(type(exc))
 

@@ -1,4 +1,4 @@
-"""What pytest-asyncio fixtures, bots and web frameworks do to a client, on plain asyncio."""
+"""pytest-asyncio fixtures, bots and web frameworks use a client on plain asyncio."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -17,18 +17,18 @@ pytestmark = pytest.mark.asyncio
 
 @pytest_asyncio.fixture
 async def client(nanobanana_simulator: Simulator) -> AsyncIterator[NanoBananaClient]:
-    """Opened and closed in the fixture's task, used in the test's."""
+    """Yield a client that is opened and closed in the fixture's task and used in the test's."""
     async with nanobanana_simulator.client() as client:
         yield client
 
 
-async def test_a_fixture_hands_out_a_client_that_works(client: NanoBananaClient) -> None:
-    """Set-up, test and tear-down are different tasks."""
+async def test_a_client_works_across_the_tasks_of_a_fixture(client: NanoBananaClient) -> None:
+    """Set-up, test and tear-down run in different tasks."""
     assert (await client.generate("a fox")).images
 
 
 async def test_a_client_opened_by_one_bare_task_serves_others(nanobanana_simulator: Simulator) -> None:
-    """`create_task` gives no structure, and needs none."""
+    """A client opened in a `create_task` serves other tasks."""
 
     async def open_client() -> NanoBananaClient:
         client = nanobanana_simulator.client()
@@ -41,8 +41,8 @@ async def test_a_client_opened_by_one_bare_task_serves_others(nanobanana_simulat
     await asyncio.create_task(client.aclose())
 
 
-async def test_native_cancellation_does_not_tear_a_paid_post(caplog: pytest.LogCaptureFixture) -> None:
-    """`task.cancel()` is what web frameworks do when the browser goes away; no shield of anyio's stops that."""
+async def test_native_cancellation_does_not_interrupt_a_post(caplog: pytest.LogCaptureFixture) -> None:
+    """`task.cancel()`, which web frameworks use, ignores anyio shields; the POST still runs to its end."""
     simulator = Simulator(FAST_PROFILE, delay_s=0.2)
     async with simulator.client() as client:
         task = asyncio.create_task(client.generate("a fox"))
@@ -54,7 +54,7 @@ async def test_native_cancellation_does_not_tear_a_paid_post(caplog: pytest.LogC
 
 
 async def test_a_shutdown_that_cancels_everything_ends_the_waits() -> None:
-    """Some frameworks cancel all tasks of the loop, ours included; nobody may be left waiting for it."""
+    """If a framework cancels all tasks of the loop, every wait ends."""
     async with Simulator(SimulatorProfile(median_s=60)).client() as client:
         handle = await client.submit("a fox")
         wait = asyncio.create_task(handle.wait())
@@ -65,8 +65,8 @@ async def test_a_shutdown_that_cancels_everything_ends_the_waits() -> None:
             await asyncio.wait_for(wait, 1)
 
 
-async def test_a_save_that_is_cancelled_leaves_no_part_behind(nanobanana_simulator: Simulator, tmp_path: Path) -> None:
-    """`task.cancel()` leaves the writing thread to itself; what it writes after that is removed all the same."""
+async def test_a_cancelled_save_leaves_no_partial_file(nanobanana_simulator: Simulator, tmp_path: Path) -> None:
+    """`task.cancel()` does not wait for the writing thread, whose file is removed all the same."""
     image = GeneratedImage(data=PNG + bytes(3_000_000))
     async with nanobanana_simulator.client() as client:
         for number in range(60):
@@ -79,15 +79,15 @@ async def test_a_save_that_is_cancelled_leaves_no_part_behind(nanobanana_simulat
     assert [path for path in tmp_path.iterdir() if path.stat().st_size != 3_000_000 + len(PNG)] == []
 
 
-async def test_wait_for_works_around_our_calls(client: NanoBananaClient) -> None:
-    """The standard library's own timeout."""
+async def test_wait_for_works_around_client_calls(client: NanoBananaClient) -> None:
+    """`asyncio.wait_for` times out as usual."""
     assert (await asyncio.wait_for(client.generate("a fox"), 10)).images
 
 
-async def test_the_loop_stays_free_while_pictures_are_made() -> None:
-    """A bot answers its heartbeat all the time: over real sockets, no pause of 100 ms.
+async def test_the_event_loop_is_not_blocked_while_images_are_generated() -> None:
+    """Over real sockets, no callback blocks the loop for 100 ms.
 
-    Tried up to five times, for a busy machine holds up everybody now and then; what we hold up, we hold up each time.
+    The test makes up to five attempts, because a busy machine delays any process now and then.
     """
     pauses_s: list[float] = []
 

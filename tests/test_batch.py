@@ -1,4 +1,4 @@
-"""A batch: whatever ends a run, the next one goes on; every picture is found, and paid once."""
+"""A batch resumes after any interruption. Every image is saved, and charged once."""
 
 import errno
 import json
@@ -53,29 +53,29 @@ FOXES = [f"fox {number}" for number in range(12)]
 
 @attrs.define
 class InterceptingTransport:
-    """A transport that passes requests on, unless *meddle* has an answer of its own."""
+    """A transport that passes requests on, unless *intercept* returns a response."""
 
     simulator: Simulator
     intercept: Callable[[WireRequest], WireResponse | ExchangeError | None] = lambda _: None
     submits: int = 0
 
     async def send(self, request: WireRequest, **options: object) -> WireResponse:
-        """Ask *meddle* first."""
+        """Call *intercept* first."""
         self.submits += request.method == "POST"
-        answer = self.intercept(request)
-        if answer is None:
+        result = self.intercept(request)
+        if result is None:
             return await self.simulator.send(request, **options)  # type: ignore[arg-type]
         await anyio.lowlevel.checkpoint()
-        if isinstance(answer, ExchangeError):
-            raise answer
-        return answer
+        if isinstance(result, ExchangeError):
+            raise result
+        return result
 
     async def aclose(self) -> None:
-        """There is nothing to close."""
+        """Do nothing; nothing needs to be closed."""
 
 
-def posts(answer: Callable[[int], WireResponse | ExchangeError | None]) -> Callable[[WireRequest], object]:
-    """Return a meddler that answers the nth POST, counted from 0, as it is told."""
+def posts(respond: Callable[[int], WireResponse | ExchangeError | None]) -> Callable[[WireRequest], object]:
+    """Return an interceptor that replaces the response to the nth POST, counted from 0."""
     count = -1
 
     def intercept(request: WireRequest) -> WireResponse | ExchangeError | None:
@@ -83,13 +83,13 @@ def posts(answer: Callable[[int], WireResponse | ExchangeError | None]) -> Calla
         if request.method != "POST":
             return None
         count += 1
-        return answer(count)
+        return respond(count)
 
     return intercept
 
 
 def client_of(simulator: Simulator, intercept: object = None, **options: object) -> NanoBananaClient:
-    """Return a client of the simulator, with a meddler between them."""
+    """Return a client of the simulator with an interceptor between them."""
     client = simulator.client(**options)  # type: ignore[arg-type]
     if intercept is not None:
         client._api._transport = InterceptingTransport(simulator, intercept)  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ async def batch_of(
 
 
 async def run(batch: Batch, rows: Iterable[object] = FOXES, **options: object) -> dict[str, Outcome]:
-    """Return what became of each row, by its prompt."""
+    """Run the batch and return the outcomes by prompt."""
     outcomes = batch.run(rows, **options)  # type: ignore[arg-type]
     return {outcome.request.prompt: outcome async for outcome in outcomes}
 
@@ -122,7 +122,7 @@ async def run(batch: Batch, rows: Iterable[object] = FOXES, **options: object) -
 async def run_until_stopped(
     batch: Batch, rows: Iterable[object] = FOXES, **options: object
 ) -> tuple[dict[str, Outcome], NanoBananaError]:
-    """The same for a run that something stops, and what that was."""
+    """Run a batch that stops, and return the outcomes by prompt and the error."""
     ended: dict[str, Outcome] = {}
 
     async def consume() -> None:
@@ -135,15 +135,15 @@ async def run_until_stopped(
 
 
 def kinds(outcomes: dict[str, Outcome]) -> list[str]:
-    """Return the kinds of outcomes, sorted."""
+    """Return the sorted class names of the outcomes."""
     return sorted(type(outcome).__name__ for outcome in outcomes.values())
 
 
 # --- what there is in the morning -----------------------------------------------------------------------------------
 
 
-async def test_every_picture_is_there_and_paid_once(tmp_path: Path) -> None:
-    """Files in the order of the rows, a page, a manifest, and no key anywhere."""
+async def test_every_image_is_saved_and_charged_once(tmp_path: Path) -> None:
+    """The folder has the files in row order, a gallery and a manifest, and no key."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path / "run") as batch:
         outcomes = await run(batch)
@@ -161,8 +161,8 @@ async def test_every_picture_is_there_and_paid_once(tmp_path: Path) -> None:
     assert all(b"dk-test" not in path.read_bytes() for path in (tmp_path / "run").iterdir())
 
 
-async def test_a_second_run_tells_again_and_pays_nothing(tmp_path: Path) -> None:
-    """For a program that died between a picture and its own use of it."""
+async def test_a_second_run_replays_outcomes_and_costs_nothing(tmp_path: Path) -> None:
+    """A program that died before it used an image gets its outcome again."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         first = await run(batch)
@@ -176,7 +176,7 @@ async def test_a_second_run_tells_again_and_pays_nothing(tmp_path: Path) -> None
 
 
 async def test_rows_may_be_added_removed_and_shuffled(tmp_path: Path) -> None:
-    """Only what is new is submitted."""
+    """A later run submits only new rows."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         await run(batch)
@@ -186,8 +186,8 @@ async def test_rows_may_be_added_removed_and_shuffled(tmp_path: Path) -> None:
     assert [charge.prompt for charge in simulator.charges[len(FOXES) :]] == ["a hare"]
 
 
-async def test_equal_rows_are_pictures_of_their_own(tmp_path: Path) -> None:
-    """Three foxes, three files, three charges; and still three after another run."""
+async def test_equal_rows_are_separate_images(tmp_path: Path) -> None:
+    """Three equal rows are three files and three charges, also after another run."""
     simulator = Simulator(FAST_PROFILE)
     for _ in range(2):
         async with batch_of(simulator, tmp_path) as batch:
@@ -196,8 +196,8 @@ async def test_equal_rows_are_pictures_of_their_own(tmp_path: Path) -> None:
     assert (len(simulator.charges), len(list(tmp_path.glob("*.png")))) == (3, 3)
 
 
-async def test_a_picture_that_was_deleted_is_fetched_again(tmp_path: Path) -> None:
-    """It is paid for."""
+async def test_a_deleted_image_is_downloaded_again(tmp_path: Path) -> None:
+    """The image is charged, so the next run downloads it."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         await run(batch)
@@ -209,8 +209,8 @@ async def test_a_picture_that_was_deleted_is_fetched_again(tmp_path: Path) -> No
     assert len(simulator.charges) == len(FOXES)
 
 
-async def test_what_fails_fails_alone_and_is_not_paid_again_unasked(tmp_path: Path) -> None:
-    """Neither by the next run; with `retry_failed` it is submitted once more."""
+async def test_a_failed_row_is_submitted_again_only_with_retry_failed(tmp_path: Path) -> None:
+    """A failed row does not affect others, and only `retry_failed` submits it again."""
     simulator = Simulator(
         SimulatorProfile(median_s=0.02, visibility_delay_s=0, failed_tasks=0.3, text_only=0.3), seed=5
     )
@@ -234,7 +234,7 @@ async def test_what_fails_fails_alone_and_is_not_paid_again_unasked(tmp_path: Pa
 
 
 async def test_each_step_is_durable_before_the_next(tmp_path: Path) -> None:
-    """P2, P3: the intent before the POST, the id before anything else, the file before the outcome."""
+    """P2, P3: the attempt is durable before the POST, the id before anything else, the file before the outcome."""
     simulator = Simulator(FAST_PROFILE)
     seen: list[RowState] = []
 
@@ -256,8 +256,8 @@ async def test_each_step_is_durable_before_the_next(tmp_path: Path) -> None:
     assert set(seen[1:]) == {RowState.SUBMITTED}
 
 
-async def test_not_more_is_under_way_than_allowed(tmp_path: Path) -> None:
-    """And a slow consumer stops new submits."""
+async def test_rows_in_flight_are_bounded(tmp_path: Path) -> None:
+    """The number of rows in flight is bounded, and a slow consumer stops new submits."""
     simulator = Simulator(FAST_PROFILE)
     read = most = 0
     async with batch_of(simulator, tmp_path) as batch:
@@ -269,8 +269,8 @@ async def test_not_more_is_under_way_than_allowed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["break", "raise"])
-async def test_a_consumer_that_leaves_loses_nothing(tmp_path: Path, ending: str) -> None:
-    """What was paid is fetched by the next run."""
+async def test_a_consumer_that_stops_early_loses_nothing(tmp_path: Path, ending: str) -> None:
+    """The next run downloads what was charged."""
     simulator = Simulator(SimulatorProfile(median_s=0.1, sigma=1, visibility_delay_s=0))
 
     async def consume(batch: Batch) -> None:
@@ -291,19 +291,19 @@ async def test_a_consumer_that_leaves_loses_nothing(tmp_path: Path, ending: str)
     assert sorted(charge.prompt for charge in simulator.charges) == sorted(FOXES)
 
 
-async def test_cancelling_lets_a_submit_on_the_wire_come_to_a_durable_end(tmp_path: Path) -> None:
-    """P6: its id is in the ledger when the block is left."""
+async def test_cancelling_lets_a_submit_in_flight_reach_the_ledger(tmp_path: Path) -> None:
+    """P6: its task id is in the ledger when the block is left."""
     simulator = Simulator(SLOW, delay_s=0.2)
     async with batch_of(simulator, tmp_path) as batch:
-        with anyio.move_on_after(0.15):  # the service has it, and the answer is under way
+        with anyio.move_on_after(0.15):  # the service has it, and the response is on its way
             await run(batch, ["fox"])
     async with batch_of(simulator, tmp_path) as batch:
         (record,) = await batch._ledger.query_rows(list)
     assert (record.state, record.task_id) == (RowState.SUBMITTED, simulator.charges[0].task_id)
 
 
-async def test_closing_twice_or_from_another_task_is_harmless(tmp_path: Path) -> None:
-    """Bots do that."""
+async def test_a_batch_may_be_closed_twice_and_from_another_task(tmp_path: Path) -> None:
+    """Bots close a batch in another task, and possibly twice."""
     async with batch_of(Simulator(FAST_PROFILE), tmp_path) as batch:
         await run(batch)
         async with anyio.create_task_group() as group:
@@ -313,8 +313,8 @@ async def test_closing_twice_or_from_another_task_is_harmless(tmp_path: Path) ->
             await run(batch)
 
 
-async def test_one_row_at_a_time_has_a_key(tmp_path: Path) -> None:
-    """Two rows with one key in one run are a mistake, and not two charges."""
+async def test_two_rows_with_one_key_are_one_charge(tmp_path: Path) -> None:
+    """The second row with the same key fails and is not submitted."""
     simulator = Simulator(FAST_PROFILE)
     row = RowKeys().row(GenerationRequest("fox"), key="k")
     async with batch_of(simulator, tmp_path) as batch:
@@ -323,8 +323,8 @@ async def test_one_row_at_a_time_has_a_key(tmp_path: Path) -> None:
     assert len(simulator.charges) == 1
 
 
-async def test_a_key_that_was_paid_for_another_prompt_is_refused(tmp_path: Path) -> None:
-    """The old picture is not what is asked for, and the new one would not be what was paid."""
+async def test_a_key_that_was_charged_for_another_prompt_is_rejected(tmp_path: Path) -> None:
+    """The saved image is not of the new prompt, and the new one was not charged."""
     simulator = Simulator(FAST_PROFILE)
     for prompt, kind in (("fox", Succeeded), ("hare", Failed)):
         async with batch_of(simulator, tmp_path) as batch:
@@ -334,7 +334,7 @@ async def test_a_key_that_was_paid_for_another_prompt_is_refused(tmp_path: Path)
 
 
 async def test_rows_may_come_from_an_async_generator_one_by_one(tmp_path: Path) -> None:
-    """A row does not wait for the next one to come."""
+    """A row is submitted without waiting for the next one."""
     simulator = Simulator(FAST_PROFILE)
     came = anyio.Event()
 
@@ -354,8 +354,8 @@ async def test_rows_may_come_from_an_async_generator_one_by_one(tmp_path: Path) 
 # --- what nobody knows ----------------------------------------------------------------------------------------------
 
 
-async def test_a_lost_answer_is_unknown_until_somebody_decides(tmp_path: Path) -> None:
-    """Never sent again by itself; resubmitted, abandoned or bound when its owner says so."""
+async def test_a_lost_response_is_unknown_until_it_is_resolved(tmp_path: Path) -> None:
+    """The row is never resubmitted unless the user resubmits, abandons or binds it."""
     simulator = Simulator(FAST_PROFILE)
     intercept = posts(lambda n: lost() if n in (3, 5, 7) else None)
     async with batch_of(simulator, tmp_path, intercept) as batch:
@@ -387,7 +387,7 @@ async def test_a_lost_answer_is_unknown_until_somebody_decides(tmp_path: Path) -
 
 
 async def test_an_early_outage_costs_three_rows_and_not_all(tmp_path: Path) -> None:
-    """F13: submits go one at a time until one is accepted, and a service that is down gets no more."""
+    """F13: submits go one at a time until one is accepted, and stop if the service is down."""
     simulator = Simulator(FAST_PROFILE)
     gateway = posts(lambda _: response(502, body=b"<html>Bad Gateway</html>"))
     async with batch_of(simulator, tmp_path, gateway) as batch:
@@ -401,8 +401,8 @@ async def test_an_early_outage_costs_three_rows_and_not_all(tmp_path: Path) -> N
         assert kinds(await run(batch)) == ["Succeeded"] * 9 + ["Unknown"] * 3
 
 
-async def test_a_task_that_has_vanished_is_for_people_to_decide(tmp_path: Path) -> None:
-    """It was paid for, so it is not submitted again; its id is kept."""
+async def test_a_lost_task_is_not_submitted_again(tmp_path: Path) -> None:
+    """The task was charged, so its row becomes unknown and keeps the id."""
     simulator = Simulator(SLOW)
     async with batch_of(simulator, tmp_path) as batch:
         with anyio.move_on_after(0.3):
@@ -410,7 +410,7 @@ async def test_a_task_that_has_vanished_is_for_people_to_decide(tmp_path: Path) 
         await batch._ledger.query_rows(lambda _: batch._ledger._db.execute("UPDATE attempts SET submitted_at = 0"))
     other = Simulator(FAST_PROFILE)
     async with batch_of(other, tmp_path) as batch:
-        batch._client._tracker._on_not_found = _vanish(batch)  # type: ignore[method-assign]
+        batch._client._tracker._on_not_found = _lose_at_once(batch)  # type: ignore[method-assign]
         outcomes = await run(batch, ["fox"])
         (record,) = await batch.unknown_rows()
     outcome = outcomes["fox"]
@@ -419,8 +419,8 @@ async def test_a_task_that_has_vanished_is_for_people_to_decide(tmp_path: Path) 
     assert other.charges == []
 
 
-def _vanish(batch: Batch) -> Callable[..., None]:
-    """Return a tracker's judgement that needs no five minutes."""
+def _lose_at_once(batch: Batch) -> Callable[..., None]:
+    """Return a `_on_not_found` that does not wait for five minutes."""
     tracker = batch._client._tracker
     return tracker._finish
 
@@ -429,7 +429,7 @@ def _vanish(batch: Batch) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize(
-    ("answer", "error"),
+    ("rejection", "error"),
     [
         pytest.param(rejected(401, 1, "Invalid API key"), AuthenticationError, id="key-revoked"),
         pytest.param(rejected(402, 1, "payment"), InsufficientCredits, id="credits-402"),
@@ -438,12 +438,12 @@ def _vanish(batch: Batch) -> Callable[..., None]:
         pytest.param(rejected(403, 1, "quota exceeded"), InsufficientCredits, id="credits-403"),
     ],
 )
-async def test_a_refused_key_or_an_empty_account_stops_submits_and_costs_nothing(
-    tmp_path: Path, answer: WireResponse, error: type[Exception]
+async def test_a_rejected_key_or_an_empty_account_stops_the_submits(
+    tmp_path: Path, rejection: WireResponse, error: type[Exception]
 ) -> None:
-    """F42, F43: what is paid ends well, and the next run submits the rest."""
+    """F42, F43: charged images are saved, and the next run submits the rest."""
     simulator = Simulator(FAST_PROFILE)
-    async with batch_of(simulator, tmp_path, posts(lambda n: answer if n >= 4 else None)) as batch:
+    async with batch_of(simulator, tmp_path, posts(lambda n: rejection if n >= 4 else None)) as batch:
         outcomes, cause = await run_until_stopped(batch)
     assert isinstance(cause, error)
     assert kinds(outcomes) == ["Succeeded"] * 4
@@ -453,7 +453,7 @@ async def test_a_refused_key_or_an_empty_account_stops_submits_and_costs_nothing
 
 
 async def test_the_budget_holds_and_may_be_raised_later(tmp_path: Path) -> None:
-    """Counted over all runs, with what is in flight; nothing is submitted that could exceed it."""
+    """The budget counts all runs and submits in flight, and no submit could exceed it."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path, budget=Decimal("2.7")) as batch:
         outcomes, cause = await run_until_stopped(batch)
@@ -469,8 +469,8 @@ async def test_the_budget_holds_and_may_be_raised_later(tmp_path: Path) -> None:
         assert kinds(await run(batch)) == ["Succeeded"] * len(FOXES)
 
 
-async def test_what_may_have_been_paid_is_reserved(tmp_path: Path) -> None:
-    """An unknown row, and a submit that the vendor's own error made us repeat."""
+async def test_possible_charges_are_reserved(tmp_path: Path) -> None:
+    """An unknown row, and a submit that was resubmitted, reserve their price."""
     simulator = Simulator(FAST_PROFILE)
     answers: dict[int, WireResponse | ExchangeError] = {1: lost(), 3: rejected(500, 1, "internal error")}
     for number in range(2):
@@ -482,8 +482,8 @@ async def test_what_may_have_been_paid_is_reserved(tmp_path: Path) -> None:
     assert sum(line["possible_duplicates"] for line in manifest) == 1
 
 
-async def test_a_service_that_names_no_price_cannot_be_kept_to_a_budget(tmp_path: Path) -> None:
-    """After the first picture it stops, and says why."""
+async def test_a_run_without_a_known_price_stops_after_one_image(tmp_path: Path) -> None:
+    """Without a price the budget cannot be enforced, and the error says so."""
     simulator = Simulator(FAST_PROFILE)
     state = simulator.service._state
     simulator.service._state = lambda *args: {**state(*args), "consumed": None}  # type: ignore[method-assign]
@@ -493,8 +493,8 @@ async def test_a_service_that_names_no_price_cannot_be_kept_to_a_budget(tmp_path
     assert len(simulator.charges) == 1
 
 
-async def test_a_disk_that_takes_no_picture_stops_the_submits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """F34: there is no use in paying for more; when there is room again, what is paid is fetched."""
+async def test_a_full_disk_stops_the_submits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F34: the run stops, and once there is space, the next run downloads what is charged."""
     simulator = Simulator(FAST_PROFILE)
 
     async def full(self: NanoBananaClient, image: GeneratedImage, stem: Path) -> SavedImage:
@@ -512,10 +512,10 @@ async def test_a_disk_that_takes_no_picture_stops_the_submits(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("broken", ["submitting", "submitted", "succeeded", "saved"])
-async def test_books_that_cannot_be_kept_stop_everything(
+async def test_a_ledger_that_cannot_be_written_stops_the_run(
     tmp_path: Path, broken: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """P21: no submit after the first write that failed; ids that it would not take are told; nothing is paid twice."""
+    """P21: no submit follows the first failed write; unrecorded ids are logged; nothing is charged twice."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         move, begin = batch._ledger.transition, batch._ledger.begin_attempt
@@ -556,14 +556,14 @@ async def _inline(work: Callable[..., object], *args: object, **_: object) -> ob
 
 @pytest.fixture
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Disk work happens on the loop: virtual time does not wait for threads."""
+    """Run disk work on the event loop, because virtual time does not wait for threads."""
     monkeypatch.setattr(anyio.to_thread, "run_sync", _inline)
 
 
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("no_threads")
-async def test_a_night_without_a_network_costs_time_and_nothing_else(tmp_path: Path) -> None:
-    """Half an hour of refused connections in the middle: every row is done in the end, and paid once."""
+async def test_half_an_hour_without_a_network_costs_only_time(tmp_path: Path) -> None:
+    """After refused connections in mid-run, every row ends saved and charged once."""
     simulator = Simulator(SLOW)
 
     def intercept(request: WireRequest) -> ExchangeError | None:
@@ -584,7 +584,7 @@ async def test_a_night_without_a_network_costs_time_and_nothing_else(tmp_path: P
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("no_threads")
 async def test_a_network_that_does_not_come_back_ends_the_run_after_an_hour(tmp_path: Path) -> None:
-    """With what it was; the rest is open."""
+    """The run raises the network error, and the other rows stay ready."""
     simulator = Simulator(SLOW)
     nothing = ExchangeError("ConnectError: refused", phase=lost().phase.CONNECT)
     async with batch_of(simulator, tmp_path, posts(lambda n: nothing if n >= 4 else None)) as batch:
@@ -599,8 +599,8 @@ async def test_a_network_that_does_not_come_back_ends_the_run_after_an_hour(tmp_
 
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("no_threads")
-async def test_an_outage_at_the_gateway_burns_few_rows(tmp_path: Path) -> None:
-    """Each unanswered submit may be paid, so fewer and fewer are tried until one is accepted."""
+async def test_a_gateway_outage_makes_few_rows_unknown(tmp_path: Path) -> None:
+    """Each submit without a response may be charged, so fewer are sent until one is accepted."""
     simulator = Simulator(SLOW)
     began_s = anyio.current_time()
 
@@ -616,8 +616,8 @@ async def test_an_outage_at_the_gateway_burns_few_rows(tmp_path: Path) -> None:
 
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("no_threads")
-async def test_a_fresh_task_that_is_invisible_after_a_restart_is_waited_for(tmp_path: Path) -> None:
-    """The service may not show it for half a minute; its age is known from the ledger."""
+async def test_a_new_task_that_is_invisible_after_a_restart_is_waited_for(tmp_path: Path) -> None:
+    """Its age is known from the ledger, so a 404 means that it is not visible yet."""
     simulator = Simulator(SimulatorProfile(median_s=40, sigma=0, visibility_delay_s=25))
     async with batch_of(simulator, tmp_path) as batch:
         with anyio.move_on_after(1):
@@ -630,8 +630,8 @@ async def test_a_fresh_task_that_is_invisible_after_a_restart_is_waited_for(tmp_
 
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("no_threads")
-async def test_a_picture_that_takes_too_long_is_waited_for_by_the_next_run(tmp_path: Path) -> None:
-    """It is paid, and the exchange continues."""
+async def test_a_row_that_times_out_is_waited_for_by_the_next_run(tmp_path: Path) -> None:
+    """The task is charged and keeps running."""
     simulator = Simulator(SimulatorProfile(median_s=100, sigma=0, visibility_delay_s=0))
     async with batch_of(simulator, tmp_path) as batch:
         outcomes = await run(batch, ["fox"], timeout_s=50)
@@ -641,8 +641,8 @@ async def test_a_picture_that_takes_too_long_is_waited_for_by_the_next_run(tmp_p
     assert len(simulator.charges) == 1
 
 
-async def test_a_link_that_has_expired_is_asked_for_again(tmp_path: Path) -> None:
-    """F29: once; if that does not help, the row fails, paid and done, and the next run tries again."""
+async def test_an_expired_image_url_is_queried_again(tmp_path: Path) -> None:
+    """F29: the URL is queried once; if that fails, the row fails and the next run retries."""
     simulator = Simulator(FAST_PROFILE)
     gone = [1, 2]  # fetches that get a 410
 
@@ -660,8 +660,8 @@ async def test_a_link_that_has_expired_is_asked_for_again(tmp_path: Path) -> Non
     assert len(simulator.charges) == 1
 
 
-async def test_pictures_that_are_paid_are_saved_before_more_is_submitted(tmp_path: Path) -> None:
-    """P12: while more of them queue than are fetched at once, submits wait."""
+async def test_submits_wait_while_downloads_queue(tmp_path: Path) -> None:
+    """P12: while more images wait than are downloaded at once, submits wait."""
     simulator = Simulator(FAST_PROFILE, delay_s=0.05)
     stuck, most_saving = anyio.Event(), 0
 
@@ -683,8 +683,8 @@ async def test_pictures_that_are_paid_are_saved_before_more_is_submitted(tmp_pat
     assert most_saving >= batch._client.limits.max_downloads
 
 
-async def test_how_long_it_settles_is_bounded(tmp_path: Path) -> None:
-    """A service that never answers does not hold the program when it wants to end."""
+async def test_closing_a_batch_takes_a_bounded_time(tmp_path: Path) -> None:
+    """A service that never responds does not keep the program from ending."""
     simulator = Simulator(FAST_PROFILE, delay_s=3600)
     client = simulator.client(timeouts=Timeouts(submit_s=0.3, close_s=0.5))
     async with client:

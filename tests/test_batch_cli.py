@@ -1,4 +1,4 @@
-"""`nanobanana batch` as a person meets it: real processes, signals, a real port; and the same command again."""
+"""`nanobanana batch` in real processes, with signals and a real port, run again after each interruption."""
 
 import json
 import re
@@ -28,7 +28,7 @@ PROMPTS = [f"a fox, number {number}" for number in range(4)]
 
 @attrs.define
 class CliScenario:
-    """One story: its folder, its server, and how its commands ended."""
+    """One scenario: its folder, its server, and how its commands ended."""
 
     folder: Path
     server: SimulatorServer
@@ -40,7 +40,7 @@ class CliScenario:
         self.runs.append(Ended(done.returncode, done.stdout, done.stderr, self.folder))
 
     def batch_until(self, number: signal.Signals) -> None:
-        """Run it until everything is submitted, and then send it a signal."""
+        """Run the command until *count* rows are submitted, then send a signal."""
         with started("batch", "prompts.txt", "--out", "run", cwd=self.folder, variables=self.variables) as process:
             wait_for((self.folder / "run" / "ledger.pid").exists)
             wait_for(lambda: len(self.server.charges) == len(PROMPTS))
@@ -50,7 +50,7 @@ class CliScenario:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Where the service is."""
+        """Environment that points at the server."""
         return {"DEFAPI_BASE_URL": self.server.url, "DEFAPI_API_KEY": "dk-test"}
 
 
@@ -88,8 +88,8 @@ SCENES: dict[str, Callable[[CliScenario], None]] = {
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, CliScenario]]:
-    """All stories that wait for pictures, at once: each takes as long as the first look at a real one."""
+def scenarios(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, CliScenario]]:
+    """Run all scenarios that wait for images concurrently."""
     stage = {}
     for name in SCENES:
         folder = tmp_path_factory.mktemp(name)
@@ -106,66 +106,68 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, CliSc
                 scene.server.__exit__()
 
 
-def test_a_file_of_prompts_becomes_a_folder_of_pictures(scenes: dict[str, CliScenario]) -> None:
-    """The page on stdout, the summary on stderr; no live display where there is no terminal."""
-    first, _ = scenes["whole"].runs
+def test_a_file_of_prompts_becomes_a_folder_of_images(scenarios: dict[str, CliScenario]) -> None:
+    """The gallery path is on stdout, the summary on stderr, and there is no live bar without a terminal."""
+    first, _ = scenarios["whole"].runs
     assert (first.code, first.out) == (0, "run/index.html\n")
     assert first.err.splitlines()[-1] == "4 of 4 saved; 2 credits spent"
     assert "\x1b" not in first.err
     assert len(list((first.folder / "run").glob("*.png"))) == 4
 
 
-def test_the_same_command_again_pays_nothing_and_tells_json_if_asked(scenes: dict[str, CliScenario]) -> None:
-    """One object a line; what an earlier run has done says so."""
-    _, again = scenes["whole"].runs
+def test_the_same_command_again_costs_nothing(scenarios: dict[str, CliScenario]) -> None:
+    """With --json it prints one object per line, marked as replayed."""
+    _, again = scenarios["whole"].runs
     lines = [json.loads(line) for line in again.out.splitlines()]
     assert (again.code, again.err) == (0, "")
     assert sorted(line["prompt"] for line in lines) == PROMPTS
     assert all(line["outcome"] == "succeeded" and line["replayed"] and line["files"] for line in lines)
-    assert len(scenes["whole"].server.charges) == 4
+    assert len(scenarios["whole"].server.charges) == 4
 
 
-def test_an_interrupted_run_settles_and_says_how_to_go_on(scenes: dict[str, CliScenario]) -> None:
-    """130 and 143; what was paid is fetched by the same command, and not paid again."""
-    scene = scenes["interrupted"]
-    assert [act.code for act in scene.runs] == [130, 143, 0]
-    for act in scene.runs[:2]:
-        *_, summary, hint, last = act.err.splitlines()
+def test_an_interrupted_run_finishes_submits_and_prints_the_resume_command(scenarios: dict[str, CliScenario]) -> None:
+    """The exit code is 130 or 143, and the same command downloads what was charged."""
+    scene = scenarios["interrupted"]
+    assert [command.code for command in scene.runs] == [130, 143, 0]
+    for command in scene.runs[:2]:
+        *_, summary, hint, last = command.err.splitlines()
         assert summary == "0 of 4 saved, 4 remaining (4 submitted); 0 credits spent, price of 4 not yet known"
         assert hint == "To resume, run: nanobanana batch prompts.txt --out run"
         assert last == "interrupted"
-        assert "Traceback" not in act.err
+        assert "Traceback" not in command.err
     assert sorted(charge.prompt for charge in scene.server.charges) == PROMPTS
     assert len(list((scene.folder / "run").glob("*.png"))) == 4
 
 
-def test_credits_that_run_out_half_way_cost_nothing_but_time(scenes: dict[str, CliScenario]) -> None:
-    """What is paid is saved; what to type after a top-up is said."""
-    (poor,) = scenes["poor"].runs
+def test_an_empty_account_saves_what_is_charged_and_prints_the_resume_command(
+    scenarios: dict[str, CliScenario],
+) -> None:
+    """Charged images are saved, and the command to resume is printed."""
+    (poor,) = scenarios["poor"].runs
     assert poor.code == 1
     assert "insufficient credit" in poor.err
     assert "2 of 4 saved, 2 remaining; 1 credits spent" in poor.err
     assert "To resume, run: nanobanana batch prompts.txt --out run" in poor.err
-    assert len(scenes["poor"].server.charges) == 2
+    assert len(scenarios["poor"].server.charges) == 2
 
 
-def test_a_second_process_is_refused(scenes: dict[str, CliScenario]) -> None:
-    """With the pid of the first, which is not disturbed."""
-    second, first = scenes["crowded"].runs
+def test_a_second_process_is_refused(scenarios: dict[str, CliScenario]) -> None:
+    """A second process is refused with the pid of the first, which is not disturbed."""
+    second, first = scenarios["crowded"].runs
     assert (first.code, second.code) == (0, 1)
     assert f"run/ledger.db: in use by process {first.err}. Wait until it has finished" in second.err
-    assert len(scenes["crowded"].server.charges) == 4
+    assert len(scenarios["crowded"].server.charges) == 4
 
 
-def _say_nothing(peer: socket.socket, _: bytes) -> None:
+def _respond_never(peer: socket.socket, _: bytes) -> None:
     peer.recv(1)
 
 
 @pytest.mark.parametrize("more", [0, 6])
-def test_a_second_interrupt_does_not_wait_and_names_what_is_unknown(tmp_path: Path, more: int) -> None:
-    """A submit that was never answered may be paid; `resolve` lists it, without a key. Still *more* change nothing."""
+def test_a_second_interrupt_exits_at_once_and_lists_unknown_rows(tmp_path: Path, more: int) -> None:
+    """A submit without a response may be charged, and `resolve` lists it without a key."""
     (tmp_path / "prompts.txt").write_text("a fox\na hare")
-    with serving(_say_nothing) as server:
+    with serving(_respond_never) as server:
         variables = {"DEFAPI_BASE_URL": server.url, "DEFAPI_API_KEY": "dk-test"}
         with started("batch", "prompts.txt", "--out", "run", cwd=tmp_path, variables=variables) as process:
             assert process.stderr is not None
@@ -222,7 +224,7 @@ def test_a_second_interrupt_does_not_wait_and_names_what_is_unknown(tmp_path: Pa
         pytest.param(["resolve", "--out", "none", "--bind", "ta-1"], {}, 2, "and one KEY", id="bind-what"),
     ],
 )
-def test_what_goes_wrong_is_told_before_anything_is_paid(
+def test_errors_are_reported_before_anything_is_charged(
     nanobanana_server: SimulatorServer,
     tmp_path: Path,
     arguments: list[str],
@@ -230,7 +232,7 @@ def test_what_goes_wrong_is_told_before_anything_is_paid(
     code: int,
     says: str,
 ) -> None:
-    """Never a traceback; nothing charged."""
+    """An invalid command prints one clear error, no traceback, and submits nothing."""
     (tmp_path / "p.txt").write_text("a fox")
     (tmp_path / "bad.csv").write_text("prompt,key\nfox,\n,k\n")
     (tmp_path / "many.csv").write_text("prompt,key\n" + ",k\n" * 60)
@@ -241,16 +243,16 @@ def test_what_goes_wrong_is_told_before_anything_is_paid(
     assert nanobanana_server.charges == []
 
 
-def test_how_long_it_takes_follows_from_the_learned_median_and_then_from_the_rate() -> None:
-    """Little's law at first; never less than one picture takes."""
+def test_the_time_left_follows_from_the_median_and_then_from_the_rate() -> None:
+    """The estimate uses Little's law at first, and is never less than one latency."""
     assert eta_s(0, 20, 200, None) == 0
     assert eta_s(1000, 20, 200, None) == 100
     assert eta_s(1000, 20, 200, 5.0) == 200
     assert eta_s(1, 20, 200, 5.0) == 20
 
 
-def test_twenty_kills_lose_nothing_and_pay_nothing_twice() -> None:
-    """`python -m tests.kills` does more of them."""
+def test_twenty_kills_lose_nothing_and_charge_nothing_twice() -> None:
+    """The kill harness finds every image saved and charged once; `python -m tests.kills` does more kills."""
     tally = run_trials(20, seed=sys.maxsize)
     assert (tally.duplicates, tally.lost) == ([], [])
     assert len(tally.points) > 5

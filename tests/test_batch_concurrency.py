@@ -1,4 +1,4 @@
-"""What was tried to make a batch pay twice, lose an id, or hang; each of these once worked."""
+"""Attempts to make a batch charge twice, lose an id, or hang. Each of them once succeeded."""
 
 import asyncio
 import contextlib
@@ -36,8 +36,8 @@ from tests.test_batch import FOXES, batch_of, kinds, posts, run, run_until_stopp
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_write_that_cannot_be_made_takes_no_other_with_it(tmp_path: Path) -> None:
-    """A key that no database takes, in one transaction with the intents of others: they are durable, or they fail."""
+async def test_a_write_that_fails_does_not_fail_others(tmp_path: Path) -> None:
+    """A key that SQLite cannot store does not fail the other writes of its transaction."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch, anyio.create_task_group() as group:
 
@@ -55,8 +55,8 @@ async def test_a_write_that_cannot_be_made_takes_no_other_with_it(tmp_path: Path
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_cancelling_whoever_writes_stops_nobody_else(tmp_path: Path) -> None:
-    """A web server cancels the request that brought a callback; the batch goes on."""
+async def test_cancelling_one_writer_does_not_stop_others(tmp_path: Path) -> None:
+    """A web server cancels the request that delivered a callback, and the batch continues."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
 
@@ -73,8 +73,8 @@ async def test_cancelling_whoever_writes_stops_nobody_else(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("profile", [FAST_PROFILE, SimulatorProfile(median_s=0.02, visibility_delay_s=0, text_only=1)])
-async def test_a_key_that_comes_twice_in_one_run_is_paid_once(tmp_path: Path, profile: SimulatorProfile) -> None:
-    """Whether or not the first one had ended by then."""
+async def test_a_repeated_key_in_one_run_is_charged_once(tmp_path: Path, profile: SimulatorProfile) -> None:
+    """A repeated key fails, whether or not its first row has ended."""
     simulator = Simulator(profile)
     fox = RowKeys().row(GenerationRequest("fox"), key="k")
     hare = RowKeys().row(GenerationRequest("hare"), key="h")
@@ -85,7 +85,7 @@ async def test_a_key_that_comes_twice_in_one_run_is_paid_once(tmp_path: Path, pr
 
 
 async def test_many_models_do_not_get_around_the_budget(tmp_path: Path) -> None:
-    """A price that is not known is guessed from the others, and the first is asked for alone."""
+    """An unknown price is estimated from other models, and the first submit goes alone."""
     simulator = Simulator(FAST_PROFILE)
     requests = [GenerationRequest("fox", model=f"model {number}") for number in range(10)]
     async with batch_of(simulator, tmp_path, budget=Decimal("1.2")) as batch:
@@ -94,8 +94,8 @@ async def test_many_models_do_not_get_around_the_budget(tmp_path: Path) -> None:
         assert batch.progress().budget.spent == Decimal(1)
 
 
-async def test_a_re_send_keeps_to_the_budget(tmp_path: Path) -> None:
-    """The try before it may be charged, too."""
+async def test_a_resubmit_stays_within_the_budget(tmp_path: Path) -> None:
+    """The earlier submit may also be charged, so a resubmit has to fit, too."""
     simulator = Simulator(FAST_PROFILE)
     intercept = posts(lambda n: rejected(500, 1, "internal error") if n == 1 else None)
     async with batch_of(simulator, tmp_path, intercept, budget=Decimal("1.0")) as batch:
@@ -105,8 +105,8 @@ async def test_a_re_send_keeps_to_the_budget(tmp_path: Path) -> None:
     assert funds.remaining >= 0
 
 
-async def test_a_row_that_was_refused_is_not_unknown_however_the_run_ends(tmp_path: Path) -> None:
-    """A wall of 429s, and Ctrl-C in the middle: nothing was charged, and the ledger says so."""
+async def test_a_rejected_row_is_not_unknown_however_the_run_ends(tmp_path: Path) -> None:
+    """After many 429s and an interrupt, the ledger says that nothing was charged."""
     simulator = Simulator(FAST_PROFILE)
     intercept = posts(lambda n: rejected(429, 1, "busy") if n else None)
     async with batch_of(simulator, tmp_path, intercept) as batch:
@@ -117,8 +117,8 @@ async def test_a_row_that_was_refused_is_not_unknown_however_the_run_ends(tmp_pa
         assert kinds(await run(batch)) == ["Succeeded"] * len(FOXES)
 
 
-async def test_paid_rows_that_the_file_has_no_longer_are_fetched_all_the_same(tmp_path: Path) -> None:
-    """They come last."""
+async def test_charged_rows_that_left_the_file_are_still_downloaded(tmp_path: Path) -> None:
+    """Rows that are no longer in the file come last."""
     simulator = Simulator(SimulatorProfile(median_s=0.3, sigma=0, visibility_delay_s=0))
     async with batch_of(simulator, tmp_path) as batch:
         with anyio.move_on_after(0.2):
@@ -129,8 +129,8 @@ async def test_paid_rows_that_the_file_has_no_longer_are_fetched_all_the_same(tm
     assert len(list(tmp_path.glob("*.png"))) == len(simulator.charges)
 
 
-async def test_a_ledger_that_is_gone_is_not_begun_anew(tmp_path: Path) -> None:
-    """Everything would be charged again."""
+async def test_a_missing_ledger_beside_a_manifest_is_an_error(tmp_path: Path) -> None:
+    """A new ledger would charge every row again."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         await run(batch)
@@ -142,8 +142,8 @@ async def test_a_ledger_that_is_gone_is_not_begun_anew(tmp_path: Path) -> None:
         await Ledger.open(tmp_path)
 
 
-async def test_a_ledger_that_is_taken_away_stops_the_run(tmp_path: Path) -> None:
-    """Writes to a file that has no name any more are not durable."""
+async def test_a_ledger_that_is_removed_stops_the_run(tmp_path: Path) -> None:
+    """Writes to an unlinked file are not durable."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path / "run") as batch:
         await run(batch, ["first"])
@@ -153,8 +153,8 @@ async def test_a_ledger_that_is_taken_away_stops_the_run(tmp_path: Path) -> None
     assert len(simulator.charges) == 1
 
 
-async def test_a_claim_about_another_rows_task_is_not_believed(tmp_path: Path) -> None:
-    """Right token, wrong task: the row stays unknown, and the true callback still finds it."""
+async def test_a_callback_that_names_another_rows_task_is_ignored(tmp_path: Path) -> None:
+    """The row stays unknown, and its true callback still resolves it."""
     simulator = Simulator(FAST_PROFILE)
 
     def client() -> NanoBananaClient:
@@ -163,7 +163,7 @@ async def test_a_claim_about_another_rows_task_is_not_believed(tmp_path: Path) -
         return made
 
     first = client()
-    first._api._transport = _Forgetful(simulator, "fox")  # type: ignore[assignment]
+    first._api._transport = _LosingTransport(simulator, "fox")  # type: ignore[assignment]
     async with first:
         receiver = CallbackReceiver(first, public_url="https://app.example/nb", secret="s" * 32)
         async with Batch.open(tmp_path, first, callback=receiver) as batch:
@@ -184,28 +184,28 @@ async def test_a_claim_about_another_rows_task_is_not_believed(tmp_path: Path) -
 
 
 @attrs.define
-class _Forgetful:
-    """Loses the answers to submits of one prompt."""
+class _LosingTransport:
+    """Loses the responses to submits of one prompt."""
 
     simulator: Simulator
     prompt: str
 
     async def send(self, request: WireRequest, **options: object) -> object:
-        """Do as the simulator does, and lose that answer."""
+        """Send as the simulator does, and lose that response."""
         response = await self.simulator.send(request, **options)  # type: ignore[arg-type]
         if request.method == "POST" and self.prompt.encode() in (request.body or b""):
             raise lost()
         return response
 
     async def aclose(self) -> None:
-        """There is nothing to close."""
+        """Do nothing; nothing needs to be closed."""
 
 
-async def test_a_transport_that_quotes_the_key_does_not_get_it_into_the_books(tmp_path: Path) -> None:
-    """Not into the ledger, the page, the manifest, or an error."""
+async def test_a_transport_that_quotes_the_key_does_not_leak_it(tmp_path: Path) -> None:
+    """The key is not in the ledger, the gallery, the manifest or an error."""
     simulator = Simulator(FAST_PROFILE)
 
-    class Loud(_Forgetful):
+    class Loud(_LosingTransport):
         async def send(self, request: WireRequest, **_: object) -> object:
             raise RuntimeError(f"cannot send {dict(request.headers)}")
 
@@ -220,8 +220,8 @@ async def test_a_transport_that_quotes_the_key_does_not_get_it_into_the_books(tm
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.parametrize("again", [False, True])
-async def test_a_close_that_is_cancelled_at_any_moment_ends_all_the_same(tmp_path: Path, *, again: bool) -> None:
-    """`asyncio.wait_for` around it, once and twice: the folder is free, and nothing runs on."""
+async def test_a_cancelled_close_still_ends(tmp_path: Path, *, again: bool) -> None:
+    """With `asyncio.wait_for` around it, once or twice, the folder is free and nothing keeps running."""
     others = asyncio.all_tasks()
     simulator = Simulator(FAST_PROFILE)
     async with simulator.client() as client:
@@ -246,8 +246,8 @@ async def test_a_close_that_is_cancelled_at_any_moment_ends_all_the_same(tmp_pat
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("steps", range(6))
 @pytest.mark.parametrize("what", ["client", "ledger"])
-def test_a_loop_that_ends_before_anything_has_begun_ends(tmp_path: Path, what: str, steps: int) -> None:
-    """`asyncio.run` cancels what is left when its main function returns: tasks that never took a step, too."""
+def test_a_loop_that_ends_before_the_first_step_ends(tmp_path: Path, what: str, steps: int) -> None:
+    """`asyncio.run` also cancels tasks that never took a step."""
     ended = threading.Event()
 
     async def use(ready: asyncio.Event) -> None:
@@ -279,10 +279,10 @@ def test_a_loop_that_ends_before_anything_has_begun_ends(tmp_path: Path, what: s
     gc.collect()  # what never took a step is warned of here, and in no other test
 
 
-async def test_a_report_that_cannot_be_written_is_no_trouble_of_the_ledger(
+async def test_a_report_that_cannot_be_written_does_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Every hundredth of a second, here: the run goes on, and the log says why there is no page."""
+    """The run continues, and the log says why there is no gallery."""
     monkeypatch.setattr("nanobanana_async.batch.runner._REPORT_INTERVAL_S", 0.01)
     (tmp_path / "index.html").mkdir()
     simulator = Simulator(FAST_PROFILE)
@@ -291,16 +291,16 @@ async def test_a_report_that_cannot_be_written_is_no_trouble_of_the_ledger(
     assert "index.html cannot be written" in caplog.text
 
 
-async def test_a_refusal_that_quotes_a_prompt_about_credit_is_about_one_row(tmp_path: Path) -> None:
-    """Taken for an empty account, it would end the run."""
+async def test_a_rejection_that_quotes_a_prompt_about_credit_fails_one_row(tmp_path: Path) -> None:
+    """It must not be taken for an empty account, which would end the run."""
     simulator = Simulator(FAST_PROFILE)
     quoting = rejected(400, 1, "the prompt 'a balance of credit' breaks the rules on credit cards")
     async with batch_of(simulator, tmp_path, posts(lambda n: quoting if n == 5 else None)) as batch:
         assert kinds(await run(batch)) == ["Failed"] + ["Succeeded"] * (len(FOXES) - 1)
 
 
-async def test_a_picture_is_encoded_beside_the_loop(tmp_path: Path) -> None:
-    """A large one takes more than a second."""
+async def test_an_image_is_encoded_in_a_thread(tmp_path: Path) -> None:
+    """Encoding a large image takes more than a second."""
     main, where = threading.get_ident(), []
 
     class Picture:
@@ -314,8 +314,8 @@ async def test_a_picture_is_encoded_beside_the_loop(tmp_path: Path) -> None:
     assert main not in where
 
 
-async def test_a_journal_that_is_taken_away_stops_the_run(tmp_path: Path) -> None:
-    """What is written to a file without a name is gone with the process."""
+async def test_a_journal_that_is_removed_stops_the_run(tmp_path: Path) -> None:
+    """Data in an unlinked file ends with the process."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         (tmp_path / "ledger.db-wal").unlink()
@@ -324,8 +324,8 @@ async def test_a_journal_that_is_taken_away_stops_the_run(tmp_path: Path) -> Non
     assert simulator.charges == []
 
 
-async def test_no_blank_is_bound_to_a_row(tmp_path: Path) -> None:
-    """It would be asked about for ever."""
+async def test_a_blank_task_id_cannot_be_bound(tmp_path: Path) -> None:
+    """A blank id would be polled without end."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path, posts(lambda n: lost() if n == 3 else None)) as batch:
         await run(batch)

@@ -1,4 +1,4 @@
-"""Money and caution: what a batch may still spend, and how it behaves while nothing works. Pure."""
+"""The budget of a batch, and its behaviour in an outage. Pure."""
 
 from decimal import Decimal
 from random import Random
@@ -13,7 +13,7 @@ PRICE = Decimal("0.5")
 
 
 def test_without_a_budget_everything_is_allowed() -> None:
-    """And counted all the same."""
+    """Without a budget every submit is allowed and still counted."""
     account = Budget()
     account.reserve("m")
     account.settle("m", PRICE)
@@ -21,8 +21,8 @@ def test_without_a_budget_everything_is_allowed() -> None:
     assert (account.status().spent, account.status().remaining) == (PRICE, None)
 
 
-def test_until_a_price_is_known_one_at_a_time_is_let_through() -> None:
-    """The first one tells what the others cost."""
+def test_submits_go_one_at_a_time_until_a_price_is_known() -> None:
+    """The first submit shows the price of the others."""
     account = Budget(Decimal(10))
     assert account.can_reserve("m")
     account.reserve("m")
@@ -36,8 +36,8 @@ def test_until_a_price_is_known_one_at_a_time_is_let_through() -> None:
     assert account.status().reserved == PRICE
 
 
-def test_what_is_in_flight_is_reserved_at_the_largest_price_seen() -> None:
-    """So that it fits, whatever becomes of it."""
+def test_submits_in_flight_are_reserved_at_the_largest_price() -> None:
+    """The reservation covers every possible outcome."""
     account = Budget(Decimal(3))
     for consumed in (Decimal("0.2"), PRICE, Decimal("0.3")):
         account.reserve("m")
@@ -57,8 +57,10 @@ def test_what_is_in_flight_is_reserved_at_the_largest_price_seen() -> None:
     st.decimals(Decimal("0.5"), 20, places=2),
     st.lists(st.tuples(st.integers(0, 5), st.sampled_from([None, Decimal("0.1"), Decimal("0.5"), Decimal("0.25")]))),
 )
-def test_the_budget_holds_whatever_comes(budget: Decimal, steps: list[tuple[int, Decimal | None]]) -> None:
-    """Submits begin only when allowed, at prices never above the first, in any order of ends."""
+def test_the_budget_holds_for_any_sequence_of_outcomes(
+    budget: Decimal, steps: list[tuple[int, Decimal | None]]
+) -> None:
+    """If prices never exceed the first one, spending never exceeds the budget."""
     account, in_flight = Budget(budget), 0
     account.reserve("m")
     account.settle("m", PRICE)
@@ -75,22 +77,22 @@ def test_the_budget_holds_whatever_comes(budget: Decimal, steps: list[tuple[int,
         assert funds.remaining == budget - funds.spent - funds.reserved
 
 
-def test_an_account_is_made_again_from_what_the_ledger_holds() -> None:
-    """What was spent, and what nobody knows the end of."""
+def test_a_budget_is_restored_from_the_ledger() -> None:
+    """Spent and possible charges are the same after a restart."""
     account = Budget.from_attempts([("m", 0, PRICE), ("m", 2, None), ("m", 1, PRICE)], Decimal(10))
     assert (account.status().spent, account.status().reserved) == (Decimal(1), Decimal("1.5"))
 
 
 def test_the_first_submits_go_one_at_a_time() -> None:
-    """A wrong key or an outage then costs one row, and not sixteen."""
+    """A wrong key or an outage then costs one row, not sixteen."""
     caution = OutageBackoff()
     assert caution.is_probing
     caution.record_success()
     assert not caution.is_probing
 
 
-def test_after_three_failures_in_a_row_submits_slow_down() -> None:
-    """With pauses that double, up to five minutes, and end with the first success."""
+def test_submits_back_off_after_three_consecutive_failures() -> None:
+    """The wait doubles up to five minutes and ends with the first success."""
     caution = OutageBackoff(Random(1))
     caution.record_success()
     for _ in range(2):
@@ -108,7 +110,7 @@ def test_after_three_failures_in_a_row_submits_slow_down() -> None:
 
 
 def test_a_run_that_has_worked_waits_for_an_hour() -> None:
-    """One that never has does not wait at all."""
+    """A run without any success does not wait."""
     caution, other = OutageBackoff(), OutageBackoff()
     caution.record_success()
     for _ in range(3):

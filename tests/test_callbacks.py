@@ -1,4 +1,4 @@
-"""Callbacks: who may post, what it changes, and what it never changes. The receiver is played as ASGI servers do."""
+"""Callbacks: who may post them, and what they change. The tests call the receiver as an ASGI server does."""
 
 import base64
 import gzip
@@ -48,13 +48,13 @@ def receiver_of(client: NanoBananaClient, **options: object) -> CallbackReceiver
 
 
 def body_for(task_id: str, status: str = "success", **fields: object) -> bytes:
-    """Return what the service posts."""
+    """Return the body of a callback."""
     return json.dumps({"task_id": task_id, "status": status, "result": None, **fields}).encode()
 
 
 @attrs.define
 class Posted:
-    """One request as an ASGI server hands it over."""
+    """One request as an ASGI server passes it on."""
 
     path: str
     body: bytes = b""
@@ -65,7 +65,7 @@ class Posted:
     ends: bool = True
 
     async def to(self, app: CallbackReceiver) -> int:
-        """Post it; return the status of the answer."""
+        """Post the request, and return the status of the response."""
         chunks = [self.body[at : at + self.chunk_bytes] for at in range(0, len(self.body), self.chunk_bytes)] or [b""]
         statuses: list[int] = []
 
@@ -94,8 +94,8 @@ def path_of(url: str) -> str:
 # --- who may post ---------------------------------------------------------------------------------------------------
 
 
-async def test_each_submit_has_a_path_of_its_own_that_nobody_can_guess() -> None:
-    """128 bits of chance and 128 of proof; any worker with the secret can tell it from a forged one."""
+async def test_each_submit_has_an_unguessable_path_of_its_own() -> None:
+    """A path has 128 random bits and a 128-bit signature that every worker with the secret can verify."""
     async with Simulator(FAST_PROFILE).client() as client:
         urls = {receiver_of(client).register().url for _ in range(100)}
         assert len(urls) == 100
@@ -104,8 +104,8 @@ async def test_each_submit_has_a_path_of_its_own_that_nobody_can_guess() -> None
         assert SECRET not in repr(receiver_of(client))
 
 
-async def test_a_secret_may_be_changed_while_callbacks_are_on_their_way() -> None:
-    """The one before is accepted as long as it is given."""
+async def test_a_secret_may_be_changed_while_callbacks_are_pending() -> None:
+    """The previous secret is accepted as long as it is passed."""
     async with Simulator(FAST_PROFILE).client() as client:
         old = receiver_of(client).register()
         new = receiver_of(client, secret="another secret of this app", previous_secret=SECRET)
@@ -122,16 +122,16 @@ async def test_a_secret_may_be_changed_while_callbacks_are_on_their_way() -> Non
         ({"public_url": "app.example/nb"}, "public_url"),
     ],
 )
-async def test_what_would_not_be_safe_is_refused(options: dict[str, object], says: str) -> None:
-    """When the receiver is made, and without the secret in the message."""
+async def test_unsafe_receiver_settings_are_rejected(options: dict[str, object], says: str) -> None:
+    """The error is raised on construction and does not contain the secret."""
     async with Simulator(FAST_PROFILE).client() as client:
         with pytest.raises(ConfigurationError, match=says):
             receiver_of(client, **options)
 
 
 @given(st.text(max_size=200) | st.text(alphabet="ABCDEFabcdef0123456789-_", min_size=40, max_size=48))
-def test_no_invented_path_is_true(path: str) -> None:
-    """Whatever it is made of."""
+def test_no_invented_path_is_accepted(path: str) -> None:
+    """No path without a valid signature is accepted."""
     receiver = receiver_of(NanoBananaClient("dk-test"))
     assert receiver.verify(path) is None
     assert receiver.verify(f"/nb/{receiver.register().nonce}{path[:22]}") is None
@@ -153,8 +153,8 @@ def test_no_invented_path_is_true(path: str) -> None:
         pytest.param({"headers": ((b"content-type", b"text/html"),)}, 204, id="any-content-type"),
     ],
 )
-async def test_what_is_posted_is_answered_quickly_and_tells_nothing(change: dict[str, Any], status: int) -> None:
-    """A bad token is a 404 like any other; whatever else comes to a true path is taken."""
+async def test_responses_to_posts_reveal_nothing(change: dict[str, Any], status: int) -> None:
+    """A bad token gets the same 404 as any other path, and everything posted to a valid path is accepted."""
     simulator = Simulator(SimulatorProfile(median_s=30, visibility_delay_s=0))
     async with simulator.client() as client:
         receiver = receiver_of(client)
@@ -165,8 +165,8 @@ async def test_what_is_posted_is_answered_quickly_and_tells_nothing(change: dict
 
 
 @pytest.mark.virtual_time
-async def test_a_body_that_trickles_is_given_up() -> None:
-    """Ten seconds in all."""
+async def test_a_slow_body_times_out() -> None:
+    """A body has ten seconds in total."""
     async with Simulator(FAST_PROFILE).client() as client:
         receiver = receiver_of(client)
         posted = Posted(path_of(receiver.register().url), b"x" * 100, chunk_bytes=1, interval_s=1)
@@ -175,16 +175,16 @@ async def test_a_body_that_trickles_is_given_up() -> None:
         assert anyio.current_time() - began_s == pytest.approx(10)
 
 
-async def test_a_compressed_body_is_read_up_to_the_cap() -> None:
-    """A bomb is not: it counts as unreadable, and as the hint that it is."""
+async def test_a_compressed_body_is_read_up_to_the_limit() -> None:
+    """A decompression bomb cannot be decoded, and still triggers a query."""
     assert parse_callback(gzip.compress(body_for("ta-1")), content_encoding="gzip").task_id == "ta-1"
     with pytest.raises(ProtocolError):
         parse_callback(gzip.compress(b" " * 2**26), content_encoding="gzip")
 
 
 @given(st.binary(max_size=300) | st.text(max_size=100).map(str.encode))
-def test_no_body_raises_anything_else(body: bytes) -> None:
-    """A claim, or `ProtocolError`."""
+def test_any_body_is_a_payload_or_a_protocol_error(body: bytes) -> None:
+    """`parse_callback` returns a payload or raises `ProtocolError`."""
     try:
         payload = parse_callback(body)
     except ProtocolError:
@@ -192,8 +192,8 @@ def test_no_body_raises_anything_else(body: bytes) -> None:
     assert payload.task_id
 
 
-def test_a_claim_is_what_the_body_says() -> None:
-    """With everything that was posted."""
+def test_a_payload_contains_what_was_posted() -> None:
+    """The payload has the task id, the status and the whole body."""
     payload = parse_callback(body_for("ta-1", "FAILED", consumed="0.5", status_reason={"message": "no"}))
     assert (payload.task_id, payload.status, payload.raw["consumed"]) == ("ta-1", TaskStatus.FAILED, "0.5")
 
@@ -202,8 +202,8 @@ def test_a_claim_is_what_the_body_says() -> None:
 
 
 @attrs.define
-class Calling:
-    """A simulator that calls back, by hand: what comes, and when, is up to the test."""
+class CallbackSimulator:
+    """A simulator whose callbacks the test posts."""
 
     simulator: Simulator
     client: NanoBananaClient
@@ -215,22 +215,22 @@ class Calling:
         return await attrs.evolve(Posted(path_of(url or ""), body_for(task_id)), **change).to(self.receiver)
 
     def queries(self) -> int:
-        """Count the queries so far."""
+        """Return the number of queries so far."""
         return self.simulator.service.requests.count("GET /api/task/query")
 
 
 @asynccontextmanager
-async def calling() -> AsyncIterator[Calling]:
-    """Play the service, with the default schedule."""
+async def callback_simulator() -> AsyncIterator[CallbackSimulator]:
+    """Run a client with the default schedule against a simulated service."""
     simulator = Simulator(SimulatorProfile(median_s=20, sigma=0, visibility_delay_s=0))
     async with simulator.client(polling=PollPolicy()) as client:
-        yield Calling(simulator, client, receiver_of(client))
+        yield CallbackSimulator(simulator, client, receiver_of(client))
 
 
 @pytest.mark.virtual_time
 async def test_a_callback_ends_the_wait_with_one_query() -> None:
-    """At once, and without a poll before it."""
-    async with calling() as service:
+    """A callback triggers one query at once, without a poll before it."""
+    async with callback_simulator() as service:
         handle = await service.client.submit("a fox", callback=service.receiver)
         ends: list[float] = []
 
@@ -248,9 +248,9 @@ async def test_a_callback_ends_the_wait_with_one_query() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_a_callback_that_never_comes_costs_time_and_nothing_else() -> None:
-    """The poll is the net; and after three that did not come, polls are as if none were expected."""
-    async with calling() as service:
+async def test_a_missing_callback_only_costs_time() -> None:
+    """Polling finds the result, and after three missed callbacks polls are as frequent as without."""
+    async with callback_simulator() as service:
         delays = []
         for _ in range(5):
             handle = await service.client.submit("a fox", callback=service.receiver)
@@ -262,9 +262,9 @@ async def test_a_callback_that_never_comes_costs_time_and_nothing_else() -> None
 
 
 @pytest.mark.virtual_time
-async def test_what_a_callback_claims_is_not_believed() -> None:
-    """A success that is none, a failure that is none: the query decides."""
-    async with calling() as service:
+async def test_the_status_in_a_callback_is_ignored() -> None:
+    """A false success or failure has no effect: the query decides."""
+    async with callback_simulator() as service:
         handle = await service.client.submit("a fox", callback=service.receiver)
         async with anyio.create_task_group() as group:
             group.start_soon(handle.wait)
@@ -277,9 +277,9 @@ async def test_what_a_callback_claims_is_not_believed() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_a_thousand_replays_buy_one_query_in_ten_seconds() -> None:
-    """F22, F24: duplicates are answered 2xx, and change nothing."""
-    async with calling() as service:
+async def test_a_thousand_replays_trigger_one_query_in_ten_seconds() -> None:
+    """F22, F24: duplicates get a 2xx and change nothing."""
+    async with callback_simulator() as service:
         handle = await service.client.submit("a fox", callback=service.receiver)
         async with anyio.create_task_group() as group:
             group.start_soon(handle.wait)
@@ -293,8 +293,8 @@ async def test_a_thousand_replays_buy_one_query_in_ten_seconds() -> None:
 
 @pytest.mark.virtual_time
 async def test_a_late_callback_is_a_no_op() -> None:
-    """The poll had seen it."""
-    async with calling() as service:
+    """A callback after the poll that found the result has no effect."""
+    async with callback_simulator() as service:
         handle = await service.client.submit("a fox", callback=service.receiver)
         await handle.wait()
         queries = service.queries()
@@ -304,12 +304,12 @@ async def test_a_late_callback_is_a_no_op() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_an_early_callback_is_remembered_until_somebody_waits() -> None:
-    """Before the answer to the submit was read, or before anybody asked."""
+async def test_an_early_callback_is_remembered_until_there_is_a_waiter() -> None:
+    """It may arrive before the submit's response, or before the first wait."""
     profile = SimulatorProfile(median_s=0.5, sigma=0, visibility_delay_s=0)
     simulator = Simulator(profile, delay_s=4.0)
     async with simulator.client(polling=PollPolicy()) as client:
-        service = Calling(simulator, client, receiver_of(client))
+        service = CallbackSimulator(simulator, client, receiver_of(client))
         handles = []
 
         async def submit() -> None:
@@ -334,9 +334,9 @@ async def test_an_early_callback_is_remembered_until_somebody_waits() -> None:
 
 
 @pytest.mark.virtual_time
-async def test_a_worker_that_does_not_know_the_task_passes_the_news_on() -> None:
-    """It answers 2xx; the worker that waits is told, and asks."""
-    async with calling() as service:
+async def test_a_worker_that_does_not_know_the_task_forwards_the_callback() -> None:
+    """It responds with a 2xx, and the worker with the waiter sends a query."""
+    async with callback_simulator() as service:
         forwarded: list[tuple[str, bytes]] = []
 
         async def forward(token: str, body: bytes) -> None:
@@ -361,29 +361,29 @@ async def test_a_worker_that_does_not_know_the_task_passes_the_news_on() -> None
 
 
 @attrs.define
-class Forgetful:
-    """A transport whose answers to submits are lost on the way."""
+class LosingTransport:
+    """A transport that loses the responses to submits."""
 
     simulator: Simulator
     losing: bool = True
 
     async def send(self, request: WireRequest, **options: object) -> WireResponse:
-        """Do as the simulator does, and lose the answer."""
+        """Send as the simulator does, and lose the response."""
         response = await self.simulator.send(request, **options)  # type: ignore[arg-type]
         if request.method == "POST" and self.losing:
             raise lost()
         return response
 
     async def aclose(self) -> None:
-        """There is nothing to close."""
+        """Do nothing; nothing needs to be closed."""
 
 
 @pytest.mark.virtual_time
-async def test_a_submit_whose_answer_was_lost_is_found_by_its_callback() -> None:
-    """The caller gets its handle; a claim that the service does not know is not believed."""
+async def test_a_submit_whose_response_was_lost_is_recovered_by_its_callback() -> None:
+    """The caller gets its handle, and an id that the service does not know is ignored."""
     simulator = Simulator(SimulatorProfile(median_s=20, sigma=0, visibility_delay_s=0))
-    async with NanoBananaClient("dk-test", transport=Forgetful(simulator)) as client:
-        service = Calling(simulator, client, receiver_of(client))
+    async with NanoBananaClient("dk-test", transport=LosingTransport(simulator)) as client:
+        service = CallbackSimulator(simulator, client, receiver_of(client))
         found: list[str] = []
 
         async def submit() -> None:
@@ -402,10 +402,12 @@ async def test_a_submit_whose_answer_was_lost_is_found_by_its_callback() -> None
 
 
 @pytest.mark.virtual_time
-async def test_without_a_callback_in_time_it_stays_unknown() -> None:
-    """After `Timeouts.recovery_s`."""
+async def test_without_a_callback_in_time_the_submit_stays_unknown() -> None:
+    """The wait ends after `Timeouts.recovery_s`."""
     timeouts = Timeouts(recovery_s=30)
-    async with NanoBananaClient("dk-test", transport=Forgetful(Simulator(FAST_PROFILE)), timeouts=timeouts) as client:
+    async with NanoBananaClient(
+        "dk-test", transport=LosingTransport(Simulator(FAST_PROFILE)), timeouts=timeouts
+    ) as client:
         began_s = anyio.current_time()
         with pytest.raises(SubmissionUnknown):
             await client.submit("a fox", callback=receiver_of(client))
@@ -413,10 +415,10 @@ async def test_without_a_callback_in_time_it_stays_unknown() -> None:
 
 
 @pytest.mark.parametrize("when", ["in-time", "after-a-restart"])
-async def test_in_a_batch_the_ledger_binds_what_a_callback_tells(tmp_path: Path, when: str) -> None:
-    """In the same run, or in any later one."""
+async def test_in_a_batch_a_callback_binds_the_task_id(tmp_path: Path, when: str) -> None:
+    """The callback resolves the row in the same run or in a later one."""
     simulator = Simulator(FAST_PROFILE)
-    transport = Forgetful(simulator)
+    transport = LosingTransport(simulator)
     recovery_s = 5.0 if when == "in-time" else 0.0
 
     def client() -> NanoBananaClient:
@@ -426,7 +428,7 @@ async def test_in_a_batch_the_ledger_binds_what_a_callback_tells(tmp_path: Path,
         return fast
 
     async with client() as first, Batch.open(tmp_path, first, callback=(receiver := receiver_of(first))) as batch:
-        service = Calling(simulator, first, receiver)
+        service = CallbackSimulator(simulator, first, receiver)
         async with anyio.create_task_group() as group:
             if when == "in-time":
                 group.start_soon(_call_when_charged, service)
@@ -434,7 +436,7 @@ async def test_in_a_batch_the_ledger_binds_what_a_callback_tells(tmp_path: Path,
     assert isinstance(outcome, Succeeded if when == "in-time" else Unknown)
     transport.losing = False
     async with client() as second, Batch.open(tmp_path, second, callback=(receiver := receiver_of(second))) as batch:
-        await Calling(simulator, second, receiver).call(simulator.charges[0].task_id)
+        await CallbackSimulator(simulator, second, receiver).call(simulator.charges[0].task_id)
         (outcome,) = [outcome async for outcome in batch.run(["a fox"])]
     assert isinstance(outcome, Succeeded)
     assert outcome.task.task_id == simulator.charges[0].task_id
@@ -442,15 +444,15 @@ async def test_in_a_batch_the_ledger_binds_what_a_callback_tells(tmp_path: Path,
     assert receiver.unmatched_hooks == []
 
 
-async def _call_when_charged(service: Calling) -> None:
+async def _call_when_charged(service: CallbackSimulator) -> None:
     while not service.simulator.charges:
         await anyio.sleep(0.01)
     await anyio.sleep(0.1)
     await service.call(service.simulator.charges[0].task_id)
 
 
-def test_a_token_is_the_same_wherever_it_is_made() -> None:
-    """A program in another language can check it: nonce, then 16 bytes of HMAC-SHA256, both in URL-safe base64."""
+def test_the_format_of_a_token_is_fixed() -> None:
+    """A token is a nonce and 16 bytes of HMAC-SHA256 in URL-safe base64, which other languages can verify."""
     expected = receiver_of(NanoBananaClient("dk-test")).register()
     proof = hmac.digest(SECRET.encode(), expected.nonce.encode(), "sha256")[:16]
     assert expected.url == f"{PUBLIC}/{expected.nonce}{base64.urlsafe_b64encode(proof).decode().rstrip('=')}"

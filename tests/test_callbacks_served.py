@@ -1,4 +1,4 @@
-"""The receiver over real sockets: uvicorn serves it, in FastAPI and in Starlette, and the simulator posts."""
+"""The receiver over real sockets, served by uvicorn, in FastAPI and Starlette. The simulator posts the callbacks."""
 
 import contextlib
 import json
@@ -28,13 +28,13 @@ PROFILE = SimulatorProfile(median_s=0.3, sigma=0.3, visibility_delay_s=0)
 
 @pytest.fixture
 def service() -> Iterator[SimulatorServer]:
-    """A service that paints quickly, and posts when it is done."""
+    """Yield a simulated service that posts callbacks."""
     with SimulatorServer(PROFILE) as server:
         yield server
 
 
 class Served:
-    """An application that holds a client and mounts its receiver, served by uvicorn in this event loop."""
+    """An application with a client and its mounted receiver, served by uvicorn in this event loop."""
 
     def __init__(self, framework: str, service: SimulatorServer) -> None:
         self.socket = open_listener("127.0.0.1", 0)
@@ -63,7 +63,7 @@ class Served:
         self.server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
 
     async def serve(self) -> None:
-        """Serve until it is told to stop."""
+        """Serve until told to stop."""
         try:
             await self.server.serve(sockets=[self.socket])
         finally:
@@ -72,7 +72,7 @@ class Served:
 
 @contextlib.asynccontextmanager
 async def served(framework: str, service: SimulatorServer) -> AsyncIterator[Served]:
-    """Serve an application for a while."""
+    """Serve an application during the block."""
     app = Served(framework, service)
     async with anyio.create_task_group() as group:
         group.start_soon(app.serve)
@@ -86,8 +86,8 @@ async def served(framework: str, service: SimulatorServer) -> AsyncIterator[Serv
 
 
 @pytest.mark.parametrize("framework", ["fastapi", "starlette", "alone"])
-async def test_a_callback_wakes_who_waits(service: SimulatorServer, framework: str) -> None:
-    """Long before the first look would: each picture costs one query."""
+async def test_a_callback_wakes_its_waiters(service: SimulatorServer, framework: str) -> None:
+    """Each image costs one query, long before its first poll."""
     async with served(framework, service) as app:
         handles = [await app.client.submit(f"fox {number}", callback=app.receiver) for number in range(5)]
         began_s = anyio.current_time()
@@ -98,7 +98,7 @@ async def test_a_callback_wakes_who_waits(service: SimulatorServer, framework: s
 
 
 async def test_a_thousand_forged_posts_change_nothing(service: SimulatorServer) -> None:
-    """At known ids, with bad tokens and with a true one: no query more, and the picture comes as ever."""
+    """Forged posts at known ids trigger no extra query, and the image arrives as usual."""
     async with served("starlette", service) as app:
         handle = await app.client.submit("a fox", callback=app.receiver)
         other = await app.client.submit("a hare", callback=app.receiver)
@@ -124,8 +124,8 @@ async def test_a_thousand_forged_posts_change_nothing(service: SimulatorServer) 
     assert service.service.requests.count("GET /api/task/query") <= 3
 
 
-async def test_an_endless_body_is_cut(service: SimulatorServer) -> None:
-    """At 1 MiB; the connection is closed."""
+async def test_an_endless_body_is_rejected(service: SimulatorServer) -> None:
+    """The connection is closed after 1 MiB."""
     async with served("starlette", service) as app:
         url = app.receiver.register().url
 
@@ -143,8 +143,8 @@ async def test_an_endless_body_is_cut(service: SimulatorServer) -> None:
     assert sent < 20_000_000
 
 
-async def test_the_command_prints_what_is_posted() -> None:
-    """To try a tunnel with; whatever is posted, to whatever path."""
+async def test_listen_prints_what_is_posted() -> None:
+    """`nanobanana listen` accepts any body on any path."""
     with started("listen", "--port", "0") as process:
         assert process.stderr is not None
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""Cancelled anywhere, nothing is left taken, and no paid id is lost."""
+"""A call cancelled at any point releases its resources and loses no task id."""
 
 import asyncio
 import contextlib
@@ -42,8 +42,8 @@ CALLS: dict[str, Callable[[NanoBananaClient], Awaitable[object]]] = {
 }
 
 
-def assert_nothing_is_taken(client: NanoBananaClient) -> None:
-    """Every slot is back, nothing is watched, nothing runs."""
+def assert_all_is_released(client: NanoBananaClient) -> None:
+    """Assert that every slot is free, and nothing is tracked or running."""
     api = client._api
     assert api._submit_slots.value == FAST_LIMITS.max_submits
     assert api._poll_slots.value == FAST_LIMITS.max_polls
@@ -55,10 +55,10 @@ def assert_nothing_is_taken(client: NanoBananaClient) -> None:
 @pytest.mark.anyio
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("name", CALLS)
-async def test_a_call_cancelled_at_any_checkpoint_leaves_nothing_taken_and_loses_no_id(
+async def test_a_call_cancelled_at_any_checkpoint_releases_all_and_loses_no_id(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Swept over moments and checkpoints; whatever was charged was returned or logged."""
+    """At each moment and checkpoint, every charged task was returned or logged."""
     caplog.set_level(logging.WARNING, "nanobanana_async")
     simulator = Simulator(PROFILE, delay_s=DELAY_S)
     returned: list[object] = []
@@ -77,7 +77,7 @@ async def test_a_call_cancelled_at_any_checkpoint_leaves_nothing_taken_and_loses
                         await anyio.lowlevel.checkpoint()
                     group.cancel_scope.cancel()
                 await anyio.sleep(1)
-                assert_nothing_is_taken(client)
+                assert_all_is_released(client)
         assert (await client.generate("a fox")).images
     told = caplog.text + repr(returned) + repr(client)
     if name != "updates":  # its caller holds the handle
@@ -87,7 +87,7 @@ async def test_a_call_cancelled_at_any_checkpoint_leaves_nothing_taken_and_loses
 @pytest.mark.asyncio
 @pytest.mark.parametrize("steps", range(0, 40, 3))
 async def test_native_cancellation_at_any_step_loses_no_id(steps: int, caplog: pytest.LogCaptureFixture) -> None:
-    """`task.cancel()` goes through every shield; what protects the POST is that it belongs to nobody's call."""
+    """`task.cancel()` passes every shield, so the POST runs in a task of its own."""
     caplog.set_level(logging.WARNING, "nanobanana_async")
     simulator = Simulator(PROFILE)
     async with simulator.client() as client:
@@ -97,13 +97,13 @@ async def test_native_cancellation_at_any_step_loses_no_id(steps: int, caplog: p
         task.cancel()
         returned = repr(await asyncio.gather(task, return_exceptions=True))
         await asyncio.sleep(0.01)
-        assert_nothing_is_taken(client)
+        assert_all_is_released(client)
     assert [charge.task_id for charge in simulator.charges if charge.task_id not in caplog.text + returned] == []
 
 
 @pytest.mark.anyio
 async def test_ten_thousand_random_cancels_leave_the_throughput_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
-    """Over real sockets. httpx's own pool is dead after ten."""
+    """P9: over real sockets the throughput is unchanged. httpx's own pool fails after ten cancels."""
     caplog.set_level(logging.ERROR, "nanobanana_async")
     rng = random.Random(7)
     async with (
@@ -128,20 +128,20 @@ async def test_ten_thousand_random_cancels_leave_the_throughput_as_it_was(caplog
                 for _ in range(200):
                     group.start_soon(impatient)
         await anyio.sleep(0.2)
-        assert_nothing_is_taken(client)
+        assert_all_is_released(client)
         after_s = min([await hundred_calls_s() for _ in range(3)])
     assert after_s < 2 * before_s + 0.05
 
 
 @pytest.mark.anyio
-async def test_a_save_cancelled_at_any_moment_leaves_a_whole_file_or_none(tmp_path: Path) -> None:
-    """Disk work runs in threads, which cannot be cancelled half way."""
+async def test_a_save_cancelled_at_any_moment_leaves_a_complete_file_or_none(tmp_path: Path) -> None:
+    """Disk access runs in threads, which cannot be interrupted."""
     async with Simulator(PROFILE).client() as client:
         task = await client.generate("a fox")
         for number in range(40):
             with anyio.move_on_after(number * 0.0004):
                 await client.save(task, tmp_path, name=f"{number}")
-        assert_nothing_is_taken(client)
+        assert_all_is_released(client)
     files = list(tmp_path.iterdir())
     assert all(path.suffix == ".png" and path.read_bytes().endswith(b"IEND\xaeB`\x82") for path in files)
 
@@ -149,8 +149,8 @@ async def test_a_save_cancelled_at_any_moment_leaves_a_whole_file_or_none(tmp_pa
 @pytest.mark.anyio
 @pytest.mark.virtual_time
 @pytest.mark.parametrize("name", ["submit", "balance"])
-async def test_a_call_cancelled_while_the_pacer_holds_it_gives_its_slot_back(name: str) -> None:
-    """It has its slot by then, and has sent nothing."""
+async def test_a_call_cancelled_in_the_rate_limiter_gives_its_slot_back(name: str) -> None:
+    """The call holds a slot at that point and has sent nothing."""
     simulator = Simulator(PROFILE)
     slow = attrs.evolve(FAST_LIMITS, requests_per_s=0.1, burst=1)
     async with simulator.client(limits=slow) as client:
@@ -159,5 +159,5 @@ async def test_a_call_cancelled_while_the_pacer_holds_it_gives_its_slot_back(nam
         for _ in range(2 * FAST_LIMITS.max_polls):
             with anyio.move_on_after(0.01):
                 await CALLS[name](client)
-        assert_nothing_is_taken(client)
+        assert_all_is_released(client)
     assert len(simulator.service.requests) == sent

@@ -1,4 +1,4 @@
-"""Handed-in transports that hang, lie or raise anything hurt nobody but the request they carry."""
+"""A user's transport that hangs, returns wrong values or raises anything affects only its own request."""
 
 import asyncio
 import math
@@ -19,25 +19,25 @@ GET = WireRequest(kind=RequestKind.READ, method="GET", url="https://example.org/
 
 
 class Unprintable(Exception):
-    """Cannot even say what it is."""
+    """An exception whose `__str__` raises."""
 
     def __str__(self) -> str:
         raise RuntimeError("no words")
 
 
 class MisbehavingTransport:
-    """A transport that does as it is told."""
+    """A transport whose behaviour is given."""
 
     def __init__(self, behave: Callable[[WireRequest], Awaitable[object]]) -> None:
         self._behave = behave
 
     async def send(self, request: WireRequest, **_: object) -> WireResponse:
-        """Do it."""
+        """Behave as given."""
         await anyio.lowlevel.checkpoint()
         return await self._behave(request)  # type: ignore[return-value]
 
     async def aclose(self) -> None:
-        """There is nothing to close."""
+        """Do nothing; nothing needs to be closed."""
 
 
 async def _unprintable(_: WireRequest) -> object:
@@ -68,18 +68,18 @@ ODD = [_unprintable, _cancelled_inside, _nothing, _text_for_status, _number_for_
 
 
 @pytest.mark.parametrize("behave", ODD)
-async def test_whatever_a_transport_does_is_an_exchange_that_failed(
+async def test_any_transport_failure_is_an_exchange_error(
     behave: Callable[[WireRequest], Awaitable[object]],
 ) -> None:
-    """And the request may have arrived."""
+    """Every failure is an `ExchangeError` after which the request may have arrived."""
     with pytest.raises(ExchangeError, match="the transport failed") as caught:
         await send_checked(MisbehavingTransport(behave), GET, timeout_s=1)
     assert caught.value.phase is Phase.SEND
 
 
 @pytest.mark.parametrize("behave", ODD)
-async def test_one_bad_look_stops_no_other_task(behave: Callable[[WireRequest], Awaitable[object]]) -> None:
-    """The others get their pictures, and the client lives on."""
+async def test_one_failing_poll_stops_no_other_task(behave: Callable[[WireRequest], Awaitable[object]]) -> None:
+    """The other tasks finish, and the client keeps working."""
 
     async def mixed(request: WireRequest) -> object:
         return await behave(request) if "ta-bad" in request.url else finished("ta-good")
@@ -105,24 +105,24 @@ async def test_one_bad_look_stops_no_other_task(behave: Callable[[WireRequest], 
 
 
 @pytest.mark.parametrize("behave", ODD)
-async def test_a_submit_that_ends_oddly_is_unknown(behave: Callable[[WireRequest], Awaitable[object]]) -> None:
-    """The money is out, and nothing says what for."""
+async def test_a_submit_with_a_transport_failure_is_unknown(behave: Callable[[WireRequest], Awaitable[object]]) -> None:
+    """The submit may have been charged, and no response confirms it."""
     async with Simulator(FAST_PROFILE).client() as client:
         client._api._transport = MisbehavingTransport(behave)
         with pytest.raises(SubmissionUnknown):
             await client.submit("a fox")
 
 
-async def test_being_cancelled_is_not_a_failure() -> None:
-    """It is passed on."""
+async def test_a_cancellation_is_passed_on() -> None:
+    """A cancellation is not turned into an error."""
     transport = MisbehavingTransport(lambda _: anyio.sleep(math.inf))
     with anyio.move_on_after(0.05) as scope:
         await send_checked(transport, GET, timeout_s=10)
     assert scope.cancelled_caught
 
 
-async def test_a_transport_that_hangs_holds_its_slot_no_longer_than_its_time() -> None:
-    """Others are looked at all the same."""
+async def test_a_transport_that_hangs_holds_its_slot_until_the_timeout() -> None:
+    """Other tasks are polled meanwhile."""
 
     async def mixed(request: WireRequest) -> object:
         if "ta-stuck" in request.url:
@@ -132,7 +132,7 @@ async def test_a_transport_that_hangs_holds_its_slot_no_longer_than_its_time() -
     client = NanoBananaClient("dk-test", transport=MisbehavingTransport(mixed), timeouts=Timeouts(query_s=5))
     async with client, anyio.create_task_group() as group:
         for number in range(200):
-            group.start_soon(_wait_in_vain, client, f"ta-stuck-{number}")
+            group.start_soon(_wait_and_ignore_timeout, client, f"ta-stuck-{number}")
         await anyio.sleep(1)
         began_s = anyio.current_time()
         await client.generate("a fox", timeout_s=120)
@@ -142,12 +142,12 @@ async def test_a_transport_that_hangs_holds_its_slot_no_longer_than_its_time() -
         group.cancel_scope.cancel()
 
 
-async def _wait_in_vain(client: NanoBananaClient, task_id: str) -> None:
+async def _wait_and_ignore_timeout(client: NanoBananaClient, task_id: str) -> None:
     await client.task(task_id).wait(timeout_s=600)
 
 
-async def test_what_the_receiver_of_a_body_raises_is_its_own() -> None:
-    """A full disk is not the transport's fault."""
+async def test_an_error_of_the_sink_is_passed_on() -> None:
+    """A full disk is not an error of the transport."""
 
     async def full(_: bytes) -> None:
         raise OSError("no space")

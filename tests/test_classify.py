@@ -1,4 +1,4 @@
-"""The table that decides who pays twice, row by row."""
+"""The table that decides about second charges, rule by rule."""
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,7 @@ HTML = b"<html>Bad gateway</html>"
 
 
 def outcome(end: WireResponse | ExchangeError) -> SubmitExchange:
-    """Return what the operation would hand to the table."""
+    """Return what the operation passes to the table."""
     if isinstance(end, WireResponse):
         return SubmitExchange(response=end, envelope=codec.decode_envelope(end))
     return SubmitExchange(
@@ -74,23 +74,23 @@ ROWS: list[tuple[str, WireResponse | ExchangeError, Verdict, RetryRule]] = [
 
 @pytest.mark.parametrize(("end", "verdict", "repeat"), [pytest.param(*row[1:], id=row[0]) for row in ROWS])
 def test_each_outcome_has_its_verdict(end: WireResponse | ExchangeError, verdict: Verdict, repeat: RetryRule) -> None:
-    """What became of the money, and whether sending again is in order."""
+    """Each outcome has the listed verdict and retry rule."""
     row = classify(outcome(end))
     assert (row.verdict, row.retry) == (verdict, repeat)
 
 
-def test_every_row_of_the_table_is_reached_by_the_cases_above() -> None:
-    """A row that no case reaches is a row that nobody has thought through."""
+def test_every_rule_is_reached_by_the_cases_above() -> None:
+    """No rule is untested."""
     assert {classify(outcome(end)).name for _, end, *_ in ROWS} == {row.name for row in RULES}
 
 
 @given(status=st.integers(100, 599), body=st.binary(max_size=100), phase=st.none() | st.sampled_from(Phase))
-def test_whatever_may_have_arrived_is_repeated_only_under_a_named_policy(
+def test_a_request_that_may_have_arrived_is_resubmitted_only_under_a_named_level(
     status: int, body: bytes, phase: Phase | None
 ) -> None:
-    """No combination of status, bytes and failure leads to a silent second payment."""
-    answer = WireResponse(status=status, body=body)
-    end = answer if phase is None else lost(phase, partial=answer if phase is Phase.RESPONSE else None)
+    """No combination of status, body and failure leads to an undeclared second charge."""
+    received = WireResponse(status=status, body=body)
+    end = received if phase is None else lost(phase, partial=received if phase is Phase.RESPONSE else None)
     row = classify(outcome(end))
     if row.retry in (RetryRule.SAFE, RetryRule.ONCE, RetryRule.AFTER_WAIT):
         assert phase is Phase.CONNECT or status in (408, 421, 425, 429)

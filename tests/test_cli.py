@@ -1,4 +1,4 @@
-"""`nanobanana` as a person or a script meets it: real processes, real signals, a real port."""
+"""`nanobanana` in real processes, with real signals and a real port."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from PIL import Image
 from nanobanana_async import NanoBananaClient
 from nanobanana_async.simulator import FAST_PROFILE, SimulatorProfile
 from nanobanana_async.simulator.server import SimulatorServer
-from tests.raw_server import response, saying, serving
+from tests.raw_server import response, sending, serving
 
 pytestmark = pytest.mark.other_clients
 
@@ -29,7 +29,7 @@ COMMAND = [sys.executable, "-W", "error", "-m", "nanobanana_async.cli"]
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Return our environment with *variables*; an empty one is removed."""
+    """Return the environment with *variables*; an empty value removes one."""
     merged = {**os.environ, "NO_COLOR": "1", **variables}
     return {name: value for name, value in merged.items() if value}
 
@@ -46,7 +46,7 @@ def nanobanana(*arguments: str, cwd: Path | None = None, **variables: str) -> su
 def started(
     *arguments: str, cwd: Path | None = None, first: str = ":", variables: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator["subprocess.Popen[str]"]:
-    """Start a command, from a shell that has done *first*, and see to it that it ends."""
+    """Start a command from a shell that has run *first*, and end it with the block."""
     pipe = subprocess.PIPE
     with subprocess.Popen(  # noqa: S603 - our own command line
         ["/bin/sh", "-c", f'{first}; exec "$@"', "_", *COMMAND, *arguments],
@@ -73,7 +73,7 @@ def wait_for(condition: object, seconds: float = 10) -> None:
 
 @attrs.frozen
 class Ended:
-    """A command that ran to its end, and the folder it ran in."""
+    """A command that has ended, and its folder."""
 
     code: int
     out: str
@@ -83,7 +83,7 @@ class Ended:
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ended]]:
-    """The commands that wait for pictures, all at once: each takes as long as the first look at a real picture."""
+    """Run the commands that wait for images concurrently."""
     commands = {
         "one": ('exec "$@"', ["generate", "a fox in snow", "-o", "fox.png", "--aspect-ratio", "16:9"]),
         "two": ('exec "$@"', ["generate", "a", "b", "--json", "-o", "out", "--image", "ref.png"]),
@@ -113,8 +113,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ended]
         assert sorted(charge.prompt for charge in server.charges) == ["a", "a fox in snow", "b", "c", "d", "too large"]
 
 
-def test_a_prompt_becomes_a_picture_on_disk(ended: dict[str, Ended]) -> None:
-    """The path on stdout, nothing else; exit code 0."""
+def test_a_prompt_becomes_an_image_on_disk(ended: dict[str, Ended]) -> None:
+    """The path is on stdout, nothing else is, and the exit code is 0."""
     one = ended["one"]
     assert (one.code, one.out, one.err) == (0, "fox.png\n", "")
     with Image.open(one.folder / "fox.png") as image:
@@ -122,7 +122,7 @@ def test_a_prompt_becomes_a_picture_on_disk(ended: dict[str, Ended]) -> None:
 
 
 def test_several_prompts_are_one_json_line_each(ended: dict[str, Ended]) -> None:
-    """For machines: what was asked, what came, what it cost. Both with a reference image."""
+    """Each line has the prompt, the files and the cost."""
     two = ended["two"]
     lines = [json.loads(line) for line in two.out.splitlines()]
     assert (two.code, two.err) == (0, "")
@@ -130,8 +130,8 @@ def test_several_prompts_are_one_json_line_each(ended: dict[str, Ended]) -> None
     assert all((two.folder / line["files"][0]).is_file() and line["consumed"] == "0.500000" for line in lines)
 
 
-def test_a_disk_that_is_full_after_the_money_is_out_names_what_to_do(ended: dict[str, Ended]) -> None:
-    """The picture can still be fetched, to somewhere else."""
+def test_a_full_disk_prints_the_command_that_downloads_the_image(ended: dict[str, Ended]) -> None:
+    """The charged image can still be saved elsewhere."""
     full = ended["full"]
     assert full.code == 1
     assert "fox.png: cannot be written" in full.err
@@ -141,14 +141,14 @@ def test_a_disk_that_is_full_after_the_money_is_out_names_what_to_do(ended: dict
     assert list(full.folder.iterdir()) == []
 
 
-def test_a_reader_that_goes_away_does_not_keep_paid_pictures_from_the_disk(ended: dict[str, Ended]) -> None:
-    """`nanobanana generate ... | head -1`."""
+def test_a_closed_pipe_does_not_stop_images_from_being_saved(ended: dict[str, Ended]) -> None:
+    r"""`nanobanana generate ... \|head -1` saves all images."""
     assert ended["unread"].err == ""
     assert len(list(ended["unread"].folder.glob("*.png"))) == 2
 
 
-def test_the_demo_makes_24_pictures_and_a_gallery(ended: dict[str, Ended]) -> None:
-    """No key, no network, and plain lines where there is no terminal."""
+def test_the_demo_generates_24_images_and_a_gallery(ended: dict[str, Ended]) -> None:
+    """The demo needs no key and no network, and prints plain lines without a terminal."""
     demo = ended["demo"]
     assert (demo.code, "\x1b" in demo.out + demo.err) == (0, False)
     page = (demo.folder / "shown" / "index.html").read_text()
@@ -178,7 +178,7 @@ def test_the_demo_makes_24_pictures_and_a_gallery(ended: dict[str, Ended]) -> No
         pytest.param(["simulate", "--faults", "fire=1"], {}, 2, "got 'fire'", id="bad-fault"),
     ],
 )
-def test_what_goes_wrong_is_one_clear_line_and_an_exit_code(
+def test_an_error_is_one_line_and_an_exit_code(
     nanobanana_server: SimulatorServer,
     tmp_path: Path,
     arguments: list[str],
@@ -186,7 +186,7 @@ def test_what_goes_wrong_is_one_clear_line_and_an_exit_code(
     code: int,
     says: str,
 ) -> None:
-    """1 for what failed, 2 for what was typed wrong; never a traceback, never the key, nothing paid."""
+    """The code is 1 for a failure and 2 for wrong usage, without a traceback, the key, or a charge."""
     (tmp_path / "file").touch()
     ended = nanobanana(*arguments, cwd=tmp_path, **variables)
     assert ended.returncode == code
@@ -207,10 +207,10 @@ def test_what_goes_wrong_is_one_clear_line_and_an_exit_code(
         pytest.param(signal.SIGHUP, 129, ":", id="terminal-closed"),
     ],
 )
-def test_an_interrupt_leaves_no_traceback_and_says_how_to_go_on(
+def test_an_interrupt_prints_the_resume_command_and_no_traceback(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, code: int, first: str
 ) -> None:
-    """What is paid is named, with the command that fetches it; and that command works."""
+    """The printed command downloads the charged image."""
     with SimulatorServer(SimulatorProfile(median_s=0.2, sigma=0, visibility_delay_s=0)) as server:
         monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
         monkeypatch.setenv("DEFAPI_API_KEY", "dk-test")
@@ -229,31 +229,31 @@ def test_an_interrupt_leaves_no_traceback_and_says_how_to_go_on(
         assert (waited.returncode, waited.stdout, len(server.service.charges)) == (0, "fox.png\n", 1)
 
 
-def test_what_the_service_says_cannot_drive_the_terminal() -> None:
-    """Escape sequences in an error are not obeyed, and it stays one line."""
+def test_a_message_of_the_service_cannot_control_the_terminal() -> None:
+    """Escape sequences are removed, and the error stays on one line."""
     said = json.dumps({"code": 1, "message": "failed", "detail": "\x1b[2J\x1b]0;owned\x07no\nsuch\nthing"}).encode()
-    with serving(saying(response(said, status="400 Bad"))) as server:
+    with serving(sending(response(said, status="400 Bad"))) as server:
         ended = nanobanana("balance", DEFAPI_BASE_URL=server.url, DEFAPI_API_KEY="dk-test")
     assert ended.stderr == "nanobanana: [2J ]0;owned no such thing (HTTP 400, code 1).\n"
 
 
-def test_a_terminal_without_a_letter_shows_it_in_escapes() -> None:
-    """An odd locale must not end in a traceback after the money is out."""
-    with serving(saying(response('{"code":1,"detail":"日本"}'.encode(), status="400 Bad"))) as server:
+def test_a_terminal_that_cannot_show_a_character_gets_an_escape() -> None:
+    """A limited locale does not end in a traceback after a charge."""
+    with serving(sending(response('{"code":1,"detail":"日本"}'.encode(), status="400 Bad"))) as server:
         ended = nanobanana(
             "balance", DEFAPI_BASE_URL=server.url, DEFAPI_API_KEY="dk-test", PYTHONIOENCODING="latin-1:strict"
         )
     assert ended.stderr == "nanobanana: \\u65e5\\u672c (HTTP 400, code 1).\n"
 
 
-def test_status_and_balance_tell_how_things_stand(nanobanana_server: SimulatorServer) -> None:
-    """For people and for machines."""
+def test_status_and_balance_print_text_or_json(nanobanana_server: SimulatorServer) -> None:
+    """Both print text, or JSON with --json."""
     assert nanobanana("balance").stdout == "100000 credits\n"
     assert json.loads(nanobanana("balance", "--json").stdout) == {"credits": "100000"}
 
 
-def test_errors_are_json_too_when_json_is_asked_for(nanobanana_server: SimulatorServer) -> None:
-    """On stdout, with the kind of error, so that nobody parses sentences."""
+def test_errors_are_json_with_json(nanobanana_server: SimulatorServer) -> None:
+    """The error is on stdout with its type."""
     ended = nanobanana("wait", "ta-none", "--json")
     record = json.loads(ended.stdout)
     assert (ended.returncode, ended.stderr) == (1, "")
@@ -261,7 +261,7 @@ def test_errors_are_json_too_when_json_is_asked_for(nanobanana_server: Simulator
 
 
 def test_a_failed_task_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the service's reason; for `wait` as for `status`."""
+    """`wait` and `status` print the reason and exit with 1."""
     with SimulatorServer(SimulatorProfile(median_s=0.1, sigma=0, visibility_delay_s=0, failed_tasks=1)) as server:
         monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
         monkeypatch.setenv("DEFAPI_API_KEY", "dk-test")
@@ -278,8 +278,8 @@ def test_a_failed_task_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (looked.returncode, json.loads(looked.stdout)["status"]) == (1, "failed")
 
 
-def test_the_simulator_says_where_it_listens_and_stops_when_told() -> None:
-    """Ctrl-C is a normal end, without a traceback; a taken port is one clear line."""
+def test_the_simulator_prints_its_url_and_stops_on_a_signal() -> None:
+    """Ctrl-C leaves no traceback, and a port in use is one clear line."""
     with started("simulate", "--port", "0", "--json") as process:
         assert process.stdout is not None
         url = json.loads(process.stdout.readline())["url"]
@@ -290,8 +290,8 @@ def test_the_simulator_says_where_it_listens_and_stops_when_told() -> None:
         assert (process.wait(10), process.stderr and process.stderr.read()) == (130, "")
 
 
-def test_the_simulator_of_a_parent_that_dies_ends_too() -> None:
-    """Demos and benchmarks must not leave servers behind."""
+def test_the_simulator_ends_with_its_parent() -> None:
+    """Demos and benchmarks leave no servers behind."""
     with started("simulate", "--port", "0", "--json", "--until-eof") as process:
         assert process.stdout is not None
         assert process.stdin is not None
@@ -300,7 +300,7 @@ def test_the_simulator_of_a_parent_that_dies_ends_too() -> None:
         assert process.wait(10) == 0
 
 
-def test_help_is_quick() -> None:
-    """Nobody waits for httpx and rich to read a help page."""
+def test_help_imports_neither_httpx_nor_rich() -> None:
+    """Help is printed without the slow imports."""
     names = nanobanana("--help").stdout
     assert all(name in names for name in ("generate", "status", "wait", "balance", "simulate", "demo"))

@@ -1,4 +1,4 @@
-"""The face: generate, submit, handles, closing, and where a client may be used."""
+"""The public client: generate, submit, handles, closing, and where it may be used."""
 
 import gc
 import logging
@@ -40,20 +40,20 @@ pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 @pytest.fixture
 async def client(nanobanana_simulator: Simulator) -> AsyncIterator[NanoBananaClient]:
-    """A client of the service in memory, opened and closed by a fixture."""
+    """Yield a client of the in-memory service."""
     async with nanobanana_simulator.client() as client:
         yield client
 
 
 async def test_generate_returns_a_finished_task_with_an_image(client: NanoBananaClient) -> None:
-    """Prompt in, picture out."""
+    """A prompt becomes a finished task with an image."""
     task = await client.generate("a fox in snow", aspect_ratio="16:9")
     assert task.status is TaskStatus.SUCCESS
     assert (await client.download(task.images[0])).startswith(b"\x89PNG")
 
 
-async def test_a_request_object_does_as_well_and_options_replace_its_fields(nanobanana_simulator: Simulator) -> None:
-    """One request, several variants."""
+async def test_options_replace_fields_of_a_request(nanobanana_simulator: Simulator) -> None:
+    """One request object serves for several variants."""
     request = GenerationRequest("a fox", aspect_ratio="1:1", image_size="2k")
     async with nanobanana_simulator.client() as client:
         await client.generate(request, aspect_ratio="16:9")
@@ -61,15 +61,15 @@ async def test_a_request_object_does_as_well_and_options_replace_its_fields(nano
     assert (played.image.width, played.image.height) == (2048, 1152)
 
 
-async def test_an_unknown_option_is_an_error_of_the_caller(client: NanoBananaClient) -> None:
-    """As with any Python call."""
+async def test_an_unknown_option_is_a_type_error(client: NanoBananaClient) -> None:
+    """An unknown keyword raises TypeError, as in any Python call."""
     with pytest.raises(TypeError, match="ratio"):
         await client.submit("a fox", ratio="16:9")  # type: ignore[call-arg]
 
 
 @pytest.mark.real_time
-async def test_a_bad_request_costs_nothing(nanobanana_simulator: Simulator, tmp_path: Path) -> None:
-    """Neither a bad value nor a bad file reaches the service."""
+async def test_an_invalid_request_costs_nothing(nanobanana_simulator: Simulator, tmp_path: Path) -> None:
+    """Neither an invalid value nor an unreadable file reaches the service."""
     async with nanobanana_simulator.client() as client:
         with pytest.raises(ValueError, match="prompt"):
             await client.generate("")
@@ -78,8 +78,8 @@ async def test_a_bad_request_costs_nothing(nanobanana_simulator: Simulator, tmp_
     assert nanobanana_simulator.service.requests == []
 
 
-async def test_submit_returns_a_handle_that_knows_its_task(client: NanoBananaClient) -> None:
-    """And can be made again from the id, in any process."""
+async def test_submit_returns_a_handle_that_can_be_created_again(client: NanoBananaClient) -> None:
+    """A handle can be created from the id in any process."""
     handle = await client.submit("a red bicycle")
     again = client.task(handle.task_id)
     assert handle.submitted_at is not None
@@ -88,22 +88,22 @@ async def test_submit_returns_a_handle_that_knows_its_task(client: NanoBananaCli
 
 
 async def test_updates_end_with_the_final_snapshot(client: NanoBananaClient) -> None:
-    """Also when asked a second time."""
+    """The last update is final, also for a second call."""
     handle = await client.submit("a fox")
     for _ in range(2):
         seen = [task.status async for task in handle.updates()]
         assert seen[-1] is TaskStatus.SUCCESS
 
 
-async def test_query_is_one_look(client: NanoBananaClient) -> None:
-    """It does not wait."""
+async def test_query_is_one_request(client: NanoBananaClient) -> None:
+    """A query does not wait."""
     handle = await client.submit("a fox")
     assert not (await handle.query()).is_final
     assert (await handle.wait()) == (await handle.query())
 
 
-async def test_a_fresh_task_that_is_not_visible_yet_is_pending() -> None:
-    """The service answers 404 for its own new ids; a foreign id that answers 404 is not found."""
+async def test_a_new_task_that_is_not_visible_yet_is_pending() -> None:
+    """The service returns 404 for its own new ids; a foreign id with a 404 is not found."""
     simulator = Simulator(SimulatorProfile(median_s=0.02, visibility_delay_s=60))
     async with simulator.client() as client:
         handle = await client.submit("a fox")
@@ -119,10 +119,10 @@ async def test_a_fresh_task_that_is_not_visible_yet_is_pending() -> None:
         pytest.param(SimulatorProfile(median_s=0.02, visibility_delay_s=0, text_only=1), NoImage, id="words-only"),
     ],
 )
-async def test_an_end_without_a_picture_is_an_error_with_the_task(
+async def test_an_end_without_an_image_is_an_error_with_the_task(
     profile: SimulatorProfile, error: type[TaskFailed]
 ) -> None:
-    """`wait` returns it; `result` and `generate` raise, and say what the service said."""
+    """`wait` returns the task; `result` and `generate` raise with the service's words."""
     async with Simulator(profile).client() as client:
         with pytest.raises(error) as caught:
             await client.generate("a fox")
@@ -132,7 +132,7 @@ async def test_an_end_without_a_picture_is_an_error_with_the_task(
 
 
 async def test_a_timeout_leaves_a_task_that_can_be_awaited_again() -> None:
-    """The error carries the id; nothing is paid a second time."""
+    """The error carries the id, and a second wait costs nothing."""
     simulator = Simulator(SimulatorProfile(median_s=0.3, sigma=0, visibility_delay_s=0))
     async with simulator.client() as client:
         with pytest.raises(TaskTimeout) as caught:
@@ -141,10 +141,10 @@ async def test_a_timeout_leaves_a_task_that_can_be_awaited_again() -> None:
     assert len(simulator.charges) == 1
 
 
-async def test_cancelling_generate_logs_the_id_it_leaves_behind(
+async def test_cancelling_generate_logs_the_task_id(
     nanobanana_simulator: Simulator, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A paid id is never lost, whoever loses interest."""
+    """A cancelled caller does not lose the id of a charged task."""
     caplog.set_level(logging.WARNING, "nanobanana_async")
     simulator = Simulator(SimulatorProfile(median_s=30))
     async with simulator.client() as client:
@@ -154,7 +154,7 @@ async def test_cancelling_generate_logs_the_id_it_leaves_behind(
 
 
 async def test_two_hundred_concurrent_calls_are_two_hundred_charges(nanobanana_simulator: Simulator) -> None:
-    """Each call gets the picture of its own prompt."""
+    """Each call gets the image of its own prompt."""
     got = {}
     async with nanobanana_simulator.client() as nb, anyio.create_task_group() as group:
 
@@ -166,8 +166,8 @@ async def test_two_hundred_concurrent_calls_are_two_hundred_charges(nanobanana_s
     assert {charge.prompt: charge.task_id for charge in nanobanana_simulator.charges} == got
 
 
-async def test_a_wrong_key_is_said_to_be_wrong(nanobanana_simulator: Simulator) -> None:
-    """And the key itself is not shown."""
+async def test_a_wrong_key_is_an_authentication_error(nanobanana_simulator: Simulator) -> None:
+    """The error does not contain the key."""
     async with NanoBananaClient("dk-CANARY", transport=nanobanana_simulator) as client:
         with pytest.raises(AuthenticationError) as caught:
             await client.generate("a fox")
@@ -175,7 +175,7 @@ async def test_a_wrong_key_is_said_to_be_wrong(nanobanana_simulator: Simulator) 
 
 
 async def test_closing_ends_waits_and_refuses_new_work(nanobanana_simulator: Simulator) -> None:
-    """Twice is harmless; whoever waited gets the task id."""
+    """Waiters get the task id, and a second close has no effect."""
     client = Simulator(SimulatorProfile(median_s=60)).client()
     handle = await client.submit("a fox")
     errors: list[Exception] = []
@@ -198,12 +198,12 @@ async def test_closing_ends_waits_and_refuses_new_work(nanobanana_simulator: Sim
 
 
 async def test_a_client_that_was_never_used_can_be_closed_anywhere() -> None:
-    """It has started nothing."""
+    """An unused client has started nothing."""
     await NanoBananaClient("dk-1").aclose()
 
 
-async def test_a_transport_that_is_handed_in_stays_open() -> None:
-    """Whoever made it closes it."""
+async def test_a_transport_that_was_passed_in_stays_open() -> None:
+    """The caller closes its own transport."""
     transport = script(accepted(), finished())
     async with NanoBananaClient("dk-1", transport=transport) as client:
         await client.submit("a fox")
@@ -211,7 +211,7 @@ async def test_a_transport_that_is_handed_in_stays_open() -> None:
 
 
 async def test_a_client_may_be_opened_in_one_task_and_closed_in_another(nanobanana_simulator: Simulator) -> None:
-    """Bots do that: set up in one callback, torn down in another."""
+    """Bots open a client in one callback and close it in another."""
     clients: list[NanoBananaClient] = []
 
     async def open_it() -> None:
@@ -230,7 +230,7 @@ async def test_a_client_may_be_opened_in_one_task_and_closed_in_another(nanobana
 
 @pytest.mark.real_time
 async def test_another_event_loop_gets_a_clear_error(nanobanana_simulator: Simulator, anyio_backend: str) -> None:
-    """Instead of futures that belong to somebody else."""
+    """Another event loop gets a `ConfigurationError` instead of foreign futures."""
     async with nanobanana_simulator.client() as client:
         await client.balance()
         for use in (client.balance, client.aclose):
@@ -241,7 +241,7 @@ async def test_another_event_loop_gets_a_clear_error(nanobanana_simulator: Simul
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.real_time
 async def test_a_forked_child_gets_a_clear_error(nanobanana_simulator: Simulator) -> None:
-    """Two processes on one connection would read each other's replies."""
+    """Two processes on one connection would read each other's responses."""
     async with nanobanana_simulator.client() as client:
         await client.balance()
         child = os.fork()
@@ -256,8 +256,8 @@ async def test_a_forked_child_gets_a_clear_error(nanobanana_simulator: Simulator
         assert os.waitstatus_to_exitcode(status) == 0
 
 
-async def test_a_forgotten_client_is_reported() -> None:
-    """Hiding it would leak connections for as long as the process lives."""
+async def test_an_unclosed_client_is_a_resource_warning() -> None:
+    """Without the warning, connections would leak for the life of the process."""
     client = Simulator().client()
     await client.balance()
     host = client._background
@@ -268,8 +268,8 @@ async def test_a_forgotten_client_is_reported() -> None:
     await host.aclose(drain_s=1)
 
 
-async def test_a_client_that_was_closed_or_never_used_is_forgotten_in_silence() -> None:
-    """There is nothing to report."""
+async def test_a_closed_or_unused_client_gives_no_warning() -> None:
+    """There is nothing to release."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         NanoBananaClient("dk-1")
@@ -280,8 +280,8 @@ async def test_a_client_that_was_closed_or_never_used_is_forgotten_in_silence() 
 
 
 @pytest.mark.real_time
-async def test_pictures_are_saved_under_safe_names(client: NanoBananaClient, tmp_path: Path) -> None:
-    """Named after the task in a folder, or exactly as told."""
+async def test_images_are_saved_under_safe_names(client: NanoBananaClient, tmp_path: Path) -> None:
+    """In a folder the file is named after the task; a file path is used as it is."""
     task = await client.generate("a fox")
     assert await client.save(task, tmp_path / "new" / "folder") == [tmp_path / "new" / "folder" / f"{task.task_id}.png"]
     assert await client.save(task, tmp_path / "fox.png") == [tmp_path / "fox.png"]
@@ -290,8 +290,8 @@ async def test_pictures_are_saved_under_safe_names(client: NanoBananaClient, tmp
 
 
 @pytest.mark.real_time
-async def test_several_pictures_get_numbers(nanobanana_simulator: Simulator, tmp_path: Path) -> None:
-    """The service has answered with more than one."""
+async def test_several_images_get_numbers(nanobanana_simulator: Simulator, tmp_path: Path) -> None:
+    """The service may return more than one image."""
     urls = [{"image": f"https://f.example/{n}.png"} for n in range(3)]
     body = finished().body.replace(
         b'[{"image": "https://files.example/fox.png"}]', str(urls).replace("'", '"').encode()
@@ -305,8 +305,8 @@ async def test_several_pictures_get_numbers(nanobanana_simulator: Simulator, tmp
     assert names == ["fox.png", "fox-2.png", "fox-3.png"]
 
 
-async def test_a_refused_submit_is_one_request() -> None:
-    """Bad requests are not repeated."""
+async def test_a_rejected_submit_is_one_request() -> None:
+    """An invalid request is not retried."""
     transport = script(rejected(400, 1, "prompt is required"))
     async with NanoBananaClient("dk-1", transport=transport) as client:
         with pytest.raises(Exception, match="prompt is required"):
@@ -314,8 +314,8 @@ async def test_a_refused_submit_is_one_request() -> None:
     assert submits(transport.requests) == 1
 
 
-async def test_a_hook_gets_the_handle_of_a_task_whose_caller_had_gone() -> None:
-    """The last chance to keep a paid id: store it, or await it."""
+async def test_on_orphan_gets_the_handle_of_an_abandoned_task() -> None:
+    """The hook can store or await the charged task."""
     simulator = Simulator(delay_s=0.2)
     orphans: list[TaskHandle] = []
     async with NanoBananaClient(
@@ -328,8 +328,8 @@ async def test_a_hook_gets_the_handle_of_a_task_whose_caller_had_gone() -> None:
         assert (await orphans[0].result()).images
 
 
-async def test_closing_refuses_what_is_still_in_line_and_lets_the_rest_end() -> None:
-    """No submit begins after `aclose`, nobody hangs, and two who close at once wait no longer than one."""
+async def test_closing_rejects_queued_submits_and_finishes_the_others() -> None:
+    """No submit begins after `aclose`, none hangs, and two concurrent closes take no longer than one."""
     simulator = Simulator(delay_s=0.1)
     client = simulator.client(limits=attrs.evolve(FAST_LIMITS, max_submits=2))
     ends: Counter[str] = Counter()
@@ -353,8 +353,8 @@ async def test_closing_refuses_what_is_still_in_line_and_lets_the_rest_end() -> 
     assert len(simulator.charges) == 2
 
 
-async def test_generate_on_a_client_that_is_closed_meanwhile_tells_the_paid_id() -> None:
-    """The submit is let end; the wait is not; the error carries the id."""
+async def test_generate_on_a_client_that_is_closed_meanwhile_carries_the_id() -> None:
+    """The submit finishes, the wait ends, and the error carries the task id."""
     simulator = Simulator(delay_s=0.1)
     client = simulator.client()
     errors: list[NanoBananaError] = []
@@ -372,8 +372,8 @@ async def test_generate_on_a_client_that_is_closed_meanwhile_tells_the_paid_id()
     assert [error.task_id for error in errors] == [charge.task_id for charge in simulator.charges]
 
 
-async def test_a_submit_does_not_wait_for_its_turn_for_ever() -> None:
-    """A service that keeps asking for quiet is given up on, and nothing was sent."""
+async def test_a_submit_waits_for_a_bounded_time() -> None:
+    """If the service keeps asking for a pause, the submit times out and nothing was sent."""
     transport = script(rejected(429, retry_after="300"))
     timeouts = Timeouts(query_s=0.1, task_s=0.3)
     async with NanoBananaClient("dk-1", transport=transport, timeouts=timeouts) as client:

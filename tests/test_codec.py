@@ -1,4 +1,4 @@
-"""What is said and what is understood: every variant of the wire, and no byte sequence that breaks it."""
+"""Encoding and decoding of every variant of the wire. No byte sequence raises a foreign error."""
 
 import base64
 import gzip
@@ -30,18 +30,18 @@ from tests.fakes import accepted, finished, rejected, response, state
 
 
 def sent(request: GenerationRequest) -> dict[str, object]:
-    """Return the JSON document that goes out for *request*."""
+    """Return the JSON document sent for *request*."""
     document: dict[str, object] = json.loads(codec.encode_submit("https://a.example", request).body or b"")
     return document
 
 
 def test_unset_fields_are_left_out_never_null() -> None:
-    """The service was never seen to take a null."""
+    """Unset fields are omitted, because the service was never seen to accept a null."""
     assert sent(GenerationRequest("a fox")) == {"model": "google/gempix2", "prompt": "a fox"}
 
 
-def test_every_field_goes_out_under_its_own_name() -> None:
-    """The names are the vendor's."""
+def test_every_field_has_the_services_name() -> None:
+    """The field names are those of the service's documentation."""
     request = GenerationRequest(
         "a fox",
         images=["https://a.example/1.png"],
@@ -63,19 +63,19 @@ def test_every_field_goes_out_under_its_own_name() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), object(), {1, 2}], ids=["nan", "object", "set"])
-def test_extra_that_is_no_json_is_refused_by_name(value: object) -> None:
-    """Before anything is paid."""
+def test_extra_that_json_cannot_encode_is_rejected_by_name(value: object) -> None:
+    """The error is raised before anything is charged."""
     with pytest.raises(ValueError, match="extra: cannot be encoded as JSON"):
         codec.encode_submit("https://a.example", GenerationRequest("a fox", extra={"x": value}))  # type: ignore[dict-item]
 
 
 def test_a_task_id_cannot_change_the_query() -> None:
-    """Ids are opaque, and somebody will paste one with an ampersand."""
+    """An id with an ampersand is percent-encoded."""
     assert codec.encode_query("https://a.example", "a&b=c/../d").url.endswith("?task_id=a%26b%3Dc%2F..%2Fd")
 
 
-def test_a_finished_task_is_read_whole() -> None:
-    """Images, words, credits as Decimal, dates with a zone, unknown fields in raw."""
+def test_a_finished_task_is_decoded_completely() -> None:
+    """Images, texts, credits as Decimal, dates with a zone, and unknown fields are kept."""
     fields: dict[str, Any] = {
         "result": [{"image": "https://f.example/1.png"}, {"text": "as asked"}, {"image": "https://f.example/2.png"}],
         "consumed": "0.123456789",
@@ -108,7 +108,7 @@ def test_a_finished_task_is_read_whole() -> None:
     ],
 )
 def test_every_shape_of_result_is_normalised(result: object, images: int, texts: int) -> None:
-    """Null, one object, strings and mixtures have all been seen."""
+    """Null, one object, strings and mixtures have all been observed."""
     task = codec.decode_task(state("success", result=result), "ta-1")
     assert (len(task.images), len(task.texts)) == (images, texts)
 
@@ -129,8 +129,8 @@ def test_every_shape_of_result_is_normalised(result: object, images: int, texts:
         pytest.param("1e999999999", None, id="billions-of-digits"),
     ],
 )
-def test_credits_are_decimal_or_nothing(consumed: object, expected: Decimal | None) -> None:
-    """An odd price never spoils a paid picture."""
+def test_credits_are_decimal_or_none(consumed: object, expected: Decimal | None) -> None:
+    """An invalid price does not hide a charged image."""
     assert codec.decode_task(state("success", consumed=consumed), "ta-1").consumed == expected
 
 
@@ -145,14 +145,14 @@ def test_credits_are_decimal_or_nothing(consumed: object, expected: Decimal | No
         (7, "unrecognized"),
     ],
 )
-def test_an_unknown_status_counts_as_still_running(word: object, expected: str) -> None:
-    """Spelling does not matter; new words do no harm."""
+def test_an_unrecognized_status_is_treated_as_running(word: object, expected: str) -> None:
+    """Case and spaces are ignored, and new statuses do no harm."""
     assert codec.decode_task(state(word), "ta-1").status.value == expected
 
 
 @pytest.mark.parametrize("spelling", ["standard", "url-safe", "unpadded", "newlines"])
-def test_inline_pictures_are_decoded_however_they_are_spelled(spelling: str) -> None:
-    """Data URIs come in several dialects of base64."""
+def test_inline_images_are_decoded_in_every_base64_variant(spelling: str) -> None:
+    """Data URIs use several variants of base64."""
     data = bytes(range(256))
     text = base64.b64encode(data).decode()
     text = {
@@ -166,40 +166,40 @@ def test_inline_pictures_are_decoded_however_they_are_spelled(spelling: str) -> 
 
 
 @pytest.mark.parametrize("uri", ["data:image/png;base64", "data:image/png;base64,###", "data:image/png,abc"])
-def test_a_damaged_inline_picture_does_not_hide_the_others(uri: str) -> None:
-    """The task is paid; what is whole of it must be reachable."""
+def test_a_damaged_inline_image_does_not_hide_the_others(uri: str) -> None:
+    """The task is charged, so its other images remain accessible."""
     task = codec.decode_task(state("success", result=[{"image": uri}, {"image": "https://f.example/1.png"}]), "ta-1")
     assert [image.url for image in task.images] == [uri, "https://f.example/1.png"]
 
 
-def test_an_answer_that_names_no_task_is_about_the_one_that_was_asked_for() -> None:
-    """Its pictures are saved under that name, and its errors carry it."""
+def test_a_response_without_a_task_id_gets_the_queried_one() -> None:
+    """Files and errors carry the queried id."""
     assert codec.decode_task(response(200, {"code": 0, "data": {"status": "success"}}), "ta-7").task_id == "ta-7"
 
 
-def test_an_error_quotes_the_service_at_a_bearable_length() -> None:
-    """Sixty megabytes of words have no place in a log."""
+def test_an_error_quotes_a_bounded_part_of_the_message() -> None:
+    """A message of 64 MiB does not end up in a log."""
     with pytest.raises(InvalidRequest) as caught:
         codec.decode_balance(rejected(400, 1, "x" * 100_000))
     assert len(str(caught.value)) < 1100
 
 
 @pytest.mark.parametrize("depth", range(880, 1000, 7))
-def test_nesting_near_the_limit_of_the_stack_breaks_nothing(depth: int) -> None:
-    """It can be read, and not be written again."""
+def test_nesting_near_the_stack_limit_is_handled(depth: int) -> None:
+    """Such a document can be decoded, but not encoded again."""
     codec.decode_envelope(
         WireResponse(status=400, body=b'{"code":1,"detail":' + b"[" * depth + b"1" + b"]" * depth + b"}")
     )
 
 
-def test_an_answer_about_another_task_is_refused() -> None:
-    """Proxies and caches mix things up."""
+def test_a_response_about_another_task_is_rejected() -> None:
+    """Proxies and caches may mix up responses."""
     with pytest.raises(ProtocolError, match="got 'ta-2'"):
         codec.decode_task(finished("ta-2"), "ta-1")
 
 
 @pytest.mark.parametrize(
-    ("answer", "kind"),
+    ("received", "kind"),
     [
         pytest.param(rejected(400, 1, "prompt is required"), InvalidRequest, id="400"),
         pytest.param(rejected(401, 1, "Invalid API key"), AuthenticationError, id="401-code-1"),
@@ -224,55 +224,55 @@ def test_an_answer_about_another_task_is_refused() -> None:
         pytest.param(response(302, body=b"", location="https://evil.example/x"), InvalidRequest, id="redirect"),
     ],
 )
-def test_refusals_are_classified_by_status_then_code_then_wording(answer: WireResponse, kind: type[ApiError]) -> None:
-    """Each with its HTTP status as an attribute."""
+def test_errors_are_classified_by_status_then_code_then_words(received: WireResponse, kind: type[ApiError]) -> None:
+    """Each error carries its HTTP status."""
     with pytest.raises(ApiError) as caught:
-        codec.decode_task(answer, "ta-1")
+        codec.decode_task(received, "ta-1")
     assert type(caught.value) is kind
-    assert (caught.value.status, caught.value.task_id) == (answer.status, "ta-1")
+    assert (caught.value.status, caught.value.task_id) == (received.status, "ta-1")
 
 
-def test_a_refusal_says_what_the_service_said() -> None:
-    """`detail` before `message`, with the status, and what to do."""
+def test_an_error_contains_the_services_message() -> None:
+    """`detail` comes before `message`, with the status and the advice."""
     with pytest.raises(AuthenticationError, match=r"Invalid API key \(HTTP 401, code 401\). Check the API key"):
         codec.decode_balance(rejected(401, 401, "Invalid API key"))
 
 
-def test_a_refused_redirect_names_the_host_it_pointed_to() -> None:
-    """And nothing more of it."""
+def test_a_redirect_error_names_the_target_host() -> None:
+    """The rest of the target URL is left out."""
     with pytest.raises(InvalidRequest, match=r"redirected to evil\.example, not followed"):
         codec.decode_balance(response(307, body=b"", location="https://evil.example/steal?q=1"))
 
 
 @pytest.mark.parametrize("credit", ["12.50", 12.5, 12])
 def test_the_balance_is_a_decimal(credit: object) -> None:
-    """String or number on the wire."""
-    answer = response(200, {"code": 0, "message": "ok", "data": {"credit": credit}})
-    assert codec.decode_balance(answer) == Decimal(str(credit))
+    """The balance may be a string or a number on the wire."""
+    received = response(200, {"code": 0, "message": "ok", "data": {"credit": credit}})
+    assert codec.decode_balance(received) == Decimal(str(credit))
 
 
 def test_a_balance_without_a_number_is_a_protocol_error() -> None:
-    """Nothing is guessed about money."""
+    """A missing balance is an error, not zero."""
     with pytest.raises(ProtocolError):
         codec.decode_balance(response(200, {"code": 0, "data": {"credit": None}}))
 
 
 @pytest.mark.parametrize("content_type", ["text/html", "", "application/json"])
-def test_content_is_read_by_content(content_type: str) -> None:
-    """Content types on this host are not reliable."""
-    answer = WireResponse(status=200, body=accepted().body, headers={"content-type": content_type})
-    assert codec.decode_envelope(answer).task_id == "ta-1"
+def test_bodies_are_decoded_by_content(content_type: str) -> None:
+    """The content types of this service are not reliable."""
+    received = WireResponse(status=200, body=accepted().body, headers={"content-type": content_type})
+    assert codec.decode_envelope(received).task_id == "ta-1"
 
 
 @pytest.mark.parametrize("code", [0, "0"])
 def test_code_zero_is_success(code: object) -> None:
-    """As integer or as text."""
+    """Code 0 may be an integer or text."""
     assert codec.decode_envelope(response(200, {"code": code, "data": {"task_id": "ta-1"}})).ok
 
 
 @pytest.mark.parametrize("code", [False, True, None, 0.0, 1, "1", [], "zero"])
-def test_nothing_else_is_success(code: object) -> None:
-    """`false == 0` in Python, and it must not be here."""
+def test_no_other_code_is_success(code: object) -> None:
+    """`false == 0` in Python, and it must not count here."""
     assert not codec.decode_envelope(response(200, {"code": code, "data": {}})).ok
 
 
@@ -287,8 +287,8 @@ def test_nothing_else_is_success(code: object) -> None:
         pytest.param(gzip.compress(accepted().body + bytes(50))[:-8] + b"damaged!", id="gzip-with-a-bad-checksum"),
     ],
 )
-def test_a_task_id_is_salvaged_from_what_arrived(body: bytes) -> None:
-    """An id that was paid for is never dropped because the rest is broken."""
+def test_a_task_id_is_salvaged_from_a_truncated_body(body: bytes) -> None:
+    """P5: the id of a charged task is kept even if the rest is damaged."""
     coding = "gzip" if body.startswith(b"\x1f\x8b") else ""
     assert (
         codec.decode_envelope(WireResponse(status=200, body=body, headers={"content-encoding": coding})).task_id
@@ -296,13 +296,13 @@ def test_a_task_id_is_salvaged_from_what_arrived(body: bytes) -> None:
     )
 
 
-def test_half_a_task_id_is_no_task_id() -> None:
-    """A cut id would be asked about for ever."""
+def test_half_a_task_id_is_not_salvaged() -> None:
+    """A truncated id would be polled without end."""
     assert codec.decode_envelope(response(200, body=b'{"code":0,"data":{"task_id":"ta-1')).task_id is None
 
 
-def test_a_compression_bomb_is_inflated_to_the_cap_and_no_further() -> None:
-    """One layer, one mebibyte."""
+def test_a_compression_bomb_is_decompressed_up_to_the_limit() -> None:
+    """One layer is decompressed, up to one mebibyte."""
     bomb = gzip.compress(gzip.compress(bytes(200 * 2**20)))
     envelope = codec.decode_envelope(WireResponse(status=200, body=bomb, headers={"content-encoding": "gzip"}))
     assert envelope.task_id is None
@@ -327,9 +327,9 @@ def test_a_compression_bomb_is_inflated_to_the_cap_and_no_further() -> None:
     ],
 )
 @pytest.mark.parametrize("status", [200, 500])
-def test_hostile_bodies_raise_only_our_errors(body: bytes, status: int) -> None:
-    """Each of these once broke somebody's client."""
-    for decode in (codec.decode_balance, lambda answer: codec.decode_task(answer, "ta-1")):
+def test_hostile_bodies_raise_only_package_errors(body: bytes, status: int) -> None:
+    """Each of these bodies has broken some client."""
+    for decode in (codec.decode_balance, lambda received: codec.decode_task(received, "ta-1")):
         try:
             decode(WireResponse(status=status, body=body))
         except NanoBananaError as exc:
@@ -349,11 +349,11 @@ REPLIES = st.fixed_dictionaries({}, optional={"code": JSON, "message": JSON, "de
 
 
 @given(status=st.sampled_from([200, 201, 302, 400, 401, 404, 429, 500, 503]), document=REPLIES | JSON)
-def test_every_json_document_is_a_task_or_one_of_our_errors(status: int, document: object) -> None:
-    """Whatever the service answers; what is read can be written again."""
-    answer = WireResponse(status=status, body=json.dumps(document).encode())
+def test_every_json_document_is_a_task_or_a_package_error(status: int, document: object) -> None:
+    """What is decoded can also be encoded again."""
+    received = WireResponse(status=status, body=json.dumps(document).encode())
     try:
-        task = codec.decode_task(answer, "ta-1")
+        task = codec.decode_task(received, "ta-1")
     except NanoBananaError as exc:
         str(exc).encode()
     else:
@@ -363,6 +363,6 @@ def test_every_json_document_is_a_task_or_one_of_our_errors(status: int, documen
 @given(
     status=st.integers(200, 599), body=st.binary(max_size=300), coding=st.sampled_from(["", "gzip", "deflate", "br"])
 )
-def test_no_bytes_break_the_reader(status: int, body: bytes, coding: str) -> None:
-    """`read` is total."""
+def test_decode_envelope_accepts_any_bytes(status: int, body: bytes, coding: str) -> None:
+    """`decode_envelope` is total."""
     codec.decode_envelope(WireResponse(status=status, body=body, headers={"content-encoding": coding}))

@@ -1,4 +1,4 @@
-"""The fixture that checks every test's money has teeth."""
+"""The fixture that audits the charges of every test can fail."""
 
 import pytest
 
@@ -8,8 +8,8 @@ from tests.conformance import ChargeAudit
 pytestmark = pytest.mark.anyio
 
 
-async def test_a_silent_second_payment_is_found(audit: ChargeAudit, nanobanana_simulator: Simulator) -> None:
-    """A submit that the caller is not told of, as a careless retry would make it."""
+async def test_an_undeclared_second_charge_is_found(audit: ChargeAudit, nanobanana_simulator: Simulator) -> None:
+    """The audit notices a submit that the caller is not told of."""
     async with nanobanana_simulator.client() as client:
         await client.submit("a fox")
     audit.check()
@@ -23,7 +23,7 @@ async def test_a_silent_second_payment_is_found(audit: ChargeAudit, nanobanana_s
 async def test_an_accepted_id_that_was_never_charged_is_found(
     audit: ChargeAudit, nanobanana_simulator: Simulator
 ) -> None:
-    """A client that makes ids up would pass every other test."""
+    """The audit notices a client that invents ids."""
     async with nanobanana_simulator.client() as client:
         await client.submit("a fox")
     charges = nanobanana_simulator.service.charges

@@ -1,4 +1,4 @@
-"""Pictures come whole or not at all, from public places, and nobody is shown the key."""
+"""Images are downloaded completely or not at all, from public hosts, without the key."""
 
 import errno
 import hashlib
@@ -31,8 +31,8 @@ def downloader(transport: ScriptedTransport, **limits: int) -> Downloader:
     return Downloader(transport, limits=Limits(**limits), retry=QUICK, timeouts=Timeouts(), public_only=public_only)
 
 
-async def test_a_picture_is_fetched_without_the_key() -> None:
-    """With our own user agent, uncompressed, from public addresses only."""
+async def test_an_image_is_downloaded_without_the_key() -> None:
+    """The request has the package's user agent, no compression, and may reach public addresses only."""
     transport = script(WHOLE)
     assert await downloader(transport).download(FOX) == PNG
     (request,) = transport.requests
@@ -41,8 +41,8 @@ async def test_a_picture_is_fetched_without_the_key() -> None:
     assert request.public_only
 
 
-async def test_an_inline_picture_needs_no_network() -> None:
-    """It is already here."""
+async def test_an_inline_image_needs_no_network() -> None:
+    """The bytes are in the task."""
     transport = script(lost())
     assert await downloader(transport).download(GeneratedImage(data=PNG, media_type="image/png")) == PNG
     assert transport.requests == []
@@ -59,8 +59,8 @@ async def test_an_inline_picture_needs_no_network() -> None:
         pytest.param(response(200, body=PNG[:-6]), id="cut-where-only-the-end-can-tell"),
     ],
 )
-async def test_a_picture_that_is_not_there_yet_is_asked_for_again(step: Step) -> None:
-    """Right after success a file host may need a moment; a fresh try starts from nothing."""
+async def test_an_image_that_is_not_there_yet_is_retried(step: Step) -> None:
+    """A file host may need a moment after success, and each attempt starts from nothing."""
     assert await downloader(script(step, step, WHOLE)).download(FOX) == PNG
 
 
@@ -85,8 +85,8 @@ async def test_a_picture_that_is_not_there_yet_is_asked_for_again(step: Step) ->
         pytest.param(response(302, body=b"", location="file:///etc/passwd"), "from https to", 1, id="file-url"),
     ],
 )
-async def test_what_will_not_come_is_an_error_that_names_the_picture(step: Step, says: str, requests: int) -> None:
-    """Without its query, which may hold a signature."""
+async def test_a_failed_download_names_the_image(step: Step, says: str, requests: int) -> None:
+    """The URL is shown without its query, which may contain a signature."""
     transport = script(step)
     with pytest.raises(ImageError, match=says) as caught:
         await downloader(transport).download(FOX)
@@ -98,23 +98,23 @@ async def test_what_will_not_come_is_an_error_that_names_the_picture(step: Step,
 @pytest.mark.parametrize(
     "url", ["file:///etc/passwd", "ftp://a.example/1.png", "data:image/png;base64,###", "", "//a/b"]
 )
-async def test_only_http_urls_are_fetched(url: str) -> None:
-    """Whatever the service puts into a result."""
+async def test_only_http_urls_are_downloaded(url: str) -> None:
+    """Other schemes in a result are rejected."""
     transport = script(WHOLE)
     with pytest.raises(ImageError):
         await downloader(transport).download(GeneratedImage(url=url))
     assert transport.requests == []
 
 
-async def test_https_is_https_however_it_is_spelled() -> None:
-    """The scheme's letters do not matter, and a downgrade is one all the same."""
+async def test_the_scheme_is_compared_without_case() -> None:
+    """A downgrade from HTTPS is rejected in any spelling."""
     transport = script(response(302, body=b"", location="http://files.example/"))
     with pytest.raises(ImageError, match="from https to"):
         await downloader(transport).download(GeneratedImage(url="HTTPS://files.example/fox.png"))
 
 
-async def test_each_redirect_is_judged_like_the_first_request() -> None:
-    """Relative ones too, each guarded."""
+async def test_each_redirect_is_checked_like_the_first_request() -> None:
+    """Relative redirects are checked, too."""
     transport = script(
         response(302, body=b"", location="../b/fox.png"), response(307, body=b"", location="//c.example/f"), WHOLE
     )
@@ -127,7 +127,7 @@ async def test_each_redirect_is_judged_like_the_first_request() -> None:
 
 
 async def test_downloads_in_flight_are_bounded() -> None:
-    """Each may hold megabytes."""
+    """The number of downloads in flight never exceeds the limit."""
 
     async def slow(_: WireRequest) -> WireResponse:
         await anyio.sleep(0.01)
@@ -146,7 +146,7 @@ async def test_downloads_in_flight_are_bounded() -> None:
     [(PNG, ".png"), (WEBP, ".webp"), (b"\xff\xd8\xff" + bytes(9), ".jpg"), (b"GIF89a" + bytes(9), ".gif")],
 )
 async def test_a_file_is_named_after_its_true_type(tmp_path: Path, content: bytes, suffix: str) -> None:
-    """Whatever the URL says."""
+    """The suffix follows from the bytes, not from the URL."""
     whole = response(200, body=content, content_length=str(len(content)))
     saved = await downloader(script(whole)).save(FOX, tmp_path / "fox")
     assert (saved.path, saved.path.read_bytes()) == (tmp_path / f"fox{suffix}", content)
@@ -158,8 +158,8 @@ async def test_a_dot_in_a_name_is_not_taken_for_a_suffix(tmp_path: Path) -> None
     assert (await downloader(script(WHOLE)).save(FOX, tmp_path / "v1.5")).path == tmp_path / "v1.5.png"
 
 
-async def test_an_existing_file_is_replaced_only_by_a_whole_one(tmp_path: Path) -> None:
-    """A failed download leaves what was there, and nothing beside it."""
+async def test_an_existing_file_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
+    """A failed download leaves the old file and no partial one."""
     (tmp_path / "fox.png").write_bytes(b"old")
     with pytest.raises(ImageError):
         await downloader(script(response(200, body=PNG[:40]))).save(FOX, tmp_path / "fox")
@@ -168,8 +168,8 @@ async def test_an_existing_file_is_replaced_only_by_a_whole_one(tmp_path: Path) 
     assert (tmp_path / "fox.png").read_bytes() == PNG
 
 
-async def test_a_cancelled_download_leaves_nothing(tmp_path: Path) -> None:
-    """Not even a part."""
+async def test_a_cancelled_download_leaves_no_partial_file(tmp_path: Path) -> None:
+    """A cancelled download removes its partial file."""
 
     async def stuck(_: WireRequest) -> WireResponse:
         await anyio.sleep_forever()
@@ -181,10 +181,10 @@ async def test_a_cancelled_download_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "open"])
-async def test_a_disk_that_will_not_take_it_is_an_error_and_leaves_nothing(
+async def test_a_disk_error_is_an_image_error_and_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """With the reason; the task itself stays paid and can be saved again."""
+    """The task remains charged and can be saved again."""
 
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -200,8 +200,8 @@ async def test_a_disk_that_will_not_take_it_is_an_error_and_leaves_nothing(
     "hostile",
     ["../../etc/passwd", "C:\\x", "a:b", "nul\0", "x" * 300, "\u202egnp.exe", ".", "..", "", "-rf", "ta-1", "日本"],
 )
-def test_no_remote_text_picks_a_path(hostile: str) -> None:
-    """Letters, digits, dashes, underscores, at most eighty."""
+def test_remote_text_never_chooses_a_path(hostile: str) -> None:
+    """A name has letters, digits, dashes and underscores, at most eighty."""
     name = slugify(hostile)
     assert 1 <= len(name) <= 80
     assert all(character.isascii() and (character.isalnum() or character in "-_") for character in name)

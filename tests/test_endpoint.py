@@ -1,4 +1,4 @@
-"""Whom we talk to and as whom: checked at construction, so that a key can neither leak nor fail later."""
+"""Base URL and key are validated on construction, so the key can neither leak nor fail later."""
 
 import pytest
 
@@ -11,13 +11,13 @@ from nanobanana_async.wire.endpoint import ApiKey, Endpoint
     ["dk-1", " dk-1\n", "Bearer dk-1", "bearer  dk-1 ", "\tdk-1\r\n"],
     ids=["clean", "blanks", "Bearer", "bearer", "tab"],
 )
-def test_what_people_paste_along_with_a_key_is_stripped(pasted: str) -> None:
-    """Newlines, blanks, and the word Bearer."""
+def test_text_pasted_around_a_key_is_stripped(pasted: str) -> None:
+    """Newlines, spaces and the word Bearer are removed."""
     assert Endpoint.resolve(ApiKey(pasted), None).headers["Authorization"] == "Bearer dk-1"
 
 
 @pytest.mark.parametrize("key", ["dk CANARY", "dk-CANARY\u20ac", "dk-\x00CANARY", "dk-CANARY\nX: y"])
-def test_a_key_that_cannot_be_sent_is_refused_without_being_shown(key: str) -> None:
+def test_an_invalid_key_is_rejected_without_being_shown(key: str) -> None:
     """Header injection and encoding errors end here."""
     with pytest.raises(ConfigurationError, match="api_key") as caught:
         NanoBananaClient(key)
@@ -25,21 +25,21 @@ def test_a_key_that_cannot_be_sent_is_refused_without_being_shown(key: str) -> N
 
 
 @pytest.mark.parametrize("key", [None, "", "  ", "Bearer "])
-def test_no_key_is_said_to_be_missing(key: str | None) -> None:
-    """With the name of the variable to set."""
+def test_a_missing_key_names_the_variable_to_set(key: str | None) -> None:
+    """The error names DEFAPI_API_KEY."""
     with pytest.raises(ConfigurationError, match=r"no API key: set DEFAPI_API_KEY or pass api_key=\.\.\."):
         NanoBananaClient(key)
 
 
 def test_the_key_is_found_under_the_names_users_already_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this order; an empty variable counts as unset."""
+    """The first variable that is set and not empty is used."""
     for name, value in {"DEFAPI_API_KEY": "", "DEFAPI_KEY": "dk-2", "NANO_BANANA_API_KEY": "dk-3"}.items():
         monkeypatch.setenv(name, value)
     assert Endpoint.resolve(None, None).headers["Authorization"] == "Bearer dk-2"
 
 
 def test_the_base_url_is_given_or_from_the_environment_or_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slash at the end makes no difference."""
+    """The argument comes before the environment, and a trailing slash is ignored."""
     assert Endpoint.resolve(ApiKey("dk-1"), None).base_url == "https://api.defapi.org"
     monkeypatch.setenv("DEFAPI_BASE_URL", "https://proxy.example/")
     assert Endpoint.resolve(ApiKey("dk-1"), None).base_url == "https://proxy.example"
@@ -58,8 +58,8 @@ def test_the_base_url_is_given_or_from_the_environment_or_the_service(monkeypatc
         ("https://api.defapi.org\r\nX: y", "control"),
     ],
 )
-def test_a_base_url_that_would_fail_or_leak_is_refused(url: str, says: str) -> None:
-    """The key goes over https, or stays inside."""
+def test_a_base_url_that_would_fail_or_leak_is_rejected(url: str, says: str) -> None:
+    """The key is sent over HTTPS, or to a private address."""
     with pytest.raises(ConfigurationError, match=says):
         NanoBananaClient("dk-1", base_url=url)
 
@@ -75,12 +75,12 @@ def test_a_base_url_that_would_fail_or_leak_is_refused(url: str, says: str) -> N
         "http://nb.internal",
     ],
 )
-def test_plain_http_is_fine_on_this_machine_and_in_a_private_network(url: str) -> None:
-    """Where simulators and sidecars live."""
+def test_plain_http_is_accepted_for_private_hosts(url: str) -> None:
+    """Simulators and sidecars use plain HTTP."""
     assert NanoBananaClient("dk-1", base_url=url)
 
 
 def test_the_key_is_in_no_repr() -> None:
-    """Neither of the client nor of what it is made of."""
+    """Neither the client nor its parts show the key."""
     client = NanoBananaClient("dk-CANARY")
     assert "CANARY" not in repr(client) + repr(client._endpoint) + repr(client._api)

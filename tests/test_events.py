@@ -1,4 +1,4 @@
-"""A bell wakes the one who waits for it, on asyncio and on trio."""
+"""`OneShotEvent` wakes its waiter on asyncio and trio."""
 
 import sys
 from types import ModuleType
@@ -12,8 +12,8 @@ from nanobanana_async._concurrency.events import OneShotEvent
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 
-async def test_ringing_wakes_who_waits() -> None:
-    """And rings once, however often it is rung."""
+async def test_setting_wakes_the_waiter() -> None:
+    """Setting it again has no effect."""
     event, woken_s = OneShotEvent(), []
 
     async def sleeper() -> None:
@@ -29,16 +29,16 @@ async def test_ringing_wakes_who_waits() -> None:
     assert woken_s == [5]
 
 
-async def test_a_bell_that_has_rung_keeps_nobody() -> None:
-    """Who comes late has missed nothing."""
+async def test_waiting_for_a_set_event_returns_at_once() -> None:
+    """A late waiter does not block."""
     event = OneShotEvent()
     event.set()
     with anyio.fail_after(1):
         await event.wait()
 
 
-async def test_cancelling_ends_the_waiting_and_leaves_the_bell_harmless() -> None:
-    """It may be rung afterwards, by somebody who does not know."""
+async def test_a_cancelled_wait_leaves_an_event_that_can_be_set() -> None:
+    """Setting the event after a cancelled wait has no effect."""
     event = OneShotEvent()
     with anyio.move_on_after(1) as scope:
         await event.wait()
@@ -46,8 +46,8 @@ async def test_cancelling_ends_the_waiting_and_leaves_the_bell_harmless() -> Non
     event.set()
 
 
-async def test_rung_and_cancelled_in_one_breath_is_fine() -> None:
-    """Whichever of the two is heard."""
+async def test_an_event_may_be_set_and_cancelled_at_the_same_time() -> None:
+    """The wait ends either way."""
     event = OneShotEvent()
     async with anyio.create_task_group() as group:
         group.start_soon(event.wait)
@@ -59,8 +59,8 @@ async def test_rung_and_cancelled_in_one_breath_is_fine() -> None:
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
-async def test_a_trio_that_another_thread_is_importing_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is in `sys.modules` long before it can answer."""
+async def test_a_partly_imported_trio_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module named trio is in `sys.modules` long before it can be used."""
     monkeypatch.setitem(sys.modules, "trio", ModuleType("trio"))
     event = OneShotEvent()
     async with anyio.create_task_group() as group:

@@ -1,4 +1,4 @@
-"""Every fault of the table over real sockets, on POST and GET, on asyncio and trio; and what it cost."""
+"""Every fault of the table over real sockets, on POST and GET, on asyncio and trio, and its cost."""
 
 import contextlib
 import subprocess
@@ -19,41 +19,41 @@ IDS = [f"{fault.number}-{fault.name}" for fault in FAULTS]
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[FaultServer]:
-    """One server for all."""
+    """Yield one server for the module."""
     with fault_server() as server:
         yield server
 
 
 @pytest.fixture(scope="module", params=["asyncio", "trio"])
 def results(request: pytest.FixtureRequest, server: FaultServer) -> dict[Fault, tuple[Result, Query]]:
-    """What came of every fault, tried several at a time."""
+    """Return the result of every fault, tried several at a time."""
     return anyio.run(try_all, server, backend=request.param)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=IDS)
 def test_a_submit_ends_with_the_right_verdict_in_time(fault: Fault, results: dict[Fault, tuple[Result, Query]]) -> None:
-    """The table's verdict, within the deadline and a second, as one of our own errors."""
+    """A submit ends with the table's verdict, by the deadline, as a package error."""
     post, _ = results[fault]
     assert post.verdict in fault.post.split(" or "), post.message
     assert post.seconds <= DEADLINES.submit_s + 1
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=IDS)
-def test_what_the_client_says_is_what_was_charged(fault: Fault, results: dict[Fault, tuple[Result, Query]]) -> None:
-    """Accepted is one charge, rejected none, unknown none or one; anything more was declared."""
+def test_the_verdict_agrees_with_the_charges(fault: Fault, results: dict[Fault, tuple[Result, Query]]) -> None:
+    """Accepted is one charge, rejected none, unknown none or one; more were declared."""
     assert results[fault][0].conforms
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=IDS)
-def test_a_query_recovers_when_the_fault_passes(fault: Fault, results: dict[Fault, tuple[Result, Query]]) -> None:
-    """A GET costs nothing, so it is tried again; an answer is an answer."""
+def test_a_query_recovers_when_the_fault_ends(fault: Fault, results: dict[Fault, tuple[Result, Query]]) -> None:
+    """A query is retried, unless the response is definite."""
     _, query = results[fault]
     assert query.ending == fault.get, query.message
 
 
 @pytest.mark.parametrize("numbers", [("F19", "F20", "F21")], ids=["bombs-and-floods"])
-def test_no_reply_takes_more_memory_than_its_cap(numbers: tuple[str, ...]) -> None:
-    """A gibibyte, an endless body and compression bombs, all in one process: less than 64 MiB on top."""
+def test_no_response_takes_more_memory_than_its_limit(numbers: tuple[str, ...]) -> None:
+    """A gibibyte, an endless body and compression bombs need less than 64 MiB together."""
     code = (
         "import anyio, resource\n"
         "from tests.faults.trial import *\n"
@@ -76,7 +76,7 @@ def test_no_reply_takes_more_memory_than_its_cap(numbers: tuple[str, ...]) -> No
 
 @pytest.mark.anyio
 async def test_an_upload_that_is_never_read_is_unknown_in_time(server: FaultServer) -> None:
-    """F10: five megabytes into a socket that nobody reads; a part of them may have arrived."""
+    """F10: a part of an upload that the server never reads may have arrived."""
     (hang,) = (fault for fault in FAULTS if fault.listener == "hang")
     url = server.url(hang, times=99, nonce="upload")
     request = GenerationRequest("a fox", images=["data:image/png;base64," + "A" * 5_000_000])
@@ -86,8 +86,8 @@ async def test_an_upload_that_is_never_read_is_unknown_in_time(server: FaultServ
 
 
 @pytest.mark.anyio
-async def test_connections_that_the_server_drops_when_idle_cost_nothing() -> None:
-    """F11: our gap is its idle limit. Submits ride fresh connections, queries are repeated: no error at all."""
+async def test_idle_connections_that_the_server_closes_cost_nothing() -> None:
+    """F11: submits use new connections and queries are retried, so there is no error."""
     good = response(b'{"code":0,"message":"ok","data":{"task_id":"ta-1","status":"pending"}}')
 
     def serve_with_idle_limit(peer: object, _: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The run as a page that opens from disk."""
+"""The gallery is one page that opens from disk."""
 
 from html.parser import HTMLParser
 from pathlib import Path
@@ -27,8 +27,8 @@ def page_of(title: str, entries: list[GalleryCard]) -> str:
     return "".join(render(title, entries))
 
 
-def test_each_entry_is_a_card_with_a_lazy_picture() -> None:
-    """Five thousand of them must not all be loaded at once."""
+def test_each_row_is_a_card_with_a_lazy_image() -> None:
+    """A gallery of five thousand images does not load all at once."""
     page = page_of("Run", [GalleryCard(prompt=f"fox {n}", status="succeeded", file=f"{n}.png") for n in range(5)])
     images = tags(page, "img")
     assert [image["src"] for image in images] == [f"{n}.png" for n in range(5)]
@@ -36,7 +36,7 @@ def test_each_entry_is_a_card_with_a_lazy_picture() -> None:
 
 
 def test_no_prompt_can_break_out_of_the_page() -> None:
-    """Not by tags, not by quotes, not by template signs, not by file names."""
+    """Tags, quotes, template signs and file names are escaped."""
     evil = "<script>alert(1)</script>\" onload='x' $title ${cards}"
     entry = GalleryCard(prompt=evil, status=evil, file='a"b #?.png', note=evil, cost=evil)
     page = page_of(evil, [entry])
@@ -47,20 +47,20 @@ def test_no_prompt_can_break_out_of_the_page() -> None:
     assert "onload" not in image
 
 
-def test_what_has_no_picture_says_why() -> None:
+def test_a_card_without_an_image_shows_the_reason() -> None:
     """A failed row is a card, too."""
     page = page_of("Run", [GalleryCard(prompt="fox", status="failed", note="the prompt was rejected")])
     assert "the prompt was rejected" in page
     assert tags(page, "img") == []
 
 
-def test_status_time_and_cost_stand_under_the_prompt() -> None:
-    """As far as they are known."""
+def test_status_time_and_cost_are_shown_below_the_prompt() -> None:
+    """Facts that are not known are left out."""
     page = page_of("Run", [GalleryCard(prompt="fox", status="succeeded", file="1.png", seconds=12.34, cost="0.5")])
     assert "succeeded &middot; 12.3 s &middot; 0.5 credits" in page
 
 
 def test_the_page_is_written_as_one_file(tmp_path: Path) -> None:
-    """Nothing beside it is needed but the pictures."""
+    """The page needs no other file than the images."""
     write(tmp_path / "index.html", "Run", [])
     assert tags((tmp_path / "index.html").read_text(), "link") == []

@@ -1,4 +1,4 @@
-"""`generate_many`: what becomes of each, as each ends; bounded, back-pressured, and nothing lost without a word."""
+"""`generate_many` yields one outcome per request with bounded concurrency and back-pressure."""
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -29,8 +29,8 @@ def prompt_of(outcome: Outcome) -> str:
     return outcome.request.prompt
 
 
-async def test_each_request_comes_to_one_outcome() -> None:
-    """Done with its task, or failed with its error; the keys are the positions."""
+async def test_each_request_has_one_outcome() -> None:
+    """The keys are the positions of the requests."""
     simulator = Simulator(
         SimulatorProfile(median_s=0.02, visibility_delay_s=0, failed_tasks=0.2, text_only=0.2), seed=3
     )
@@ -44,8 +44,8 @@ async def test_each_request_comes_to_one_outcome() -> None:
     assert all(outcome.error.task_id for outcome in outcomes if isinstance(outcome, Failed))
 
 
-async def test_what_ends_first_comes_first() -> None:
-    """Whatever the order in which they were asked for."""
+async def test_outcomes_come_in_completion_order() -> None:
+    """The order of the requests does not matter."""
     simulator = Simulator(SimulatorProfile(median_s=0.1, sigma=1.5, visibility_delay_s=0), seed=1)
     async with simulator.client() as client:
         keys = [outcome.key async for outcome in client.generate_many(map(str, range(30)))]
@@ -53,7 +53,7 @@ async def test_what_ends_first_comes_first() -> None:
 
 
 async def test_a_slow_consumer_stops_the_submits() -> None:
-    """Not more than `max_in_flight` are under way or wait to be read."""
+    """At most `max_in_flight` requests run or wait to be consumed."""
     simulator = Simulator(FAST_PROFILE)
     most = 0
     async with simulator.client() as client:
@@ -67,8 +67,8 @@ async def test_a_slow_consumer_stops_the_submits() -> None:
 
 
 @pytest.mark.real_time
-async def test_requests_may_come_from_anywhere_and_are_taken_when_there_is_room() -> None:
-    """An async generator that never ends, for one."""
+async def test_requests_may_come_from_an_endless_async_generator() -> None:
+    """A request is taken when a slot is free."""
     taken = 0
 
     async def endless() -> AsyncIterator[GenerationRequest]:
@@ -87,8 +87,8 @@ async def test_requests_may_come_from_anywhere_and_are_taken_when_there_is_room(
     assert taken <= 9 + 3
 
 
-async def test_ending_early_names_what_is_paid(caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing that was paid for disappears without a line in the log."""
+async def test_stopping_early_logs_the_charged_tasks(caplog: pytest.LogCaptureFixture) -> None:
+    """Every charged task that was not consumed is in the log."""
     simulator = Simulator(SimulatorProfile(median_s=0.2, sigma=1, visibility_delay_s=0), seed=2)
     async with (
         simulator.client() as client,
@@ -103,8 +103,8 @@ async def test_ending_early_names_what_is_paid(caplog: pytest.LogCaptureFixture)
     assert "the caller was cancelled" in caplog.text
 
 
-async def test_an_unanswered_submit_is_unknown_and_the_others_go_on() -> None:
-    """Never sent again, never mistaken for a failure."""
+async def test_a_submit_without_a_response_is_unknown_and_others_continue() -> None:
+    """The submit is neither resubmitted nor reported as failed."""
     transport = script(lost())
     async with Simulator(FAST_PROFILE).client() as client:
         client._api._transport = transport
@@ -113,8 +113,8 @@ async def test_an_unanswered_submit_is_unknown_and_the_others_go_on() -> None:
     assert len(transport.requests) == 2
 
 
-async def test_a_bad_prompt_is_raised_after_the_others() -> None:
-    """It is the caller's mistake; what was under way is not lost to it."""
+async def test_an_invalid_prompt_is_raised_after_the_others() -> None:
+    """Running requests are yielded before the error."""
     simulator = Simulator(FAST_PROFILE)
     async with simulator.client() as client:
         outcomes = client.generate_many(["a", "b", "", "c"])
@@ -124,8 +124,8 @@ async def test_a_bad_prompt_is_raised_after_the_others() -> None:
     assert sorted(done) == ["a", "b"]
 
 
-async def test_what_json_cannot_carry_fails_alone() -> None:
-    """`extra` is checked when it is sent."""
+async def test_a_request_that_json_cannot_encode_fails_alone() -> None:
+    """`extra` is encoded when the request is sent."""
     requests = [GenerationRequest("a", extra={"x": float("nan")}), GenerationRequest("b")]
     async with Simulator(FAST_PROFILE).client() as client:
         outcomes = {prompt_of(outcome): outcome async for outcome in client.generate_many(requests)}
@@ -134,8 +134,8 @@ async def test_what_json_cannot_carry_fails_alone() -> None:
     assert isinstance(outcomes["a"].error, ConfigurationError)
 
 
-async def test_closing_the_client_meanwhile_is_told() -> None:
-    """A loop that ends quietly would look like success."""
+async def test_closing_the_client_during_a_run_raises() -> None:
+    """Ending quietly would look like success."""
     simulator = Simulator(SimulatorProfile(median_s=30, visibility_delay_s=0))
     client = simulator.client()
 
@@ -157,8 +157,8 @@ async def _exhaust(outcomes: AsyncIterator[Outcome]) -> None:
         assert isinstance(outcome, Failed)
 
 
-async def test_nothing_in_flight_is_refused() -> None:
-    """Zero would wait for ever."""
+async def test_max_in_flight_of_zero_is_rejected() -> None:
+    """Zero would wait without end."""
     async with Simulator(FAST_PROFILE).client() as client:
         with pytest.raises(ValueError, match="max_in_flight: expected at least 1"):
             await anext(client.generate_many(["a"], max_in_flight=0))

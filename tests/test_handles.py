@@ -1,4 +1,4 @@
-"""Handles made again, shared, impatient or late; and clients that are asked from elsewhere."""
+"""Handles created again, shared, with short timeouts or late; and clients used from elsewhere."""
 
 from collections import Counter
 from datetime import UTC, datetime, timedelta
@@ -25,8 +25,8 @@ from tests.tracker_fakes import FakePollSource, every, finished_after, task, tra
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 
-async def test_a_handle_made_again_from_a_fresh_id_is_as_patient_as_the_first() -> None:
-    """A web app submits in one request and waits in the next; the service may not show the task yet."""
+async def test_a_handle_created_again_knows_that_its_task_is_new() -> None:
+    """A web app submits in one request and waits in the next, before the task is visible."""
     simulator = Simulator(SimulatorProfile(median_s=40, sigma=0, visibility_delay_s=25))
     async with simulator.client() as client:
         handle = await client.submit("a fox")
@@ -35,8 +35,8 @@ async def test_a_handle_made_again_from_a_fresh_id_is_as_patient_as_the_first() 
         assert client.statistics().median_latency_s  # and what it took was learned
 
 
-async def test_a_handle_from_elsewhere_is_patient_if_it_is_told_when_the_task_was_submitted() -> None:
-    """In another process nothing is known but the id; a clock that was set back changes nothing."""
+async def test_a_handle_with_submitted_at_knows_that_its_task_is_new() -> None:
+    """In another process only the id is known, and a clock that was set back changes nothing."""
     simulator = Simulator(SimulatorProfile(median_s=40, sigma=0, visibility_delay_s=25))
     async with simulator.client() as client:
         task_id = (await client.submit("a fox")).task_id
@@ -48,8 +48,8 @@ async def test_a_handle_from_elsewhere_is_patient_if_it_is_told_when_the_task_wa
             assert (await client.task(task_id, submitted_at=moment).wait()).images
 
 
-async def test_who_asks_again_while_a_look_is_under_way_shares_it() -> None:
-    """And who comes back later goes on where it was left: no hammering by impatience."""
+async def test_a_second_wait_shares_the_poll_in_flight() -> None:
+    """A waiter that returns later resumes the schedule, so short timeouts do not cause extra polls."""
     service = FakePollSource(finished_after(30), delay_s=5)
     async with tracking(service, every(2)) as tracker:
         for _ in range(100):
@@ -60,8 +60,8 @@ async def test_who_asks_again_while_a_look_is_under_way_shares_it() -> None:
         assert (await tracker.wait("ta-1", timeout_s=60)).is_final
 
 
-async def test_the_first_end_stands_whatever_the_service_says_later() -> None:
-    """For the handle that saw it, for new ones, and for a query that was under way."""
+async def test_the_first_final_status_stays() -> None:
+    """It stays for the same handle, for new ones, and for a query in flight."""
     answers = iter(["success", "failed", "in_progress"])
     transport = script(accepted(), *(state(word) for word in answers))
     async with NanoBananaClient("dk-test", transport=transport, polling=every(1)) as client:
@@ -72,12 +72,12 @@ async def test_the_first_end_stands_whatever_the_service_says_later() -> None:
 
 
 async def test_one_task_that_always_fails_backs_off_alone() -> None:
-    """Others are looked at as ever; it is looked at less and less."""
+    """Other tasks are polled as usual, and the failing one less and less."""
 
-    def answer(task_id: str, now_s: float) -> Task | Exception:
+    def next_status(task_id: str, now_s: float) -> Task | Exception:
         return ServiceUnavailable("no") if task_id == "ta-bad" else finished_after(600)(task_id, now_s)
 
-    service = FakePollSource(answer)
+    service = FakePollSource(next_status)
     async with (
         tracking(service, PollPolicy.backoff(first_poll_s=1, initial_s=1, multiplier=1, max_s=15)) as tracker,
         anyio.create_task_group() as group,
@@ -90,8 +90,8 @@ async def test_one_task_that_always_fails_backs_off_alone() -> None:
     assert polls["ta-bad"] < 60 < polls["ta-good"]
 
 
-async def test_who_has_left_holds_on_to_nothing() -> None:
-    """The agenda may keep a deadline for a while, but not the picture."""
+async def test_a_removed_waiter_releases_the_task() -> None:
+    """The delay queue may keep a deadline for a while, but not the image."""
     service = FakePollSource(lambda task_id, _: task("success", task_id))
     async with tracking(service) as tracker:
         watches = [tracker.track("ta-1") for _ in range(5)]
@@ -105,7 +105,7 @@ async def test_who_has_left_holds_on_to_nothing() -> None:
 
 @pytest.mark.real_time
 async def test_statistics_need_no_event_loop() -> None:
-    """After the run is when one saves what was learned; a metrics thread has none either."""
+    """Statistics are read after the run, and by metrics threads."""
     async with Simulator(FAST_PROFILE).client() as client:
         await client.generate("a fox")
         figures = await anyio.to_thread.run_sync(client.statistics)
@@ -115,8 +115,8 @@ async def test_statistics_need_no_event_loop() -> None:
 
 @pytest.mark.real_time
 @pytest.mark.parametrize("other_loop", [True, False])
-async def test_closing_from_another_loop_harms_nobody(other_loop: bool) -> None:  # noqa: FBT001 - a parameter
-    """It is refused before anything has happened."""
+async def test_closing_from_another_loop_is_rejected(other_loop: bool) -> None:  # noqa: FBT001 - a parameter
+    """The error is raised before anything is closed."""
     simulator = Simulator(SimulatorProfile(median_s=0.3, sigma=0, visibility_delay_s=0))
 
     async def close_elsewhere() -> None:
@@ -131,7 +131,7 @@ async def test_closing_from_another_loop_harms_nobody(other_loop: bool) -> None:
 
 
 @pytest.mark.parametrize("numbers", [None, [], [1.0], ["x"] * 112, [float("nan")] * 112, [10**400] * 112, 5])
-def test_what_is_no_curve_is_refused_with_the_name_of_its_model(numbers: object) -> None:
-    """A file that was saved by hand, or cut."""
+def test_an_invalid_latency_model_is_rejected_by_name(numbers: object) -> None:
+    """A file edited by hand or truncated is an error."""
     with pytest.raises(ValueError, match=r"latency_models: .* for 'm'"):
         NanoBananaClient("dk-test", polling=PollPolicy(latency_models={"m": numbers}))  # type: ignore[dict-item]

@@ -1,4 +1,4 @@
-"""`HttpxTransport` over real sockets: phases, caps, deadlines, lanes; the same over a client that is handed in."""
+"""`HttpxTransport` over real sockets: phases, limits, deadlines, connections, and over a client that was passed in."""
 
 import contextlib
 import gc
@@ -21,7 +21,7 @@ import trustme
 from nanobanana_async import ConfigurationError, ExchangeError, HttpxTransport, Phase, RequestKind, WireRequest
 from nanobanana_async.transport import addresses
 from nanobanana_async.transport import httpx as transport_module
-from tests.raw_server import RawServer, reset, response, saying, saying_then, serving
+from tests.raw_server import RawServer, reset, response, sending, sending_then, serving
 
 pytestmark = pytest.mark.anyio
 
@@ -37,7 +37,7 @@ def ask(server: RawServer | str, kind: RequestKind = RequestKind.READ, **fields:
 
 @pytest.fixture(params=["lanes", "httpx", "httpx2"])
 def make_transport(request: pytest.FixtureRequest) -> Carriers:
-    """Make a transport of our own lanes, and over each library's client."""
+    """Return a factory of transports: with own connections, and over each library's client."""
 
     @contextlib.asynccontextmanager
     async def make() -> AsyncIterator[HttpxTransport]:
@@ -57,25 +57,25 @@ def make_transport(request: pytest.FixtureRequest) -> Carriers:
     return make
 
 
-async def test_a_reply_comes_back_as_it_was_sent(make_transport: Carriers) -> None:
-    """Status, headers in lower case, body untouched."""
-    with serving(saying(response(b"hello", X_Thing="a"))) as server:
+async def test_a_response_is_returned_unchanged(make_transport: Carriers) -> None:
+    """Status, lower-case headers and the raw body are returned."""
+    with serving(sending(response(b"hello", X_Thing="a"))) as server:
         async with make_transport() as transport:
             reply = await transport.send(ask(server), timeout_s=5)
     assert (reply.status, reply.body, reply.headers["x-thing"]) == (200, b"hello", "a")
 
 
-async def test_a_compressed_reply_is_not_inflated(make_transport: Carriers) -> None:
-    """A few bytes can inflate to gigabytes; that is not the transport's decision."""
+async def test_a_compressed_response_is_not_decompressed(make_transport: Carriers) -> None:
+    """A few bytes can decompress to gigabytes, so the caller decides."""
     packed = gzip.compress(b"hello")
-    with serving(saying(response(packed, Content_Encoding="gzip"))) as server:
+    with serving(sending(response(packed, Content_Encoding="gzip"))) as server:
         async with make_transport() as transport:
             assert (await transport.send(ask(server), timeout_s=5)).body == packed
 
 
-async def test_a_redirect_is_a_reply_and_not_followed(make_transport: Carriers) -> None:
-    """Following one would carry the key, and re-send the POST, to somebody else."""
-    with serving(saying(response(status="307 Temporary Redirect", Location="/elsewhere"))) as server:
+async def test_a_redirect_is_returned_and_not_followed(make_transport: Carriers) -> None:
+    """Following it would send the key, and the POST, to another host."""
+    with serving(sending(response(status="307 Temporary Redirect", Location="/elsewhere"))) as server:
         async with make_transport() as transport:
             reply = await transport.send(ask(server, RequestKind.SUBMIT), timeout_s=5)
     assert (reply.status, len(server.requests)) == (307, 1)
@@ -83,7 +83,7 @@ async def test_a_redirect_is_a_reply_and_not_followed(make_transport: Carriers) 
 
 @pytest.mark.parametrize("kind", [RequestKind.SUBMIT, RequestKind.READ])
 async def test_a_refused_connection_was_never_sent(make_transport: Carriers, kind: RequestKind) -> None:
-    """The peer provably had no byte."""
+    """The peer received no byte."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/"
     async with make_transport() as transport:
@@ -93,7 +93,7 @@ async def test_a_refused_connection_was_never_sent(make_transport: Carriers, kin
 
 
 async def test_a_name_that_does_not_resolve_was_never_sent(make_transport: Carriers) -> None:
-    """And may resolve later."""
+    """The failure is transient, because the name may resolve later."""
     async with make_transport() as transport:
         with pytest.raises(ExchangeError) as caught:
             await transport.send(ask("http://nothing.invalid/", RequestKind.SUBMIT), timeout_s=5)
@@ -101,8 +101,8 @@ async def test_a_name_that_does_not_resolve_was_never_sent(make_transport: Carri
 
 
 @pytest.mark.parametrize("url", ["http://", "https://[::1", "nonsense", "http://a b/"])
-async def test_a_malformed_url_is_hopeless(url: str) -> None:
-    """And never leaves the machine."""
+async def test_a_malformed_url_is_a_permanent_error(url: str) -> None:
+    """Nothing leaves the machine."""
     async with contextlib.aclosing(HttpxTransport()) as transport:
         with pytest.raises(ExchangeError) as caught:
             await transport.send(ask(url), timeout_s=5)
@@ -115,22 +115,22 @@ CUT = response(b'{"task_id": "ta-1"', length=1000)
 @pytest.mark.parametrize(
     ("handler", "phase", "kept"),
     [
-        pytest.param(saying_then(socket.socket.close), Phase.SEND, None, id="fin-without-a-word"),
-        pytest.param(saying_then(reset), Phase.SEND, None, id="rst-without-a-word"),
-        pytest.param(saying_then(socket.socket.close, b"HTTP/1.1 200"), Phase.SEND, None, id="fin-in-headers"),
-        pytest.param(saying_then(socket.socket.close, b"\0garbage\r\n\r\n"), Phase.SEND, None, id="garbage"),
-        pytest.param(saying_then(socket.socket.close, CUT), Phase.RESPONSE, b'{"task_id": "ta-1"', id="fin-in-body"),
+        pytest.param(sending_then(socket.socket.close), Phase.SEND, None, id="fin-without-a-word"),
+        pytest.param(sending_then(reset), Phase.SEND, None, id="rst-without-a-word"),
+        pytest.param(sending_then(socket.socket.close, b"HTTP/1.1 200"), Phase.SEND, None, id="fin-in-headers"),
+        pytest.param(sending_then(socket.socket.close, b"\0garbage\r\n\r\n"), Phase.SEND, None, id="garbage"),
+        pytest.param(sending_then(socket.socket.close, CUT), Phase.RESPONSE, b'{"task_id": "ta-1"', id="fin-in-body"),
     ],
 )
 @pytest.mark.parametrize("kind", [RequestKind.SUBMIT, RequestKind.READ])
-async def test_a_broken_exchange_says_how_far_it_got_and_keeps_what_came(
+async def test_a_broken_exchange_reports_its_phase_and_keeps_the_bytes(
     make_transport: Carriers,
     kind: RequestKind,
     handler: Callable[[socket.socket, bytes], None],
     phase: Phase,
     kept: bytes | None,
 ) -> None:
-    """The verdict on a paid submit hangs on both."""
+    """The verdict on a charged submit depends on both."""
     with serving(handler) as server:
         async with make_transport() as transport:
             with pytest.raises(ExchangeError) as caught:
@@ -138,16 +138,16 @@ async def test_a_broken_exchange_says_how_far_it_got_and_keeps_what_came(
     assert (caught.value.phase, caught.value.response and caught.value.response.body) == (phase, kept)
 
 
-async def test_a_body_cut_without_a_content_length_is_just_short(make_transport: Carriers) -> None:
-    """HTTP cannot tell; the reader above has to."""
+async def test_a_truncated_body_without_a_content_length_is_returned(make_transport: Carriers) -> None:
+    """HTTP cannot detect the truncation; the caller has to."""
     head = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"
-    with serving(saying_then(socket.socket.close, head, b'{"half')) as server:
+    with serving(sending_then(socket.socket.close, head, b'{"half')) as server:
         async with make_transport() as transport:
             assert (await transport.send(ask(server), timeout_s=5)).body == b'{"half'
 
 
 async def test_the_total_deadline_holds_against_a_peer_that_drips(make_transport: Carriers) -> None:
-    """A byte now and then never trips a read timeout."""
+    """A peer that sends a byte now and then never triggers a read timeout."""
 
     def drip(peer: socket.socket, _: bytes) -> None:
         peer.sendall(response(b"", length=1000))
@@ -165,8 +165,8 @@ async def test_the_total_deadline_holds_against_a_peer_that_drips(make_transport
     assert set(caught.value.response.body) == set(b"x")
 
 
-async def test_a_peer_that_never_answers_may_have_been_paid(make_transport: Carriers) -> None:
-    """Connected, request on its way, silence: not "never sent"."""
+async def test_a_peer_that_never_responds_may_have_the_request(make_transport: Carriers) -> None:
+    """The phase is SEND, not CONNECT."""
     with serving(lambda *_: time.sleep(0.6)) as server:
         async with make_transport() as transport:
             with pytest.raises(ExchangeError) as caught:
@@ -175,7 +175,7 @@ async def test_a_peer_that_never_answers_may_have_been_paid(make_transport: Carr
 
 
 async def test_a_connection_that_is_never_made_was_never_sent(make_transport: Carriers) -> None:
-    """A full backlog drops our SYN: the deadline passes before a byte of the request could leave."""
+    """A full backlog drops the SYN, so the deadline passes before a byte is sent."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         address = listener.getsockname()
@@ -190,9 +190,9 @@ async def test_a_connection_that_is_never_made_was_never_sent(make_transport: Ca
     assert caught.value.phase is Phase.CONNECT
 
 
-async def test_a_body_over_the_cap_ends_the_exchange_at_the_cap(make_transport: Carriers) -> None:
+async def test_a_body_over_the_limit_ends_the_exchange(make_transport: Carriers) -> None:
     """Memory stays bounded, and the beginning is kept."""
-    with serving(saying(response(b"y" * 100_000))) as server:
+    with serving(sending(response(b"y" * 100_000))) as server:
         async with make_transport() as transport:
             with pytest.raises(ExchangeError, match="exceeds the limit") as caught:
                 await transport.send(ask(server, max_bytes=1000), timeout_s=5)
@@ -201,9 +201,9 @@ async def test_a_body_over_the_cap_ends_the_exchange_at_the_cap(make_transport: 
 
 
 async def test_a_sink_gets_the_body_of_a_200_and_of_nothing_else() -> None:
-    """An error page has no place in somebody's file."""
+    """An error page is not written to the user's file."""
     for status, expected in (("200 OK", b"picture"), ("404 Not Found", b"")):
-        with serving(saying(response(b"picture", status=status))) as server:
+        with serving(sending(response(b"picture", status=status))) as server:
             async with contextlib.aclosing(HttpxTransport()) as transport:
                 got = bytearray()
 
@@ -215,10 +215,10 @@ async def test_a_sink_gets_the_body_of_a_200_and_of_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("moment", ["in the sink", "between two pieces"])
-async def test_a_download_that_is_cancelled_half_way_leaves_nothing_to_the_garbage_collector(moment: str) -> None:
-    """It would warn, on trio, of generators that nobody has ended."""
+async def test_a_cancelled_download_leaves_no_unfinished_generator(moment: str) -> None:
+    """Trio would warn about it."""
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-    with serving(saying(head + b"1\r\nx\r\n" * 1000)) as server:
+    with serving(sending(head + b"1\r\nx\r\n" * 1000)) as server:
         async with contextlib.aclosing(HttpxTransport()) as transport:
             with anyio.CancelScope() as scope:
 
@@ -232,21 +232,21 @@ async def test_a_download_that_is_cancelled_half_way_leaves_nothing_to_the_garba
     gc.collect()
 
 
-async def test_what_a_sink_raises_comes_out_as_it_is() -> None:
+async def test_an_error_of_a_sink_is_raised_unchanged() -> None:
     """A full disk is not a network error."""
 
     async def full(_: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    with serving(saying(response(b"picture"))) as server:
+    with serving(sending(response(b"picture"))) as server:
         async with contextlib.aclosing(HttpxTransport()) as transport:
             with pytest.raises(OSError, match="No space left"):
                 await transport.send(ask(server, RequestKind.DOWNLOAD), timeout_s=5, sink=full)
 
 
 async def test_reads_reuse_a_connection_and_submits_never_do() -> None:
-    """On reused connections, 20 of 4800 POSTs failed without anybody knowing whether they were paid."""
-    with serving(saying(response(b"{}"))) as server:
+    """On reused connections, 20 of 4800 POSTs failed with an unknown charge."""
+    with serving(sending(response(b"{}"))) as server:
         async with contextlib.aclosing(HttpxTransport()) as transport:
             for _ in range(4):
                 await transport.send(ask(server), timeout_s=5)
@@ -256,9 +256,9 @@ async def test_reads_reuse_a_connection_and_submits_never_do() -> None:
             assert server.connections == 4
 
 
-async def test_a_client_that_was_handed_in_leaves_nothing_behind() -> None:
-    """Its own pool keeps the connections; what is kept here as well would grow with each poll of the night."""
-    with serving(saying(response(b"{}"))) as server:
+async def test_a_client_that_was_passed_in_adds_no_idle_connections() -> None:
+    """Its own pool keeps the connections."""
+    with serving(sending(response(b"{}"))) as server:
         async with httpx.AsyncClient() as client:
             transport = HttpxTransport(client)
             for _ in range(4):
@@ -266,9 +266,9 @@ async def test_a_client_that_was_handed_in_leaves_nothing_behind() -> None:
             assert not any(transport._idle_connections.values())
 
 
-async def test_a_lane_that_was_cut_off_is_not_used_again() -> None:
-    """Its connection may still carry the end of somebody else's reply."""
-    with serving(saying(response(b"{}", length=5))) as server:
+async def test_an_interrupted_connection_is_not_reused() -> None:
+    """It may still carry the end of another response."""
+    with serving(sending(response(b"{}", length=5))) as server:
         async with contextlib.aclosing(HttpxTransport()) as transport:
             for number in range(3):
                 async with anyio.create_task_group() as group:
@@ -280,17 +280,17 @@ async def test_a_lane_that_was_cut_off_is_not_used_again() -> None:
 
 
 async def test_a_connection_the_server_closed_meanwhile_is_replaced() -> None:
-    """Keep-alive is a hope, not a plan."""
-    with serving(saying_then(socket.socket.close, response(b"{}"))) as server:
+    """A server may close an idle connection at any time."""
+    with serving(sending_then(socket.socket.close, response(b"{}"))) as server:
         async with contextlib.aclosing(HttpxTransport()) as transport:
             for _ in range(5):
                 assert (await transport.send(ask(server), timeout_s=5)).status == 200
                 await anyio.sleep(0.02)
 
 
-async def test_a_thousand_cancelled_requests_do_not_wedge_anything() -> None:
-    """Httpx's own pool is dead for good after ten."""
-    with serving(saying(response(b"{}"))) as server:
+async def test_a_thousand_cancelled_requests_leave_a_working_transport() -> None:
+    """P9: httpx's own pool fails after ten."""
+    with serving(sending(response(b"{}"))) as server:
         async with contextlib.aclosing(HttpxTransport()) as transport:
 
             async def impatient(patience_s: float) -> None:
@@ -305,14 +305,14 @@ async def test_a_thousand_cancelled_requests_do_not_wedge_anything() -> None:
 
 
 @pytest.mark.parametrize("how", ["event-hook", "mock-transport"])
-async def test_a_reply_that_a_client_of_the_users_has_read_already_is_read_all_the_same(how: str) -> None:
-    """An event hook that logs bodies, or httpx's own test transport, must not cost a paid id."""
+async def test_a_response_that_the_users_client_has_read_is_still_returned(how: str) -> None:
+    """An event hook may log bodies, and httpx's test transport reads them, too."""
 
     async def read(response: httpx.Response) -> None:
         await response.aread()
 
     whole = response(b'{"code":0,"data":{"task_id":"ta-1"}}')
-    with serving(saying(whole)) as server:
+    with serving(sending(whole)) as server:
         if how == "event-hook":
             client = httpx.AsyncClient(event_hooks={"response": [read]})
         else:
@@ -324,9 +324,9 @@ async def test_a_reply_that_a_client_of_the_users_has_read_already_is_read_all_t
     assert b"ta-1" in reply.body
 
 
-async def test_pictures_never_travel_by_a_client_that_was_handed_in() -> None:
+async def test_images_are_never_downloaded_with_the_users_client() -> None:
     """It may hold cookies, credentials or an internal certificate."""
-    with serving(saying(response(b"{}"))) as server:
+    with serving(sending(response(b"{}"))) as server:
         async with httpx.AsyncClient(headers={"X-Api-Key": "dk-secret"}, cookies={"session": "s"}) as client:
             transport = HttpxTransport(client)
             await transport.send(ask(server, RequestKind.DOWNLOAD), timeout_s=5)
@@ -336,25 +336,25 @@ async def test_pictures_never_travel_by_a_client_that_was_handed_in() -> None:
     assert b"session" not in server.requests[0]
 
 
-def test_a_client_that_cannot_be_awaited_is_refused() -> None:
-    """At once, with what was expected."""
+def test_a_synchronous_client_is_rejected() -> None:
+    """The error names the expected types."""
     with pytest.raises(ConfigurationError, match=r"expected httpx\.AsyncClient or httpx2\.AsyncClient, got httpx"):
         HttpxTransport(httpx.Client())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("url", ["http://localhost:{}/", "http://2130706433:{}/", "http://[::ffff:127.0.0.1]:{}/"])
 async def test_a_guarded_request_never_reaches_a_private_address(url: str) -> None:
-    """By name, as one number, or dressed up as IPv6."""
-    with serving(saying(response(b"secret"))) as server:
+    """P25: a name, an integer and a mapped IPv6 address are all refused."""
+    with serving(sending(response(b"secret"))) as server:
         async with contextlib.aclosing(HttpxTransport()) as transport:
             with pytest.raises(ExchangeError, match="not a public address") as caught:
                 await transport.send(ask(url.format(server.port), RequestKind.DOWNLOAD, public_only=True), timeout_s=5)
     assert (caught.value.permanent, server.connections) == (True, 0)
 
 
-async def test_a_guarded_request_dials_the_address_that_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not whatever the name leads to a moment later; the name stays in `BackgroundTaskGroup`."""
-    with serving(saying(response(b"picture"))) as server:
+async def test_a_guarded_request_connects_to_the_address_that_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second lookup may give another address; the host name remains in `Host`."""
+    with serving(sending(response(b"picture"))) as server:
 
         async def rebinding(host: str, port: int) -> list[str]:
             return ["127.0.0.1"]
@@ -379,14 +379,14 @@ async def test_a_guarded_request_dials_the_address_that_was_judged(monkeypatch: 
         )),
     ],
 )  # fmt: skip
-def test_only_addresses_that_anybody_could_reach_are_public(address: str, public: bool) -> None:  # noqa: FBT001 - a table
-    """Private ones hide in many notations."""
+def test_private_addresses_are_recognized_in_every_notation(address: str, public: bool) -> None:  # noqa: FBT001 - a table
+    """Mapped, embedded and special-purpose addresses are not public."""
     assert addresses.is_public(address) is public
 
 
 async def test_plain_http_behind_an_https_url_is_a_configuration_error() -> None:
-    """It will not get better by trying again."""
-    with serving(saying(b"HTTP/1.1 400 Bad Request\r\n\r\n"), reads=False) as server:
+    """The error is permanent, because a retry cannot help."""
+    with serving(sending(b"HTTP/1.1 400 Bad Request\r\n\r\n"), reads=False) as server:
         async with contextlib.aclosing(HttpxTransport()) as transport:
             with pytest.raises(ExchangeError) as caught:
                 await transport.send(ask(server.url.replace("http:", "https:"), RequestKind.SUBMIT), timeout_s=5)
@@ -394,8 +394,8 @@ async def test_plain_http_behind_an_https_url_is_a_configuration_error() -> None
 
 
 async def test_a_proxy_from_the_environment_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As every user of httpx expects; NO_PROXY and `trust_env=False` turn it off."""
-    with serving(saying(response(b"by proxy"))) as proxy:
+    """NO_PROXY and `trust_env=False` turn it off."""
+    with serving(sending(response(b"by proxy"))) as proxy:
         monkeypatch.setenv("http_proxy", proxy.url)
         monkeypatch.setenv("no_proxy", "inside.example")
         async with contextlib.aclosing(HttpxTransport()) as transport:
@@ -407,11 +407,11 @@ async def test_a_proxy_from_the_environment_is_used(monkeypatch: pytest.MonkeyPa
                 await transport.send(ask("http://api.example/x"), timeout_s=5)
 
 
-async def test_nothing_of_a_request_is_in_what_a_failure_shows() -> None:
-    """Not in its text, and not in the exceptions chained behind it."""
+async def test_an_error_contains_nothing_of_the_request() -> None:
+    """Neither its text nor its chained exceptions contain the request."""
     key = "Bearer dk-CANARY"
     for headers in ({"Authorization": key}, {"Authorization": f"{key}\n"}, {"Authorization": f"{key}\u20ac"}):
-        with serving(saying_then(socket.socket.close)) as server:
+        with serving(sending_then(socket.socket.close)) as server:
             async with contextlib.aclosing(HttpxTransport()) as transport:
                 with pytest.raises(ExchangeError) as caught:
                     await transport.send(ask(server, RequestKind.SUBMIT, headers=headers), timeout_s=5)
@@ -420,8 +420,8 @@ async def test_nothing_of_a_request_is_in_what_a_failure_shows() -> None:
         assert caught.value.__cause__ is None
 
 
-async def test_the_tls_context_is_made_once_and_off_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes 20 to 50 ms, and 64 lanes share it."""
+async def test_the_tls_context_is_created_once_and_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Creating it takes 20 to 50 ms."""
     made = []
 
     def create(**settings: object) -> ssl.SSLContext:
@@ -435,8 +435,8 @@ async def test_the_tls_context_is_made_once_and_off_the_loop(monkeypatch: pytest
     assert len(made) == 1
 
 
-async def test_a_certificate_file_that_is_not_there_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing was sent, and it will not get better."""
+async def test_a_missing_certificate_file_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is sent, and there is no retry."""
     monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent.pem")
     async with contextlib.aclosing(HttpxTransport()) as transport:
         with pytest.raises(ExchangeError, match="certificate file") as caught:
@@ -445,10 +445,10 @@ async def test_a_certificate_file_that_is_not_there_is_a_configuration_error(mon
 
 
 @pytest.mark.parametrize("flaw", ["none", "wrong-host", "expired", "unknown-authority"])
-async def test_a_certificate_that_does_not_fit_is_a_configuration_error(
+async def test_an_invalid_certificate_is_a_configuration_error(
     flaw: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once, without a retry, and the request stays here. One that fits is taken from SSL_CERT_FILE."""
+    """The request is not sent; a valid one is accepted through SSL_CERT_FILE."""
     authority = trustme.CA()
     if flaw != "unknown-authority":
         authority.cert_pem.write_to_path(tmp_path / "ca.pem")
@@ -457,7 +457,7 @@ async def test_a_certificate_that_does_not_fit_is_a_configuration_error(
     past = datetime(2020, 1, 1, tzinfo=UTC) if flaw == "expired" else None
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert(name, not_after=past).configure_cert(tls)
-    with serving(saying(response(b"{}")), tls=tls) as server:
+    with serving(sending(response(b"{}")), tls=tls) as server:
         async with contextlib.aclosing(HttpxTransport()) as transport:
             request = ask(server.url.replace("http:", "https:"), RequestKind.SUBMIT)
             if flaw == "none":

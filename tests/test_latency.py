@@ -1,4 +1,4 @@
-"""How long pictures take is learned from looks, and says when the next look pays."""
+"""Latencies are learned from polls, and determine when the next poll is worth its cost."""
 
 import math
 from bisect import bisect_right
@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from nanobanana_async import PollPolicy
 from nanobanana_async.tracking.latency import _EDGES, BINS, PRIOR_MEDIAN_S, LatencyModel
 from nanobanana_async.tracking.schedule import PollSchedule
-from tests.latency_samples import Draw, bimodal, fixed_looks, lognormal, simulate
+from tests.latency_samples import Draw, bimodal, fixed_polls, lognormal, simulate
 
 ages = st.floats(0, 3600)
 prices = st.floats(0.01, 10)
 
 
-def taught(*latencies_s: float, every_s: float = 1.0) -> LatencyModel:
-    """Return a curve that has seen tasks of these latencies, looked at every so often."""
+def trained(*latencies_s: float, every_s: float = 1.0) -> LatencyModel:
+    """Return a model that has observed tasks of these latencies at these polls."""
     model = LatencyModel()
     for latency_s in latencies_s:
         since_s = 0.0
@@ -36,20 +36,20 @@ def draws(draw: Draw, count: int, seed: int = 1) -> list[float]:
     return [draw(rng) for _ in range(count)]
 
 
-def test_before_it_has_seen_anything_half_are_done_in_twenty_seconds() -> None:
-    """That is what everybody who uses the service reports."""
+def test_the_prior_median_is_twenty_seconds() -> None:
+    """Public clients of the service report it."""
     assert LatencyModel().median_s() == pytest.approx(PRIOR_MEDIAN_S, rel=0.02)
 
 
 @pytest.mark.parametrize("median_s", [3.0, 10.0, 40.0, 150.0])
-def test_the_median_of_what_was_seen_is_learned(median_s: float) -> None:
-    """From looks that only bracket the end of a task."""
-    model = taught(*draws(lognormal(median_s, 0.5), 400))
+def test_the_median_is_learned_from_polls(median_s: float) -> None:
+    """Polls only bracket the end of a task."""
+    model = trained(*draws(lognormal(median_s, 0.5), 400))
     assert model.median_s() == pytest.approx(median_s, rel=0.15)
 
 
-def test_those_still_running_count() -> None:
-    """A thousand begin together; after ten seconds only the quick ones have ended: the median is not theirs."""
+def test_unfinished_tasks_count() -> None:
+    """Of a thousand tasks only the fast ones have ended after ten seconds, and the median is not theirs."""
     model = LatencyModel()
     for latency_s in draws(lognormal(20, 0.5), 1000):
         for since_s in range(10):
@@ -58,8 +58,8 @@ def test_those_still_running_count() -> None:
     assert model.median_s() > 15
 
 
-def test_those_who_leave_early_do_not_bias_the_rest() -> None:
-    """Half of the tasks are watched for fifteen seconds only."""
+def test_tasks_that_are_given_up_do_not_bias_the_rest() -> None:
+    """Half of the tasks are tracked for fifteen seconds only."""
     model = LatencyModel()
     for number, latency_s in enumerate(draws(lognormal(20, 0.5), 2000)):
         last = 15 if number % 2 else 600
@@ -69,14 +69,14 @@ def test_those_who_leave_early_do_not_bias_the_rest() -> None:
     assert model.median_s() == pytest.approx(20, rel=0.15)
 
 
-def test_what_was_seen_fades() -> None:
-    """The service has become three times slower, and two thousand pictures later that is what is believed."""
-    model = taught(*draws(lognormal(10, 0.3), 1000), *draws(lognormal(30, 0.3), 2000))
+def test_old_observations_decay() -> None:
+    """After a slow-down by three and two thousand tasks, the model has adapted."""
+    model = trained(*draws(lognormal(10, 0.3), 1000), *draws(lognormal(30, 0.3), 2000))
     assert model.median_s() == pytest.approx(30, rel=0.15)
 
 
-def test_it_learns_for_ever_without_overflow() -> None:
-    """Weights grow with every task, and are brought back before they get out of hand."""
+def test_learning_never_overflows() -> None:
+    """Weights grow with every task and are rescaled."""
     model = LatencyModel()
     for _ in range(150_000):
         model.observe(9.0, 11.0, done=True)
@@ -84,7 +84,7 @@ def test_it_learns_for_ever_without_overflow() -> None:
     assert model.median_s() < 12
 
 
-def test_two_looks_at_the_same_moment_teach_nothing() -> None:
+def test_two_polls_at_the_same_time_teach_nothing() -> None:
     """A clock may stand still."""
     model = LatencyModel()
     model.observe(5.0, 5.0, done=True)
@@ -92,22 +92,22 @@ def test_two_looks_at_the_same_moment_teach_nothing() -> None:
 
 
 @given(age_s=ages, cost_s=prices, max_s=st.floats(0.5, 60))
-def test_a_pause_is_positive_and_never_longer_than_allowed(age_s: float, cost_s: float, max_s: float) -> None:
-    """Whatever the age."""
+def test_an_interval_is_positive_and_bounded(age_s: float, cost_s: float, max_s: float) -> None:
+    """This holds at any age."""
     assert 0 < LatencyModel().next_poll_in_s(age_s, cost_s, max_s) <= max_s
 
 
 @given(age_s=ages, prices_s=st.tuples(prices, prices))
-def test_a_dearer_look_comes_later(age_s: float, prices_s: tuple[float, float]) -> None:
-    """Pressure, which raises the price, never makes anybody ask sooner."""
+def test_a_higher_poll_cost_gives_a_longer_interval(age_s: float, prices_s: tuple[float, float]) -> None:
+    """Pressure raises the cost, so it never shortens an interval."""
     model = LatencyModel()
     cheap, dear = (model.next_poll_in_s(age_s, cost_s, 1000) for cost_s in sorted(prices_s))
     assert cheap <= dear + 1e-3
 
 
 @given(age_s=st.floats(0, 200), cost_s=prices)
-def test_the_look_comes_when_the_expected_waiting_has_reached_its_price(age_s: float, cost_s: float) -> None:
-    """Checked against the definition, by adding up P(done) in steps of a hundredth of the pause."""
+def test_the_poll_comes_when_the_expected_delay_reaches_its_cost(age_s: float, cost_s: float) -> None:
+    """The definition is checked by summing P(done) in hundredths of the interval."""
     model = LatencyModel()
     interval_s = model.next_poll_in_s(age_s, cost_s, 1e6)
     waited_s, unfinished, step_s = 0.0, 1.0, interval_s / 400
@@ -119,9 +119,9 @@ def test_the_look_comes_when_the_expected_waiting_has_reached_its_price(age_s: f
     assert waited_s == pytest.approx(cost_s, rel=0.03, abs=0.003)
 
 
-def test_a_curve_can_be_saved_and_restored() -> None:
-    """As plain numbers."""
-    model = taught(*draws(lognormal(12, 0.4), 100))
+def test_a_model_can_be_saved_and_restored() -> None:
+    """A model is dumped as plain numbers."""
+    model = trained(*draws(lognormal(12, 0.4), 100))
     again = LatencyModel.load(model.dump())
     assert len(model.dump()) == 2 * BINS
     assert again.median_s() == pytest.approx(model.median_s())
@@ -129,29 +129,29 @@ def test_a_curve_can_be_saved_and_restored() -> None:
 
 
 @pytest.mark.parametrize("numbers", [[], [1.0] * 7, [math.nan] * 2 * BINS, [-1.0] * 2 * BINS, [math.inf] * 2 * BINS])
-def test_what_is_no_curve_is_refused(numbers: list[float]) -> None:
-    """A file from elsewhere must not make a client look every nanosecond."""
+def test_invalid_numbers_are_rejected(numbers: list[float]) -> None:
+    """A foreign file must not make a client poll without pause."""
     with pytest.raises(ValueError, match="latency model: expected"):
         LatencyModel.load(numbers)
 
 
 @pytest.mark.parametrize("draw", [lognormal(20, 0.5), bimodal], ids=["lognormal", "bimodal"])
-def test_a_learned_schedule_needs_fewer_looks_than_any_fixed_interval(draw: Draw) -> None:
-    """At the same mean delay, the best fixed interval needs at least 1.3 times as many."""
+def test_a_learned_schedule_needs_fewer_polls_than_any_fixed_interval(draw: Draw) -> None:
+    """At the same mean delay, the best fixed interval needs at least 1.3 times as many polls."""
     polls, delays_s = simulate(PollPolicy(), draw, 2500)
-    assert fixed_looks(draw, fmean(delays_s), 2500) / fmean(polls) >= 1.3
+    assert fixed_polls(draw, fmean(delays_s), 2500) / fmean(polls) >= 1.3
 
 
 @pytest.mark.parametrize("draw", [lognormal(20, 0.5), bimodal], ids=["lognormal", "bimodal"])
-def test_the_very_first_fifty_tasks_are_no_worse_than_at_the_best_fixed_interval(draw: Draw) -> None:
-    """The prior is good enough to begin with."""
+def test_the_first_fifty_tasks_are_no_worse_than_with_a_fixed_interval(draw: Draw) -> None:
+    """The prior is good enough for the first tasks."""
     runs = [simulate(PollPolicy(), draw, 50, seed=seed) for seed in range(30)]
     polls, delays_s = (fmean(chain.from_iterable(column)) for column in zip(*runs, strict=True))
-    assert fixed_looks(draw, delays_s, 2500) / polls >= 0.9
+    assert fixed_polls(draw, delays_s, 2500) / polls >= 0.9
 
 
-def test_a_model_has_a_curve_of_its_own() -> None:
-    """Quick and slow models do not teach each other."""
+def test_each_model_name_has_a_latency_model_of_its_own() -> None:
+    """Fast and slow models do not influence each other."""
     schedule = PollSchedule(PollPolicy())
     for _ in range(200):
         schedule.observe("quick", 4.0, 6.0, done=True)
@@ -163,8 +163,8 @@ def test_a_model_has_a_curve_of_its_own() -> None:
     assert schedule.next_poll_in_s("quick", 0.0, 0) < schedule.next_poll_in_s("slow", 0.0, 0)
 
 
-def test_a_later_client_may_begin_with_what_an_earlier_one_has_learned() -> None:
-    """`curves()` goes into `PollPolicy.latency_models`."""
+def test_latency_models_can_be_passed_to_a_later_client() -> None:
+    """`latency_models()` is a valid `PollPolicy.latency_models`."""
     schedule = PollSchedule(PollPolicy())
     for _ in range(200):
         schedule.observe("quick", 4.0, 6.0, done=True)
@@ -172,8 +172,8 @@ def test_a_later_client_may_begin_with_what_an_earlier_one_has_learned() -> None
     assert later.median_latencies_s() == pytest.approx(schedule.median_latencies_s())
 
 
-def test_any_number_of_model_names_keeps_a_bounded_number_of_curves() -> None:
-    """They may come from a web form."""
+def test_the_number_of_latency_models_is_bounded() -> None:
+    """Model names may come from a web form."""
     schedule = PollSchedule(PollPolicy())
     for number in range(1000):
         schedule.observe(f"model-{number}", 4.0, 6.0, done=True)
@@ -182,20 +182,20 @@ def test_any_number_of_model_names_keeps_a_bounded_number_of_curves() -> None:
 
 
 @pytest.mark.parametrize("pressure", [1.0, 2.0, 4.0])
-def test_pressure_lengthens_learned_pauses_in_proportion(pressure: float) -> None:
-    """Where the rate of completion is even; elsewhere roughly."""
+def test_pressure_lengthens_learned_intervals_in_proportion(pressure: float) -> None:
+    """This is exact for a constant hazard, and approximate otherwise."""
     schedule = PollSchedule(PollPolicy(max_interval_s=1000))
     interval_s = schedule.next_poll_in_s(None, 30.0, 1)
     assert schedule.next_poll_in_s(None, 30.0, 1, pressure) == pytest.approx(pressure * interval_s, rel=0.25)
 
 
-def test_pressure_never_lengthens_a_pause_beyond_the_longest() -> None:
-    """Nobody is forgotten."""
+def test_pressure_never_lengthens_an_interval_beyond_the_maximum() -> None:
+    """Every task is polled at least once per `max_interval_s`."""
     assert PollSchedule(PollPolicy()).next_poll_in_s(None, 30.0, 1, 1e6) == PollPolicy().max_interval_s
 
 
-def test_a_schedule_laid_down_is_kept_under_pressure() -> None:
-    """Who asks for every two seconds gets every two seconds, as far as the requests last."""
+def test_a_static_schedule_ignores_pressure() -> None:
+    """A fixed interval stays fixed; its polls queue."""
     schedule = PollSchedule(PollPolicy.fixed(2.0))
     assert [schedule.next_poll_in_s("m", age_s, polls, 10.0) for age_s, polls in [(0, 0), (2, 1), (4, 2)]] == [
         2.0,
@@ -204,15 +204,15 @@ def test_a_schedule_laid_down_is_kept_under_pressure() -> None:
     ]
 
 
-def test_back_off_grows_to_its_cap() -> None:
-    """From the first look on."""
+def test_a_backoff_schedule_grows_to_its_maximum() -> None:
+    """The first intervals are as configured."""
     schedule = PollSchedule(PollPolicy.backoff(first_poll_s=8, initial_s=2, multiplier=2, max_s=10))
     assert [schedule.next_poll_in_s("m", 0.0, polls) for polls in range(5)] == [8.0, 2.0, 4.0, 8.0, 10.0]
 
 
 @given(seed=st.integers(0, 1000))
-def test_after_failures_pauses_double_and_are_left_to_chance_by_half(seed: int) -> None:
-    """Up to the longest."""
+def test_after_errors_intervals_double_and_half_is_random(seed: int) -> None:
+    """They grow up to the longest interval."""
     policy = PollPolicy()
     schedule = PollSchedule(policy, Random(seed))
     for failures in range(1, 50):
@@ -220,8 +220,8 @@ def test_after_failures_pauses_double_and_are_left_to_chance_by_half(seed: int) 
         assert full_s / 2 <= schedule.backoff_s(failures) <= full_s
 
 
-def test_the_default_price_is_paid_in_growing_pauses() -> None:
-    """From one poll to the next of a task that takes its time, for the reader to see."""
+def test_the_default_cost_gives_growing_intervals() -> None:
+    """The intervals of a slow task are listed for the reader."""
     schedule = PollSchedule(PollPolicy(jitter=0))
     looks_s: list[float] = []
     age_s = 0.0

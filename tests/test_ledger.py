@@ -1,4 +1,4 @@
-"""The ledger of a batch: what is durable, who may write, and what it refuses to believe."""
+"""The ledger of a batch: durability, locking, and what it rejects."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ def row(key: str = "k", prompt: str = "a fox", name: str | None = None) -> Batch
 
 @pytest.fixture
 def no_collection() -> Iterator[None]:
-    """Leave garbage where it is, so that nothing is closed by luck."""
+    """Disable the garbage collector, so that nothing is closed by chance."""
     gc.disable()
     yield
     gc.enable()
@@ -39,7 +39,7 @@ def no_collection() -> Iterator[None]:
 
 @asynccontextmanager
 async def opened(folder: Path, **options: bool) -> AsyncIterator[Ledger]:
-    """Open a ledger for a while."""
+    """Open a ledger during the block."""
     ledger = await Ledger.open(folder, **options)
     try:
         yield ledger
@@ -48,12 +48,12 @@ async def opened(folder: Path, **options: bool) -> AsyncIterator[Ledger]:
 
 
 async def record_of(ledger: Ledger, key: str = "k") -> LedgerRow:
-    """Return one record."""
+    """Return one ledger row."""
     return next(record for record in await ledger.query_rows(list) if record.key == key)
 
 
-async def test_a_row_goes_from_intent_to_file(tmp_path: Path) -> None:
-    """Each step is there when the ledger is opened again."""
+async def test_a_row_goes_from_submitting_to_saved(tmp_path: Path) -> None:
+    """Each step is present when the ledger is opened again."""
     async with opened(tmp_path) as ledger:
         (record,) = await ledger.upsert_rows([row()])
         assert (record.state, record.number, record.file_stem) == (RowState.READY, 1, "0001-a-fox")
@@ -70,8 +70,8 @@ async def test_a_row_goes_from_intent_to_file(tmp_path: Path) -> None:
         assert record.files == (SavedImage(path=tmp_path / "0001-a-fox.png", sha256="ab", size_bytes=3),)
 
 
-async def test_an_intent_that_nobody_closed_is_unknown(tmp_path: Path) -> None:
-    """The program ended before an answer came: it may be paid."""
+async def test_an_interrupted_attempt_is_unknown(tmp_path: Path) -> None:
+    """The program ended before a response arrived, so it may be charged."""
     async with opened(tmp_path) as ledger:
         await ledger.upsert_rows([row()])
         await ledger.begin_attempt("k")
@@ -99,7 +99,7 @@ async def test_an_intent_that_nobody_closed_is_unknown(tmp_path: Path) -> None:
     ],
 )
 async def test_a_row_never_goes_back(tmp_path: Path, steps: list[RowState], refused: RowState) -> None:
-    """Whoever asks: what is paid does not become open by mistake."""
+    """No call makes a charged row ready by mistake."""
     async with opened(tmp_path) as ledger:
         await ledger.upsert_rows([row()])
         if steps:
@@ -113,8 +113,8 @@ async def test_a_row_never_goes_back(tmp_path: Path, steps: list[RowState], refu
 
 
 @pytest.mark.parametrize("state", [RowState.SUBMITTED, RowState.UNKNOWN, RowState.SUBMITTING])
-async def test_what_may_be_paid_is_not_submitted_again(tmp_path: Path, state: RowState) -> None:
-    """Not by a second intent."""
+async def test_a_row_that_may_be_charged_is_not_submitted_again(tmp_path: Path, state: RowState) -> None:
+    """A second attempt is rejected."""
     async with opened(tmp_path) as ledger:
         await ledger.upsert_rows([row()])
         await ledger.begin_attempt("k")
@@ -125,8 +125,8 @@ async def test_what_may_be_paid_is_not_submitted_again(tmp_path: Path, state: Ro
 
 
 @pytest.mark.parametrize("path", [[RowState.REJECTED], [RowState.FAILED], [RowState.UNKNOWN, RowState.REQUEUED]])
-async def test_what_is_open_again_gets_an_attempt_of_its_own(tmp_path: Path, path: list[RowState]) -> None:
-    """The one before stays on the books, with what it may have cost."""
+async def test_a_requeued_row_gets_a_new_attempt(tmp_path: Path, path: list[RowState]) -> None:
+    """The earlier attempt and its possible cost are kept."""
     async with opened(tmp_path) as ledger:
         await ledger.upsert_rows([row()])
         await ledger.begin_attempt("k")
@@ -137,8 +137,8 @@ async def test_what_is_open_again_gets_an_attempt_of_its_own(tmp_path: Path, pat
         assert [unsettled for _, unsettled, _ in costs] == [int(RowState.REQUEUED in path), 1]
 
 
-async def test_a_post_that_is_repeated_counts(tmp_path: Path) -> None:
-    """The one before may be charged as well."""
+async def test_a_resubmit_is_counted(tmp_path: Path) -> None:
+    """The earlier POST may also have been charged."""
     async with opened(tmp_path) as ledger:
         await ledger.upsert_rows([row()])
         with pytest.raises(LedgerError):
@@ -152,8 +152,8 @@ async def test_a_post_that_is_repeated_counts(tmp_path: Path) -> None:
         assert (unsettled, str(consumed)) == (1, "0.5")
 
 
-async def test_file_names_are_our_own_and_nobody_elses(tmp_path: Path) -> None:
-    """From the prompt, or from the name a row gives; equal ones are told apart, in whatever case."""
+async def test_file_names_are_derived_and_unique(tmp_path: Path) -> None:
+    """They come from the prompt or the row's name, and are unique without regard to case."""
     rows = [
         row("1", "../../etc/passwd"),
         row("2", "日本"),
@@ -170,8 +170,8 @@ async def test_file_names_are_our_own_and_nobody_elses(tmp_path: Path) -> None:
     assert stems[3:] == ["Poster", "POSTER-5", "poster-5-6", "con-aux"]
 
 
-async def test_a_row_with_a_key_of_its_own_may_be_edited_until_it_is_paid(tmp_path: Path) -> None:
-    """After that, the key belongs to what was paid for."""
+async def test_a_row_with_a_key_may_be_edited_until_it_is_charged(tmp_path: Path) -> None:
+    """After that, the key belongs to the charged prompt."""
     async with opened(tmp_path) as ledger:
         await ledger.upsert_rows([row()])
         (edited,) = await ledger.upsert_rows([row(prompt="a hare")])
@@ -181,8 +181,8 @@ async def test_a_row_with_a_key_of_its_own_may_be_edited_until_it_is_paid(tmp_pa
         assert (kept.prompt, kept.state) == ("a hare", RowState.SUBMITTING)
 
 
-async def test_the_file_is_for_its_owner_alone_and_every_commit_is_synced(tmp_path: Path) -> None:
-    """Prompts are private; WAL without FULL would lose the last commits in a power cut."""
+async def test_the_file_is_private_and_every_commit_is_synced(tmp_path: Path) -> None:
+    """Prompts are private, and WAL without FULL could lose commits in a power failure."""
     async with opened(tmp_path) as ledger:
         assert stat.S_IMODE((tmp_path / "ledger.db").stat().st_mode) == 0o600
         assert stat.S_IMODE((tmp_path / "ledger.db-wal").stat().st_mode) == 0o600
@@ -193,7 +193,7 @@ async def test_the_file_is_for_its_owner_alone_and_every_commit_is_synced(tmp_pa
 
 
 async def test_many_writers_share_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hundred rows at once cost a few fsyncs, and not a hundred."""
+    """A hundred concurrent rows need a few fsyncs."""
     commits = 0
     commit = Ledger._commit
 
@@ -212,8 +212,8 @@ async def test_many_writers_share_a_commit(tmp_path: Path, monkeypatch: pytest.M
     assert commits <= 4
 
 
-async def test_cancelling_does_not_tear_a_write(tmp_path: Path) -> None:
-    """It is there, whoever gave up waiting for it."""
+async def test_cancelling_does_not_interrupt_a_write(tmp_path: Path) -> None:
+    """The write is committed even if its caller is cancelled."""
     async with opened(tmp_path) as ledger:
         await ledger.upsert_rows([row()])
         with anyio.CancelScope() as scope:
@@ -238,7 +238,7 @@ anyio.run(main)
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_second_process_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
-    """Within a second; and a dead holder holds nothing."""
+    """P20: it is refused within a second, and a killed holder holds nothing."""
     with subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path)], stdout=subprocess.PIPE) as holder:  # noqa: ASYNC220, S603 - our own
         assert holder.stdout is not None
         holder.stdout.readline()
@@ -253,8 +253,8 @@ async def test_a_second_process_is_refused_with_the_pid_of_the_first(tmp_path: P
         await ledger.upsert_rows([row()])
 
 
-async def test_the_same_process_is_no_exception(tmp_path: Path) -> None:
-    """Two batches in one folder would pay for each row twice; and a refusal must not loosen the lock."""
+async def test_the_same_process_cannot_open_it_twice(tmp_path: Path) -> None:
+    """Two batches in one folder would charge each row twice; a refusal keeps the lock."""
     async with opened(tmp_path):
         for _ in range(3):
             with pytest.raises(LedgerError, match=f"in use by process {os.getpid()}"):
@@ -263,8 +263,8 @@ async def test_the_same_process_is_no_exception(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_collection")
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
-async def test_an_opening_that_is_cancelled_at_any_step_leaves_the_folder_free(tmp_path: Path) -> None:
-    """`task.cancel()` waits for no thread: the ledger that this one makes is nobody's, and would keep its lock."""
+async def test_a_cancelled_open_leaves_the_folder_free(tmp_path: Path) -> None:
+    """`task.cancel()` does not wait for the opening thread, whose ledger must not keep the lock."""
     for number in range(40):
         opening = asyncio.create_task(Ledger.open(tmp_path))
         await asyncio.sleep(number * 0.0005)
@@ -278,8 +278,8 @@ async def test_an_opening_that_is_cancelled_at_any_step_leaves_the_folder_free(t
                     break
 
 
-async def test_a_copy_is_refused_until_it_is_adopted(tmp_path: Path) -> None:
-    """Both it and the original would submit what is still open. A folder that was renamed is no copy."""
+async def test_a_copy_is_rejected_until_it_is_adopted(tmp_path: Path) -> None:
+    """Copy and original would submit the same rows; a renamed folder is not a copy."""
     async with opened(tmp_path / "a") as ledger:
         await ledger.upsert_rows([row()])
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -314,7 +314,7 @@ async def test_a_copy_is_refused_until_it_is_adopted(tmp_path: Path) -> None:
     ],
 )
 async def test_a_ledger_that_cannot_be_trusted_is_not_opened(tmp_path: Path, spoil: object, says: str) -> None:
-    """Nothing is submitted on its word."""
+    """A damaged or newer ledger is an error, and nothing is submitted."""
     async with opened(tmp_path) as ledger:
         await ledger.upsert_rows([row(str(number)) for number in range(200)])
     spoil(tmp_path / "ledger.db")  # type: ignore[operator]
@@ -323,28 +323,28 @@ async def test_a_ledger_that_cannot_be_trusted_is_not_opened(tmp_path: Path, spo
 
 
 async def test_an_empty_file_is_a_new_ledger(tmp_path: Path) -> None:
-    """A crash between making the file and filling it."""
+    """The program may have died between creating and filling the file."""
     (tmp_path / "ledger.db").touch()
     async with opened(tmp_path) as ledger:
         assert await ledger.query_rows(list) == []
 
 
-async def test_where_there_is_no_ledger_none_is_made_by_asking(tmp_path: Path) -> None:
-    """A mistyped folder is told."""
+async def test_a_missing_ledger_is_not_created_by_resolve(tmp_path: Path) -> None:
+    """A mistyped folder is an error."""
     with pytest.raises(LedgerError, match="not found"):
         await Ledger.open(tmp_path / "typo", create=False)
     assert not (tmp_path / "typo").exists()
 
 
-async def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    """A file where the folder should be; the same words for a read-only one."""
+async def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    """A file in place of the folder is treated like a read-only folder."""
     (tmp_path / "file").touch()
     with pytest.raises(LedgerError, match="cannot be opened"):
         await Ledger.open(tmp_path / "file" / "run")
 
 
-async def test_after_a_write_that_failed_nothing_is_written_any_more(tmp_path: Path) -> None:
-    """A full disk: the first failure stands, even when there is room again; what was durable stays."""
+async def test_after_a_failed_write_every_write_fails(tmp_path: Path) -> None:
+    """P21: the first failure stands even when there is space again, and durable data is kept."""
     async with opened(tmp_path) as ledger:
         await ledger.upsert_rows([row("1")])
         pages = ledger._db.execute("PRAGMA page_count").fetchone()[0]
@@ -358,8 +358,8 @@ async def test_after_a_write_that_failed_nothing_is_written_any_more(tmp_path: P
         assert [(record.key, record.state) for record in await ledger.query_rows(list)] == [("1", RowState.READY)]
 
 
-async def test_words_that_are_no_text_do_not_stop_the_books(tmp_path: Path) -> None:
-    """A path in an error may hold bytes that no encoding knows."""
+async def test_a_reason_that_is_not_valid_text_is_stored(tmp_path: Path) -> None:
+    """A path in an error may contain bytes that cannot be decoded."""
     async with opened(tmp_path) as ledger:
         await ledger.upsert_rows([row()])
         await ledger.begin_attempt("k")

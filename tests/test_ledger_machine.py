@@ -1,6 +1,6 @@
-"""The ledger against a model: any order of events, power cuts that keep any part of what is not synced, planted bugs.
+"""The ledger against a model: events in any order, power failures with partial writes, and planted bugs.
 
-A driver plays a run by the book, a vendor charges when it likes, and the truth about money is compared after each step.
+A driver submits as the batch does, a service charges at random, and the truth is compared after each step.
 """
 
 import asyncio
@@ -60,26 +60,26 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        """Enter all rows."""
+        """Insert all rows."""
         self.ledger = self.do(Ledger.open(self.folder))
         self.do(self.ledger.upsert_rows(map(row, KEYS)))
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:  # noqa: ANN401 - whatever it returns
-        """Run to the end."""
+        """Run a coroutine to its end."""
         return self.runner.run(work)
 
     def records(self) -> dict[str, LedgerRow]:
-        """Return what the ledger says."""
+        """Return the rows of the ledger."""
         return {record.key: record for record in self.do(self.ledger.query_rows(list))}
 
     def move(self, key: str, state: RowState, **facts: str) -> None:
-        """Have a move acknowledged."""
+        """Commit a transition."""
         self.do(self.ledger.transition(key, state, **facts))
         self.known[key] = state
 
     @rule(key=keys, charges=st.booleans())
     def submit(self, key: str, charges: bool) -> None:  # noqa: FBT001 - drawn
-        """By the book: an intent, and then the POST; refused by the ledger when it may be paid already."""
+        """Record an attempt and send the POST; the ledger rejects it if a charge is possible."""
         try:
             self.do(self.ledger.begin_attempt(key))
         except LedgerError:
@@ -92,8 +92,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.posted)
     @rule(data=st.data())
-    def answer(self, data: st.DataObject) -> None:
-        """An id comes, or a refusal, or nothing that says so."""
+    def respond(self, data: st.DataObject) -> None:
+        """Deliver an id, a rejection, or nothing."""
         key = data.draw(st.sampled_from(sorted(self.posted)))
         task_id = self.posted.pop(key)
         if data.draw(st.booleans()):
@@ -105,7 +105,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(key=keys, wins=st.booleans())
     def finish(self, key: str, wins: bool) -> None:  # noqa: FBT001 - drawn
-        """A task ends."""
+        """End a task."""
         if self.known.get(key) is RowState.SUBMITTED:
             self.move(key, RowState.SUCCEEDED if wins else RowState.FAILED, consumed="0.5")
             if not wins:
@@ -113,21 +113,21 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(key=keys)
     def save(self, key: str) -> None:
-        """A picture is on disk."""
+        """Save an image."""
         if self.known.get(key) is RowState.SUCCEEDED:
             self.do(self.ledger.record_saved(key, [SavedImage(path=self.folder / key, sha256=key, size_bytes=1)]))
             self.known[key] = RowState.SAVED
 
     @rule(key=keys, again=st.booleans())
     def resolve(self, key: str, again: bool) -> None:  # noqa: FBT001 - drawn
-        """The owner decides about an unknown row."""
+        """Resolve an unknown row."""
         if self.known.get(key) is RowState.UNKNOWN:
             self.move(key, RowState.REQUEUED if again else RowState.ABANDONED)
             self.allowed[key] += again
 
     @rule(key=keys, state=st.sampled_from(RowState))
     def misuse(self, key: str, state: RowState) -> None:
-        """Anything that does not follow is refused, and changes nothing."""
+        """Try a forbidden transition, which is rejected and changes nothing."""
         before = self.records()[key]
         if state in FOLLOWS and before.state not in FOLLOWS[state]:
             with pytest.raises(LedgerError):
@@ -135,8 +135,8 @@ class LedgerMachine(RuleBasedStateMachine):
             assert self.records()[key] == before
 
     @rule(unsynced=st.floats(0, 1), garbled=st.booleans(), key=keys)
-    def power_cut(self, unsynced: float, garbled: bool, key: str) -> None:  # noqa: FBT001 - drawn
-        """Everything acknowledged is there; of what was under way, any prefix is, perhaps with garbage after it."""
+    def power_failure(self, unsynced: float, garbled: bool, key: str) -> None:  # noqa: FBT001 - drawn
+        """Keep all acknowledged data and any prefix of the rest, possibly with garbage after it."""
         wal = self.folder / "ledger.db-wal"
         synced = wal.stat().st_size
         database = self.ledger._db
@@ -166,7 +166,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_charge_is_accounted_for(self) -> None:
-        """P1, P3: no more charges than agreed to; each bound to its row, or the row says that it does not know."""
+        """P1, P3: there are no undeclared charges, and each is bound to its row or the row is unknown."""
         if not hasattr(self, "ledger"):
             return
         records = self.records()
@@ -182,7 +182,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert state is not RowState.READY
 
     def teardown(self) -> None:
-        """Leave nothing."""
+        """Close the ledger and remove the files."""
         sqlite._GROUP_COMMIT_S = self.gather_s
         if hasattr(self, "ledger"):
             self.do(self.ledger.aclose())
@@ -250,7 +250,7 @@ def _unknown_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine above can fail."""
+    """The machine finds each planted bug."""
     plant(monkeypatch)
     with pytest.raises((AssertionError, LedgerError, BaseExceptionGroup, pytest.fail.Exception)):
         run_state_machine_as_test(LedgerMachine, settings=NO_SHRINK)

@@ -1,4 +1,4 @@
-"""Requests are checked where they are made, before anything is paid."""
+"""Requests are validated on construction, before anything is charged."""
 
 import io
 import pickle
@@ -32,21 +32,21 @@ from nanobanana_async import GeneratedImage, GenerationRequest, ImageSource, Tas
         pytest.param({"extra": {"prompt": "x", "seed": 1}}, "extra: got prompt", id="extra-overrides"),
     ],
 )
-def test_a_bad_value_is_refused_with_its_name_and_what_to_do(fields: dict[str, object], says: str) -> None:
-    """What is wrong, with which value, and what to do instead."""
+def test_an_invalid_value_is_rejected_with_its_name_and_an_action(fields: dict[str, object], says: str) -> None:
+    """The error contains the field, the value and what to do."""
     with pytest.raises(ValueError, match=r".") as caught:
         GenerationRequest(**{"prompt": "a fox", **fields})  # type: ignore[arg-type]
     assert says in str(caught.value)
 
 
 @pytest.mark.parametrize("ratio", ["1:1", "16:9", "21:9", "4:5", "auto", "7:3", None])
-def test_listed_ratios_auto_and_any_other_pair_pass(ratio: str | None) -> None:
-    """The service adds ratios without notice, so any N:M passes."""
+def test_auto_and_any_n_to_m_are_valid_ratios(ratio: str | None) -> None:
+    """The service adds ratios without notice."""
     assert GenerationRequest("a fox", aspect_ratio=ratio).aspect_ratio == ratio
 
 
-def test_every_kind_of_reference_image_is_taken() -> None:
-    """URL, data URI, path, bytes and a PIL image."""
+def test_every_kind_of_reference_image_is_accepted() -> None:
+    """URLs, data URIs, paths, bytes and PIL images are accepted."""
     kinds: list[ImageSource] = [
         "https://a.example/1.png",
         "data:image/png;base64,AAAA",
@@ -57,29 +57,29 @@ def test_every_kind_of_reference_image_is_taken() -> None:
     assert GenerationRequest("a fox", images=b"...").images == (b"...",)
 
 
-def test_a_lone_image_is_not_taken_apart() -> None:
-    """A str is iterable, and forgetting the brackets is a natural slip."""
+def test_a_single_image_is_not_iterated() -> None:
+    """A str is iterable, so a single image without a list is wrapped."""
     assert GenerationRequest("a fox", images="https://a.example/1.png").images == ("https://a.example/1.png",)
 
 
-def test_what_is_no_image_at_all_is_a_type_error() -> None:
-    """A file object has no place in a frozen request."""
+def test_a_value_that_is_not_an_image_is_a_type_error() -> None:
+    """A file object is not a valid image."""
     with pytest.raises(TypeError, match="images: expected URL"):
         GenerationRequest("a fox", images=[io.BytesIO()])  # type: ignore[list-item]
 
 
 def test_image_size_is_lower_case_on_the_wire() -> None:
-    """People write 2K; the service knows 2k."""
+    """The service knows 2k, and users write 2K."""
     assert GenerationRequest("a fox", image_size="2K").image_size == "2k"
 
 
 def test_a_request_does_not_print_its_images() -> None:
-    """Ten megabytes of bytes have no place in a log."""
+    """The repr shows the number of images only."""
     assert repr(GenerationRequest("a fox", images=[b"x" * 10_000])).count("x") < 10
 
 
 def test_values_are_frozen_comparable_and_picklable() -> None:
-    """They travel between processes and tasks."""
+    """Requests and tasks are passed between processes."""
     task = Task(
         task_id="ta-1",
         status=TaskStatus.SUCCESS,
@@ -94,5 +94,5 @@ def test_values_are_frozen_comparable_and_picklable() -> None:
 
 @pytest.mark.parametrize("status", list(TaskStatus))
 def test_only_success_and_failed_are_final(status: TaskStatus) -> None:
-    """A word we do not know means that the task still runs."""
+    """An unrecognized status is not final."""
     assert status.is_final is (status in {TaskStatus.SUCCESS, TaskStatus.FAILED})

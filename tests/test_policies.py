@@ -1,4 +1,4 @@
-"""Policies are frozen values that check themselves and do their own arithmetic."""
+"""Policies are frozen values that validate themselves."""
 
 from random import Random
 
@@ -13,29 +13,29 @@ from nanobanana_async.policies import RESUBMIT_LEVELS, ResubmitLevel
 
 @pytest.mark.parametrize("policy", [Limits, PollPolicy, RetryPolicy, Timeouts])
 def test_no_number_of_a_policy_may_be_negative(policy: type[attrs.AttrsInstance]) -> None:
-    """A typing error shows where it is made, not in the middle of the night."""
+    """An invalid number is an error on construction."""
     for field in attrs.fields(policy):
         if isinstance(field.default, int | float):
             with pytest.raises(ValueError, match=field.name):
                 policy(**{field.name: -1})
 
 
-def test_an_unknown_resubmit_level_is_refused() -> None:
-    """A typing error here would cost money."""
+def test_an_unknown_resubmit_level_is_rejected() -> None:
+    """A misspelt level could cost money."""
     with pytest.raises(ValueError, match="resubmit"):
         RetryPolicy(resubmit="sometimes")  # type: ignore[arg-type]
 
 
 @given(attempts=st.integers(1, 10_000), seed=st.integers())
-def test_pauses_are_fully_jittered_and_bounded(attempts: int, seed: int) -> None:
-    """Between nothing and the cap, however often it was tried."""
+def test_backoff_has_full_jitter_and_is_bounded(attempts: int, seed: int) -> None:
+    """The wait is between zero and the maximum after any number of attempts."""
     policy = RetryPolicy(initial_s=0.5, max_s=8)
     assert 0 <= policy.backoff_s(attempts, Random(seed)) <= min(8, 0.5 * 2 ** min(attempts - 1, 10))
 
 
 @pytest.mark.parametrize("level", RESUBMIT_LEVELS)
 def test_each_resubmit_level_includes_the_ones_before_it(level: ResubmitLevel) -> None:
-    """The levels are a ladder from never to always."""
+    """The levels are ordered from never to always."""
     policy = RetryPolicy(resubmit=level)
     assert [policy.allows_resubmit(other) for other in RESUBMIT_LEVELS] == [
         RESUBMIT_LEVELS.index(other) <= RESUBMIT_LEVELS.index(level) for other in RESUBMIT_LEVELS
@@ -43,7 +43,7 @@ def test_each_resubmit_level_includes_the_ones_before_it(level: ResubmitLevel) -
 
 
 @pytest.mark.parametrize("name", ["poll_cost_s", "min_interval_s", "max_interval_s"])
-def test_no_pause_is_endless(name: str) -> None:
-    """A task would never be looked at again."""
+def test_no_interval_is_infinite(name: str) -> None:
+    """An infinite interval would never poll the task again."""
     with pytest.raises(ValueError, match=name):
         PollPolicy(**{name: float("inf")})  # type: ignore[arg-type]  # all three are floats

@@ -1,4 +1,4 @@
-"""What can be imported, and what its types are, is decided, not found."""
+"""The public names and their types are deliberate."""
 
 import pkgutil
 import subprocess
@@ -8,15 +8,15 @@ import nanobanana_async as nb
 
 
 def test_public_names_are_deliberate() -> None:
-    """What the package offers is exactly what it lists."""
+    """The package contains exactly the names in `__all__`."""
     submodules = {module.name for module in pkgutil.iter_modules(nb.__path__)}
     # pytest adds names with "@" when it rewrites assertions in a package with a plugin.
     assert {name for name in vars(nb) if not name.startswith(("_", "@"))} - submodules == set(nb.__all__)
     assert sorted(nb.__all__) == nb.__all__
 
 
-def test_importing_the_package_brings_in_no_extra() -> None:
-    """The library has four dependencies; that httpx itself imports click and rich where they are is its own affair."""
+def test_importing_the_package_imports_no_extra() -> None:
+    """Only the runtime dependencies are imported, and what httpx itself imports."""
     extras = "{'uvicorn', 'starlette', 'PIL', 'trio', 'httpx2', 'pytest'}"
     code = f"import sys, nanobanana_async, nanobanana_async.simulator; print(sorted({extras} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - our own
@@ -24,7 +24,7 @@ def test_importing_the_package_brings_in_no_extra() -> None:
 
 
 def test_every_public_class_has_a_docstring() -> None:
-    """A docstring is the contract."""
+    """A docstring is the contract of its class."""
     classes = [getattr(nb, name) for name in nb.__all__ if isinstance(getattr(nb, name), type)]
     assert len(classes) > 30
     assert [kind for kind in classes if not kind.__doc__] == []

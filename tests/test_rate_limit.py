@@ -1,4 +1,4 @@
-"""Who may send, and when: the bucket, the hush, the quota, and every spelling of Retry-After."""
+"""The rate limiter, the retry quota, and every form of Retry-After."""
 
 from random import Random
 
@@ -31,19 +31,19 @@ DATE = "Sat, 21 Nov 2026 12:00:00 GMT"
     ],
 )
 def test_retry_after_is_seconds_a_date_or_ignored(value: str, expected: float | None) -> None:
-    """Clamped to five minutes; a date is read against the reply's own clock."""
+    """Values are clamped to five minutes, and a date is compared with the response's own Date."""
     assert retry_after_s({"retry-after": value, "date": DATE}) == expected
 
 
 @given(value=st.text(max_size=40), date=st.text(max_size=40))
-def test_no_header_breaks_the_reader(value: str, date: str) -> None:
-    """Whatever a proxy writes there."""
+def test_any_retry_after_header_is_handled(value: str, date: str) -> None:
+    """No text raises an error."""
     wait_s = retry_after_s({"retry-after": value, "date": date})
     assert wait_s is None or 0 <= wait_s <= 300
 
 
 async def departures(pacer: AdaptiveRateLimiter, count: int) -> list[float]:
-    """Return when each of *count* impatient callers got through, from now."""
+    """Return the times at which *count* concurrent callers acquire."""
     start_s, times_s = anyio.current_time(), []
 
     async def one() -> None:
@@ -59,22 +59,22 @@ async def departures(pacer: AdaptiveRateLimiter, count: int) -> list[float]:
 @pytest.mark.anyio
 @pytest.mark.virtual_time
 async def test_a_burst_leaves_at_once_and_the_rest_at_the_rate() -> None:
-    """Ten per second, three at once: 0, 0, 0, then ten a second in company, at most half a burst of it."""
+    """At 10/s with a burst of three, three leave at once, then small groups at the rate."""
     times_s = await departures(AdaptiveRateLimiter(10, 3), 8)
     assert times_s == pytest.approx([0, 0, 0, 0.2, 0.2, 0.4, 0.4, 0.6])
 
 
 @pytest.mark.anyio
 @pytest.mark.virtual_time
-async def test_without_a_burst_they_leave_one_by_one() -> None:
-    """Company is a use of the burst, not an addition to it."""
+async def test_without_a_burst_requests_leave_one_by_one() -> None:
+    """Grouping uses the burst and never exceeds it."""
     assert await departures(AdaptiveRateLimiter(10, 1), 4) == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
 @pytest.mark.anyio
 @pytest.mark.virtual_time
-async def test_quiet_time_is_saved_up_to_the_burst_and_no_further() -> None:
-    """An hour of silence buys three requests, not thirty-six thousand."""
+async def test_idle_time_is_saved_up_to_the_burst() -> None:
+    """An idle hour allows three requests at once, not thousands."""
     pacer = AdaptiveRateLimiter(10, 3)
     await departures(pacer, 5)
     await anyio.sleep(3600)
@@ -83,15 +83,15 @@ async def test_quiet_time_is_saved_up_to_the_burst_and_no_further() -> None:
 
 @pytest.mark.anyio
 @pytest.mark.virtual_time
-async def test_a_hush_stops_everyone_and_ends_without_a_herd() -> None:
-    """After a 429, those who waited go out at the rate, not in a burst."""
+async def test_a_pause_blocks_all_requests_and_ends_without_a_burst() -> None:
+    """P11: after a 429, waiting requests leave at the rate."""
     pacer = AdaptiveRateLimiter(10, 3)
     pacer.pause(5)
     assert await departures(pacer, 6) == pytest.approx([5.1, 5.1, 5.3, 5.3, 5.5, 5.5])
 
 
-async def wear_down(pacer: AdaptiveRateLimiter) -> None:
-    """Bring the rate to its lowest."""
+async def throttle_to_minimum(pacer: AdaptiveRateLimiter) -> None:
+    """Lower the rate to its minimum."""
     for _ in range(20):
         await anyio.sleep(1)
         pacer.record_throttle(anyio.current_time())
@@ -99,8 +99,8 @@ async def wear_down(pacer: AdaptiveRateLimiter) -> None:
 
 @pytest.mark.anyio
 @pytest.mark.virtual_time
-async def test_trouble_halves_the_rate_once_however_many_requests_met_it() -> None:
-    """Sixty-four answers of 429 to requests sent together are one piece of news."""
+async def test_throttles_of_one_round_lower_the_rate_once() -> None:
+    """Sixty-four 429s to requests sent together count as one."""
     pacer = AdaptiveRateLimiter(64, 8)
     sent_s = anyio.current_time()
     await anyio.sleep(1)
@@ -111,7 +111,7 @@ async def test_trouble_halves_the_rate_once_however_many_requests_met_it() -> No
 @pytest.mark.anyio
 @pytest.mark.virtual_time
 async def test_a_rare_429_costs_little_and_frequent_ones_much() -> None:
-    """The rate settles where the share of trouble is, and not at a trickle because of one answer in fifty."""
+    """The rate settles in proportion to the fraction of errors."""
     rates = {}
     for share in (50, 2):
         pacer = AdaptiveRateLimiter(300, 1)
@@ -128,10 +128,10 @@ async def test_a_rare_429_costs_little_and_frequent_ones_much() -> None:
 
 @pytest.mark.anyio
 @pytest.mark.virtual_time
-async def test_under_lasting_trouble_the_rate_ends_at_one_request_a_second_and_not_at_none() -> None:
-    """Somebody has to find out that it is over."""
+async def test_the_rate_never_falls_below_one_request_per_second() -> None:
+    """Some requests have to find out that the throttling has ended."""
     pacer = AdaptiveRateLimiter(64, 8)
-    await wear_down(pacer)
+    await throttle_to_minimum(pacer)
     assert pacer.rate == 1
     await pacer.acquire()
     times_s = await departures(pacer, 60)
@@ -140,10 +140,10 @@ async def test_under_lasting_trouble_the_rate_ends_at_one_request_a_second_and_n
 
 @pytest.mark.anyio
 @pytest.mark.virtual_time
-async def test_after_trouble_the_rate_comes_back_by_a_factor_of_e_in_ten_seconds() -> None:
-    """Successes give it back, so a service that stays away gets no more requests."""
+async def test_the_rate_recovers_by_a_factor_of_e_in_ten_seconds() -> None:
+    """Successes raise the rate, so an unavailable service gets no more requests."""
     pacer = AdaptiveRateLimiter(100, 8)
-    await wear_down(pacer)
+    await throttle_to_minimum(pacer)
     start_s, rates = anyio.current_time(), []
     while pacer.rate < 100:
         await pacer.acquire()
@@ -156,8 +156,8 @@ async def test_after_trouble_the_rate_comes_back_by_a_factor_of_e_in_ten_seconds
 
 @pytest.mark.anyio
 @pytest.mark.virtual_time
-async def test_clients_that_met_the_same_trouble_do_not_march_in_step() -> None:
-    """Gaps are left to chance while the rate is below its best."""
+async def test_throttled_clients_do_not_stay_in_step() -> None:
+    """Half of each interval is random below the maximum rate."""
     gaps: list[set[float]] = []
     for seed in (1, 2):
         pacer = AdaptiveRateLimiter(10, 1, Random(seed))
@@ -168,8 +168,8 @@ async def test_clients_that_met_the_same_trouble_do_not_march_in_step() -> None:
 
 @pytest.mark.anyio
 @pytest.mark.virtual_time
-async def test_a_hush_also_reaches_those_already_in_line() -> None:
-    """They had been promised a time within it."""
+async def test_a_pause_also_delays_requests_that_are_waiting() -> None:
+    """A request that is already waiting does not leave during the pause."""
     pacer = AdaptiveRateLimiter(10, 1)
     async with anyio.create_task_group() as group:
         times_s: list[float] = []
@@ -187,8 +187,8 @@ async def test_a_hush_also_reaches_those_already_in_line() -> None:
 
 @pytest.mark.anyio
 @pytest.mark.virtual_time
-async def test_those_who_leave_the_line_cost_the_others_nothing() -> None:
-    """A thousand impatient callers must not book the next hundred seconds."""
+async def test_cancelled_waiters_do_not_delay_others() -> None:
+    """A thousand cancelled callers use none of the rate."""
     pacer = AdaptiveRateLimiter(10, 1)
     await pacer.acquire()
     for _ in range(1000):
@@ -200,7 +200,7 @@ async def test_those_who_leave_the_line_cost_the_others_nothing() -> None:
 @pytest.mark.anyio
 @pytest.mark.virtual_time
 async def test_no_second_ever_sees_more_than_rate_plus_burst() -> None:
-    """Whatever the mixture of waiting, cancelling and hushing."""
+    """This holds for any mixture of waiting, cancelling and pausing."""
     pacer = AdaptiveRateLimiter(20, 5)
     times_s: list[float] = []
 
@@ -221,8 +221,8 @@ async def test_no_second_ever_sees_more_than_rate_plus_burst() -> None:
         assert sum(start <= time < start + 1 for time in times_s) <= 25
 
 
-def test_retries_are_paid_for_by_successes() -> None:
-    """Under a total outage the quota runs dry; each success buys a fifth of a retry."""
+def test_successes_refill_the_retry_quota() -> None:
+    """In a total outage the quota is used up; each success returns a fifth of a retry."""
     quota = RetryQuota()
     assert sum(quota.acquire() for _ in range(1000)) == RetryQuota.CAPACITY // RetryQuota.COST
     for _ in range(RetryQuota.COST):

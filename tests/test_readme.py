@@ -1,4 +1,4 @@
-"""The README claims only what runs."""
+"""The README and the guides contain only code that runs."""
 
 import re
 import subprocess

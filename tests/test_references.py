@@ -1,4 +1,4 @@
-"""Reference images: whatever a user has at hand becomes what the service takes."""
+"""Reference images are encoded as the service accepts them."""
 
 import base64
 import io
@@ -20,34 +20,34 @@ PNG_URI = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
 
 
 def encoded(kind: str) -> bytes:
-    """Return a picture in one of the formats."""
+    """Return an image in one of the formats."""
     file = io.BytesIO()
     Image.new("RGB", (2, 2), "red").save(file, format=kind)
     return file.getvalue()
 
 
-async def test_urls_and_data_uris_go_as_they_are() -> None:
-    """The service fetches the one and decodes the other."""
+async def test_urls_and_data_uris_are_sent_unchanged() -> None:
+    """The service downloads or decodes them."""
     images: tuple[ImageSource, ...] = ("https://a.example/1.png", PNG_URI)
     assert await encode_references(images, max_bytes=MIB) == images
 
 
 async def test_files_and_bytes_become_data_uris(tmp_path: Path) -> None:
-    """In the order they were given."""
+    """The order is kept."""
     path = tmp_path / "fox.txt"
     path.write_bytes(PNG)
     assert await encode_references((path, PNG), max_bytes=MIB) == (PNG_URI, PNG_URI)
 
 
 async def test_a_pil_image_is_sent_as_png() -> None:
-    """Lossless, whatever it was loaded from."""
+    """PNG is lossless for any source format."""
     (uri,) = await encode_references((Image.new("RGB", (3, 2), "red"),), max_bytes=MIB)
     assert Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size == (3, 2)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
-async def test_the_type_is_told_by_the_bytes(kind: str) -> None:
-    """File names lie."""
+async def test_the_type_is_detected_from_the_bytes(kind: str) -> None:
+    """File names may be wrong."""
     (uri,) = await encode_references((encoded(kind),), max_bytes=MIB)
     assert uri.startswith(f"data:image/{kind.lower()};base64,")
 
@@ -62,8 +62,10 @@ async def test_the_type_is_told_by_the_bytes(kind: str) -> None:
         pytest.param("big.png", PNG + bytes(MIB), "expected at most 1.0 MiB", id="too-big"),
     ],
 )
-async def test_a_file_that_will_not_do_is_named(tmp_path: Path, name: str, content: bytes | None, says: str) -> None:
-    """With the reason, before anything is paid."""
+async def test_an_unusable_file_is_named_in_the_error(
+    tmp_path: Path, name: str, content: bytes | None, says: str
+) -> None:
+    """The error has the path and the reason, before anything is charged."""
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
@@ -72,14 +74,14 @@ async def test_a_file_that_will_not_do_is_named(tmp_path: Path, name: str, conte
     assert str(path) in str(caught.value)
 
 
-async def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
-    """Opening one waits for somebody to write, without end."""
+async def test_a_pipe_is_rejected_without_blocking(tmp_path: Path) -> None:
+    """Opening a pipe would wait for a writer."""
     os.mkfifo(tmp_path / "fox.png")
     with pytest.raises(ImageError, match="expected a regular file"):
         await encode_references((tmp_path / "fox.png",), max_bytes=MIB)
 
 
 async def test_a_data_uri_has_the_same_limit() -> None:
-    """It is the same picture, only spelled differently."""
+    """The size limit applies to the decoded image."""
     with pytest.raises(ImageError, match="the data URI"):
         await encode_references((PNG_URI + "A" * 2 * MIB,), max_bytes=MIB)

@@ -1,4 +1,4 @@
-"""The wire at the httpx level: what a user's own test-suite sees when it mocks httpx with respx."""
+"""The client on the httpx level, as in a user's tests that mock httpx with respx."""
 
 import json
 
@@ -18,7 +18,7 @@ API = "https://api.defapi.org"
 
 @pytest.fixture
 def service() -> respx.MockRouter:
-    """The three endpoints and a file host."""
+    """Mock the three endpoints and a file host."""
     router = respx.mock(assert_all_called=False)
     router.post(f"{API}/api/image/gen").respond(200, content=accepted().body)
     router.get(f"{API}/api/task/query", params={"task_id": "ta-1"}).respond(
@@ -29,8 +29,8 @@ def service() -> respx.MockRouter:
     return router
 
 
-async def test_a_picture_travels_the_whole_way(service: respx.MockRouter) -> None:
-    """Submit, query, fetch, each with the headers the service and the file host want."""
+async def test_an_image_is_submitted_queried_and_downloaded(service: respx.MockRouter) -> None:
+    """Each request has the headers that the service and the file host expect."""
     async with service, NanoBananaClient("dk-1", polling=QUICK) as client:
         task = await client.generate("a fox", aspect_ratio="16:9")
         assert await client.download(task.images[0]) == PNG
@@ -46,8 +46,8 @@ async def test_a_picture_travels_the_whole_way(service: respx.MockRouter) -> Non
     assert all(call.request.headers["user-agent"].startswith("nanobanana-async/") for call in calls)
 
 
-async def test_the_same_over_a_client_that_is_handed_in(service: respx.MockRouter) -> None:
-    """It stays open when ours is closed."""
+async def test_a_client_that_was_passed_in_is_used_and_not_closed(service: respx.MockRouter) -> None:
+    """The client works the same over the user's httpx client."""
     async with service, httpx.AsyncClient() as mine:
         async with NanoBananaClient("dk-1", polling=QUICK, transport=HttpxTransport(mine)) as client:
             assert (await client.generate("a fox")).is_final
@@ -70,10 +70,10 @@ async def test_the_same_over_a_client_that_is_handed_in(service: respx.MockRoute
         (ValueError, SubmissionUnknown, 1),
     ],
 )
-async def test_only_failures_that_prove_it_was_not_sent_are_sent_again(
+async def test_only_failures_that_prove_it_was_not_sent_are_retried(
     error: type[Exception], expected: type[Exception], posts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every exception that httpx can raise for a submit, and one that it should not."""
+    """Every exception that httpx raises for a submit is listed."""
 
     async def no_sleep(_: float) -> None:
         await anyio.lowlevel.checkpoint()

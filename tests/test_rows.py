@@ -1,4 +1,4 @@
-"""Rows of a batch: what is read from files, what is refused, and what makes a row the same row tomorrow."""
+"""Rows of a batch: reading files, validation, and stable keys."""
 
 from pathlib import Path
 
@@ -23,8 +23,8 @@ def prompts(rows: list[BatchRow]) -> list[str]:
     return [row.request.prompt for row in rows]
 
 
-def test_a_text_file_is_a_prompt_a_line(tmp_path: Path) -> None:
-    """Blank lines aside."""
+def test_a_text_file_has_one_prompt_per_line(tmp_path: Path) -> None:
+    """Blank lines are ignored."""
     rows = read_rows(written(tmp_path, "p.txt", "a fox\n\n  a hare, at night \r\nan\u2028owl"))
     assert prompts(rows) == ["a fox", "a hare, at night", "an\u2028owl"]
 
@@ -37,14 +37,14 @@ def test_a_text_file_is_a_prompt_a_line(tmp_path: Path) -> None:
         pytest.param('prompt\taspect_ratio\tkey\tname\n"a fox,\nin snow"\t16:9\tk1\tfox', id="tabs"),
     ],
 )
-def test_a_csv_file_has_a_row_a_record(tmp_path: Path, text: str) -> None:
-    """However the spreadsheet parts its columns, and with line breaks in a prompt."""
+def test_a_csv_file_has_one_row_per_record(tmp_path: Path, text: str) -> None:
+    """Any separator of a spreadsheet is recognized, and prompts may contain line breaks."""
     (row,) = read_rows(written(tmp_path, "p.csv", text))
     assert (row.request.prompt, row.request.aspect_ratio, row.key, row.name) == ("a fox,\nin snow", "16:9", "k1", "fox")
 
 
-def test_a_jsonl_file_has_an_object_a_line(tmp_path: Path) -> None:
-    """With the same names, and a list of images."""
+def test_a_jsonl_file_has_one_object_per_line(tmp_path: Path) -> None:
+    """The names are those of a .csv, and images are a list."""
     (tmp_path / "ref.png").write_bytes(PNG)
     line = '{"prompt": "a fox", "images": ["ref.png", "https://example.org/x.png"], "image_size": "2K", "key": null}\n'
     (row,) = read_rows(written(tmp_path, "p.jsonl", line))
@@ -52,22 +52,22 @@ def test_a_jsonl_file_has_an_object_a_line(tmp_path: Path) -> None:
     assert row.request.image_size == "2k"
 
 
-def test_images_of_a_csv_file_are_parted_by_bars(tmp_path: Path) -> None:
-    """And found from the folder of the file, wherever the program was started."""
+def test_images_in_a_csv_file_are_separated_by_bars(tmp_path: Path) -> None:
+    """Paths are relative to the file, not to the working directory."""
     (tmp_path / "a.png").write_bytes(PNG)
     (row,) = read_rows(written(tmp_path, "p.csv", "prompt,images\na fox,a.png | https://example.org/x.png\n"))
     assert row.request.images == (tmp_path / "a.png", "https://example.org/x.png")
 
 
-def test_defaults_stand_in_for_what_a_row_leaves_empty(tmp_path: Path) -> None:
-    """And for nothing else."""
+def test_defaults_fill_empty_columns(tmp_path: Path) -> None:
+    """Columns with a value are unchanged."""
     path = written(tmp_path, "p.csv", "prompt,aspect_ratio\na fox,\na hare,1:1\n")
     rows = read_rows(path, aspect_ratio="16:9", model=None)
     assert [row.request.aspect_ratio for row in rows] == ["16:9", "1:1"]
 
 
-def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
-    """The line on which the record begins, as an editor counts."""
+def test_all_errors_are_listed_with_their_lines(tmp_path: Path) -> None:
+    """A record is reported with its first line, as an editor counts."""
     path = written(
         tmp_path, "p.csv", 'prompt,images,aspect_ratio\n"two\nlines",,wide\nfox,none.png,\nok,,\n,,1:1\na,b,c,d\n'
     )
@@ -106,25 +106,25 @@ def test_all_faults_are_told_at_once_with_their_lines(tmp_path: Path) -> None:
         pytest.param("p.yaml", "- fox", ".txt, .csv or .jsonl", id="other-suffix"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_refused_before_anything_is_paid(
+def test_an_unusable_file_is_rejected_before_anything_is_charged(
     tmp_path: Path, name: str, text: str | bytes, says: str
 ) -> None:
-    """With what is wrong, and a typed error."""
+    """The error is typed and says what is wrong."""
     with pytest.raises(InvalidBatchFile) as caught:
         read_rows(written(tmp_path, name, text))
     assert says in str(caught.value)
     assert isinstance(caught.value, ConfigurationError)
 
 
-def test_equal_rows_are_rows_of_their_own() -> None:
-    """Three foxes are three pictures."""
+def test_equal_rows_have_different_keys() -> None:
+    """Three equal rows are three images."""
     keys = RowKeys()
     rows = [keys.row(GenerationRequest("a fox")) for _ in range(3)]
     assert [row.key for row in rows] == [rows[0].key, f"{rows[0].key}-2", f"{rows[0].key}-3"]
 
 
 def test_a_row_is_the_same_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Images are spelt in the file as they are."""
+    """The key uses the image paths as written in the file."""
     folder = tmp_path / "sub"
     folder.mkdir()
     (folder / "a.png").write_bytes(PNG)
@@ -148,7 +148,7 @@ def test_a_row_is_the_same_from_any_working_directory(tmp_path: Path, monkeypatc
     ],
 )
 def test_an_edited_row_is_a_new_row(other: GenerationRequest) -> None:
-    """Whatever the picture depends on counts; where it is announced does not."""
+    """Everything the image depends on counts; the callback URL does not."""
     same = GenerationRequest("a fox", callback_url="https://example.org/cb")
     first, again, edited = (RowKeys().row(request).key for request in (GenerationRequest("a fox"), same, other))
     assert first == again != edited
@@ -156,7 +156,7 @@ def test_an_edited_row_is_a_new_row(other: GenerationRequest) -> None:
 
 @given(st.lists(st.sampled_from("abcde")), st.randoms())
 def test_keys_do_not_depend_on_the_order(letters: list[str], rng: object) -> None:
-    """Sorted, shuffled, or added to: each row keeps its key."""
+    """Sorting, shuffling or adding rows keeps the keys."""
     shuffled = list(letters)
     rng.shuffle(shuffled)  # type: ignore[attr-defined]
     before, after = (
@@ -168,8 +168,10 @@ def test_keys_do_not_depend_on_the_order(letters: list[str], rng: object) -> Non
 
 
 @given(st.binary(max_size=200), st.sampled_from([".txt", ".csv", ".jsonl"]))
-def test_no_file_raises_anything_else(tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str) -> None:
-    """Rows or `InvalidBatchFile`, whatever the bytes."""
+def test_any_file_is_rows_or_an_invalid_batch_file(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, suffix: str
+) -> None:
+    """`read_rows` returns rows or raises `InvalidBatchFile` for any bytes."""
     path = tmp_path_factory.getbasetemp() / f"any{suffix}"
     path.write_bytes(content)
     try:

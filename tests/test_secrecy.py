@@ -1,4 +1,4 @@
-"""The key is in nothing that anybody could print, log, pickle or send to somebody else."""
+"""P23: nothing that can be printed, logged, pickled or sent contains the key."""
 
 import base64
 import contextlib
@@ -20,7 +20,7 @@ from nanobanana_async.simulator import FAST_POLLING, SimulatorProfile
 from nanobanana_async.simulator.server import SimulatorServer
 from tests.faults.table import FAULTS
 from tests.faults.trial import DEADLINES, QUICK, fault_server
-from tests.raw_server import response, saying, serving
+from tests.raw_server import response, sending, serving
 
 SECRET = "CANARY5hJ2kQ9"
 KEY = f"dk-{SECRET}"
@@ -29,27 +29,25 @@ FORMS = (SECRET, base64.b64encode(SECRET.encode()).decode().rstrip("="), quote(S
 
 
 def shown(exc: BaseException) -> str:
-    """Return everything that could be shown of an exception: itself, its facts, its chain, all local variables."""
+    """Return everything that can be shown of an exception: itself, its attributes, its chain, local variables."""
     trace = traceback.TracebackException.from_exception(exc, capture_locals=True)
-    ours = [frame for frame in trace.stack if "tests" not in Path(frame.filename).parts]
+    package_frames = [frame for frame in trace.stack if "tests" not in Path(frame.filename).parts]
     text = [repr(exc), str(exc), repr(vars(exc)), repr(exc.__cause__), repr(exc.__context__)]
-    text += [repr(frame.locals) for frame in ours]
+    text += [repr(frame.locals) for frame in package_frames]
     if isinstance(exc, NanoBananaError):
         text.append(pickle.dumps(exc).decode("latin-1"))
     return "\n".join(text)
 
 
 def assert_secret(text: str) -> None:
-    """Fail if the key stands in *text* in any form."""
+    """Fail if *text* contains the key in any encoding."""
     found = next((form for form in FORMS if form in text), None)
     assert found is None, text[max(0, text.find(str(found)) - 300) :][:400]
 
 
 @pytest.mark.anyio
-async def test_no_fault_makes_the_key_appear_anywhere(
-    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """Every fault of the table, with every logger at DEBUG, httpx's own included."""
+async def test_no_fault_shows_the_key(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every fault of the table is tried with all loggers at DEBUG, also those of httpx."""
     caplog.set_level(logging.DEBUG)
     texts: list[str] = []
     slots = anyio.Semaphore(12)
@@ -76,8 +74,8 @@ async def test_no_fault_makes_the_key_appear_anywhere(
 
 
 @pytest.mark.anyio
-async def test_a_picture_and_a_callback_are_fetched_and_sent_without_it() -> None:
-    """The file host sees no credentials; neither does a client of the user's leak its own to it."""
+async def test_downloads_and_callbacks_carry_no_credentials() -> None:
+    """P24: the user's client does not pass its own credentials to the file host either."""
     with SimulatorServer(SimulatorProfile(median_s=0.05, visibility_delay_s=0, keys=frozenset({KEY}))) as server:
         async with httpx.AsyncClient(headers={"X-Api-Key": KEY}, cookies={"session": KEY}) as mine:
             for transport in (None, HttpxTransport(mine)):
@@ -94,8 +92,8 @@ async def test_a_picture_and_a_callback_are_fetched_and_sent_without_it() -> Non
 @pytest.mark.parametrize(
     "key", [f"dk {SECRET}", f"dk-{SECRET}\u20ac", f"dk-{SECRET}\0", f"{KEY}\nX-Evil: 1", f"{KEY}\r\n\r\nGET /"]
 )
-def test_a_refused_key_is_not_shown_by_its_refusal(key: str) -> None:
-    """Not even by a traceback with local variables."""
+def test_a_rejected_key_is_not_shown(key: str) -> None:
+    """A traceback with local variables does not contain it."""
     try:
         NanoBananaClient(key)
     except ConfigurationError as exc:
@@ -110,7 +108,7 @@ def test_a_refused_key_is_not_shown_by_its_refusal(key: str) -> None:
 
 
 def test_the_canary_would_be_found() -> None:
-    """A secrecy test that cannot fail proves nothing."""
+    """The check finds a key that is really shown."""
     with pytest.raises(AssertionError):
         assert_secret(shown(NanoBananaError(f"Bearer {KEY}")))
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -120,10 +118,10 @@ def test_the_canary_would_be_found() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_key_that_the_server_quotes_back_is_struck_out() -> None:
-    """Some do, in the very error that people paste into a ticket; a task id beside it is kept."""
+async def test_a_key_that_the_server_quotes_is_redacted() -> None:
+    """Some servers quote the key in an error; a task id beside it is kept."""
     said = f'{{"code":401,"message":"Invalid API key: {KEY}","data":{{"task_id":"ta-1"}}}}'.encode()
-    with serving(saying(response(said, status="401 No"))) as server:
+    with serving(sending(response(said, status="401 No"))) as server:
         async with NanoBananaClient(KEY, base_url=server.url) as client:
             assert (await client.submit("a fox")).task_id == "ta-1"
             with pytest.raises(NanoBananaError, match=r"Invalid API key: \[API key\]") as caught:
@@ -132,8 +130,8 @@ async def test_a_key_that_the_server_quotes_back_is_struck_out() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_timeout_around_a_call_shows_no_key_among_its_local_variables() -> None:
-    """`fail_after` raises from within a suspended exchange, whose frames are all in the traceback."""
+async def test_a_timeout_around_a_call_shows_no_key() -> None:
+    """`fail_after` raises inside an exchange whose frames are all in the traceback."""
     with serving(lambda *_: time.sleep(0.5)) as server:
         async with NanoBananaClient(KEY, base_url=server.url) as client:
             for call in (client.balance, client.task("ta-1").query):
@@ -146,16 +144,16 @@ async def test_a_timeout_around_a_call_shows_no_key_among_its_local_variables() 
 
 
 @pytest.mark.parametrize("thing", ["client", "endpoint"])
-def test_what_holds_the_key_is_not_pickled(thing: str) -> None:
-    """It would stand in a queue or a cache, readable."""
+def test_objects_with_the_key_cannot_be_pickled(thing: str) -> None:
+    """A pickle in a queue or cache would contain it."""
     client = NanoBananaClient(KEY)
     with pytest.raises(TypeError):
         pickle.dumps(client if thing == "client" else client._endpoint)
 
 
 @pytest.mark.parametrize("url", ["ftp://a.example", "http://a.example"])
-def test_a_refused_base_url_shows_no_key(url: str) -> None:
-    """Not among the local variables of the frames that refuse it."""
+def test_a_rejected_base_url_shows_no_key(url: str) -> None:
+    """The frames that reject the URL have no key in their local variables."""
     with pytest.raises(ConfigurationError) as caught:
         NanoBananaClient(KEY, base_url=url)
     assert_secret(shown(caught.value))

@@ -1,4 +1,4 @@
-"""One coroutine watches any number of tasks within a bounded set of polls."""
+"""One coroutine polls any number of tasks with a bounded number of polls in flight."""
 
 from contextlib import aclosing
 from functools import partial
@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 
 async def test_a_wait_ends_with_the_final_snapshot() -> None:
-    """One look a second until the task is done."""
+    """The task is polled once per second until it is final."""
     service = FakePollSource(finished_after(3.5))
     async with tracking(service) as tracker:
         submit_info = SubmitInfo(submitted_at_s=anyio.current_time())
@@ -41,13 +41,13 @@ async def test_a_wait_ends_with_the_final_snapshot() -> None:
 
 
 async def test_a_failed_task_is_returned_not_raised() -> None:
-    """Waiting is about the end, not about which."""
+    """`wait` returns any final task."""
     async with tracking(FakePollSource(lambda *_: task("failed"))) as tracker:
         assert (await tracker.wait("ta-1", timeout_s=60)).status is TaskStatus.FAILED
 
 
-async def test_everybody_who_waits_for_one_task_shares_its_looks() -> None:
-    """A hundred waiters cost what one costs."""
+async def test_all_waiters_of_one_task_share_its_polls() -> None:
+    """A hundred waiters cause as many polls as one."""
     service = FakePollSource(finished_after(3.5))
     async with tracking(service) as tracker:
         with anyio.fail_after(5):
@@ -57,8 +57,8 @@ async def test_everybody_who_waits_for_one_task_shares_its_looks() -> None:
     assert [round(time_s) for time_s, _ in service.polls] == [0, 1, 2, 3, 4]
 
 
-async def test_looks_in_flight_never_exceed_the_slots() -> None:
-    """However many tasks are due at once."""
+async def test_polls_in_flight_never_exceed_the_slots() -> None:
+    """The bound holds for any number of due tasks."""
     service = FakePollSource(finished_after(10), slots=8, delay_s=0.5)
     async with tracking(service) as tracker, anyio.create_task_group() as group:
         for number in range(200):
@@ -67,7 +67,7 @@ async def test_looks_in_flight_never_exceed_the_slots() -> None:
 
 
 async def test_no_due_task_is_starved_by_the_others() -> None:
-    """When there are too few slots, the longest overdue is looked at first: everybody's turn comes round."""
+    """With too few slots, the most overdue task is polled first."""
     service = FakePollSource(finished_after(1000), slots=2, delay_s=1.0)
     async with tracking(service) as tracker, anyio.create_task_group() as group:
         for number in range(50):
@@ -82,8 +82,8 @@ async def test_no_due_task_is_starved_by_the_others() -> None:
     assert max(gaps_s) <= 50 / 2 * 1.0 + 2.0
 
 
-async def test_ten_thousand_tasks_are_watched_without_ten_thousand_coroutines() -> None:
-    """Waiters aside, the tracker is one coroutine and the looks that are under way."""
+async def test_ten_thousand_tasks_need_one_coroutine() -> None:
+    """Apart from the waiters, there are the scheduler and the polls in flight."""
     service = FakePollSource(finished_after(30), slots=16, delay_s=0.001)
     async with tracking(service, every(30.0, first_poll_s=1.0)) as tracker, anyio.create_task_group() as group:
         for number in range(10_000):
@@ -95,7 +95,7 @@ async def test_ten_thousand_tasks_are_watched_without_ten_thousand_coroutines() 
 
 
 async def test_a_timeout_raises_with_the_last_snapshot_and_the_task_can_be_awaited_again() -> None:
-    """The task runs on at the service."""
+    """The task keeps running at the service."""
     async with tracking(FakePollSource(finished_after(10))) as tracker:
         with pytest.raises(TaskTimeout, match=r"still in_progress after 5 s") as caught:
             await tracker.wait("ta-1", timeout_s=5)
@@ -103,15 +103,15 @@ async def test_a_timeout_raises_with_the_last_snapshot_and_the_task_can_be_await
         assert (await tracker.wait("ta-1", timeout_s=60)).is_final
 
 
-async def test_a_timeout_names_the_trouble_that_kept_answers_away() -> None:
-    """So that an outage does not look like a slow picture."""
+async def test_a_timeout_contains_the_last_poll_error() -> None:
+    """An outage must not look like a slow image."""
     async with tracking(FakePollSource(lambda *_: ServiceUnavailable("Bad gateway (HTTP 502)"))) as tracker:
         with pytest.raises(TaskTimeout, match=r"without a status after 5 s \(last poll failed: Bad gateway"):
             await tracker.wait("ta-1", timeout_s=5)
 
 
-async def test_the_last_one_to_leave_ends_the_looking() -> None:
-    """Nobody is interested any more, so nothing is asked any more."""
+async def test_the_last_waiter_that_leaves_ends_the_polling() -> None:
+    """A task without waiters is not polled."""
     service = FakePollSource(finished_after(1000))
     async with tracking(service) as tracker:
         for _ in range(2):
@@ -126,22 +126,22 @@ async def test_the_last_one_to_leave_ends_the_looking() -> None:
 @pytest.mark.parametrize(
     "error_rate",
     [
-        TransportError("no answer: ReadError"),
+        TransportError("no response: ReadError"),
         ServiceUnavailable("Bad gateway (HTTP 502)", status=502),
         RateLimited("slow down", status=429),
-        ProtocolError("the answer is not the service's JSON"),
+        ProtocolError("the response is not the service's JSON"),
         InvalidRequest("Forbidden (HTTP 403)", status=403),
     ],
     ids=lambda trouble: type(trouble).__name__,
 )
-async def test_a_passing_trouble_is_a_late_answer(error_rate: Exception) -> None:
-    """It is paid for, so one bad answer does not end the wait."""
+async def test_a_transient_error_does_not_end_the_wait(error_rate: Exception) -> None:
+    """The task is charged, so one failed poll does not end the wait."""
     async with tracking(FakePollSource(lambda _, now_s: error_rate if now_s < 5 else task("success"))) as tracker:
         assert (await tracker.wait("ta-1", timeout_s=60)).is_final
 
 
-async def test_an_outage_is_said_once_and_not_mistaken_for_slow_pictures(caplog: pytest.LogCaptureFixture) -> None:
-    """After three looks in a row without an answer, whichever tasks they were about."""
+async def test_an_outage_is_logged_once_and_teaches_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Three consecutive failed polls, of any tasks, are an outage."""
     error_rate = ServiceUnavailable("Bad gateway (HTTP 502)")
     service = FakePollSource(lambda task_id, now_s: error_rate if now_s < 20 else task("success", task_id))
     async with tracking(service) as tracker, anyio.create_task_group() as group:
@@ -151,7 +151,7 @@ async def test_an_outage_is_said_once_and_not_mistaken_for_slow_pictures(caplog:
 
 
 async def test_a_bad_task_does_not_stop_the_others() -> None:
-    """Not even one that makes the transport raise what it must not."""
+    """An unexpected exception of the transport does not stop other tasks."""
     answers = {"ta-bad": RuntimeError("boom"), "ta-wrong": InvalidRequest("bad id", status=400, code=1)}
     async with tracking(FakePollSource(lambda task_id, _: answers.get(task_id) or task("success", task_id))) as tracker:
         with pytest.raises(TransportError, match="RuntimeError: boom"):
@@ -161,8 +161,8 @@ async def test_a_bad_task_does_not_stop_the_others() -> None:
         assert (await tracker.wait("ta-good", timeout_s=60)).is_final
 
 
-async def test_a_refused_key_ends_every_wait_each_with_its_own_error() -> None:
-    """There is nothing to wait for without a key; every error names the task it is about."""
+async def test_a_rejected_key_ends_every_wait_with_its_own_error() -> None:
+    """Every waiter gets an error about its own task."""
     caught: dict[str, AuthenticationError] = {}
     service = FakePollSource(lambda *_: AuthenticationError("Invalid API key", status=401, task_id="ta-0"))
 
@@ -179,16 +179,16 @@ async def test_a_refused_key_ends_every_wait_each_with_its_own_error() -> None:
     assert len({id(exc) for exc in caught.values()}) == 20
 
 
-async def test_our_own_fresh_task_may_be_invisible_for_a_while() -> None:
-    """A 404 within a minute of our submit means "not yet"."""
+async def test_a_new_task_may_be_invisible_for_a_while() -> None:
+    """P14: a 404 within a minute of the submit means "not visible yet"."""
     service = FakePollSource(lambda _, now_s: TaskNotFound("task not found") if now_s < 30 else task("success"))
     async with tracking(service) as tracker:
         submit_info = SubmitInfo(submitted_at_s=anyio.current_time())
         assert (await tracker.wait("ta-1", timeout_s=600, submit_info=submit_info)).is_final
 
 
-async def test_our_own_task_that_stays_away_is_gone_after_minutes_not_at_once() -> None:
-    """Three late 404s over five minutes."""
+async def test_a_task_that_stays_invisible_is_lost_after_minutes() -> None:
+    """P14: a task is lost after three 404s over five minutes."""
     async with tracking(
         FakePollSource(lambda *_: TaskNotFound("task not found")), every(30.0, first_poll_s=1.0)
     ) as tracker:
@@ -198,18 +198,18 @@ async def test_our_own_task_that_stays_away_is_gone_after_minutes_not_at_once() 
         assert 360 <= anyio.current_time() - start_s <= 460
 
 
-async def test_a_task_that_was_seen_may_be_missed_for_a_while() -> None:
-    """Found, then 404, then found again: replicas lag."""
+async def test_a_visible_task_may_be_missing_for_a_while() -> None:
+    """Replicas lag: found, then 404, then found again."""
 
-    def answer(_: str, now_s: float) -> Task | Exception:
+    def next_snapshot(_: str, now_s: float) -> Task | Exception:
         return TaskNotFound("task not found") if 5 < now_s < 40 else task("success" if now_s > 50 else "pending")
 
-    async with tracking(FakePollSource(answer)) as tracker:
+    async with tracking(FakePollSource(next_snapshot)) as tracker:
         assert (await tracker.wait("ta-1", timeout_s=600)).is_final
 
 
 async def test_a_foreign_id_that_was_never_seen_does_not_exist() -> None:
-    """A typing error is reported at the first look, not after the deadline."""
+    """A mistyped id is reported at the first poll, not at the deadline."""
     service = FakePollSource(lambda *_: TaskNotFound("task not found"))
     async with tracking(service) as tracker:
         with pytest.raises(TaskNotFound):
@@ -218,7 +218,7 @@ async def test_a_foreign_id_that_was_never_seen_does_not_exist() -> None:
 
 
 async def test_updates_show_each_status_once_and_never_backwards() -> None:
-    """What arrives late or twice is not news."""
+    """Late and repeated statuses are dropped."""
     words = iter(["pending", "pending", "in_progress", "submitted", "unrecognized", "in_progress", "success"])
     async with (
         tracking(FakePollSource(lambda *_: task(next(words)))) as tracker,
@@ -228,8 +228,8 @@ async def test_updates_show_each_status_once_and_never_backwards() -> None:
     assert seen == ["pending", "in_progress", "success"]
 
 
-async def test_those_who_leave_early_leave_nothing_in_the_plan() -> None:
-    """Twenty thousand short waits do not become twenty thousand items that nobody looks at."""
+async def test_waiters_that_leave_early_leave_no_entries() -> None:
+    """Twenty thousand short waits leave a small delay queue."""
     service = FakePollSource(finished_after(1e6))
     async with tracking(service, every(1000.0)) as tracker:
         for _ in range(20_000):
@@ -238,8 +238,8 @@ async def test_those_who_leave_early_leave_nothing_in_the_plan() -> None:
         assert len(tracker._poll_queue) < 200
 
 
-async def test_a_refused_key_names_each_task_in_its_own_error() -> None:
-    """In the sentence as well as in the attribute."""
+async def test_a_rejected_key_names_each_task_in_its_message() -> None:
+    """The message names the task, as the attribute does."""
     service = FakePollSource(lambda *_: AuthenticationError("task ta-0: Invalid API key", status=401, task_id="ta-0"))
     texts: list[str] = []
 
@@ -255,8 +255,8 @@ async def test_a_refused_key_names_each_task_in_its_own_error() -> None:
     assert sorted(texts) == [f"task ta-{number}: Invalid API key" for number in range(3)]
 
 
-async def test_leaving_updates_half_way_ends_the_looking() -> None:
-    """Breaking out of the loop is leaving."""
+async def test_leaving_updates_early_ends_the_polling() -> None:
+    """Breaking out of the loop removes the waiter."""
     async with tracking(FakePollSource(finished_after(100))) as tracker:
         async with aclosing(tracker.updates("ta-1", timeout_s=600)) as updates:
             async for _ in updates:
@@ -264,7 +264,7 @@ async def test_leaving_updates_half_way_ends_the_looking() -> None:
         assert not tracker._tasks
 
 
-async def test_a_task_submitted_elsewhere_is_looked_at_at_once() -> None:
+async def test_a_task_submitted_elsewhere_is_polled_at_once() -> None:
     """It may have been finished for hours."""
     service = FakePollSource(finished_after(0))
     async with tracking(service, every(first_poll_s=100.0)) as tracker:
@@ -273,7 +273,7 @@ async def test_a_task_submitted_elsewhere_is_looked_at_at_once() -> None:
 
 
 async def test_closing_ends_every_wait_with_the_task_id() -> None:
-    """Nobody is left waiting for a client that is gone."""
+    """No waiter is left when the tracker closes."""
     errors: list[NanoBananaError] = []
 
     async def one() -> None:
@@ -290,7 +290,7 @@ async def test_closing_ends_every_wait_with_the_task_id() -> None:
 
 
 async def test_a_task_due_earlier_than_all_others_wakes_the_scheduler() -> None:
-    """A long sleep is cut short by whoever comes later and is due sooner."""
+    """A task that is due sooner shortens the sleep."""
     service = FakePollSource(finished_after(0))
     async with tracking(service, every(first_poll_s=100.0)) as tracker, anyio.create_task_group() as group:
         new = SubmitInfo(submitted_at_s=anyio.current_time())
@@ -303,8 +303,8 @@ async def test_a_task_due_earlier_than_all_others_wakes_the_scheduler() -> None:
 
 @pytest.mark.parametrize("first", list(TaskStatus))
 @pytest.mark.parametrize("second", list(TaskStatus))
-async def test_news_never_moves_a_task_backwards(first: TaskStatus, second: TaskStatus) -> None:
-    """Final statuses absorb; unknown words carry no news."""
+async def test_a_late_status_never_moves_a_task_backwards(first: TaskStatus, second: TaskStatus) -> None:
+    """P15: final statuses stay, and unrecognized ones change nothing."""
     after = latest_status(first, second)
     assert after in (first, second)
     assert latest_status(after, first) is after
@@ -312,15 +312,15 @@ async def test_news_never_moves_a_task_backwards(first: TaskStatus, second: Task
         assert after is first
 
 
-def test_the_first_look_comes_when_pictures_may_be_ready() -> None:
-    """Counted from the submit, not from the wait."""
+def test_the_first_poll_comes_when_images_may_be_ready() -> None:
+    """The time is counted from the submit, not from the wait."""
     schedule = PollSchedule(PollPolicy.backoff(first_poll_s=8))
     assert [schedule.next_poll_in_s(None, age_s, 0) for age_s in (0.0, 5.0, 60.0)] == [8.0, 3.0, 0.0]
 
 
 @given(polls=st.integers(0, 10_000), age_s=st.floats(0, 1e6), seed=st.integers())
-def test_pauses_stay_between_nothing_and_the_jittered_cap(polls: int, age_s: float, seed: int) -> None:
-    """No overflow, no negative sleep, no look that never comes."""
+def test_intervals_stay_between_zero_and_the_jittered_maximum(polls: int, age_s: float, seed: int) -> None:
+    """No value overflows, is negative or infinite."""
     for policy in (PollPolicy(), PollPolicy.backoff()):
         schedule = PollSchedule(policy, Random(seed))
         interval_s = schedule.jittered_s(schedule.next_poll_in_s("m", age_s, polls))
@@ -328,6 +328,6 @@ def test_pauses_stay_between_nothing_and_the_jittered_cap(polls: int, age_s: flo
 
 
 @pytest.mark.parametrize(("polls", "seconds", "gone"), [(2, 1e6, False), (3, 299, False), (3, 300, True)])
-def test_a_task_has_vanished_after_three_late_looks_over_five_minutes(polls: int, seconds: float, gone: bool) -> None:  # noqa: FBT001 - a table
-    """Both, not either."""
+def test_a_task_is_lost_after_three_late_polls_over_five_minutes(polls: int, seconds: float, gone: bool) -> None:  # noqa: FBT001 - a table
+    """Both conditions have to hold."""
     assert is_lost(polls, seconds) is gone

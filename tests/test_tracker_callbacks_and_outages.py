@@ -1,4 +1,4 @@
-"""News, pressure, outages, stalls: the tracker keeps its promises when things are not as usual."""
+"""The tracker with callbacks, under pressure, in outages and after stalls."""
 
 import logging
 import math
@@ -30,29 +30,29 @@ from tests.virtual_time import jump
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 
-def ours() -> SubmitInfo:
-    """Return the origin of a task that this client has just submitted."""
+def submitted_now() -> SubmitInfo:
+    """Return the info of a task that this client has just submitted."""
     return SubmitInfo(submitted_at_s=anyio.current_time(), model="m")
 
 
 # --- news -----------------------------------------------------------------------------------------------------------
 
 
-async def test_news_is_followed_by_a_look_at_once() -> None:
-    """A callback says that it is done long before the schedule would have asked."""
+async def test_a_callback_triggers_a_poll_at_once() -> None:
+    """The poll comes long before the schedule would send it."""
     service = FakePollSource(finished_after(5))
     async with tracking(service, every(100.0)) as tracker, anyio.create_task_group() as group:
-        group.start_soon(partial(tracker.wait, "ta-1", timeout_s=600, submit_info=ours()))
+        group.start_soon(partial(tracker.wait, "ta-1", timeout_s=600, submit_info=submitted_now()))
         await anyio.sleep(6)
         tracker.notify("ta-1")
     assert [round(time_s) for time_s, _ in service.polls] == [6]
 
 
-async def test_a_flood_of_news_buys_one_look_in_ten_seconds() -> None:
-    """Anybody may send it."""
+async def test_a_flood_of_callbacks_triggers_one_poll_in_ten_seconds() -> None:
+    """P27: anyone may send callbacks."""
     service = FakePollSource(finished_after(1e9))
     async with tracking(service, every(1000.0)) as tracker, anyio.create_task_group() as group:
-        group.start_soon(partial(tracker.wait, "ta-1", timeout_s=600, submit_info=ours()))
+        group.start_soon(partial(tracker.wait, "ta-1", timeout_s=600, submit_info=submitted_now()))
         for _ in range(10_000):
             await anyio.sleep(0.01)
             tracker.notify("ta-1")
@@ -62,19 +62,19 @@ async def test_a_flood_of_news_buys_one_look_in_ten_seconds() -> None:
     assert all(later - earlier >= 10 - 1e-6 for earlier, later in pairwise(times_s))
 
 
-async def test_true_news_after_forged_news_is_followed_within_ten_seconds() -> None:
-    """It is not thrown away with the rest."""
+async def test_a_true_callback_after_forged_ones_is_polled_within_ten_seconds() -> None:
+    """It is not dropped with the forged ones."""
     service = FakePollSource(finished_after(8))
     async with tracking(service, every(1000.0)) as tracker, anyio.create_task_group() as group:
-        group.start_soon(partial(tracker.wait, "ta-1", timeout_s=600, submit_info=ours()))
+        group.start_soon(partial(tracker.wait, "ta-1", timeout_s=600, submit_info=submitted_now()))
         for second in (5.0, 4.0):
             await anyio.sleep(second)
             tracker.notify("ta-1")
     assert [round(time_s) for time_s, _ in service.polls] == [5, 15]
 
 
-async def test_news_at_ids_that_nobody_waits_for_costs_nothing() -> None:
-    """Neither a look nor memory."""
+async def test_callbacks_for_ids_without_waiters_cost_nothing() -> None:
+    """They cause no polls and use no memory."""
     service = FakePollSource(finished_after(5))
     async with tracking(service) as tracker:
         for number in range(1000):
@@ -85,12 +85,12 @@ async def test_news_at_ids_that_nobody_waits_for_costs_nothing() -> None:
     assert not service.polls
 
 
-async def test_news_that_comes_while_a_look_is_under_way_is_followed_by_another() -> None:
-    """The answer on its way may be older than the news."""
+async def test_a_callback_during_a_poll_triggers_another_poll() -> None:
+    """The response in flight may be older than the callback."""
     service = FakePollSource(finished_after(6.2), delay_s=2.0)
     async with tracking(service, every(1000.0, first_poll_s=5.0)) as tracker, anyio.create_task_group() as group:
-        group.start_soon(partial(tracker.wait, "ta-1", timeout_s=600, submit_info=ours()))
-        service.answer = lambda task_id, now_s: task("success" if now_s > 8 else "in_progress", task_id)
+        group.start_soon(partial(tracker.wait, "ta-1", timeout_s=600, submit_info=submitted_now()))
+        service.snapshot_at = lambda task_id, now_s: task("success" if now_s > 8 else "in_progress", task_id)
         await anyio.sleep(6.5)
         tracker.notify("ta-1")
     assert [round(time_s) for time_s, _ in service.polls] == [5, 7]
@@ -99,8 +99,8 @@ async def test_news_that_comes_while_a_look_is_under_way_is_followed_by_another(
 # --- late comers ------------------------------------------------------------------------------------------------------
 
 
-async def test_who_asks_after_the_end_is_answered_without_a_look() -> None:
-    """Finished tasks are remembered for a while."""
+async def test_a_wait_after_the_end_needs_no_poll() -> None:
+    """Finished tasks are cached for a while."""
     service = FakePollSource(finished_after(0))
     async with tracking(service) as tracker:
         first = await tracker.wait("ta-1", timeout_s=60)
@@ -109,8 +109,8 @@ async def test_who_asks_after_the_end_is_answered_without_a_look() -> None:
     assert len(service.polls) == 1
 
 
-async def test_what_is_remembered_is_bounded_and_holds_no_pictures() -> None:
-    """A few hundred finished tasks, the latest ones, and none whose picture came inline."""
+async def test_the_cache_is_bounded_and_holds_no_images() -> None:
+    """It keeps the latest few hundred tasks, without inline images."""
     image = GeneratedImage(data=b"x" * 1000)
     heavy = attrs.evolve(task("success", "ta-heavy"), images=(image,))
     service = FakePollSource(lambda task_id, _: heavy if task_id == "ta-heavy" else task("success", task_id))
@@ -126,8 +126,8 @@ async def test_what_is_remembered_is_bounded_and_holds_no_pictures() -> None:
 # --- patience ---------------------------------------------------------------------------------------------------------
 
 
-async def test_waits_end_in_time_while_no_request_can_leave() -> None:
-    """The service asked for quiet, or all slots hang: patience does not queue behind requests."""
+async def test_waits_end_in_time_while_no_request_can_be_sent() -> None:
+    """A deadline does not wait for the rate limiter or for a slot."""
     service = FakePollSource(finished_after(0), slots=1)
     await service.acquire_poll_slot()  # and never gives it back
     async with tracking(service) as tracker:
@@ -137,8 +137,8 @@ async def test_waits_end_in_time_while_no_request_can_leave() -> None:
         assert anyio.current_time() - start_s == pytest.approx(30, abs=1)
 
 
-async def test_everybody_has_a_patience_of_their_own() -> None:
-    """One timer serves them all, in the order of their deadlines."""
+async def test_each_waiter_has_its_own_deadline() -> None:
+    """One timer serves all waiters in the order of their deadlines."""
     ends_s: dict[float, float] = {}
 
     async def one(timeout_s: float) -> None:
@@ -153,8 +153,8 @@ async def test_everybody_has_a_patience_of_their_own() -> None:
     assert all(timeout_s <= end_s <= timeout_s + 1 for timeout_s, end_s in ends_s.items())
 
 
-async def test_a_patience_without_end_is_allowed() -> None:
-    """It is the caller's."""
+async def test_an_infinite_timeout_is_allowed() -> None:
+    """The caller decides."""
     async with tracking(FakePollSource(finished_after(3))) as tracker:
         assert (await tracker.wait("ta-1", timeout_s=math.inf)).is_final
 
@@ -162,8 +162,8 @@ async def test_a_patience_without_end_is_allowed() -> None:
 # --- strange answers --------------------------------------------------------------------------------------------------
 
 
-async def test_an_unknown_status_is_looked_at_slowly_and_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
-    """The service has learned a new word; the task counts as running."""
+async def test_an_unrecognized_status_is_polled_slowly_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """The task is treated as running."""
     service = FakePollSource(lambda task_id, now_s: task("success" if now_s > 100 else "unrecognized", task_id))
     async with tracking(service, PollPolicy()) as tracker, anyio.create_task_group() as group:
         for number in range(5):
@@ -172,16 +172,16 @@ async def test_an_unknown_status_is_looked_at_slowly_and_warned_of_once(caplog: 
     assert max(Counter(task_id for _, task_id in service.polls).values()) <= 1 + 100 / (15 * 0.9) + 1
 
 
-async def test_a_lost_task_is_said_to_have_been_accepted() -> None:
-    """It was paid for, and whoever reads the error must not take it for a typing error."""
+async def test_the_error_of_a_lost_task_says_that_it_was_accepted() -> None:
+    """The error must not look like a mistyped id, because the task was charged."""
     async with tracking(FakePollSource(lambda *_: TaskNotFound("task not found", task_id="ta-1"))) as tracker:
         with pytest.raises(TaskNotFound, match="accepted and may have been charged") as caught:
-            await tracker.wait("ta-1", timeout_s=3600, submit_info=ours())
+            await tracker.wait("ta-1", timeout_s=3600, submit_info=submitted_now())
     assert caught.value.task_id == "ta-1"
 
 
-async def test_going_backwards_is_noted_and_not_passed_on(caplog: pytest.LogCaptureFixture) -> None:
-    """For whoever looks for the reason."""
+async def test_a_status_that_goes_backwards_is_logged_and_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    """The log helps to find the cause."""
     words = iter(["in_progress", "pending", "success"])
     with caplog.at_level(logging.DEBUG, "nanobanana_async"):
         async with tracking(FakePollSource(lambda *_: task(next(words)))) as tracker:
@@ -194,25 +194,25 @@ async def test_going_backwards_is_noted_and_not_passed_on(caplog: pytest.LogCapt
 
 
 @attrs.define
-class Paced(FakePollSource):
-    """A service that is asked so many times per second and not more often."""
+class RateLimitedSource(FakePollSource):
+    """A poll source with a rate limit."""
 
     next_s: float = -math.inf
 
     async def acquire_poll_slot(self) -> None:
-        """Wait for a slot and for the pacer."""
+        """Wait for a slot and for the rate."""
         await self._semaphore.acquire()
         self.next_s = max(anyio.current_time(), self.next_s + 1 / self.polls_per_s)
         await anyio.sleep_until(self.next_s)
 
 
-async def test_when_more_looks_are_wanted_than_may_be_sent_everybody_is_looked_at_less() -> None:
-    """Pauses grow until the looks fit, instead of a queue that grows."""
-    service = Paced(finished_after(1e9), polls_per_s=20.0)
+async def test_under_pressure_all_tasks_are_polled_less() -> None:
+    """Intervals grow until the polls fit the rate, and no queue builds up."""
+    service = RateLimitedSource(finished_after(1e9), polls_per_s=20.0)
     policy = PollPolicy(max_interval_s=60.0)
     async with tracking(service, policy) as tracker:
         for number in range(400):
-            tracker.track(f"ta-{number}", ours())
+            tracker.track(f"ta-{number}", submitted_now())
             await anyio.sleep(0.02)
         await anyio.sleep(40)
         statistics = tracker.statistics()
@@ -221,12 +221,12 @@ async def test_when_more_looks_are_wanted_than_may_be_sent_everybody_is_looked_a
     assert len([time_s for time_s, _ in service.polls if time_s > 20]) <= 30 * 20
 
 
-async def test_nobody_waits_longer_than_the_longest_pause_and_one_round() -> None:
-    """However great the pressure."""
-    service = Paced(finished_after(1e9), polls_per_s=10.0)
+async def test_no_task_waits_longer_than_the_maximum_interval_and_one_round() -> None:
+    """P12: this holds under any pressure."""
+    service = RateLimitedSource(finished_after(1e9), polls_per_s=10.0)
     async with tracking(service, PollPolicy()) as tracker:
         for number in range(500):
-            tracker.track(f"ta-{number}", ours())
+            tracker.track(f"ta-{number}", submitted_now())
         await anyio.sleep(600)
     times_s: dict[str, list[float]] = {}
     for time_s, task_id in service.polls:
@@ -236,12 +236,12 @@ async def test_nobody_waits_longer_than_the_longest_pause_and_one_round() -> Non
     assert longest_s <= 15 * 1.1 + 500 / 10 + 1
 
 
-async def test_statistics_tell_how_things_stand() -> None:
-    """A frozen snapshot with units."""
+async def test_statistics_are_a_frozen_snapshot() -> None:
+    """Each field has a unit."""
     service = FakePollSource(finished_after(30))
     async with tracking(service, PollPolicy()) as tracker, anyio.create_task_group() as group:
         for number in range(50):
-            group.start_soon(partial(tracker.wait, f"ta-{number}", timeout_s=600, submit_info=ours()))
+            group.start_soon(partial(tracker.wait, f"ta-{number}", timeout_s=600, submit_info=submitted_now()))
         await anyio.sleep(20)
         half_way = tracker.statistics()
         assert (half_way.tracked, half_way.overdue_tasks, half_way.pressure) == (50, 0, 1.0)
@@ -254,7 +254,7 @@ async def test_statistics_tell_how_things_stand() -> None:
 
 
 async def test_tasks_of_unknown_age_teach_nothing() -> None:
-    """Nobody here knows when they were submitted."""
+    """The time of their submit is not known."""
     async with tracking(FakePollSource(finished_after(30)), PollPolicy()) as tracker:
         await tracker.wait("ta-foreign", timeout_s=600)
         assert not tracker.statistics().median_latency_s
@@ -264,11 +264,11 @@ async def test_tasks_of_unknown_age_teach_nothing() -> None:
 
 
 def service(finished_s: float, error_rate: object = None, until_s: float = 0.0) -> ScriptedTransport:
-    """Return a transport: submits are accepted at once; queries meet *trouble* until then, and later tell the truth."""
+    """Return a transport that accepts submits; queries fail at *error_rate* until a time, and then succeed."""
     numbers = iter(range(10_000))
     start_s = anyio.current_time()
 
-    async def answer(request: WireRequest) -> WireResponse:
+    async def respond(request: WireRequest) -> WireResponse:
         if request.method == "POST":
             return accepted(f"ta-{next(numbers)}")
         now_s = anyio.current_time() - start_s
@@ -277,11 +277,11 @@ def service(finished_s: float, error_rate: object = None, until_s: float = 0.0) 
         task_id = request.url.rpartition("=")[2]
         return finished(task_id) if now_s >= finished_s else state("in_progress", task_id)
 
-    return script(answer)
+    return script(respond)
 
 
 async def generate_all(client: NanoBananaClient, count: int) -> list[Task]:
-    """Make *count* pictures at once."""
+    """Generate *count* images concurrently."""
     made: list[Task] = []
 
     async def one() -> None:
@@ -294,7 +294,7 @@ async def generate_all(client: NanoBananaClient, count: int) -> list[Task]:
 
 
 def busiest_second(times_s: list[float], since_s: float = -math.inf) -> int:
-    """Return the most requests that left within one second."""
+    """Return the most requests sent within one second."""
     times_s = sorted(time_s for time_s in times_s if time_s >= since_s)
     most, first = 0, 0
     for last, time_s in enumerate(times_s):
@@ -307,10 +307,10 @@ def busiest_second(times_s: list[float], since_s: float = -math.inf) -> int:
 @pytest.mark.parametrize(
     "error_rate", [response(502, body=b"<html>Bad gateway</html>"), rejected(429, retry_after="2")], ids=["502", "429"]
 )
-async def test_in_an_outage_everything_backs_off_together_and_comes_back_without_a_herd(
+async def test_in_an_outage_all_polls_back_off_and_recover_without_a_burst(
     error_rate: WireResponse,
 ) -> None:
-    """A thousand tasks, ten minutes without a useful answer: a trickle of requests, and then no flood."""
+    """P11: a thousand tasks and ten minutes without a usable response cause few requests, and no burst after it."""
     transport = service(300.0, error_rate, until_s=600.0)
     start_s = anyio.current_time()
     async with NanoBananaClient("dk-test", transport=transport) as client:
@@ -322,8 +322,8 @@ async def test_in_an_outage_everything_backs_off_together_and_comes_back_without
     assert busiest_second(transport.times_s, start_s + 600) < busiest_second(transport.times_s)
 
 
-async def test_after_the_loop_stood_still_no_more_than_a_burst_leaves_at_once() -> None:
-    """Five minutes of suspend: everything is overdue, and goes out at the rate all the same."""
+async def test_after_a_stall_no_more_than_a_burst_leaves_at_once() -> None:
+    """P11: after a suspend of five minutes everything is overdue, and leaves at the rate."""
     transport = service(1000.0)
     async with NanoBananaClient("dk-test", transport=transport) as client, anyio.create_task_group() as group:
         for _ in range(1000):
@@ -337,13 +337,13 @@ async def test_after_the_loop_stood_still_no_more_than_a_burst_leaves_at_once() 
 
 
 async def test_one_task_that_never_answers_does_not_slow_the_others() -> None:
-    """Trouble is what comes three times in a row, whichever tasks it is about."""
+    """An outage is three consecutive errors, of any tasks."""
 
-    def answer(task_id: str, now_s: float) -> Task | Exception:
+    def snapshot_at(task_id: str, now_s: float) -> Task | Exception:
         bad = ServiceUnavailable("boom (HTTP 500)", status=500)
         return bad if task_id == "ta-bad" else finished_after(30)(task_id, now_s)
 
-    service = FakePollSource(answer)
+    service = FakePollSource(snapshot_at)
     async with tracking(service) as tracker, anyio.create_task_group() as group:
         bad = anyio.CancelScope()
 

@@ -1,4 +1,4 @@
-"""Whatever arrives, however long it takes, whatever goes wrong: the tracker's invariants, checked at every event."""
+"""The tracker's invariants, checked at every event, for any arrivals, latencies and errors."""
 
 import math
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ ORDER = [TaskStatus.PENDING, TaskStatus.SUBMITTED, TaskStatus.IN_PROGRESS, TaskS
 
 @attrs.frozen
 class Job:
-    """One task and one who waits for it."""
+    """One task and its waiter."""
 
     arrives_s: float
     latency_s: float
@@ -53,8 +53,8 @@ jobs = st.lists(
 
 
 @attrs.define
-class Watchful(FakePollSource):
-    """A service that checks the tracker at each event, and gets into trouble by a seeded dice."""
+class CheckingSource(FakePollSource):
+    """A poll source that checks the tracker at each event and fails at a seeded rate."""
 
     tracker: TaskTracker | None = None
     error_rate: float = 0.0
@@ -62,21 +62,21 @@ class Watchful(FakePollSource):
     under_way: set[str] = attrs.field(factory=set)
 
     async def poll(self, task_id: str) -> Task:
-        """Answer, or fail."""
+        """Return a snapshot, or fail."""
         assert task_id not in self.under_way, "two looks at one task at once"
         self.under_way.add(task_id)
         self.check()
         try:
-            answer = await super().poll(task_id)
+            snapshot = await super().poll(task_id)
             self.check()
         finally:
             self.under_way.discard(task_id)
         if self.rng.random() < self.error_rate:
             raise self.rng.choice([TransportError("gone"), RateLimited("slow down"), TaskNotFound("not yet")])
-        return answer
+        return snapshot
 
     def check(self) -> None:
-        """Whatever else is true, this is."""
+        """Assert the invariants."""
         assert self.tracker is not None
         tracker = self.tracker
         assert self.in_flight <= self.slots
@@ -90,29 +90,29 @@ class Watchful(FakePollSource):
 
 
 def truth(latencies_s: dict[str, tuple[float, float]]) -> "partial[Task]":
-    """Return an answer from when each task began and how long it takes."""
+    """Return a function that gives the status of each task at each time."""
 
-    def answer(task_id: str, now_s: float) -> Task:
+    def snapshot_at(task_id: str, now_s: float) -> Task:
         began_s, latency_s = latencies_s[task_id]
         share = min((now_s - began_s) / latency_s, 1.0)
         return task(ORDER[math.floor(share * 3)], task_id)
 
-    return partial(answer)
+    return partial(snapshot_at)
 
 
 @pytest.mark.parametrize("learned", [True, False], ids=["learned", "fixed"])
 @settings(max_examples=60, deadline=None)
 @given(jobs=jobs, slots=st.integers(1, 4), error_rate=st.sampled_from([0.0, 0.2, 0.6]), seed=st.integers(0, 99))
-async def test_everybody_who_waits_gets_the_truth_or_an_error_in_time(
+async def test_every_waiter_gets_the_truth_or_an_error_in_time(
     learned: bool,  # noqa: FBT001 - a parameter
     jobs: list[Job],
     slots: int,
     error_rate: float,
     seed: int,
 ) -> None:
-    """No lost waiter, no double answer, no end that is not one; the bound holds, and statuses only go forward."""
+    """No waiter is lost or woken twice, the bound holds, and statuses only go forward."""
     begun: dict[str, tuple[float, float]] = {}
-    service = Watchful(truth(begun), slots=slots, delay_s=0.2, error_rate=error_rate, rng=Random(seed))
+    service = CheckingSource(truth(begun), slots=slots, delay_s=0.2, error_rate=error_rate, rng=Random(seed))
     start_s = anyio.current_time()
     ends: list[bool] = []
 
@@ -146,7 +146,7 @@ async def test_everybody_who_waits_gets_the_truth_or_an_error_in_time(
 
 
 def arrivals(count: int, over_s: float) -> Iterator[tuple[float, float]]:
-    """Yield when tasks arrive, evenly, and how long they take."""
+    """Yield evenly spaced arrival times and latencies."""
     rng, draw = Random(7), lognormal(20, 0.5)
     for number in range(count):
         yield number * over_s / count, draw(rng)
@@ -154,12 +154,12 @@ def arrivals(count: int, over_s: float) -> Iterator[tuple[float, float]]:
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 async def test_a_hundred_thousand_tasks_in_an_hour_are_all_noticed() -> None:
-    """Twenty-eight new ones each second, with thirty-four looks a second for all of them, in seconds of real time."""
+    """28 new tasks per second are tracked with 34 polls per second."""
     began: dict[str, tuple[float, float]] = {}
     late_s: list[float] = []
     start_s, rate, longest_s = anyio.current_time(), 34.0, 0.0
 
-    class Paced:
+    class RateLimitedSource:
         """Answers at once, so many times a second."""
 
         polls_per_s = rate
@@ -180,7 +180,7 @@ async def test_a_hundred_thousand_tasks_in_an_hour_are_all_noticed() -> None:
                 late_s.append(over_s)
             return Task(task_id=task_id, status=TaskStatus.SUCCESS if over_s >= 0 else TaskStatus.IN_PROGRESS)
 
-    async with tracking(Paced(), PollPolicy()) as tracker:
+    async with tracking(RateLimitedSource(), PollPolicy()) as tracker:
         for number, (arrives_s, latency_s) in enumerate(arrivals(100_000, 3600.0)):
             if start_s + arrives_s > anyio.current_time() + 0.5:
                 await anyio.sleep_until(start_s + arrives_s)

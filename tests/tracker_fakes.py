@@ -1,4 +1,4 @@
-"""A tracker over a service that answers as it is told."""
+"""A tracker over a scripted poll source."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -20,9 +20,9 @@ def task(status: TaskStatus | str, task_id: str = "ta-1") -> Task:
 
 @attrs.define
 class FakePollSource:
-    """A source of snapshots: what it answers follows from the id and the time since it began."""
+    """A poll source whose snapshots follow from the id and the time since its start."""
 
-    answer: Callable[[str, float], Task | Exception]
+    snapshot_at: Callable[[str, float], Task | Exception]
     slots: int = 64
     delay_s: float = 0.01
     polls: list[tuple[float, str]] = attrs.field(factory=list)
@@ -41,34 +41,34 @@ class FakePollSource:
         await self._semaphore.acquire()
 
     def release_poll_slot(self) -> None:
-        """Give it back."""
+        """Give the slot back."""
         self._semaphore.release()
 
     async def poll(self, task_id: str) -> Task:
-        """Answer after a while."""
+        """Return a snapshot after a delay."""
         self.polls.append((anyio.current_time() - self._start_s, task_id))
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
             await anyio.sleep(self.delay_s)
-            answer = self.answer(task_id, anyio.current_time() - self._start_s)
+            snapshot = self.snapshot_at(task_id, anyio.current_time() - self._start_s)
         finally:
             self.in_flight -= 1
             self._semaphore.release()
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        if isinstance(snapshot, Exception):
+            raise snapshot
+        return snapshot
 
 
 def every(interval_s: float = 1.0, **settings: float) -> PollPolicy:
-    """Return a policy of even looks, or whatever else *settings* make of it."""
+    """Return a policy with even intervals, changed by *settings*."""
     even = {"first_poll_s": interval_s, "initial_s": interval_s, "multiplier": 1.0, "max_s": interval_s, "jitter": 0.0}
     return PollPolicy.backoff(**{**even, **settings})
 
 
 @asynccontextmanager
 async def tracking(service: PollSource, policy: PollPolicy | None = None) -> AsyncIterator[TaskTracker]:
-    """Run a tracker over *service*, by default with a look a second."""
+    """Run a tracker over *service*, by default with one poll per second."""
     background = BackgroundTaskGroup()
     await background.ensure_started()
     tracker = TaskTracker(service, PollSchedule(policy or every(), Random(1)), background)
@@ -81,5 +81,5 @@ async def tracking(service: PollSource, policy: PollPolicy | None = None) -> Asy
 
 
 def finished_after(seconds: float) -> Callable[[str, float], Task]:
-    """Return an answer that is in progress for so long, and then a success."""
+    """Return a function that is in_progress for a time and then success."""
     return lambda task_id, now_s: task("success" if now_s >= seconds else "in_progress", task_id)

@@ -1,6 +1,6 @@
-"""Event loops whose clock jumps to the next timer whenever there is nothing to do: an hour passes in milliseconds.
+"""Event loops whose clock jumps to the next timer when idle, so that an hour takes milliseconds.
 
-For in-memory transports only: the clock does not wait for sockets or threads.
+Use them with in-memory transports only: the clock does not wait for sockets or threads.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ class _JumpingSelector(selectors.DefaultSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An asyncio loop in virtual time."""
+    """An asyncio event loop in virtual time."""
 
     def __init__(self) -> None:
         self.now_s = 1000.0
@@ -40,14 +40,14 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def backend_options(name: str) -> Mapping[str, Any]:
-    """Return what makes anyio run *name* in virtual time."""
+    """Return the options that make anyio run *name* in virtual time."""
     if name == "trio":
         return {"clock": trio.testing.MockClock(autojump_threshold=0)}
     return {"loop_factory": VirtualLoop}
 
 
 def jump(seconds: float) -> None:
-    """Move the clock forward while the loop stands still, as a suspend or a blocked loop does."""
+    """Advance the clock while the loop stands still, as after a suspend."""
     if sniffio.current_async_library() == "trio":
         clock = trio.lowlevel.current_clock()
         assert isinstance(clock, trio.testing.MockClock)

@@ -1,8 +1,8 @@
-"""Print the table: every fault, on POST and GET, on asyncio and trio; and what others make of the same faults.
+"""Print the table of faults, and what other clients make of them.
 
-    python -m tests.faults [--compare]
+python -m tests.faults [--compare]
 
-`--compare` adds a plain httpx loop, and the `openai` package if it is installed, on the faults that cost money.
+`--compare` adds a plain httpx loop, and the `openai` package if it is installed, for faults that cost money.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def _shown(post: Result, query: Query) -> str:
 
 
 def main() -> int:
-    """Try, print, and return 1 if anything is not as it has to be."""
+    """Try all faults and print the table; return 1 if any result is unexpected."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compare", action="store_true")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What a plain httpx loop, and the `openai` package, make of the same lost answers: how often each is charged."""
+"""Count how often a plain httpx loop and the `openai` package are charged for the same lost responses."""
 
 import importlib.util
 from collections.abc import Awaitable, Callable
@@ -21,7 +21,7 @@ PAID: Final = tuple(fault for fault in FAULTS if fault.charges)
 
 @attrs.define
 class Row:
-    """One client's sum over all faults."""
+    """The sum over all faults for one client."""
 
     name: str
     jobs: int = 0
@@ -34,10 +34,10 @@ class Row:
     """Charged jobs whose id the bytes on the wire told, and the client does not know."""
 
 
-async def compare(server: FaultServer, ours: list[Result]) -> list[Row]:
-    """Return a row for us, for the loop everybody writes, and for openai if it is installed."""
+async def compare(server: FaultServer, own: list[Result]) -> list[Row]:
+    """Return a row each for this client, a plain loop, and openai if it is installed."""
     mine = Row("nanobanana_async")
-    for result in ours:
+    for result in own:
         if result.fault.charges:
             _add(mine, result.fault, result.charges, found=result.verdict == "accepted", declared=result.resent)
     rows = [mine]

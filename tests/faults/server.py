@@ -1,8 +1,8 @@
-"""The fault server: raw sockets, scripted by the path, and the truth about what was read and charged.
+"""The fault server: raw sockets, scripted by the path, with a record of what was read and charged.
 
 A base URL is `http://host:port/<fault index>/<times>/<nonce>`: the fault is played for the first *times* requests of
-each method, and after that the answers are right. `GET /truth/<nonce>` tells what happened. Run as
-`python -m tests.faults.server`; it prints its ports as one line of JSON and ends when stdin does.
+each method, and later responses are correct. `GET /truth/<nonce>` returns the record. Run it as `python -m
+tests.faults.server`; it prints its ports as one line of JSON and ends with its stdin.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ SILENCE_S = 8.0
 
 @attrs.define
 class Truth:
-    """What the server knows of one client."""
+    """The record of one client."""
 
     seen: Counter[str] = attrs.field(factory=Counter)
     charged: list[str] = attrs.field(factory=list)
@@ -62,7 +62,7 @@ class Connection:
         self.writer.transport.abort()
 
     async def read_request(self) -> tuple[str, str] | None:
-        """Return method and path of one whole request; None at the end."""
+        """Return method and path of one complete request; None at the end."""
         try:
             head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
             lines = head.split("\r\n")
@@ -79,13 +79,13 @@ async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     connection = Connection(reader, writer)
     with contextlib.suppress(ConnectionError):
         while request := await connection.read_request():
-            if not await answer(connection, *request):
+            if not await respond_once(connection, *request):
                 break
     writer.close()
 
 
-async def answer(connection: Connection, method: str, path: str) -> bool:
-    """Answer one request; False when the connection is to end."""
+async def respond_once(connection: Connection, method: str, path: str) -> bool:
+    """Respond to one request; return False if the connection is to end."""
     _, first, *rest = path.split("/")
     if first == "truth":
         await connection.send(message(json.dumps(attrs.asdict(TRUTHS[rest[0]])).encode()))
@@ -107,8 +107,8 @@ async def answer(connection: Connection, method: str, path: str) -> bool:
     return False
 
 
-async def act(how: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Do it before a byte was read."""
+async def act_before_reading(how: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Play a fault that happens before a byte is read."""
     connection = Connection(reader, writer)
     if how == "rst":
         connection.reset()
@@ -119,10 +119,10 @@ async def act(how: str, reader: asyncio.StreamReader, writer: asyncio.StreamWrit
 
 
 async def main() -> None:
-    """Listen, say where, and serve until stdin ends."""
+    """Listen, print the ports, and serve until stdin ends."""
     ports = {}
     for how in ("main", "fin", "rst", "hang"):
-        handler = serve if how == "main" else lambda r, w, how=how: act(how, r, w)
+        handler = serve if how == "main" else lambda r, w, how=how: act_before_reading(how, r, w)
         server = await asyncio.start_server(handler, "127.0.0.1", 0, limit=2**16)
         ports[how] = server.sockets[0].getsockname()[1]
     with socket.create_server(("127.0.0.1", 0)) as closed:

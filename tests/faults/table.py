@@ -1,4 +1,4 @@
-"""The faults F1 to F21 as data: what the peer does, and what has to come of it."""
+"""The faults F1 to F21 as data: the behaviour of the peer, and the expected result."""
 
 import gzip
 import json
@@ -10,25 +10,25 @@ import attrs
 
 
 class Peer(Protocol):
-    """The server's end of one connection, after it has read a whole request."""
+    """The server's end of one connection, after it has read a complete request."""
 
     good: bytes
     """The body that would be right."""
 
     async def send(self, data: bytes) -> None:
-        """Say *data*."""
+        """Send *data*."""
         ...
 
     async def drip(self, data: bytes) -> None:
-        """Say *data*, one byte every 50 ms."""
+        """Send *data*, one byte every 50 ms."""
         ...
 
     async def flood(self, head: bytes, chunk: bytes) -> None:
-        """Say *head*, and then *piece* again and again, up to a gibibyte."""
+        """Send *head*, and then *chunk* repeatedly, up to a gibibyte."""
         ...
 
     async def hang(self) -> None:
-        """Say nothing more, for longer than any deadline here."""
+        """Send nothing more, for longer than any deadline here."""
         ...
 
     def reset(self) -> None:
@@ -41,19 +41,19 @@ Play: TypeAlias = Callable[[Peer], Awaitable[None]]
 
 @attrs.frozen(eq=False)
 class Fault:
-    """One way for an exchange to go wrong."""
+    """One way for an exchange to fail."""
 
     number: str
     name: str
     play: Play
     post: str
-    """What has to become of a submit: accepted, rejected, not sent, unknown; either of two where the race decides."""
+    """Expected result of a submit: accepted, rejected, not sent or unknown; one of two where timing decides."""
     get: str = "recovers"
-    """What has to become of a query: recovers if the fault passes, refused if it is an answer, fails if it stays."""
+    """Expected result of a query: "recovers" after the fault ends, "refused" by an error response, or "fails"."""
     charges: bool = True
-    """Whether the service had taken the money when it happened."""
+    """Whether the submit is charged before the fault."""
     listener: str = "main"
-    """Which port plays it: those that act before they have read a request have one of their own."""
+    """The port that plays it. A fault before a request is read has its own."""
 
 
 def message(body: bytes, *, status: str = "200 OK", length: int | None = None, head: str = "") -> bytes:
@@ -67,7 +67,7 @@ NO_ID: Final = b'{"code":0,"message":"ok","data":{"ta'
 
 
 def says(body: bytes, *, status: str = "200 OK", head: str = "") -> Play:
-    """Answer like this."""
+    """Respond with this message."""
 
     async def play(peer: Peer) -> None:
         await peer.send(message(body, status=status, head=head))
@@ -76,12 +76,12 @@ def says(body: bytes, *, status: str = "200 OK", head: str = "") -> Play:
 
 
 def envelope(status: str, code: object, detail: object = "no", head: str = "") -> Play:
-    """Answer with the vendor's own error."""
+    """Respond with the service's own error."""
     return says(json.dumps({"code": code, "message": "failed", "detail": detail}).encode(), status=status, head=head)
 
 
 def wrapped(change: Callable[[bytes], bytes], head: str = "") -> Play:
-    """Answer rightly, but for the spelling."""
+    """Respond correctly, in an unusual encoding."""
 
     async def play(peer: Peer) -> None:
         await peer.send(message(change(peer.good), head=head))
@@ -90,7 +90,7 @@ def wrapped(change: Callable[[bytes], bytes], head: str = "") -> Play:
 
 
 def broken(*chunks: bytes, end: str = "fin") -> Play:
-    """Say *pieces*, and end the connection by fin, rst or silence."""
+    """Send *chunks*, and end the connection by FIN, RST or silence."""
 
     async def play(peer: Peer) -> None:
         for chunk in chunks:
@@ -104,7 +104,7 @@ def broken(*chunks: bytes, end: str = "fin") -> Play:
 
 
 def cut(*, with_id: bool, end: str) -> Play:
-    """Break off in the body, behind or before the task id."""
+    """Break off in the body, after or before the task id."""
 
     async def play(peer: Peer) -> None:
         body = peer.good[:-2] if with_id else NO_ID
@@ -114,7 +114,7 @@ def cut(*, with_id: bool, end: str) -> Play:
 
 
 def unframed(*, with_id: bool) -> Play:
-    """Cut the JSON where no Content-Length could tell."""
+    """Truncate the JSON where no Content-Length shows it."""
 
     async def play(peer: Peer) -> None:
         await peer.send(UNFRAMED + (peer.good[:-2] if with_id else NO_ID))
@@ -123,7 +123,7 @@ def unframed(*, with_id: bool) -> Play:
 
 
 async def never(_: Peer) -> None:
-    """Stand for what happens before a request is read."""
+    """Stand for a fault that happens before a request is read."""
 
 
 async def slow_headers(peer: Peer) -> None:
@@ -144,13 +144,13 @@ async def slow_body_with_id(peer: Peer) -> None:
 
 
 async def endless(peer: Peer) -> None:
-    """Never stop."""
+    """Send without end."""
     chunk = b"x" * 65536
     await peer.flood(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"10000\r\n" + chunk + b"\r\n")
 
 
 async def gibibyte(peer: Peer) -> None:
-    """Announce a gibibyte, and mean it."""
+    """Announce and send a gibibyte."""
     await peer.flood(message(b"", length=2**30), b"x" * 65536)
 
 

@@ -1,4 +1,4 @@
-"""One client, one fault, one verdict, and whether it agrees with the server's truth."""
+"""One client, one fault, one verdict, and its comparison with the server's record."""
 
 import contextlib
 import json
@@ -34,7 +34,7 @@ _NONCES: Final = count()
 
 @attrs.frozen
 class Result:
-    """What the client believes, and what happened."""
+    """What the client reports, and what happened."""
 
     fault: Fault
     verdict: str
@@ -48,7 +48,7 @@ class Result:
 
     @property
     def conforms(self) -> bool:
-        """Jepsen's triple: accepted is one charge, rejected is none, unknown is none or one; plus declared resends."""
+        """Whether accepted is one charge, rejected none, and unknown none or one, plus declared resubmits."""
         lowest, highest = {
             "accepted": (1, 1),
             "rejected": (0, self.resent + 1 if self.resent else 0),
@@ -59,7 +59,7 @@ class Result:
 
     @property
     def as_expected(self) -> bool:
-        """Whether the verdict is the table's, the truth agrees, and the deadline held."""
+        """Whether the verdict is the table's, the record agrees, and the deadline held."""
         return (
             self.conforms and self.verdict in self.fault.post.split(" or ") and self.seconds <= DEADLINES.submit_s + 1
         )
@@ -67,7 +67,7 @@ class Result:
 
 @attrs.frozen
 class Query:
-    """What became of a query."""
+    """The result of a query."""
 
     fault: Fault
     ending: str
@@ -81,7 +81,7 @@ class Query:
 
 @attrs.frozen
 class FaultServer:
-    """Where the server's ports are."""
+    """The ports of the server."""
 
     ports: dict[str, int]
 
@@ -109,7 +109,7 @@ def fault_server() -> Iterator[FaultServer]:
 
 
 async def try_post(server: FaultServer, fault: Fault) -> Result:
-    """Submit once, with the fault for as long as it takes."""
+    """Submit once, while the fault lasts."""
     nonce, resent, message = f"n{next(_NONCES)}", 0, ""
     start_s = time.monotonic()
     async with NanoBananaClient(

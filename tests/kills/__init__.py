@@ -1,4 +1,4 @@
-"""Kills a batch at every point that matters, starts it again, and compares what it believes with what was charged.
+"""Kill a batch at every relevant point, start it again, and compare its ledger with the charges.
 
-`python -m tests.kills` prints the histogram of the points hit, and fails if a picture was paid twice, or lost.
+`python -m tests.kills` prints the histogram of the points hit, and fails if an image was charged twice or lost.
 """

@@ -1,4 +1,4 @@
-"""`python -m tests.kills [--kills 200] [--seed 0]`: prints the points hit, and what was paid twice or lost."""
+"""`python -m tests.kills [--kills 200] [--seed 0]`: print the points hit, second charges and losses."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from tests.kills.harness import run_trials
 
 
 def main() -> int:
-    """Parse, kill, print."""
+    """Parse the options, run the trials, and print the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""One run of a batch in a process of its own, that kills itself when it has passed a given number of crash points."""
+"""One run of a batch in a process of its own that kills itself after a given number of crash points."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ NEVER = 10**9
 
 @attrs.frozen
 class Plan:
-    """What a child is to do."""
+    """The task of a child process."""
 
     url: str
     folder: Path
@@ -66,7 +66,7 @@ def _arm(plan: Plan, write: Callable[[bytes], object]) -> None:
 
 
 class _Connection(sqlite3.Connection):
-    """Notices what a transaction is about, and when it is written and durable."""
+    """Records what a transaction contains, and when it is written and durable."""
 
     point: Callable[[str], None]
     about: set[str]

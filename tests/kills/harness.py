@@ -1,4 +1,4 @@
-"""Trials: a batch that is killed, perhaps again, and then left alone; and what became of every credit."""
+"""Trials: a batch that is killed, possibly again, and then finishes; and the result of every charge."""
 
 import multiprocessing
 import os
@@ -27,7 +27,7 @@ _LONGEST_S = 60
 
 @attrs.define
 class Tally:
-    """What all trials together came to."""
+    """The sum over all trials."""
 
     kills: int = 0
     charges: int = 0
@@ -39,7 +39,7 @@ class Tally:
 
 
 class Harness:
-    """Kills children that work on batches against one simulator."""
+    """Kills child processes that run batches against one simulator."""
 
     def __init__(self, server: SimulatorServer, seed: int) -> None:
         self._server = server
@@ -54,15 +54,15 @@ class Harness:
         handle = server.service.handle
 
         def watched(method: str, *rest: object) -> SimulatedResponse:
-            answer = handle(method, *rest)  # type: ignore[arg-type]
+            result = handle(method, *rest)  # type: ignore[arg-type]
             if method == "POST":
                 self._posted()
-            return answer
+            return result
 
         server.service.handle = watched  # type: ignore[assignment]
 
     def _posted(self) -> None:
-        """Kill the child while its submit is charged, and its answer on the way."""
+        """Kill the child while its submit is charged and the response is on its way."""
         if self._posts_to_live is None or self._victim is None or self._victim.pid is None:
             return
         self._posts_to_live -= 1
@@ -71,24 +71,24 @@ class Harness:
             os.kill(self._victim.pid, signal.SIGKILL)
 
     def trial(self, name: str, kills: int) -> None:
-        """Start a batch and kill it *kills* times; let it end; settle the account."""
+        """Run a batch, kill it *kills* times, let it finish, and check every charge."""
         with tempfile.TemporaryDirectory() as folder:
             prompts = tuple(f"{name}, row {number}" for number in range(ROWS))
             plan = child.Plan(self._server.url, Path(folder, "run"), prompts, child.NEVER, Path(folder, "points"))
             for _ in range(kills):
                 self._killed_run(plan)
             assert self._run(plan) == 0, "a run that nobody killed failed"
-            self._judge(plan)
+            self._check(plan)
 
     def _killed_run(self, plan: child.Plan) -> None:
-        """Kill a run at a point by its index, or with a submit in flight, or at any time."""
+        """Kill a run at a point by its index, or with a submit in flight, or at a random time."""
         plan.log.write_bytes(b"")
         rng = self._rng.random()
         if rng < 0.15:
             self._posts_to_live = self._rng.randrange(ROWS)
             code = self._run(plan)
             self._posts_to_live = None
-            where = "POST charged, answer on its way"
+            where = "POST charged, response on its way"
         elif rng < 0.3:
             code = self._run(plan, kill_after_s=self._rng.uniform(0.02, 0.5))
             where = "any time"
@@ -112,15 +112,15 @@ class Harness:
         return process.exitcode
 
     def learn_points(self, name: str) -> None:
-        """Run a batch unharmed, to learn how many points there are."""
+        """Run a batch without a kill, and return the number of crash points."""
         with tempfile.TemporaryDirectory() as folder:
             prompts = tuple(f"{name}, row {number}" for number in range(ROWS))
             plan = child.Plan(self._server.url, Path(folder, "run"), prompts, child.NEVER, Path(folder, "points"))
             assert self._run(plan) == 0
             self._points = len(plan.log.read_text().splitlines())
 
-    def _judge(self, plan: child.Plan) -> None:
-        """Each charge is bound to its row, or its row is unknown; none came twice; every picture is whole."""
+    def _check(self, plan: child.Plan) -> None:
+        """Assert that each charge is bound to its row or unknown, none came twice, and each image is complete."""
         records = {record.prompt: record for record in anyio.run(_records, plan.folder)}
         charged = [charge for charge in self._server.charges if charge.prompt in plan.prompts]
         tally = self.tally
@@ -153,7 +153,7 @@ async def _records(folder: Path) -> list[LedgerRow]:
 
 
 def run_trials(kills: int, seed: int) -> Tally:
-    """Kill batches until *kills* kills have hit, and return what came of it."""
+    """Kill batches until *kills* kills have hit, and return the sum."""
     with SimulatorServer(PROFILE, seed=seed) as server:
         harness = Harness(server, seed)
         harness.learn_points("a rehearsal")

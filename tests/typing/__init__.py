@@ -1,1 +1,1 @@
-"""Read by mypy, never run."""
+"""Files that are type-checked and never run."""

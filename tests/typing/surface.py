@@ -1,4 +1,4 @@
-"""The types of the public face, as a user's type checker sees them. Each new public name gets a line."""
+"""The types of the public names, as a user's type checker sees them. Every public class is named here."""
 
 from collections.abc import AsyncGenerator
 from decimal import Decimal
@@ -13,7 +13,7 @@ from nanobanana_async.simulator import Charge, Simulator
 
 
 async def surface(client: nb.NanoBananaClient, image: nb.GeneratedImage) -> None:
-    """Call everything once."""
+    """Call every method once."""
     task = await client.generate("a fox", images=[Path("a.png"), b"..."], aspect_ratio="16:9", timeout_s=300)
     assert_type(task, nb.Task)
     assert_type(task.status, nb.TaskStatus)
@@ -35,12 +35,12 @@ async def surface(client: nb.NanoBananaClient, image: nb.GeneratedImage) -> None
 
 
 def transports(one: httpx.AsyncClient, other: httpx2.AsyncClient) -> list[nb.Transport]:
-    """Hand in every kind of transport."""
+    """Pass in every kind of transport."""
     return [nb.HttpxTransport(), nb.HttpxTransport(one), nb.HttpxTransport(other), Simulator()]
 
 
 def errors(error: nb.TaskError, unknown: nb.SubmissionUnknown, api: nb.ApiError) -> None:
-    """Read the facts of errors."""
+    """Read the attributes of errors."""
     assert_type(error.task, nb.Task | None)
     assert_type(error.task_id, str | None)
     assert_type(unknown.status, int | None)
@@ -48,5 +48,5 @@ def errors(error: nb.TaskError, unknown: nb.SubmissionUnknown, api: nb.ApiError)
 
 
 def truth(simulator: Simulator) -> None:
-    """Read what was charged."""
+    """Read the charges."""
     assert_type(simulator.charges, list[Charge])
