@@ -1,1 +1,1 @@
-"""Scripts that measure, each run as `python -m benchmarks.NAME`."""
+"""Measurement scripts. Run each as `python -m benchmarks.NAME`."""

@@ -1,9 +1,9 @@
-"""Polls per picture and notice delay with callbacks, without, and with every callback lost.
+"""Polls per image and notice delay with callbacks, without callbacks, and with all callbacks lost.
 
     python -m benchmarks.callbacks [--jobs 1000] [--latency 12]
 
-Over loopback: the service, a process of its own, posts to uvicorn, which serves the receiver in the client's event
-loop.
+Everything is on loopback. The service, in a process of its own, posts to uvicorn, which serves the receiver in the
+client's event loop.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from nanobanana_async.simulator.server import open_listener
 
 
 async def contestant(kind: str, port: str, jobs: int) -> None:
-    """Make *jobs* pictures, and print when the end of each was noticed."""
+    """Generate *jobs* images, and print the time at which the end of each was noticed."""
     noticed_s: dict[str, float] = {}
     socket = open_listener("127.0.0.1", 0)
     public = f"http://127.0.0.1:{socket.getsockname()[1] if kind == 'callbacks' else 9}"
@@ -46,7 +46,7 @@ async def contestant(kind: str, port: str, jobs: int) -> None:
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse the options, measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=1000)
     parser.add_argument("--latency", type=float, default=12.0, help="median seconds per job")

@@ -1,9 +1,9 @@
-"""One client of `outstanding.py`: so many jobs at once through one package with its stock settings.
+"""One client of `outstanding.py`: many concurrent jobs through one package with its default settings.
 
     python benchmarks/contestant.py NAME PORT JOBS LIMIT_S
 
-Prints one JSON object: when each job was noticed to be finished (by the machine's clock), what was raised
-instead, and what it cost. After LIMIT_S seconds it prints what it has, and ends.
+Prints one JSON object: when each job was noticed to be finished (machine's clock), the exceptions, and the cost. Stops
+after LIMIT_S seconds.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ Job: TypeAlias = Callable[[], Awaitable[str]]
 
 
 def nanobanana_async(url: str) -> Job:
-    """Ours."""
+    """This package."""
     from nanobanana_async import NanoBananaClient
 
     client = NanoBananaClient(KEY, base_url=url)
@@ -37,7 +37,7 @@ def nanobanana_async(url: str) -> Job:
 
 
 def fal_client(url: str) -> Job:
-    """`AsyncClient.subscribe`: submit, then poll. Its https:// is a constant, and the one thing that is patched."""
+    """Use `AsyncClient.subscribe`, which submits and polls. Its constant https:// is patched."""
     import fal_client
     import fal_client.client
 
@@ -51,7 +51,7 @@ def fal_client(url: str) -> Job:
 
 
 def replicate(url: str) -> Job:
-    """`predictions.async_create`, then `async_wait`."""
+    """Use `predictions.async_create`, then `async_wait`."""
     from replicate.client import Client
 
     client = Client(api_token="x", base_url=url)  # noqa: S106 - a fake
@@ -65,7 +65,7 @@ def replicate(url: str) -> Job:
 
 
 def runwayml(url: str) -> Job:
-    """`text_to_image.create`, then `wait_for_task_output`."""
+    """Use `text_to_image.create`, then `wait_for_task_output`."""
     from runwayml import AsyncRunwayML
 
     client = AsyncRunwayML(api_key="x", base_url=url)
@@ -78,7 +78,7 @@ def runwayml(url: str) -> Job:
 
 
 def openai(url: str) -> Job:
-    """`videos.create_and_poll`, its one way to submit and wait."""
+    """Use `videos.create_and_poll`, its only way to submit and wait."""
     from openai import AsyncOpenAI
 
     client = AsyncOpenAI(api_key="x", base_url=f"{url}/v1")
@@ -93,7 +93,7 @@ CLIENTS = {client.__name__: client for client in (nanobanana_async, openai, runw
 
 
 async def compete(name: str, url: str, jobs: int, limit_s: float, stalls: StallMeter) -> None:
-    """Run all jobs at once, print the record, and leave."""
+    """Run all jobs concurrently, print the record, and exit."""
     one = CLIENTS[name](url)
     noticed_s: dict[str, float] = {}
     errors: Counter[str] = Counter()
@@ -103,7 +103,7 @@ async def compete(name: str, url: str, jobs: int, limit_s: float, stalls: StallM
         try:
             task_id = await one()
             noticed_s[task_id] = time.time()
-        except Exception as exc:  # noqa: BLE001 - whatever it is, it is counted
+        except Exception as exc:  # noqa: BLE001 - every exception is counted
             errors[type(exc).__name__] += 1
 
     def report() -> None:
@@ -116,14 +116,14 @@ async def compete(name: str, url: str, jobs: int, limit_s: float, stalls: StallM
             "stall_s": stalls.longest_s,
         }
         print(json.dumps(record), flush=True)
-        os._exit(0)  # without a thousand goodbyes
+        os._exit(0)  # without closing a thousand connections
 
     timer = threading.Timer(limit_s, report)
     timer.start()
     started = []
     for number in range(jobs):
         started.append(asyncio.ensure_future(run()))
-        if number % 100 == 99:  # a loop of ten thousand would be a stall of our own making
+        if number % 100 == 99:  # a loop over ten thousand jobs would itself be a stall
             await asyncio.sleep(0)
     await asyncio.gather(*started)
     report()

@@ -1,4 +1,4 @@
-"""Starts the server of the benchmarks, and a client that is measured, each in a process of its own."""
+"""Start the server of the benchmarks, and a measured client, in processes of their own."""
 
 import json
 import subprocess
@@ -13,12 +13,12 @@ ROOT: Final = Path(__file__).parent.parent
 
 @contextmanager
 def server(*options: str) -> Iterator[str]:
-    """Run `benchmarks.server` with *options*; yield its port."""
+    """Run `benchmarks.server` with *options* and yield its port."""
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.server", *options],
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert process.stdout is not None  # noqa: S101 - it is a pipe
+    assert process.stdout is not None  # noqa: S101 - always a pipe here
     try:
         yield process.stdout.readline().strip()
     finally:
@@ -26,7 +26,7 @@ def server(*options: str) -> Iterator[str]:
 
 
 def client(module: str, *arguments: str) -> dict[str, Any]:
-    """Run a module to its end; return the JSON object it prints last."""
+    """Run a module to its end and return the JSON object that it prints last."""
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
     )

@@ -1,9 +1,9 @@
-"""A thousand and ten thousand outstanding tasks over real sockets: ours, and what else there is, in one run.
+"""1,000 and 10,000 outstanding tasks over real sockets: this package and others in one run.
 
     python benchmarks/outstanding.py [--jobs 1000 10000] [--clients ...] [--latency 12] [--limit 300]
 
-Each client is a process of its own with its package's stock settings, and so is the server, which is made anew for
-each and gives the nth job the same time whoever sends it (lognormal, sigma 0.5). Needs the extra `bench`.
+Each client is a process of its own with its package's default settings. So is the server, which is started for each
+client and gives the nth job the same latency (lognormal, sigma 0.5). Needs the extra `bench`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from benchmarks.contestant import CLIENTS
 
 @attrs.frozen(kw_only=True)
 class Result:
-    """What became of one client."""
+    """The result of one client."""
 
     name: str
     jobs: int
@@ -31,7 +31,7 @@ class Result:
     rss_mib: float
     stall_s: float
     delays_s: list[float]
-    """Sorted: how long after a job was final its caller knew."""
+    """Sorted times from the end of a job to its notice by the caller."""
     requests: float
     """Polls per finished job."""
 
@@ -49,7 +49,7 @@ def measure(name: str, jobs: int, latency_s: float, limit_s: float) -> Result:
 
 
 def show(result: Result, ours: Result | None) -> None:
-    """Print a line."""
+    """Print one line."""
     try:
         release = version(result.name.replace("_", "-"))
     except PackageNotFoundError:
@@ -67,7 +67,7 @@ def show(result: Result, ours: Result | None) -> None:
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse the options, measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, nargs="+", default=[1000, 10_000])
     parser.add_argument("--clients", nargs="+", choices=CLIENTS, default=list(CLIENTS))

@@ -1,10 +1,9 @@
-"""What a batch costs beside the bare work: the same rows with a ledger, and with nothing but submit, poll and save.
+"""Cost of a ledger: the same rows with one, and with only submit, poll and save.
 
     python -m benchmarks.overnight [--rows 500 5000] [--in-flight 400] [--repeat 2]
 
-Over real sockets, pictures of a few bytes that take 2 s in the median, and no limit on the rate, so that what is
-measured is the work. Both write each picture durably. Runs alternate, each in a process of its own with a server of
-its own.
+Runs over real sockets, with images of a few bytes, a median latency of 2 s and no rate limit, so that the work itself
+is measured. Both write each image durably. Runs alternate, each in a process of its own with a server of its own.
 """
 
 import argparse
@@ -26,7 +25,7 @@ POLLING: Final = PollPolicy.backoff(first_poll_s=2.0, initial_s=1.0, multiplier=
 
 
 async def bare(client: NanoBananaClient, folder: Path, rows: int, in_flight: int) -> int:
-    """Make and save the pictures, and keep no books."""
+    """Generate and save the images without a ledger."""
     done = 0
     places = anyio.Semaphore(in_flight)
 
@@ -47,14 +46,14 @@ async def bare(client: NanoBananaClient, folder: Path, rows: int, in_flight: int
 
 
 async def ledger(client: NanoBananaClient, folder: Path, rows: int, in_flight: int) -> int:
-    """Make and save the pictures by the book."""
+    """Generate and save the images with a ledger."""
     async with Batch.open(folder, client) as batch:
         outcomes = batch.run((f"row {n}" for n in range(rows)), max_in_flight=in_flight)
         return sum([isinstance(outcome, Succeeded) async for outcome in outcomes])
 
 
 async def contestant(name: str, port: str, rows: int, in_flight: int) -> None:
-    """Do one of the two, and print what it took."""
+    """Run one of the two and print its figures."""
     with tempfile.TemporaryDirectory() as folder:
         began_s, cpu_s = time.monotonic(), time.process_time()
         url = f"http://127.0.0.1:{port}"
@@ -70,7 +69,7 @@ async def contestant(name: str, port: str, rows: int, in_flight: int) -> None:
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse the options, measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[500, 5000])
     parser.add_argument("--in-flight", type=int, default=400)

@@ -1,12 +1,11 @@
-"""What one poll costs: ours against plain httpx, aiohttp and a raw socket loop, with so many in flight.
+"""Cost of one poll: this package against httpx, aiohttp and a raw socket loop.
 
     python -m benchmarks.polls [--polls 4000] [--in-flight 64] [--delays 0.1 0]
 
-Once with a server that takes a tenth of a second to answer, as one across a network does, and once with one that
-answers at once, so that few of the requests are really in flight together. It is the same server for all, in a process
-of its own, and they ask about the same unfinished task; CPU is the client's. Ours is the whole way: pacer, transport,
-decoding, snapshot. "In company" and "alone" are polls at two hundred per second that leave in groups of twenty, and one
-by one: why the tracker and the pacer let what is due wait for company.
+One server takes 0.1 s to respond, as across a network. The other responds at once, so few requests are really in flight
+together. All clients poll the same unfinished task on the same server, in a process of its own; the CPU is that of the
+client. The figure of this package includes rate limiter, transport, decoding and snapshot. "Grouped" and "single" are
+200 polls per second that leave twenty at a time or one by one, which is why the tracker groups polls that are due.
 """
 
 import argparse
@@ -26,20 +25,20 @@ Poll: TypeAlias = Callable[[], Awaitable[object]]
 
 
 async def cpu_ms(poll: Poll, polls: int, in_flight: int) -> float:
-    """Return the CPU milliseconds per poll, *in_flight* at a time."""
+    """Return CPU milliseconds per poll, with *in_flight* polls at a time."""
 
     async def worker(share: int) -> None:
         for _ in range(share):
             await poll()
 
-    await asyncio.gather(*(worker(2) for _ in range(in_flight)))  # connections are made, caches warm
+    await asyncio.gather(*(worker(2) for _ in range(in_flight)))  # opens connections and fills caches
     before_s = time.process_time()
     await asyncio.gather(*(worker(polls // in_flight) for _ in range(in_flight)))
     return (time.process_time() - before_s) / (polls // in_flight * in_flight) * 1e3
 
 
 async def paced_ms(poll: Poll, polls: int, group: int, per_s: float) -> float:
-    """Return the CPU milliseconds per poll at *per_s* polls per second that leave in groups of *group*."""
+    """Return CPU milliseconds per poll at *per_s* polls per second, sent in groups of *group*."""
     before_s = time.process_time()
     for _ in range(polls // group):
         leaving = asyncio.gather(*(poll() for _ in range(group)))
@@ -49,7 +48,7 @@ async def paced_ms(poll: Poll, polls: int, group: int, per_s: float) -> float:
 
 
 async def with_httpx(url: str, polls: int, in_flight: int) -> float:
-    """Poll with one `httpx.AsyncClient`, with as many connections as polls in flight."""
+    """Poll with one `httpx.AsyncClient` that has as many connections as polls in flight."""
     import httpx
 
     limits = httpx.Limits(max_connections=in_flight, max_keepalive_connections=in_flight)
@@ -75,7 +74,7 @@ async def with_aiohttp(url: str, polls: int, in_flight: int) -> float:
 
 
 async def with_sockets(url: str, polls: int, in_flight: int) -> float:
-    """Poll with asyncio streams and as little HTTP as will do: a floor, not a client."""
+    """Poll with asyncio streams and minimal HTTP: a lower bound, not a client."""
     host, _, path = url.removeprefix("http://").partition("/")
     name, _, port = host.partition(":")
     lines = [f"GET /{path} HTTP/1.1", f"Host: {host}", *(f"{key}: {value}" for key, value in HEADERS.items())]
@@ -100,11 +99,11 @@ async def with_sockets(url: str, polls: int, in_flight: int) -> float:
 
 
 async def measure(base_url: str, polls: int, in_flight: int) -> None:
-    """Measure them all and print the ratios."""
+    """Measure all clients and print the ratios."""
     limits = Limits(max_polls=in_flight, requests_per_s=1e6, burst=1_000_000)
     async with NanoBananaClient(KEY, base_url=base_url, limits=limits, transport=HttpxTransport()) as client:
         handle = await client.submit("a job")
-        await asyncio.sleep(1.5)  # a fresh id is invisible for a moment
+        await asyncio.sleep(1.5)  # a new id is invisible for a moment
         url = f"{base_url}/api/task/query?task_id={handle.task_id}"
         ours = await cpu_ms(handle.query, polls, in_flight)
         rows = [
@@ -116,24 +115,24 @@ async def measure(base_url: str, polls: int, in_flight: int) -> None:
         print(f"CPU per poll, {in_flight} in flight, {polls} polls each")
         for name, cost_ms in rows:
             print(f"  {name:24} {cost_ms:7.3f} ms  {cost_ms / ours:6.2f}x")
-        company, alone = await paced_ms(handle.query, 800, 20, 200), await paced_ms(handle.query, 800, 1, 200)
+        grouped, single = await paced_ms(handle.query, 800, 20, 200), await paced_ms(handle.query, 800, 1, 200)
         print("CPU per poll at 200 polls per second")
-        print(f"  in company, twenty each  {company:7.3f} ms\n  alone                    {alone:7.3f} ms")
-        print(f"  company costs {company / alone:.2f} of being alone")
+        print(f"  grouped by twenty        {grouped:7.3f} ms\n  single                   {single:7.3f} ms")
+        print(f"  ratio                    {grouped / single:7.2f}")
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse the options, measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--polls", type=int, default=4000)
     parser.add_argument("--in-flight", type=int, default=64)
     parser.add_argument(
-        "--delays", type=float, nargs="+", default=[0.1, 0.0], help="seconds the server takes to answer"
+        "--delays", type=float, nargs="+", default=[0.1, 0.0], help="response time of the server, in seconds"
     )
     options = parser.parse_args()
     for delay_s in options.delays:
         with launch.server("--latency", "1e6", "--delay", str(delay_s)) as port:
-            print(f"\nanswers take {delay_s:g} s")
+            print(f"\nresponse time {delay_s:g} s")
             asyncio.run(measure(f"http://127.0.0.1:{port}", options.polls, options.in_flight))
 
 

@@ -1,11 +1,11 @@
-"""When to look: polls per picture against notice delay, learned against fixed intervals and back-off.
+"""Polls per image against notice delay: the learned schedule, fixed intervals and backoff.
 
     python -m benchmarks.schedule [--tasks 4000] [--plot benchmarks/schedule.svg]
 
-Pure arithmetic over the schedule that the tracker uses, two hundred tasks at a time, from a cold start. "x fixed" is
-how many times more requests the best fixed interval needs for the same mean delay, read off the curve of all fixed
-intervals at the same latencies. Two schedules know the latencies beforehand: one looks whenever the chance that a
-task is done has grown by a fifth, the other is the optimum, by dynamic programming over looks at multiples of 0.1 s.
+Pure arithmetic over the tracker's schedule, 200 tasks at a time, from a cold start. "x fixed" is the number of requests
+of the best fixed interval with the same mean delay, relative to the schedule. Two schedules know the latencies: one
+polls whenever P(done) has grown by a fifth. The other is the optimum, found by dynamic programming over polls at
+multiples of 0.1 s.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from nanobanana_async import PollPolicy
 from tests.latency_samples import Draw, bimodal, lognormal, simulate
 
 GRAIN_S: Final = 0.1
-PRICES_S: Final = (0.05, 0.1, 0.21, 0.5, 1.0, 2.0)
+COSTS_S: Final = (0.05, 0.1, 0.21, 0.5, 1.0, 2.0)
 INTERVALS_S: Final = tuple(0.25 * 1.25**k for k in range(24))
 
 
@@ -33,7 +33,7 @@ LATENCIES: Final = {"lognormal, median 20 s": lognormal(20, 0.5), "bimodal, 12 s
 
 @attrs.frozen
 class Outcome:
-    """What a schedule came to."""
+    """The result of a schedule."""
 
     polls: float
     mean_s: float
@@ -41,24 +41,24 @@ class Outcome:
 
     @classmethod
     def of(cls, polls: Sequence[int], delays_s: Sequence[float]) -> "Outcome":
-        """Summarise one run."""
+        """Summarize one run."""
         return cls(statistics.fmean(polls), statistics.fmean(delays_s), sorted(delays_s)[int(0.95 * len(delays_s))])
 
 
 def run(policy: PollPolicy, draw: Draw, tasks: int, *, seed: int = 1) -> Outcome:
-    """Watch *tasks* tasks, two hundred at a time."""
+    """Simulate *tasks* tasks, 200 at a time."""
     return Outcome.of(*simulate(policy, draw, tasks, seed=seed))
 
 
 def known(draw: Draw) -> list[float]:
-    """Return the share of tasks that are done, at multiples of `GRAIN_S`."""
+    """Return the share of tasks that are finished, at multiples of `GRAIN_S`."""
     rng = Random(9)
     sample = sorted(draw(rng) for _ in range(20_000))
     return [bisect_left(sample, k * GRAIN_S) / len(sample) for k in range(int(sample[-1] / GRAIN_S) + 2)]
 
 
 def score(looks_at: Sequence[float], draw: Draw) -> Outcome:
-    """Return what looks at the same ages of every task come to."""
+    """Return the result of polls at the same ages of every task."""
     rng = Random(5)
     ages = [draw(rng) for _ in range(20_000)]
     index = [min(bisect_left(looks_at, age), len(looks_at) - 1) for age in ages]
@@ -66,7 +66,7 @@ def score(looks_at: Sequence[float], draw: Draw) -> Outcome:
 
 
 def optimum(draw: Draw, cost_s: float) -> Outcome:
-    """Return the schedule with the least price * looks + delay, if the latencies are known."""
+    """Return the schedule with the least cost * polls + delay for known latencies."""
     done = known(draw)
     size, reach = len(done), int(PollPolicy().max_interval_s / GRAIN_S)
     done += [1.0] * reach
@@ -87,7 +87,7 @@ def optimum(draw: Draw, cost_s: float) -> Outcome:
 
 
 def by_share(draw: Draw, share: float) -> Outcome:
-    """Return the schedule that looks whenever *share* of what was unfinished should be done, for known latencies."""
+    """Return the schedule that polls whenever *share* of the unfinished tasks should be finished."""
     done = known(draw)
     reach = int(PollPolicy().max_interval_s / GRAIN_S)
     looks_at, k = [], 0
@@ -97,8 +97,8 @@ def by_share(draw: Draw, share: float) -> Outcome:
     return score(looks_at, draw)
 
 
-def fixed_looks(model: Sequence[Outcome], mean_s: float) -> float:
-    """Return the looks of the fixed interval with that mean delay, between the measured ones on logarithmic scales."""
+def fixed_polls(model: Sequence[Outcome], mean_s: float) -> float:
+    """Return the polls of the fixed interval with that mean delay, interpolated on logarithmic scales."""
     for one, other in pairwise(model):
         if one.mean_s <= mean_s <= other.mean_s:
             share = math.log(mean_s / one.mean_s) / math.log(other.mean_s / one.mean_s)
@@ -107,22 +107,22 @@ def fixed_looks(model: Sequence[Outcome], mean_s: float) -> float:
 
 
 def first_fifty(draw: Draw, model: Sequence[Outcome]) -> float:
-    """Return how many times more requests the best fixed interval needs for the very first fifty tasks."""
+    """Return the relative number of requests of the best fixed interval for the first fifty tasks."""
     runs = [run(PollPolicy(), draw, 50, seed=seed) for seed in range(100, 200)]
     mean_s = statistics.fmean(run.mean_s for run in runs)
-    return fixed_looks(model, mean_s) / statistics.fmean(run.polls for run in runs)
+    return fixed_polls(model, mean_s) / statistics.fmean(run.polls for run in runs)
 
 
 def plot(points: dict[str, dict[str, list[Outcome]]], file: Path) -> None:
-    """Draw polls against delay, one panel per distribution."""
+    """Plot polls against delay, one panel per distribution."""
     import matplotlib as mpl
 
     mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "nanobanana"  # the same picture each time
+    mpl.rcParams["svg.hashsalt"] = "nanobanana"  # the same file each time
     import matplotlib.pyplot as plt
 
-    styles = {"fixed": "o-", "back-off": "s", "learned": "D-", "optimum": "--"}
-    colours = {"fixed": "#8a8f98", "back-off": "#c2762b", "learned": "#1769aa", "optimum": "#3c9d5b"}
+    styles = {"fixed": "o-", "backoff": "s", "learned": "D-", "optimum": "--"}
+    colours = {"fixed": "#8a8f98", "backoff": "#c2762b", "learned": "#1769aa", "optimum": "#3c9d5b"}
     figure, panels = plt.subplots(1, len(points), figsize=(10, 4.2), sharey=True)
     for panel, (name, series) in zip(panels, points.items(), strict=True):
         for label, outcomes in series.items():
@@ -134,14 +134,14 @@ def plot(points: dict[str, dict[str, list[Outcome]]], file: Path) -> None:
         panel.set_yticks([2, 3, 5, 10, 20, 30], ["2", "3", "5", "10", "20", "30"])
         panel.minorticks_off()
         panel.grid(color="#dddddd", linewidth=0.6)
-    panels[0].set_ylabel("polls per picture")
+    panels[0].set_ylabel("polls per image")
     panels[-1].legend(frameon=False)
     figure.tight_layout()
     figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse the options, measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=4000)
     parser.add_argument("--plot", type=Path, help="an SVG to write; needs the extra `bench`")
@@ -149,25 +149,25 @@ def main() -> None:
     points: dict[str, dict[str, list[Outcome]]] = {}
     for name, draw in LATENCIES.items():
         print(f"\n{name:24} {'polls':>6} {'mean s':>7} {'p95 s':>6} {'x fixed':>8}")
-        model = [run(PollPolicy.fixed(s, jitter=0), draw, options.tasks) for s in INTERVALS_S]
+        fixed = [run(PollPolicy.fixed(s, jitter=0), draw, options.tasks) for s in INTERVALS_S]
 
-        def show(label: str, outcome: Outcome, curve: Sequence[Outcome] = model) -> None:
-            ratio = fixed_looks(curve, outcome.mean_s) / outcome.polls
+        def show(label: str, outcome: Outcome, curve: Sequence[Outcome] = fixed) -> None:
+            ratio = fixed_polls(curve, outcome.mean_s) / outcome.polls
             print(f"{label:24} {outcome.polls:6.2f} {outcome.mean_s:7.2f} {outcome.p95_s:6.2f} {ratio:7.2f}x")
 
         for interval_s in (1.0, 2.0, 5.0):
             show(f"fixed {interval_s:g} s", run(PollPolicy.fixed(interval_s, jitter=0), draw, options.tasks))
         backoff = run(PollPolicy.backoff(), draw, options.tasks)
-        show("back-off 8, 2.5 x 1.3", backoff)
-        learned = [run(PollPolicy(poll_cost_s=p), draw, options.tasks) for p in PRICES_S]
-        for cost_s, outcome in zip(PRICES_S, learned, strict=True):
+        show("backoff 8, 2.5 x 1.3", backoff)
+        learned = [run(PollPolicy(poll_cost_s=p), draw, options.tasks) for p in COSTS_S]
+        for cost_s, outcome in zip(COSTS_S, learned, strict=True):
             default = " (default)" if cost_s == PollPolicy().poll_cost_s else ""
             show(f"learned {cost_s:g} s{default}", outcome)
-        show("0.2 likelier (known)", by_share(draw, 0.2))
-        best = [optimum(draw, price_s) for price_s in PRICES_S]
+        show("P(done) + 0.2 (known)", by_share(draw, 0.2))
+        best = [optimum(draw, cost_s) for cost_s in COSTS_S]
         show("optimum (known)", best[2])
-        print(f"the very first 50 tasks: {first_fifty(draw, model):.2f}x fixed")
-        points[name] = {"fixed": model, "back-off": [backoff], "learned": learned, "optimum": best}
+        print(f"the first 50 tasks: {first_fifty(draw, fixed):.2f}x fixed")
+        points[name] = {"fixed": fixed, "backoff": [backoff], "learned": learned, "optimum": best}
     if options.plot:
         plot(points, options.plot)
 

@@ -1,10 +1,10 @@
-"""What all clients of `outstanding.py` talk to: our simulator, which speaks four other vendors' protocols as well.
+"""The server of all clients of `outstanding.py`: the simulator, which also speaks the protocols of four other services.
 
     python benchmarks/server.py --latency 12 --seed 0
 
-One vendor draws the times for all of them, so the nth submit takes equally long whoever sends it. `GET /truth` says
-when each task was accepted and final, by the machine's clock, and how often it was asked about. Prints the
-port, and serves until its input ends.
+One simulated service draws the latencies for all protocols, so the nth submit takes the same time for every client.
+`GET /truth` returns when each task was accepted and final, by the machine's clock, and how often it was polled. Prints
+the port, and serves until its stdin ends.
 """
 
 import argparse
@@ -30,14 +30,14 @@ KEY = "dk-test"
 
 
 class Protocols:
-    """Submit and poll as fal, Replicate, Runway and OpenAI spell them, with the fields their packages insist on."""
+    """Submit and poll in the formats of fal, Replicate, Runway and OpenAI, as their packages require."""
 
     def __init__(self, service: SimulatedService) -> None:
         self.service = service
         self.polls: Counter[str] = Counter()
 
     def routes(self) -> list[Route]:
-        """Return the other vendors' paths."""
+        """Return the paths of the other services."""
         return [
             Route("/truth", self.truth),
             Route("/fal-ai/model", self.fal_submit, methods=["POST"]),
@@ -52,8 +52,8 @@ class Protocols:
         ]
 
     async def truth(self, _: Request) -> Response:
-        """Say what happened."""
-        began_s = time.time() - time.monotonic()  # a process of its own may have a monotonic clock of its own
+        """Return what happened."""
+        began_s = time.time() - time.monotonic()  # the monotonic clocks of two processes may differ
         return JSONResponse(
             {
                 task.task_id: [began_s + task.accepted_s, began_s + task.final_s, self.polls[task.task_id]]
@@ -62,13 +62,13 @@ class Protocols:
         )
 
     def accept(self) -> str:
-        """Take a job as the vendor would, and return its id."""
+        """Submit a job to the simulated service and return its id."""
         body = json.dumps({"prompt": "a job", "model": "m"}).encode()
         answer = self.service.handle("POST", "http://x/api/image/gen", {"authorization": f"Bearer {KEY}"}, body)
         return str(json.loads(answer.body)["data"]["task_id"])
 
     def is_done(self, request: Request, *, poll: bool = True) -> tuple[str, bool]:
-        """Return the id asked about, and whether it is final."""
+        """Return the queried id, and whether it is final."""
         task = self.service.tasks[request.path_params["id"]]
         self.polls[task.task_id] += poll
         return task.task_id, time.monotonic() >= task.final_s
@@ -141,7 +141,7 @@ class Protocols:
 
 
 def counted(app: Starlette, protocols: Protocols, delay_s: float) -> Starlette:
-    """Return an app with all protocols, that counts our own polls too."""
+    """Return an app with all protocols that also counts this package's polls."""
 
     async def query(request: Request) -> Response:
         await anyio.sleep(delay_s)
@@ -156,18 +156,20 @@ def counted(app: Starlette, protocols: Protocols, delay_s: float) -> Starlette:
 
 
 def main() -> None:
-    """Parse and serve."""
+    """Parse the options and serve."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latency", type=float, default=12.0)
-    parser.add_argument("--delay", type=float, default=0.0, help="seconds our own queries take to be answered")
+    parser.add_argument(
+        "--delay", type=float, default=0.0, help="delay of a response to this package's queries, in seconds"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     profile = SimulatorProfile(median_s=options.latency)
     service = SimulatedService(
         profile, seed=options.seed, now_s=time.monotonic, render=tiny_png
-    )  # to paint would cost the CPU
+    )  # rendering would use the CPU
     socket = open_listener("127.0.0.1", 0)
-    # Idle connections are kept for longer than any client keeps them, or the two race.
+    # Idle connections are kept longer than by any client; otherwise both sides close at the same time.
     config = uvicorn.Config(
         counted(make_app(service), Protocols(service), options.delay),
         log_level="error",

@@ -1,13 +1,13 @@
-"""How long the event loop is held up."""
+"""How long the event loop is blocked."""
 
 import selectors
 import time
 
 
 class StallMeter(selectors.DefaultSelector):
-    """A selector that notes how long the loop stays away from it.
+    """A selector that records how long the loop does not return to it.
 
-    Nothing has to wake up for the measurement: a timer every 20 ms would cost a client that mostly waits much CPU.
+    It needs no timer: waking up every 20 ms would cost a client that mostly waits much CPU.
     """
 
     def __init__(self) -> None:
@@ -17,7 +17,7 @@ class StallMeter(selectors.DefaultSelector):
 
     @property
     def longest_s(self) -> float:
-        """The longest time between two looks at what is ready, the present one included."""
+        """The longest time between two selects, including the current one."""
         return self._longest_s if self._left_s is None else max(self._longest_s, time.perf_counter() - self._left_s)
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:

@@ -17,21 +17,21 @@ class ChargeAudit:
 
     accepted: list[str] = attrs.field(factory=list)
     unknown: int = 0
-    left: int = 0
-    """Submits whose caller was cancelled: nobody heard how they ended."""
+    abandoned: int = 0
+    """Submits whose caller was cancelled before an outcome."""
     declared: int = 0
-    """Re-sends that the client says may have been charged as well."""
-    vendors: list[SimulatedService] = attrs.field(factory=list)
+    """Possible duplicates that the client reported."""
+    services: list[SimulatedService] = attrs.field(factory=list)
 
     def check(self) -> None:
         """Assert that each accepted submit is exactly one charge, and that all charges are declared."""
-        charges = Counter(charge.task_id for service in self.vendors for charge in service.charges)
-        known = {task_id for vendor in self.vendors for task_id in vendor.tasks}
+        charges = Counter(charge.task_id for service in self.services for charge in service.charges)
+        known = {task_id for item in self.services for task_id in item.tasks}
         for task_id, times in Counter(self.accepted).items():
             if task_id in known:
                 assert charges[task_id] == times, f"{task_id} was accepted {times} times, charged {charges[task_id]}"
-        excess = sum(charges.values()) - len(self.accepted) - self.unknown - self.left - self.declared
-        assert excess <= 0, f"{excess} charges that no caller was told of"
+        excess = sum(charges.values()) - len(self.accepted) - self.unknown - self.abandoned - self.declared
+        assert excess <= 0, f"{excess} undeclared charges"
 
 
 def watch_charges(monkeypatch: pytest.MonkeyPatch) -> ChargeAudit:
@@ -39,7 +39,7 @@ def watch_charges(monkeypatch: pytest.MonkeyPatch) -> ChargeAudit:
     audit = ChargeAudit()
     submit, begin = ServiceApi.submit, SimulatedService.__init__
 
-    async def watched_submit(self: ServiceApi, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - whatever it takes
+    async def watched_submit(self: ServiceApi, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - any arguments
         try:
             done = await submit(self, *args, **options)
         except SubmissionUnknown as exc:
@@ -52,15 +52,15 @@ def watch_charges(monkeypatch: pytest.MonkeyPatch) -> ChargeAudit:
         except (NotSent, ConfigurationError, ValueError):
             raise
         except BaseException:
-            audit.left += 1
+            audit.abandoned += 1
             raise
         audit.accepted.append(done.task_id)
         audit.declared += done.possible_duplicates
         return done
 
-    def watched_begin(self: SimulatedService, *args: Any, **options: Any) -> None:  # noqa: ANN401 - the same
+    def watched_begin(self: SimulatedService, *args: Any, **options: Any) -> None:  # noqa: ANN401 - as above
         begin(self, *args, **options)
-        audit.vendors.append(self)
+        audit.services.append(self)
 
     monkeypatch.setattr(ServiceApi, "submit", watched_submit)
     monkeypatch.setattr(SimulatedService, "__init__", watched_begin)

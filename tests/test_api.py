@@ -89,14 +89,14 @@ async def test_a_submit_that_never_connected_is_retried() -> None:
     [
         pytest.param(lost(Phase.CONNECT), NotSent, 3, id="never-connected"),
         pytest.param(lost(Phase.CONNECT, permanent=True), ConfigurationError, 1, id="bad-certificate"),
-        pytest.param(lost(Phase.SEND), SubmissionUnknown, 1, id="no-reply"),
-        pytest.param(lost(Phase.RESPONSE, partial=response(body=b"{")), SubmissionUnknown, 1, id="cut-reply"),
+        pytest.param(lost(Phase.SEND), SubmissionUnknown, 1, id="no-response"),
+        pytest.param(lost(Phase.RESPONSE, partial=response(body=b"{")), SubmissionUnknown, 1, id="truncated-response"),
         pytest.param(response(200, body=b"<html>"), SubmissionUnknown, 1, id="200-html"),
         pytest.param(response(408, body=b""), NotSent, 2, id="408-once-more"),
         pytest.param(rejected(400, 1, "prompt is required"), InvalidRequest, 1, id="400"),
         pytest.param(rejected(401), AuthenticationError, 1, id="401"),
         pytest.param(rejected(429, retry_after="1"), RateLimited, 3, id="429"),
-        pytest.param(rejected(500), ServiceUnavailable, 3, id="vendors-500"),
+        pytest.param(rejected(500), ServiceUnavailable, 3, id="service-500"),
         pytest.param(HTML, SubmissionUnknown, 1, id="gateway-502"),
     ],
 )
@@ -302,7 +302,7 @@ async def test_closing_waits_for_a_bounded_time() -> None:
     "step",
     [
         pytest.param(lost(Phase.CONNECT), id="never-connected"),
-        pytest.param(lost(Phase.SEND), id="no-reply"),
+        pytest.param(lost(Phase.SEND), id="no-response"),
         pytest.param(lost(Phase.RESPONSE, partial=response(body=b"{")), id="cut"),
         pytest.param(response(200, body=b"<html>"), id="html"),
         pytest.param(rejected(429, retry_after="1"), id="429"),
@@ -320,7 +320,7 @@ async def test_a_query_is_retried_after_every_transient_error(step: Step) -> Non
     ("step", "error"),
     [
         pytest.param(lost(Phase.CONNECT), NotSent, id="never-connected"),
-        pytest.param(lost(Phase.SEND), TransportError, id="no-reply"),
+        pytest.param(lost(Phase.SEND), TransportError, id="no-response"),
         pytest.param(response(200, body=b"<html>"), ProtocolError, id="html"),
         pytest.param(HTML, ServiceUnavailable, id="502"),
     ],

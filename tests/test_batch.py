@@ -139,7 +139,7 @@ def kinds(outcomes: dict[str, Outcome]) -> list[str]:
     return sorted(type(outcome).__name__ for outcome in outcomes.values())
 
 
-# --- what there is in the morning -----------------------------------------------------------------------------------
+# --- results --------------------------------------------------------------------------------------------------------
 
 
 async def test_every_image_is_saved_and_charged_once(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ async def test_a_failed_row_is_submitted_again_only_with_retry_failed(tmp_path: 
     assert len(simulator.charges) == len(FOXES) + len(errors)
 
 
-# --- the order of things --------------------------------------------------------------------------------------------
+# --- order and bounds -----------------------------------------------------------------------------------------------
 
 
 async def test_each_step_is_durable_before_the_next(tmp_path: Path) -> None:
@@ -295,7 +295,7 @@ async def test_cancelling_lets_a_submit_in_flight_reach_the_ledger(tmp_path: Pat
     """P6: its task id is in the ledger when the block is left."""
     simulator = Simulator(SLOW, delay_s=0.2)
     async with batch_of(simulator, tmp_path) as batch:
-        with anyio.move_on_after(0.15):  # the service has it, and the response is on its way
+        with anyio.move_on_after(0.15):  # the service has charged it, and the response is on its way
             await run(batch, ["fox"])
     async with batch_of(simulator, tmp_path) as batch:
         (record,) = await batch._ledger.query_rows(list)
@@ -351,7 +351,7 @@ async def test_rows_may_come_from_an_async_generator_one_by_one(tmp_path: Path) 
     assert prompts == ["first", "second"]
 
 
-# --- what nobody knows ----------------------------------------------------------------------------------------------
+# --- unknown rows ---------------------------------------------------------------------------------------------------
 
 
 async def test_a_lost_response_is_unknown_until_it_is_resolved(tmp_path: Path) -> None:
@@ -425,7 +425,7 @@ def _lose_at_once(batch: Batch) -> Callable[..., None]:
     return tracker._finish
 
 
-# --- what stops a run -----------------------------------------------------------------------------------------------
+# --- errors that stop a run -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -472,9 +472,9 @@ async def test_the_budget_holds_and_may_be_raised_later(tmp_path: Path) -> None:
 async def test_possible_charges_are_reserved(tmp_path: Path) -> None:
     """An unknown row, and a submit that was resubmitted, reserve their price."""
     simulator = Simulator(FAST_PROFILE)
-    answers: dict[int, WireResponse | ExchangeError] = {1: lost(), 3: rejected(500, 1, "internal error")}
+    responses: dict[int, WireResponse | ExchangeError] = {1: lost(), 3: rejected(500, 1, "internal error")}
     for number in range(2):
-        async with batch_of(simulator, tmp_path, posts(answers.get) if not number else None) as batch:
+        async with batch_of(simulator, tmp_path, posts(responses.get) if not number else None) as batch:
             await run(batch, max_in_flight=1)
             funds = batch.progress().budget
         assert (funds.spent, funds.reserved) == (Decimal("5.5"), Decimal(1))
@@ -546,7 +546,7 @@ async def test_a_ledger_that_cannot_be_written_stops_the_run(
     assert len({charge.prompt for charge in simulator.charges}) == len(simulator.charges)
 
 
-# --- trouble that passes --------------------------------------------------------------------------------------------
+# --- transient errors -----------------------------------------------------------------------------------------------
 
 
 async def _inline(work: Callable[..., object], *args: object, **_: object) -> object:
@@ -644,7 +644,7 @@ async def test_a_row_that_times_out_is_waited_for_by_the_next_run(tmp_path: Path
 async def test_an_expired_image_url_is_queried_again(tmp_path: Path) -> None:
     """F29: the URL is queried once; if that fails, the row fails and the next run retries."""
     simulator = Simulator(FAST_PROFILE)
-    gone = [1, 2]  # fetches that get a 410
+    gone = [1, 2]  # downloads that get a 410
 
     def intercept(request: WireRequest) -> WireResponse | None:
         if "/files/" in request.url and gone:

@@ -276,7 +276,7 @@ def test_a_loop_that_ends_before_the_first_step_ends(tmp_path: Path, what: str, 
     threading.Thread(target=whole, daemon=True).start()
     assert ended.wait(10)
     using.clear()
-    gc.collect()  # what never took a step is warned of here, and in no other test
+    gc.collect()  # tasks that never took a step are warned about here, and not in another test
 
 
 async def test_a_report_that_cannot_be_written_does_not_stop_the_run(
@@ -303,14 +303,14 @@ async def test_an_image_is_encoded_in_a_thread(tmp_path: Path) -> None:
     """Encoding a large image takes more than a second."""
     main, where = threading.get_ident(), []
 
-    class Picture:
+    class FakeImage:
         def save(self, file: io.BytesIO, **_: object) -> None:
             where.append(threading.get_ident())
             file.write(PNG)
 
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
-        assert kinds(await run(batch, [GenerationRequest("a fox", images=[Picture()])])) == ["Succeeded"]  # type: ignore[list-item]
+        assert kinds(await run(batch, [GenerationRequest("a fox", images=[FakeImage()])])) == ["Succeeded"]  # type: ignore[list-item]
     assert main not in where
 
 

@@ -91,7 +91,7 @@ def path_of(url: str) -> str:
     return url.removeprefix("https://app.example")
 
 
-# --- who may post ---------------------------------------------------------------------------------------------------
+# --- verification ---------------------------------------------------------------------------------------------------
 
 
 async def test_each_submit_has_an_unguessable_path_of_its_own() -> None:
@@ -198,7 +198,7 @@ def test_a_payload_contains_what_was_posted() -> None:
     assert (payload.task_id, payload.status, payload.raw["consumed"]) == ("ta-1", TaskStatus.FAILED, "0.5")
 
 
-# --- what it changes ------------------------------------------------------------------------------------------------
+# --- effects --------------------------------------------------------------------------------------------------------
 
 
 @attrs.define
@@ -357,7 +357,7 @@ async def test_a_worker_that_does_not_know_the_task_forwards_the_callback() -> N
         assert len(forwarded) == 2
 
 
-# --- what was lost --------------------------------------------------------------------------------------------------
+# --- lost responses -------------------------------------------------------------------------------------------------
 
 
 @attrs.define

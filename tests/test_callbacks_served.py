@@ -113,13 +113,13 @@ async def test_a_thousand_forged_posts_change_nothing(service: SimulatorServer) 
                 ends.append(anyio.current_time() - began_s)
 
             group.start_soon(wait)
-            answers = []
+            responses = []
             for number in range(500):
                 for url in (f"{app.url}/{'x' * 44}", true_url):
-                    answers.append((await attacker.post(url, content=body)).status_code)  # noqa: PERF401 - two a turn
+                    responses.append((await attacker.post(url, content=body)).status_code)  # noqa: PERF401 - two a turn
                 if number > 50 and ends:
                     break
-            assert set(answers) == {404}
+            assert set(responses) == {404}
         assert ends[0] < 3
     assert service.service.requests.count("GET /api/task/query") <= 3
 
@@ -156,5 +156,5 @@ async def test_listen_prints_what_is_posted() -> None:
 
 
 def _post(url: str, body: bytes) -> None:
-    with urllib.request.urlopen(url, data=body, timeout=5) as response:  # noqa: S310 - our own
+    with urllib.request.urlopen(url, data=body, timeout=5) as response:  # noqa: S310 - started here
         assert response.status == 204

@@ -27,8 +27,8 @@ STEPS = range(12)
 async def updates(client: NanoBananaClient) -> None:
     """Follow a task to its end."""
     handle = await client.submit("a fox")
-    async with contextlib.aclosing(handle.updates()) as news:
-        async for _ in news:
+    async with contextlib.aclosing(handle.updates()) as snapshots:
+        async for _ in snapshots:
             pass
 
 
@@ -79,9 +79,9 @@ async def test_a_call_cancelled_at_any_checkpoint_releases_all_and_loses_no_id(
                 await anyio.sleep(1)
                 assert_all_is_released(client)
         assert (await client.generate("a fox")).images
-    told = caplog.text + repr(returned) + repr(client)
+    record = caplog.text + repr(returned) + repr(client)
     if name != "updates":  # its caller holds the handle
-        assert [charge.task_id for charge in simulator.charges[:-1] if charge.task_id not in told] == []
+        assert [charge.task_id for charge in simulator.charges[:-1] if charge.task_id not in record] == []
 
 
 @pytest.mark.asyncio

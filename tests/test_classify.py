@@ -27,7 +27,7 @@ ROWS: list[tuple[str, WireResponse | ExchangeError, Verdict, RetryRule]] = [
     ("never-connected", lost(Phase.CONNECT), Verdict.NOT_SENT, RetryRule.SAFE),
     ("bad-certificate", lost(Phase.CONNECT, permanent=True), Verdict.NOT_SENT, RetryRule.NO),
     ("write-failed", lost(Phase.SEND), Verdict.UNKNOWN, RetryRule.ALWAYS),
-    ("no-reply", lost(Phase.SEND), Verdict.UNKNOWN, RetryRule.ALWAYS),
+    ("no-response", lost(Phase.SEND), Verdict.UNKNOWN, RetryRule.ALWAYS),
     ("cut-with-id", lost(Phase.RESPONSE, partial=response(body=accepted().body[:-1])), Verdict.ACCEPTED, RetryRule.NO),
     (
         "cut-without-id",

@@ -37,7 +37,7 @@ def environment(**variables: str) -> dict[str, str]:
 def nanobanana(*arguments: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run one command to its end."""
     env = environment(**variables)
-    return subprocess.run(  # noqa: S603 - our own command line
+    return subprocess.run(  # noqa: S603 - started here command line
         [*COMMAND, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False
     )
 
@@ -48,7 +48,7 @@ def started(
 ) -> Iterator["subprocess.Popen[str]"]:
     """Start a command from a shell that has run *first*, and end it with the block."""
     pipe = subprocess.PIPE
-    with subprocess.Popen(  # noqa: S603 - our own command line
+    with subprocess.Popen(  # noqa: S603 - started here command line
         ["/bin/sh", "-c", f'{first}; exec "$@"', "_", *COMMAND, *arguments],
         cwd=cwd,
         env=environment(**variables),
@@ -97,7 +97,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ended]
 
         def run(name: str) -> Ended:
             script, arguments = commands[name]
-            done = subprocess.run(  # noqa: S603 - our own command line
+            done = subprocess.run(  # noqa: S603 - started here command line
                 ["/bin/sh", "-c", script, "_", *COMMAND, *arguments],
                 cwd=folders[name],
                 env=environment(DEFAPI_BASE_URL=server.url, DEFAPI_API_KEY="dk-test"),
@@ -163,7 +163,7 @@ def test_the_demo_generates_24_images_and_a_gallery(ended: dict[str, Ended]) -> 
     [
         pytest.param(["generate", "x"], {"DEFAPI_API_KEY": "dk-wrong"}, 1, "Invalid API key", id="wrong-key"),
         pytest.param(["generate", "x"], {"DEFAPI_API_KEY": ""}, 1, "set DEFAPI_API_KEY", id="no-key"),
-        pytest.param(["balance"], {"DEFAPI_BASE_URL": "http://127.0.0.1:9"}, 1, "Connect", id="nobody-there"),
+        pytest.param(["balance"], {"DEFAPI_BASE_URL": "http://127.0.0.1:9"}, 1, "Connect", id="connection-refused"),
         pytest.param(["balance"], {"DEFAPI_BASE_URL": "http://api.defapi.org"}, 1, "unencrypted", id="no-tls"),
         pytest.param(["generate", "x", "-o", "/proc/no/x.png"], {}, 1, "/proc/no", id="unwritable"),
         pytest.param(["generate", "x", "--image", "none.png"], {}, 1, "none.png: cannot be read", id="no-image"),
@@ -214,7 +214,7 @@ def test_an_interrupt_prints_the_resume_command_and_no_traceback(
     with SimulatorServer(SimulatorProfile(median_s=0.2, sigma=0, visibility_delay_s=0)) as server:
         monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
         monkeypatch.setenv("DEFAPI_API_KEY", "dk-test")
-        with started("generate", "a fox", "-o", "my pictures", cwd=tmp_path, first=first) as process:
+        with started("generate", "a fox", "-o", "my images", cwd=tmp_path, first=first) as process:
             wait_for(lambda: server.service.charges)
             time.sleep(0.3)
             process.send_signal(number)
@@ -222,7 +222,7 @@ def test_an_interrupt_prints_the_resume_command_and_no_traceback(
         task_id = server.service.charges[0].task_id
         assert process.returncode == code
         assert (
-            f"charged but not saved: 'a fox'. To download it, run: nanobanana wait {task_id} -o 'my pictures'" in errors
+            f"charged but not saved: 'a fox'. To download it, run: nanobanana wait {task_id} -o 'my images'" in errors
         )
         assert "Traceback" not in errors
         waited = nanobanana("wait", task_id, "-o", "fox.png", cwd=tmp_path)
@@ -231,8 +231,8 @@ def test_an_interrupt_prints_the_resume_command_and_no_traceback(
 
 def test_a_message_of_the_service_cannot_control_the_terminal() -> None:
     """Escape sequences are removed, and the error stays on one line."""
-    said = json.dumps({"code": 1, "message": "failed", "detail": "\x1b[2J\x1b]0;owned\x07no\nsuch\nthing"}).encode()
-    with serving(sending(response(said, status="400 Bad"))) as server:
+    message = json.dumps({"code": 1, "message": "failed", "detail": "\x1b[2J\x1b]0;owned\x07no\nsuch\nthing"}).encode()
+    with serving(sending(response(message, status="400 Bad"))) as server:
         ended = nanobanana("balance", DEFAPI_BASE_URL=server.url, DEFAPI_API_KEY="dk-test")
     assert ended.stderr == "nanobanana: [2J ]0;owned no such thing (HTTP 400, code 1).\n"
 
@@ -274,8 +274,8 @@ def test_a_failed_task_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
         waited = nanobanana("wait", task_id)
         assert (waited.returncode, waited.stdout) == (1, f"{task_id}  failed\n")
         assert waited.stderr == f"nanobanana: task {task_id} failed: the prompt was rejected\n"
-        looked = nanobanana("status", task_id, "--json")
-        assert (looked.returncode, json.loads(looked.stdout)["status"]) == (1, "failed")
+        queried = nanobanana("status", task_id, "--json")
+        assert (queried.returncode, json.loads(queried.stdout)["status"]) == (1, "failed")
 
 
 def test_the_simulator_prints_its_url_and_stops_on_a_signal() -> None:

@@ -57,8 +57,8 @@ async def test_options_replace_fields_of_a_request(nanobanana_simulator: Simulat
     request = GenerationRequest("a fox", aspect_ratio="1:1", image_size="2k")
     async with nanobanana_simulator.client() as client:
         await client.generate(request, aspect_ratio="16:9")
-    (played,) = nanobanana_simulator.service.tasks.values()
-    assert (played.image.width, played.image.height) == (2048, 1152)
+    (simulated,) = nanobanana_simulator.service.tasks.values()
+    assert (simulated.image.width, simulated.image.height) == (2048, 1152)
 
 
 async def test_an_unknown_option_is_a_type_error(client: NanoBananaClient) -> None:
@@ -162,7 +162,7 @@ async def test_two_hundred_concurrent_calls_are_two_hundred_charges(nanobanana_s
             got[prompt] = (await nb.generate(prompt)).task_id
 
         for number in range(200):
-            group.start_soon(one, f"picture {number}")
+            group.start_soon(one, f"image {number}")
     assert {charge.prompt: charge.task_id for charge in nanobanana_simulator.charges} == got
 
 
@@ -245,7 +245,7 @@ async def test_a_forked_child_gets_a_clear_error(nanobanana_simulator: Simulator
     async with nanobanana_simulator.client() as client:
         await client.balance()
         child = os.fork()
-        if child == 0:  # no event loop runs in here, and none of the parent's clean-up may
+        if child == 0:  # no event loop runs here, and the parent's clean-up must not
             try:
                 client.balance().send(None)
             except ConfigurationError as exc:

@@ -345,10 +345,10 @@ FIELDS = st.fixed_dictionaries(
     {},
     optional=dict.fromkeys(("task_id", "status", "result", "consumed", "created_at", "status_reason", "credit"), JSON),
 )
-REPLIES = st.fixed_dictionaries({}, optional={"code": JSON, "message": JSON, "detail": JSON, "data": FIELDS | JSON})
+RESPONSES = st.fixed_dictionaries({}, optional={"code": JSON, "message": JSON, "detail": JSON, "data": FIELDS | JSON})
 
 
-@given(status=st.sampled_from([200, 201, 302, 400, 401, 404, 429, 500, 503]), document=REPLIES | JSON)
+@given(status=st.sampled_from([200, 201, 302, 400, 401, 404, 429, 500, 503]), document=RESPONSES | JSON)
 def test_every_json_document_is_a_task_or_a_package_error(status: int, document: object) -> None:
     """What is decoded can also be encoded again."""
     received = WireResponse(status=status, body=json.dumps(document).encode())

@@ -14,7 +14,7 @@ async def test_an_undeclared_second_charge_is_found(audit: ChargeAudit, nanobana
         await client.submit("a fox")
     audit.check()
     audit.accepted.clear()
-    with pytest.raises(AssertionError, match="1 charges that no caller was told of"):
+    with pytest.raises(AssertionError, match="1 undeclared charges"):
         audit.check()
     audit.declared = 1
     audit.check()

@@ -16,7 +16,7 @@ def test_every_error_survives_a_pickle_with_its_facts(kind: type[nb.NanoBananaEr
     """Process pools and task queues pickle errors."""
     error = kind("what happened")
     error.task_id = "ta-1"
-    again = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own pickle
+    again = pickle.loads(pickle.dumps(error))  # noqa: S301 - pickled here
     assert (type(again), str(again), vars(again)) == (kind, "what happened", vars(error))
 
 

@@ -68,7 +68,7 @@ def test_no_response_takes_more_memory_than_its_limit(numbers: tuple[str, ...]) 
         "        if fault.number == 'F19': anyio.run(try_post, server, fault)\n"
         "print(bombs - before, peak() - before)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - our own
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - started here
     bombs_mib, all_mib = map(int, ran.stdout.split())
     assert bombs_mib < 32
     assert all_mib < 32

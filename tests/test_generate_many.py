@@ -95,7 +95,7 @@ async def test_stopping_early_logs_the_charged_tasks(caplog: pytest.LogCaptureFi
         aclosing(client.generate_many(map(str, range(50)), max_in_flight=10)) as outcomes,
     ):
         first = await anext(outcomes)
-        await anyio.sleep(0.2)  # some of the others end, and are not read
+        await anyio.sleep(0.2)  # others end and are not consumed
     assert isinstance(first, Succeeded)
     named = {charge.task_id for charge in simulator.charges if charge.task_id in caplog.text}
     assert named | {first.task.task_id} == {charge.task_id for charge in simulator.charges}

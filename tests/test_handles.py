@@ -32,7 +32,7 @@ async def test_a_handle_created_again_knows_that_its_task_is_new() -> None:
         handle = await client.submit("a fox")
         assert (await client.task(handle.task_id).query()).status is TaskStatus.PENDING
         assert (await client.task(handle.task_id).wait()).images
-        assert client.statistics().median_latency_s  # and what it took was learned
+        assert client.statistics().median_latency_s  # and its latency was observed
 
 
 async def test_a_handle_with_submitted_at_knows_that_its_task_is_new() -> None:
@@ -62,8 +62,8 @@ async def test_a_second_wait_shares_the_poll_in_flight() -> None:
 
 async def test_the_first_final_status_stays() -> None:
     """It stays for the same handle, for new ones, and for a query in flight."""
-    answers = iter(["success", "failed", "in_progress"])
-    transport = script(accepted(), *(state(word) for word in answers))
+    responses = iter(["success", "failed", "in_progress"])
+    transport = script(accepted(), *(state(word) for word in responses))
     async with NanoBananaClient("dk-test", transport=transport, polling=every(1)) as client:
         handle = await client.submit("a fox")
         assert (await handle.wait()).status is TaskStatus.SUCCESS

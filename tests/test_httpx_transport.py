@@ -35,7 +35,7 @@ def ask(server: RawServer | str, kind: RequestKind = RequestKind.READ, **fields:
     return WireRequest(kind=kind, method="POST" if body else "GET", url=url, body=body, **fields)  # type: ignore[arg-type]
 
 
-@pytest.fixture(params=["lanes", "httpx", "httpx2"])
+@pytest.fixture(params=["own", "httpx", "httpx2"])
 def make_transport(request: pytest.FixtureRequest) -> Carriers:
     """Return a factory of transports: with own connections, and over each library's client."""
 
@@ -61,8 +61,8 @@ async def test_a_response_is_returned_unchanged(make_transport: Carriers) -> Non
     """Status, lower-case headers and the raw body are returned."""
     with serving(sending(response(b"hello", X_Thing="a"))) as server:
         async with make_transport() as transport:
-            reply = await transport.send(ask(server), timeout_s=5)
-    assert (reply.status, reply.body, reply.headers["x-thing"]) == (200, b"hello", "a")
+            received = await transport.send(ask(server), timeout_s=5)
+    assert (received.status, received.body, received.headers["x-thing"]) == (200, b"hello", "a")
 
 
 async def test_a_compressed_response_is_not_decompressed(make_transport: Carriers) -> None:
@@ -77,8 +77,8 @@ async def test_a_redirect_is_returned_and_not_followed(make_transport: Carriers)
     """Following it would send the key, and the POST, to another host."""
     with serving(sending(response(status="307 Temporary Redirect", Location="/elsewhere"))) as server:
         async with make_transport() as transport:
-            reply = await transport.send(ask(server, RequestKind.SUBMIT), timeout_s=5)
-    assert (reply.status, len(server.requests)) == (307, 1)
+            received = await transport.send(ask(server, RequestKind.SUBMIT), timeout_s=5)
+    assert (received.status, len(server.requests)) == (307, 1)
 
 
 @pytest.mark.parametrize("kind", [RequestKind.SUBMIT, RequestKind.READ])
@@ -202,8 +202,8 @@ async def test_a_body_over_the_limit_ends_the_exchange(make_transport: Carriers)
 
 async def test_a_sink_gets_the_body_of_a_200_and_of_nothing_else() -> None:
     """An error page is not written to the user's file."""
-    for status, expected in (("200 OK", b"picture"), ("404 Not Found", b"")):
-        with serving(sending(response(b"picture", status=status))) as server:
+    for status, expected in (("200 OK", b"an image"), ("404 Not Found", b"")):
+        with serving(sending(response(b"an image", status=status))) as server:
             async with contextlib.aclosing(HttpxTransport()) as transport:
                 got = bytearray()
 
@@ -238,7 +238,7 @@ async def test_an_error_of_a_sink_is_raised_unchanged() -> None:
     async def full(_: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    with serving(sending(response(b"picture"))) as server:
+    with serving(sending(response(b"an image"))) as server:
         async with contextlib.aclosing(HttpxTransport()) as transport:
             with pytest.raises(OSError, match="No space left"):
                 await transport.send(ask(server, RequestKind.DOWNLOAD), timeout_s=5, sink=full)
@@ -320,8 +320,8 @@ async def test_a_response_that_the_users_client_has_read_is_still_returned(how: 
                 transport=httpx.MockTransport(lambda _: httpx.Response(200, json={"data": {"task_id": "ta-1"}}))
             )
         async with client:
-            reply = await HttpxTransport(client).send(ask(server, RequestKind.SUBMIT), timeout_s=5)
-    assert b"ta-1" in reply.body
+            received = await HttpxTransport(client).send(ask(server, RequestKind.SUBMIT), timeout_s=5)
+    assert b"ta-1" in received.body
 
 
 async def test_images_are_never_downloaded_with_the_users_client() -> None:
@@ -354,7 +354,7 @@ async def test_a_guarded_request_never_reaches_a_private_address(url: str) -> No
 
 async def test_a_guarded_request_connects_to_the_address_that_was_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A second lookup may give another address; the host name remains in `Host`."""
-    with serving(sending(response(b"picture"))) as server:
+    with serving(sending(response(b"an image"))) as server:
 
         async def rebinding(host: str, port: int) -> list[str]:
             return ["127.0.0.1"]
@@ -363,7 +363,7 @@ async def test_a_guarded_request_connects_to_the_address_that_was_checked(monkey
         monkeypatch.setattr(transport_module, "is_public", bool)
         async with contextlib.aclosing(HttpxTransport()) as transport:
             request = ask(f"http://files.example:{server.port}/1.png", RequestKind.DOWNLOAD, public_only=True)
-            assert (await transport.send(request, timeout_s=5)).body == b"picture"
+            assert (await transport.send(request, timeout_s=5)).body == b"an image"
     assert f"host: files.example:{server.port}".encode() in server.requests[0].lower()
 
 

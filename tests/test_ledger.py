@@ -87,9 +87,9 @@ async def test_an_interrupted_attempt_is_unknown(tmp_path: Path) -> None:
     [
         pytest.param([], RowState.SUBMITTED, id="no-intent"),
         pytest.param([RowState.REJECTED], RowState.SUBMITTED, id="refused-then-submitted"),
-        pytest.param([RowState.SUBMITTED], RowState.REJECTED, id="paid-then-refused"),
+        pytest.param([RowState.SUBMITTED], RowState.REJECTED, id="charged-then-rejected"),
         pytest.param([RowState.SUBMITTED], RowState.SAVED, id="saved-without-an-end"),
-        pytest.param([RowState.SUBMITTED], RowState.REQUEUED, id="paid-then-reopened"),
+        pytest.param([RowState.SUBMITTED], RowState.REQUEUED, id="charged-then-requeued"),
         pytest.param([RowState.SUBMITTED, RowState.SUCCEEDED], RowState.FAILED, id="success-then-failed"),
         pytest.param([RowState.SUBMITTED, RowState.FAILED], RowState.SUCCEEDED, id="failed-then-success"),
         pytest.param(
@@ -222,7 +222,7 @@ async def test_cancelling_does_not_interrupt_a_write(tmp_path: Path) -> None:
         assert (await record_of(ledger)).state is RowState.SUBMITTING
 
 
-# --- one writer -----------------------------------------------------------------------------------------------------
+# --- locking --------------------------------------------------------------------------------------------------------
 
 _HOLD = """
 import sys, time, anyio
@@ -239,7 +239,7 @@ anyio.run(main)
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_second_process_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
     """P20: it is refused within a second, and a killed holder holds nothing."""
-    with subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path)], stdout=subprocess.PIPE) as holder:  # noqa: ASYNC220, S603 - our own
+    with subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path)], stdout=subprocess.PIPE) as holder:  # noqa: ASYNC220, S603 - started here
         assert holder.stdout is not None
         holder.stdout.readline()
         began_s = time.monotonic()
@@ -294,7 +294,7 @@ async def test_a_copy_is_rejected_until_it_is_adopted(tmp_path: Path) -> None:
         pass
 
 
-# --- what is wrong with it --------------------------------------------------------------------------------------
+# --- damaged ledgers --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

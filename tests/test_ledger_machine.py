@@ -44,7 +44,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gather_s, sqlite._GROUP_COMMIT_S = sqlite._GROUP_COMMIT_S, 0.0  # nobody comes with whom to share
+        self.gather_s, sqlite._GROUP_COMMIT_S = sqlite._GROUP_COMMIT_S, 0.0  # no other writer shares a commit
         self.runner = asyncio.Runner()
         self.root = Path(tempfile.mkdtemp())
         self.folder = self.root / "0"
@@ -64,7 +64,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger = self.do(Ledger.open(self.folder))
         self.do(self.ledger.upsert_rows(map(row, KEYS)))
 
-    def do(self, work: Coroutine[Any, Any, Any]) -> Any:  # noqa: ANN401 - whatever it returns
+    def do(self, work: Coroutine[Any, Any, Any]) -> Any:  # noqa: ANN401 - any result
         """Run a coroutine to its end."""
         return self.runner.run(work)
 
@@ -109,7 +109,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if self.known.get(key) is RowState.SUBMITTED:
             self.move(key, RowState.SUCCEEDED if wins else RowState.FAILED, consumed="0.5")
             if not wins:
-                self.allowed[key] += 1  # a row that failed may be paid again, and its owner is told
+                self.allowed[key] += 1  # a failed row may be charged again, which is declared
 
     @rule(key=keys)
     def save(self, key: str) -> None:
@@ -142,7 +142,7 @@ class LedgerMachine(RuleBasedStateMachine):
         database = self.ledger._db
         if not database.in_transaction:
             database.execute("BEGIN")
-        schema.begin_attempt(database, key)  # under way: not acknowledged, so nothing was sent on its word
+        schema.begin_attempt(database, key)  # not acknowledged, so nothing was sent because of it
         database.execute("COMMIT")
         self.restarts += 1
         rescued = self.root / str(self.restarts)

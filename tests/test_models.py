@@ -87,7 +87,7 @@ def test_values_are_frozen_comparable_and_picklable() -> None:
         consumed=Decimal("0.5"),
         raw={"a": 1},
     )
-    assert pickle.loads(pickle.dumps(task)) == task  # noqa: S301 - our own pickle
+    assert pickle.loads(pickle.dumps(task)) == task  # noqa: S301 - pickled here
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         task.status = TaskStatus.FAILED  # type: ignore[misc]
 

@@ -42,12 +42,12 @@ def test_any_retry_after_header_is_handled(value: str, date: str) -> None:
     assert wait_s is None or 0 <= wait_s <= 300
 
 
-async def departures(pacer: AdaptiveRateLimiter, count: int) -> list[float]:
+async def departures(limiter: AdaptiveRateLimiter, count: int) -> list[float]:
     """Return the times at which *count* concurrent callers acquire."""
     start_s, times_s = anyio.current_time(), []
 
     async def one() -> None:
-        await pacer.acquire()
+        await limiter.acquire()
         times_s.append(anyio.current_time() - start_s)
 
     async with anyio.create_task_group() as group:
@@ -75,37 +75,37 @@ async def test_without_a_burst_requests_leave_one_by_one() -> None:
 @pytest.mark.virtual_time
 async def test_idle_time_is_saved_up_to_the_burst() -> None:
     """An idle hour allows three requests at once, not thousands."""
-    pacer = AdaptiveRateLimiter(10, 3)
-    await departures(pacer, 5)
+    limiter = AdaptiveRateLimiter(10, 3)
+    await departures(limiter, 5)
     await anyio.sleep(3600)
-    assert await departures(pacer, 5) == pytest.approx([0, 0, 0, 0.2, 0.2])
+    assert await departures(limiter, 5) == pytest.approx([0, 0, 0, 0.2, 0.2])
 
 
 @pytest.mark.anyio
 @pytest.mark.virtual_time
 async def test_a_pause_blocks_all_requests_and_ends_without_a_burst() -> None:
     """P11: after a 429, waiting requests leave at the rate."""
-    pacer = AdaptiveRateLimiter(10, 3)
-    pacer.pause(5)
-    assert await departures(pacer, 6) == pytest.approx([5.1, 5.1, 5.3, 5.3, 5.5, 5.5])
+    limiter = AdaptiveRateLimiter(10, 3)
+    limiter.pause(5)
+    assert await departures(limiter, 6) == pytest.approx([5.1, 5.1, 5.3, 5.3, 5.5, 5.5])
 
 
-async def throttle_to_minimum(pacer: AdaptiveRateLimiter) -> None:
+async def throttle_to_minimum(limiter: AdaptiveRateLimiter) -> None:
     """Lower the rate to its minimum."""
     for _ in range(20):
         await anyio.sleep(1)
-        pacer.record_throttle(anyio.current_time())
+        limiter.record_throttle(anyio.current_time())
 
 
 @pytest.mark.anyio
 @pytest.mark.virtual_time
 async def test_throttles_of_one_round_lower_the_rate_once() -> None:
     """Sixty-four 429s to requests sent together count as one."""
-    pacer = AdaptiveRateLimiter(64, 8)
+    limiter = AdaptiveRateLimiter(64, 8)
     sent_s = anyio.current_time()
     await anyio.sleep(1)
-    assert [pacer.record_throttle(sent_s) for _ in range(64)].count(True) == 1
-    assert pacer.rate == pytest.approx(32, rel=0.02)
+    assert [limiter.record_throttle(sent_s) for _ in range(64)].count(True) == 1
+    assert limiter.rate == pytest.approx(32, rel=0.02)
 
 
 @pytest.mark.anyio
@@ -114,14 +114,14 @@ async def test_a_rare_429_costs_little_and_frequent_ones_much() -> None:
     """The rate settles in proportion to the fraction of errors."""
     rates = {}
     for share in (50, 2):
-        pacer = AdaptiveRateLimiter(300, 1)
+        limiter = AdaptiveRateLimiter(300, 1)
         for number in range(3000):
-            await anyio.sleep(1 / pacer.rate)
+            await anyio.sleep(1 / limiter.rate)
             if number % share:
-                pacer.record_success()
+                limiter.record_success()
             else:
-                pacer.record_throttle(anyio.current_time() - 1e-3)
-        rates[share] = pacer.rate
+                limiter.record_throttle(anyio.current_time() - 1e-3)
+        rates[share] = limiter.rate
     assert rates[50] > 100
     assert rates[2] < 10
 
@@ -130,11 +130,11 @@ async def test_a_rare_429_costs_little_and_frequent_ones_much() -> None:
 @pytest.mark.virtual_time
 async def test_the_rate_never_falls_below_one_request_per_second() -> None:
     """Some requests have to find out that the throttling has ended."""
-    pacer = AdaptiveRateLimiter(64, 8)
-    await throttle_to_minimum(pacer)
-    assert pacer.rate == 1
-    await pacer.acquire()
-    times_s = await departures(pacer, 60)
+    limiter = AdaptiveRateLimiter(64, 8)
+    await throttle_to_minimum(limiter)
+    assert limiter.rate == 1
+    await limiter.acquire()
+    times_s = await departures(limiter, 60)
     assert 40 <= times_s[-1] <= 80
 
 
@@ -142,13 +142,13 @@ async def test_the_rate_never_falls_below_one_request_per_second() -> None:
 @pytest.mark.virtual_time
 async def test_the_rate_recovers_by_a_factor_of_e_in_ten_seconds() -> None:
     """Successes raise the rate, so an unavailable service gets no more requests."""
-    pacer = AdaptiveRateLimiter(100, 8)
-    await throttle_to_minimum(pacer)
+    limiter = AdaptiveRateLimiter(100, 8)
+    await throttle_to_minimum(limiter)
     start_s, rates = anyio.current_time(), []
-    while pacer.rate < 100:
-        await pacer.acquire()
-        pacer.record_success()
-        rates.append((anyio.current_time() - start_s, pacer.rate))
+    while limiter.rate < 100:
+        await limiter.acquire()
+        limiter.record_success()
+        rates.append((anyio.current_time() - start_s, limiter.rate))
     at_ten = min(rates, key=lambda point: abs(point[0] - 10))[1]
     assert 2 <= at_ten <= 4
     assert 35 <= rates[-1][0] <= 60
@@ -160,9 +160,9 @@ async def test_throttled_clients_do_not_stay_in_step() -> None:
     """Half of each interval is random below the maximum rate."""
     gaps: list[set[float]] = []
     for seed in (1, 2):
-        pacer = AdaptiveRateLimiter(10, 1, Random(seed))
-        pacer.record_throttle(anyio.current_time())
-        gaps.append({round(time_s, 3) for time_s in await departures(pacer, 20)})
+        limiter = AdaptiveRateLimiter(10, 1, Random(seed))
+        limiter.record_throttle(anyio.current_time())
+        gaps.append({round(time_s, 3) for time_s in await departures(limiter, 20)})
     assert len(gaps[0] & gaps[1]) <= 3
 
 
@@ -170,16 +170,16 @@ async def test_throttled_clients_do_not_stay_in_step() -> None:
 @pytest.mark.virtual_time
 async def test_a_pause_also_delays_requests_that_are_waiting() -> None:
     """A request that is already waiting does not leave during the pause."""
-    pacer = AdaptiveRateLimiter(10, 1)
+    limiter = AdaptiveRateLimiter(10, 1)
     async with anyio.create_task_group() as group:
         times_s: list[float] = []
 
         async def wait_in_line() -> None:
-            times_s.extend(await departures(pacer, 4))
+            times_s.extend(await departures(limiter, 4))
 
         group.start_soon(wait_in_line)
         await anyio.sleep(0.15)
-        pacer.pause(10)
+        limiter.pause(10)
     assert times_s[:2] == pytest.approx([0, 0.1])
     assert min(times_s[2:]) >= 10.15 - 1e-6
     assert abs(times_s[3] - times_s[2]) == pytest.approx(0.1)
@@ -189,32 +189,32 @@ async def test_a_pause_also_delays_requests_that_are_waiting() -> None:
 @pytest.mark.virtual_time
 async def test_cancelled_waiters_do_not_delay_others() -> None:
     """A thousand cancelled callers use none of the rate."""
-    pacer = AdaptiveRateLimiter(10, 1)
-    await pacer.acquire()
+    limiter = AdaptiveRateLimiter(10, 1)
+    await limiter.acquire()
     for _ in range(1000):
         with anyio.move_on_after(0.00001):
-            await pacer.acquire()
-    assert await departures(pacer, 2) == pytest.approx([0.09, 0.19])
+            await limiter.acquire()
+    assert await departures(limiter, 2) == pytest.approx([0.09, 0.19])
 
 
 @pytest.mark.anyio
 @pytest.mark.virtual_time
 async def test_no_second_ever_sees_more_than_rate_plus_burst() -> None:
     """This holds for any mixture of waiting, cancelling and pausing."""
-    pacer = AdaptiveRateLimiter(20, 5)
+    limiter = AdaptiveRateLimiter(20, 5)
     times_s: list[float] = []
 
     async def one(delay_s: float, patience_s: float) -> None:
         await anyio.sleep(delay_s)
         with anyio.move_on_after(patience_s):
-            await pacer.acquire()
+            await limiter.acquire()
             times_s.append(anyio.current_time())
 
     async with anyio.create_task_group() as group:
         for number in range(300):
             group.start_soon(one, number % 7, 0.1 + number % 11)
         await anyio.sleep(3)
-        pacer.pause(2)
+        limiter.pause(2)
     times_s.sort()
     assert len(times_s) > 100
     for start in times_s:

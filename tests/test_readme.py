@@ -28,7 +28,7 @@ def test_every_python_block_runs_as_printed(nanobanana_server: SimulatorServer, 
         number, code = numbered
         folder = tmp_path / str(number)
         folder.mkdir()
-        return subprocess.run(  # noqa: S603 - our own README
+        return subprocess.run(  # noqa: S603 - code of this repository
             [sys.executable, "-W", "error", "-c", code], cwd=folder, capture_output=True, text=True, check=False
         )
 

@@ -120,8 +120,8 @@ def test_the_canary_would_be_found() -> None:
 @pytest.mark.anyio
 async def test_a_key_that_the_server_quotes_is_redacted() -> None:
     """Some servers quote the key in an error; a task id beside it is kept."""
-    said = f'{{"code":401,"message":"Invalid API key: {KEY}","data":{{"task_id":"ta-1"}}}}'.encode()
-    with serving(sending(response(said, status="401 No"))) as server:
+    message = f'{{"code":401,"message":"Invalid API key: {KEY}","data":{{"task_id":"ta-1"}}}}'.encode()
+    with serving(sending(response(message, status="401 No"))) as server:
         async with NanoBananaClient(KEY, base_url=server.url) as client:
             assert (await client.submit("a fox")).task_id == "ta-1"
             with pytest.raises(NanoBananaError, match=r"Invalid API key: \[API key\]") as caught:

@@ -50,12 +50,12 @@ def data(received: SimulatedResponse) -> dict[str, object]:
 
 def test_a_task_goes_through_all_its_states() -> None:
     """It is invisible, pending, submitted, in_progress and success; only the last has a result."""
-    played = ManualService()
-    task_id = str(data(played.submit())["task_id"])
-    assert played.query(task_id).status == 404
+    simulated = ManualService()
+    task_id = str(data(simulated.submit())["task_id"])
+    assert simulated.query(task_id).status == 404
     seen = []
-    for played.now_s in (1.0, 1.5, 5.0, 9.9, 10.0):
-        seen.append((data(played.query(task_id))["status"], data(played.query(task_id))["result"] is None))
+    for simulated.now_s in (1.0, 1.5, 5.0, 9.9, 10.0):
+        seen.append((data(simulated.query(task_id))["status"], data(simulated.query(task_id))["result"] is None))
     assert seen == [
         ("submitted", True),
         ("submitted", True),
@@ -77,19 +77,19 @@ def test_a_task_goes_through_all_its_states() -> None:
 )
 def test_invalid_requests_get_a_400_and_cost_nothing(fields: dict[str, object], detail: str) -> None:
     """The body is the documented envelope."""
-    played = ManualService()
-    received = played.submit(fields)
+    simulated = ManualService()
+    received = simulated.submit(fields)
     assert received.status == 400
     assert json.loads(received.body)["code"] == 1
     assert detail in json.loads(received.body)["detail"]
-    assert played.service.charges == []
+    assert simulated.service.charges == []
 
 
 def test_a_wrong_key_is_code_1_at_submit_and_code_401_at_query() -> None:
     """The codes are those of the documentation."""
-    played = ManualService()
-    answers = [played.submit(key={}), played.query("ta-1", key={})]
-    assert [(received.status, json.loads(received.body)["code"]) for received in answers] == [
+    simulated = ManualService()
+    responses = [simulated.submit(key={}), simulated.query("ta-1", key={})]
+    assert [(received.status, json.loads(received.body)["code"]) for received in responses] == [
         (401, 1),
         (401, 401),
     ]
@@ -97,9 +97,9 @@ def test_a_wrong_key_is_code_1_at_submit_and_code_401_at_query() -> None:
 
 def test_every_accepted_submit_is_charged_until_the_account_is_empty() -> None:
     """`charges` lists every charge."""
-    played = ManualService(balance=Decimal("1.2"), price=Decimal("0.5"))
-    assert [played.submit().status for _ in range(4)] == [200, 200, 402, 402]
-    assert (len(played.service.charges), played.service.balance) == (2, Decimal("0.2"))
+    simulated = ManualService(balance=Decimal("1.2"), price=Decimal("0.5"))
+    assert [simulated.submit().status for _ in range(4)] == [200, 200, 402, 402]
+    assert (len(simulated.service.charges), simulated.service.balance) == (2, Decimal("0.2"))
 
 
 @pytest.mark.parametrize(
@@ -108,10 +108,10 @@ def test_every_accepted_submit_is_charged_until_the_account_is_empty() -> None:
 )
 def test_result_rates_are_applied(rate: dict[str, Any], status: str) -> None:
     """Failures, text without images, and inline images occur at the given rates."""
-    played = ManualService(**rate)
-    task_id = str(data(played.submit())["task_id"])
-    played.now_s = 20
-    state = data(played.query(task_id))
+    simulated = ManualService(**rate)
+    task_id = str(data(simulated.submit())["task_id"])
+    simulated.now_s = 20
+    state = data(simulated.query(task_id))
     assert state["status"] == status
     assert ("image" in str(state["result"])) is ("inline_images" in rate)
 
@@ -134,13 +134,13 @@ def test_the_same_seed_gives_the_same_service() -> None:
 
 def test_the_file_host_rejects_library_user_agents_and_records_leaks() -> None:
     """A test can assert that no credentials were sent."""
-    played = ManualService()
-    task_id = str(data(played.submit())["task_id"])
-    played.now_s = 20
+    simulated = ManualService()
+    task_id = str(data(simulated.submit())["task_id"])
+    simulated.now_s = 20
     url = f"https://api.example/files/{task_id}.png"
-    assert played.service.handle("GET", url, {"user-agent": "python-httpx/0.28.1"}, b"").status == 403
-    assert played.service.handle("GET", url, {"user-agent": "mine/1", **KEY}, b"").status == 200
-    assert played.service.credential_leaks == [f"/files/{task_id}.png"]
+    assert simulated.service.handle("GET", url, {"user-agent": "python-httpx/0.28.1"}, b"").status == 403
+    assert simulated.service.handle("GET", url, {"user-agent": "mine/1", **KEY}, b"").status == 200
+    assert simulated.service.credential_leaks == [f"/files/{task_id}.png"]
 
 
 @pytest.mark.parametrize("text", ["nonsense=1", "failed_tasks=2", "failed_tasks=x"])

@@ -152,8 +152,10 @@ async def test_an_outage_is_logged_once_and_teaches_nothing(caplog: pytest.LogCa
 
 async def test_a_bad_task_does_not_stop_the_others() -> None:
     """An unexpected exception of the transport does not stop other tasks."""
-    answers = {"ta-bad": RuntimeError("boom"), "ta-wrong": InvalidRequest("bad id", status=400, code=1)}
-    async with tracking(FakePollSource(lambda task_id, _: answers.get(task_id) or task("success", task_id))) as tracker:
+    responses = {"ta-bad": RuntimeError("boom"), "ta-wrong": InvalidRequest("bad id", status=400, code=1)}
+    async with tracking(
+        FakePollSource(lambda task_id, _: responses.get(task_id) or task("success", task_id))
+    ) as tracker:
         with pytest.raises(TransportError, match="RuntimeError: boom"):
             await tracker.wait("ta-bad", timeout_s=60)
         with pytest.raises(InvalidRequest):

@@ -35,7 +35,7 @@ def submitted_now() -> SubmitInfo:
     return SubmitInfo(submitted_at_s=anyio.current_time(), model="m")
 
 
-# --- news -----------------------------------------------------------------------------------------------------------
+# --- callbacks ------------------------------------------------------------------------------------------------------
 
 
 async def test_a_callback_triggers_a_poll_at_once() -> None:
@@ -96,7 +96,7 @@ async def test_a_callback_during_a_poll_triggers_another_poll() -> None:
     assert [round(time_s) for time_s, _ in service.polls] == [5, 7]
 
 
-# --- late comers ------------------------------------------------------------------------------------------------------
+# --- cache ------------------------------------------------------------------------------------------------------------
 
 
 async def test_a_wait_after_the_end_needs_no_poll() -> None:
@@ -123,7 +123,7 @@ async def test_the_cache_is_bounded_and_holds_no_images() -> None:
         assert tracker.cache.finished.get("ta-heavy") is None
 
 
-# --- patience ---------------------------------------------------------------------------------------------------------
+# --- deadlines --------------------------------------------------------------------------------------------------------
 
 
 async def test_waits_end_in_time_while_no_request_can_be_sent() -> None:
@@ -159,7 +159,7 @@ async def test_an_infinite_timeout_is_allowed() -> None:
         assert (await tracker.wait("ta-1", timeout_s=math.inf)).is_final
 
 
-# --- strange answers --------------------------------------------------------------------------------------------------
+# --- odd statuses -----------------------------------------------------------------------------------------------------
 
 
 async def test_an_unrecognized_status_is_polled_slowly_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -63,7 +63,7 @@ class CheckingSource(FakePollSource):
 
     async def poll(self, task_id: str) -> Task:
         """Return a snapshot, or fail."""
-        assert task_id not in self.under_way, "two looks at one task at once"
+        assert task_id not in self.under_way, "two polls of one task at once"
         self.under_way.add(task_id)
         self.check()
         try:
@@ -84,7 +84,7 @@ class CheckingSource(FakePollSource):
         assert all(tracked.waiters for tracked in tracker._tasks.values())
         planned = {entry.task_id for due_s, _, entry in tracker._poll_queue._heap if due_s == entry.due_s}
         begun = tracker._in_flight - len(self.under_way)
-        assert len(set(tracker._tasks) - planned - self.under_way) <= begun, "watched, and never looked at again"
+        assert len(set(tracker._tasks) - planned - self.under_way) <= begun, "tracked and never polled again"
         wanted = math.fsum(entry.demand_per_s for entry in tracker._tasks.values())
         assert tracker._demand_per_s == pytest.approx(wanted, abs=1e-6)
 
@@ -160,15 +160,15 @@ async def test_a_hundred_thousand_tasks_in_an_hour_are_all_noticed() -> None:
     start_s, rate, longest_s = anyio.current_time(), 34.0, 0.0
 
     class RateLimitedSource:
-        """Answers at once, so many times a second."""
+        """A poll source with a rate limiter."""
 
         polls_per_s = rate
 
         def __init__(self) -> None:
-            self.pacer = AdaptiveRateLimiter(rate, burst=20)
+            self.limiter = AdaptiveRateLimiter(rate, burst=20)
 
         async def acquire_poll_slot(self) -> None:
-            await self.pacer.acquire()
+            await self.limiter.acquire()
 
         def release_poll_slot(self) -> None:
             pass
@@ -192,6 +192,6 @@ async def test_a_hundred_thousand_tasks_in_an_hour_are_all_noticed() -> None:
         statistics = tracker.statistics()
     assert len(late_s) == 100_000
     assert statistics.tracked == 0
-    assert statistics.median_latency_s["m"] == pytest.approx(20, rel=0.25)  # from little more than a look at each
+    assert statistics.median_latency_s["m"] == pytest.approx(20, rel=0.25)  # from little more than one poll of each
     assert statistics.polls <= rate * 3900
     assert longest_s < 20

@@ -20,7 +20,7 @@ BACKENDS = ("asyncio", "trio")
 
 def _shown(post: Result, query: Query) -> str:
     right = post.as_expected and query.as_expected
-    return f"{post.verdict:9} {post.charges}/{1 + post.resent} {query.ending:9} {' ' if right else '!'}"
+    return f"{post.verdict:9} {post.charges}/{1 + post.resent:<6}{query.ending:9} {' ' if right else '!'}"
 
 
 def main() -> int:
@@ -32,7 +32,7 @@ def main() -> int:
     with fault_server() as server:
         runs = {backend: anyio.run(try_all, server, backend=backend) for backend in BACKENDS}
         print(f"{'':40}" + "".join(f"{backend:26}" for backend in BACKENDS))
-        print(f"{'fault':40}" + f"{'POST':9} {'paid':3} {'GET':10} " * 2)
+        print(f"{'fault':40}" + f"{'POST':9} {'charges':8}{'GET':10} " * 2)
         for fault in FAULTS:
             cells = "  ".join(_shown(*runs[backend][fault]) for backend in BACKENDS)
             print(f"{fault.number:4}{fault.name:36}{cells}")

@@ -15,7 +15,7 @@ from tests.faults.trial import DEADLINES, FaultServer, Result
 Submit: TypeAlias = Callable[[str], Awaitable[bool]]
 """Submit once to a base URL; whether an id came of it."""
 
-PAID: Final = tuple(fault for fault in FAULTS if fault.charges)
+CHARGED: Final = tuple(fault for fault in FAULTS if fault.charges)
 """The faults after which the service has taken the money."""
 
 
@@ -46,7 +46,7 @@ async def compare(server: FaultServer, own: list[Result]) -> list[Row]:
         others.append(("openai, stock settings", _openai))
     for name, submit in others:
         row = Row(name)
-        for number, fault in enumerate(PAID):
+        for number, fault in enumerate(CHARGED):
             nonce = f"{name.partition(',')[0]}{number}"
             found = await submit(server.url(fault, times=99, nonce=nonce))
             _, charged = await anyio.to_thread.run_sync(server.truth, nonce)
@@ -67,7 +67,7 @@ async def _httpx_loop(base_url: str) -> bool:
     async with httpx.AsyncClient(timeout=DEADLINES.submit_s) as client:
         for _ in range(3):
             try:
-                with anyio.fail_after(DEADLINES.submit_s + 1):  # it has no deadline of its own, and would drip for ever
+                with anyio.fail_after(DEADLINES.submit_s + 1):  # it has no deadline of its own
                     response = await client.post(f"{base_url}/api/image/gen", json={"prompt": "a fox"})
                 response.raise_for_status()
                 return bool(response.json()["data"]["task_id"])
@@ -84,5 +84,5 @@ async def _openai(base_url: str) -> bool:
                 await client.images.generate(prompt="a fox", model="m")
             except Exception:  # noqa: BLE001 - whatever it raises, no id came of it
                 return False
-            return True  # it decoded something; our ids are not in its shape, so this is counted in its favour
+            return True  # it decoded something; its ids differ, so it is counted in its favour
     return False

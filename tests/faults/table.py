@@ -165,7 +165,7 @@ HTML: Final = b"<html><head><title>Bad gateway</title></head></html>"
 MOVED: Final = says(b"", status="307 Moved", head="Location: http://127.0.0.1:9/x\r\n")
 RETRY_AFTERS: Final = {
     **dict.fromkeys(("0", "1", "Wed, 21 Oct 2015 07:28:00 GMT", "-1", "nan", "1, 2", "soon"), "recovers"),
-    "1000000000": "refused",  # five minutes is more than is left
+    "1000000000": "refused",  # five minutes exceed the time left
 }
 
 FAULTS: Final = (
@@ -233,7 +233,7 @@ FAULTS: Final = (
     Fault("F21", "UTF-16", wrapped(lambda good: good.decode().encode("utf-16")), "accepted"),
     Fault("F21", "bad UTF-8", wrapped(lambda good: good.replace(b"ok", b"\xff\xfe")), "accepted"),
     Fault("F21", "duplicate keys", wrapped(lambda good: b'{"code":1,' + good[1:]), "accepted"),
-    Fault("-", "vendor's own 500, charged", envelope("500 Oops", 1), "rejected"),
-    Fault("-", "vendor's own 500, not charged", envelope("500 Oops", 1), "rejected", charges=False),
+    Fault("-", "service's own 500, charged", envelope("500 Oops", 1), "rejected"),
+    Fault("-", "service's own 500, not charged", envelope("500 Oops", 1), "rejected", charges=False),
     Fault("-", "redirect", MOVED, "rejected", "refused", charges=False),
 )  # fmt: skip

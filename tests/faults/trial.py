@@ -123,7 +123,7 @@ async def try_post(server: FaultServer, fault: Fault) -> Result:
             verdict, resent, message = "unknown", exc.possible_duplicates, str(exc)
         except ApiError as exc:
             verdict, resent, message = "rejected", exc.possible_duplicates, str(exc)
-        except Exception as exc:  # noqa: BLE001 - the finding itself
+        except Exception as exc:  # noqa: BLE001 - the result of the trial
             verdict, message = type(exc).__name__, str(exc)
         else:
             verdict, resent = "accepted", handle.possible_duplicates

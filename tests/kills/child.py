@@ -34,7 +34,7 @@ class Plan:
 
 def run(plan: Plan) -> None:
     """Run the batch to its end, or to the point where it dies."""
-    sqlite._GROUP_COMMIT_S = 0.002  # so that many kills fit into little time
+    sqlite._GROUP_COMMIT_S = 0.002  # so that many kills take little time
     with plan.log.open("ab", buffering=0) as log:
         _arm(plan, log.write)
         anyio.run(_batch, plan)
@@ -71,7 +71,7 @@ class _Connection(sqlite3.Connection):
     point: Callable[[str], None]
     about: set[str]
 
-    def execute(self, sql: str, values: Any = ()) -> sqlite3.Cursor:  # noqa: ANN401 - sqlite's own
+    def execute(self, sql: str, values: Any = ()) -> sqlite3.Cursor:  # noqa: ANN401 - the signature of sqlite3
         if sql.startswith("BEGIN"):
             self.about = set()
         elif sql.startswith("INSERT INTO attempts"):
@@ -93,7 +93,7 @@ class _Connection(sqlite3.Connection):
 def _around_commits(point: Callable[[str], None]) -> None:
     connect = sqlite3.connect
 
-    def connected(*args: Any, **options: Any) -> sqlite3.Connection:  # noqa: ANN401 - sqlite's own
+    def connected(*args: Any, **options: Any) -> sqlite3.Connection:  # noqa: ANN401 - the signature of sqlite3
         connection = connect(*args, factory=_Connection, **options)
         connection.about = set()
         connection.point = point
@@ -105,12 +105,12 @@ def _around_commits(point: Callable[[str], None]) -> None:
 def _around_posts(point: Callable[[str], None]) -> None:
     send = HttpxTransport.send
 
-    async def watched(self: HttpxTransport, request: WireRequest, **options: Any) -> Any:  # noqa: ANN401 - the same
+    async def watched(self: HttpxTransport, request: WireRequest, **options: Any) -> Any:  # noqa: ANN401 - as above
         if request.method == "POST":
             point("POST leaves")
         response = await send(self, request, **options)
         if request.method == "POST":
-            point("POST answered")
+            point("POST responded")
         return response
 
     HttpxTransport.send = watched  # type: ignore[method-assign]
@@ -121,11 +121,11 @@ def _around_files(point: Callable[[str], None]) -> None:
 
     def watched_write(self: _PartFile, data: bytes) -> None:
         write(self, data)
-        point("picture half written")
+        point("image half written")
 
     def watched_publish(self: _PartFile, path: Path) -> None:
-        point("picture written")
+        point("image written")
         publish(self, path)
-        point("picture in its place")
+        point("image renamed")
 
     _PartFile._write, _PartFile._publish = watched_write, watched_publish  # type: ignore[method-assign]

@@ -77,7 +77,7 @@ class Harness:
             plan = child.Plan(self._server.url, Path(folder, "run"), prompts, child.NEVER, Path(folder, "points"))
             for _ in range(kills):
                 self._killed_run(plan)
-            assert self._run(plan) == 0, "a run that nobody killed failed"
+            assert self._run(plan) == 0, "a run without a kill failed"
             self._check(plan)
 
     def _killed_run(self, plan: child.Plan) -> None:
@@ -134,7 +134,7 @@ class Harness:
         for prompt in plan.prompts:
             record = records[prompt]
             if record.state is not RowState.UNKNOWN and not _is_whole(record):
-                tally.lost.append(f"{prompt}: {record.state}, and no whole picture")
+                tally.lost.append(f"{prompt}: {record.state}, and no complete image")
         if stray := [path.name for path in plan.folder.iterdir() if path.name.endswith(".part")]:
             tally.lost.append(f"left behind: {stray}")
 

@@ -1,10 +1,10 @@
-"""What a watched task costs: memory and CPU per task, with so many watched at once.
+"""Memory and CPU of a tracked task, with up to a million tracked at once.
 
-    python -m benchmarks.watched [--watched 1000 10000 100000 1000000]
+    python -m benchmarks.tracked [--tracked 1000 10000 100000 1000000]
 
-One tracker, in a process of its own for each number, watches tasks that have just been submitted; the clock jumps
-instead of waiting, and an in-memory source answers. Memory is what the process has grown by, garbage collected, per
-task, id included. Then a minute passes, in which looks fall due; CPU is per look and, all in all, per watched task.
+One tracker, in a process of its own for each number, tracks tasks that were just submitted, in virtual time over an
+in-memory source. Memory is the growth of the process per task after garbage collection, including the id. Then a minute
+passes in which polls become due; CPU is per poll and per tracked task.
 """
 
 import argparse
@@ -31,7 +31,7 @@ MINUTE_S: Final = 60.0
 
 
 class Source:
-    """Answers at once that the task is still in progress, a thousand times a second."""
+    """Returns at once that the task is still in progress, a thousand times a second."""
 
     polls_per_s = POLLS_PER_S
 
@@ -43,18 +43,18 @@ class Source:
         """Do nothing."""
 
     async def poll(self, task_id: str) -> Task:
-        """Answer."""
+        """Return a snapshot."""
         return Task(task_id=task_id, status=TaskStatus.IN_PROGRESS)
 
 
 def resident_bytes() -> int:
-    """Return the process's resident memory now, as Linux tells it."""
+    """Return the resident memory of the process, as Linux reports it."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 
 
-async def measure(watched: int) -> None:
-    """Watch so many tasks and print a line."""
+async def measure(tracked: int) -> None:
+    """Track that many tasks and print a line."""
     background = BackgroundTaskGroup()
     await background.ensure_started()
     tracker = TaskTracker(Source(), PollSchedule(PollPolicy()), background)
@@ -62,18 +62,18 @@ async def measure(watched: int) -> None:
     before = resident_bytes()
     cpu_s = time.process_time()
     now_s = anyio.current_time()
-    for number in range(watched):
+    for number in range(tracked):
         tracker.track(f"ta{number:08d}-1234-1234-1234-123456789abc", SubmitInfo(submitted_at_s=now_s, model="m"))
-    watch_us = (time.process_time() - cpu_s) / watched * 1e6
+    track_us = (time.process_time() - cpu_s) / tracked * 1e6
     gc.collect()
-    size = (resident_bytes() - before) / watched
+    size = (resident_bytes() - before) / tracked
     cpu_s = time.process_time()
     await anyio.sleep(MINUTE_S)
     cpu_s = time.process_time() - cpu_s
     polls = tracker.statistics().polls
     print(
-        f"{watched:9,d} {size:9.0f} {watch_us:10.1f} {polls:9,d} {cpu_s / max(polls, 1) * 1e6:12.0f}"
-        f" {cpu_s / watched * 1e6:14.1f}",
+        f"{tracked:9,d} {size:9.0f} {track_us:11.1f} {polls:9,d} {cpu_s / max(polls, 1) * 1e6:12.0f}"
+        f" {cpu_s / tracked * 1e6:14.1f}",
         flush=True,
     )
     tracker.close()
@@ -81,18 +81,18 @@ async def measure(watched: int) -> None:
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse the options, measure, and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--watched", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--tracked", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         with asyncio.Runner(loop_factory=VirtualLoop) as runner:
             runner.run(measure(options.one))
         return
-    print(f"{'watched':>9} {'bytes':>9} {'us to watch':>10} {'looks/min':>9} {'us per look':>12} {'us/task/min':>14}")
-    for watched in options.watched:
-        subprocess.run([sys.executable, "-m", "benchmarks.watched", "--one", str(watched)], cwd=ROOT, check=True)
+    print(f"{'tracked':>9} {'bytes':>9} {'us to track':>11} {'polls/min':>9} {'us per poll':>12} {'us/task/min':>14}")
+    for tracked in options.tracked:
+        subprocess.run([sys.executable, "-m", "benchmarks.tracked", "--one", str(tracked)], cwd=ROOT, check=True)
 
 
 if __name__ == "__main__":
