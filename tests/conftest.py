@@ -1,8 +1,10 @@
 """Fixtures shared by all tests. Tests marked `anyio` run on asyncio and on trio."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import anyio
+import anyio.to_thread
 import pytest
 
 from tests.conformance import ChargeAudit, watch_charges
@@ -36,6 +38,17 @@ def _no_key_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
+
+
+async def _inline(work: Callable[..., object], *args: object, **_: object) -> object:
+    await anyio.lowlevel.checkpoint()
+    return work(*args)
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run disk work on the event loop, because virtual time does not wait for threads."""
+    monkeypatch.setattr(anyio.to_thread, "run_sync", _inline)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import anyio
 import attrs
 
-from nanobanana_async import ChunkSink, ExchangeError, Phase, WireRequest, WireResponse
+from nanobanana_async import ChunkSink, ExchangeError, Phase, Transport, WireRequest, WireResponse
 from nanobanana_async.simulator.in_memory import tiny_png
 from nanobanana_async.simulator.service import ImageSpec
 
@@ -88,6 +88,30 @@ class ScriptedTransport:
 def script(*steps: Step) -> ScriptedTransport:
     """Return a transport that plays *steps*."""
     return ScriptedTransport(list(steps))
+
+
+Intercept: TypeAlias = Callable[[WireRequest], WireResponse | ExchangeError | None]
+
+
+@attrs.define
+class InterceptingTransport:
+    """A transport that passes requests on, unless *intercept* returns a response or an error."""
+
+    inner: Transport
+    intercept: Intercept
+
+    async def send(self, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None) -> WireResponse:
+        """Call *intercept* first."""
+        result = self.intercept(request)
+        if result is None:
+            return await self.inner.send(request, timeout_s=timeout_s, sink=sink)
+        await anyio.lowlevel.checkpoint()
+        if isinstance(result, ExchangeError):
+            raise result
+        return result
+
+    async def aclose(self) -> None:
+        """Do nothing; the simulator needs no closing."""
 
 
 def submits(requests: Iterable[WireRequest]) -> int:

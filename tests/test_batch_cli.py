@@ -17,9 +17,9 @@ import pytest
 from nanobanana_async.cli.batch import eta_s
 from nanobanana_async.simulator import FAST_PROFILE
 from nanobanana_async.simulator.server import SimulatorServer
+from tests.commands import Ended, nanobanana, started, wait_for
 from tests.kills.harness import run_trials
 from tests.raw_server import serving
-from tests.test_cli import Ended, nanobanana, started, wait_for
 
 pytestmark = pytest.mark.other_clients
 

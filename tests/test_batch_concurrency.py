@@ -9,9 +9,9 @@ import threading
 from collections.abc import Awaitable, Callable
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import anyio
-import attrs
 import pytest
 
 from nanobanana_async import (
@@ -21,17 +21,19 @@ from nanobanana_async import (
     Failed,
     GenerationRequest,
     LedgerError,
-    NanoBananaClient,
     RowState,
     Succeeded,
+    Timeouts,
+    Transport,
     Unknown,
     WireRequest,
+    WireResponse,
 )
 from nanobanana_async.batch.rows import RowKeys
 from nanobanana_async.ledger.sqlite import Ledger
 from nanobanana_async.simulator import FAST_PROFILE, Simulator, SimulatorProfile
-from tests.fakes import PNG, lost, rejected
-from tests.test_batch import FOXES, batch_of, kinds, posts, run, run_until_stopped
+from tests.batches import FOXES, batch_of, kinds, nth_post, run, run_until_stopped
+from tests.fakes import PNG, InterceptingTransport, lost, rejected
 
 pytestmark = pytest.mark.anyio
 
@@ -97,7 +99,7 @@ async def test_many_models_do_not_get_around_the_budget(tmp_path: Path) -> None:
 async def test_a_resubmit_stays_within_the_budget(tmp_path: Path) -> None:
     """The earlier submit may also be charged, so a resubmit has to fit, too."""
     simulator = Simulator(FAST_PROFILE)
-    intercept = posts(lambda n: rejected(500, 1, "internal error") if n == 1 else None)
+    intercept = nth_post(lambda n: rejected(500, 1, "internal error") if n == 1 else None)
     async with batch_of(simulator, tmp_path, intercept, budget=Decimal("1.0")) as batch:
         await run_until_stopped(batch)
         funds = batch.progress().budget
@@ -108,7 +110,7 @@ async def test_a_resubmit_stays_within_the_budget(tmp_path: Path) -> None:
 async def test_a_rejected_row_is_not_unknown_however_the_run_ends(tmp_path: Path) -> None:
     """After many 429s and an interrupt, the ledger says that nothing was charged."""
     simulator = Simulator(FAST_PROFILE)
-    intercept = posts(lambda n: rejected(429, 1, "busy") if n else None)
+    intercept = nth_post(lambda n: rejected(429, 1, "busy") if n else None)
     async with batch_of(simulator, tmp_path, intercept) as batch:
         with anyio.move_on_after(1.5):
             await run(batch)
@@ -153,18 +155,14 @@ async def test_a_ledger_that_is_removed_stops_the_run(tmp_path: Path) -> None:
     assert len(simulator.charges) == 1
 
 
+@pytest.mark.virtual_time
+@pytest.mark.usefixtures("no_threads")
 async def test_a_callback_that_names_another_rows_task_is_ignored(tmp_path: Path) -> None:
     """The row stays unknown, and its true callback still resolves it."""
     simulator = Simulator(FAST_PROFILE)
 
-    def client() -> NanoBananaClient:
-        made = simulator.client()
-        made.timeouts = attrs.evolve(made.timeouts, recovery_s=0.0)  # type: ignore[misc]
-        return made
-
-    first = client()
-    first._api._transport = _LosingTransport(simulator, "fox")  # type: ignore[assignment]
-    async with first:
+    timeouts = Timeouts(recovery_s=0.0)
+    async with simulator.client(timeouts=timeouts, wrap=lambda inner: _LosingTransport(inner, "fox")) as first:
         receiver = CallbackReceiver(first, public_url="https://app.example/nb", secret="s" * 32)
         async with Batch.open(tmp_path, first, callback=receiver) as batch:
             outcomes = await run(batch, ["hare", "fox"])
@@ -173,45 +171,39 @@ async def test_a_callback_that_names_another_rows_task_is_ignored(tmp_path: Path
             path = simulator.service.tasks[ids["fox"]].callback_url or ""
             await receiver.deliver(path, b'{"task_id": "%s"}' % ids["hare"].encode())
             assert [record.state for record in await batch.unknown_rows()] == [RowState.UNKNOWN]
-            batch._last_confirm_s.clear()
+            await anyio.sleep(11)  # past the interval between two confirmations
             await receiver.deliver(path, b'{"task_id": "%s"}' % ids["fox"].encode())
             assert await batch.unknown_rows() == []
-    async with client() as second, Batch.open(tmp_path, second) as batch:
+    async with simulator.client(timeouts=timeouts) as second, Batch.open(tmp_path, second) as batch:
         outcomes = await run(batch, ["hare", "fox"])
     fox = outcomes["fox"]
     assert isinstance(fox, Succeeded)
     assert fox.task.task_id == ids["fox"]
 
 
-@attrs.define
-class _LosingTransport:
+class _LosingTransport(InterceptingTransport):
     """Loses the responses to submits of one prompt."""
 
-    simulator: Simulator
-    prompt: str
+    def __init__(self, inner: Transport, prompt: str) -> None:
+        super().__init__(inner, lambda _: None)
+        self.prompt = prompt
 
-    async def send(self, request: WireRequest, **options: object) -> object:
+    async def send(self, request: WireRequest, **options: Any) -> WireResponse:  # noqa: ANN401 - passed on
         """Send as the simulator does, and lose that response."""
-        response = await self.simulator.send(request, **options)  # type: ignore[arg-type]
+        received = await super().send(request, **options)
         if request.method == "POST" and self.prompt.encode() in (request.body or b""):
             raise lost()
-        return response
-
-    async def aclose(self) -> None:
-        """Do nothing; nothing needs to be closed."""
+        return received
 
 
 async def test_a_transport_that_quotes_the_key_does_not_leak_it(tmp_path: Path) -> None:
     """The key is not in the ledger, the gallery, the manifest or an error."""
     simulator = Simulator(FAST_PROFILE)
 
-    class Loud(_LosingTransport):
-        async def send(self, request: WireRequest, **_: object) -> object:
-            raise RuntimeError(f"cannot send {dict(request.headers)}")
+    def quote(request: WireRequest) -> None:
+        raise RuntimeError(f"cannot send {dict(request.headers)}")
 
-    client = simulator.client()
-    client._api._transport = Loud(simulator, "")  # type: ignore[assignment]
-    async with client, Batch.open(tmp_path, client) as batch:
+    async with batch_of(simulator, tmp_path, quote) as batch:
         outcomes, cause = await run_until_stopped(batch)
     assert "dk-test" not in str(cause)
     assert all("dk-test" not in str(o.error) for o in outcomes.values() if not isinstance(o, Succeeded))
@@ -295,7 +287,7 @@ async def test_a_rejection_that_quotes_a_prompt_about_credit_fails_one_row(tmp_p
     """It must not be taken for an empty account, which would end the run."""
     simulator = Simulator(FAST_PROFILE)
     quoting = rejected(400, 1, "the prompt 'a balance of credit' breaks the rules on credit cards")
-    async with batch_of(simulator, tmp_path, posts(lambda n: quoting if n == 5 else None)) as batch:
+    async with batch_of(simulator, tmp_path, nth_post(lambda n: quoting if n == 5 else None)) as batch:
         assert kinds(await run(batch)) == ["Failed"] + ["Succeeded"] * (len(FOXES) - 1)
 
 
@@ -327,7 +319,7 @@ async def test_a_journal_that_is_removed_stops_the_run(tmp_path: Path) -> None:
 async def test_a_blank_task_id_cannot_be_bound(tmp_path: Path) -> None:
     """A blank id would be polled without end."""
     simulator = Simulator(FAST_PROFILE)
-    async with batch_of(simulator, tmp_path, posts(lambda n: lost() if n == 3 else None)) as batch:
+    async with batch_of(simulator, tmp_path, nth_post(lambda n: lost() if n == 3 else None)) as batch:
         await run(batch)
         (record,) = await batch.unknown_rows()
         with pytest.raises(ValueError, match="task_id"):

@@ -422,10 +422,7 @@ async def test_in_a_batch_a_callback_binds_the_task_id(tmp_path: Path, when: str
     recovery_s = 5.0 if when == "in-time" else 0.0
 
     def client() -> NanoBananaClient:
-        fast = simulator.client()
-        fast._api._transport = transport
-        fast.timeouts = attrs.evolve(fast.timeouts, recovery_s=recovery_s)  # type: ignore[misc]
-        return fast
+        return simulator.client(timeouts=Timeouts(recovery_s=recovery_s), wrap=lambda _: transport)
 
     async with client() as first, Batch.open(tmp_path, first, callback=(receiver := receiver_of(first))) as batch:
         service = CallbackSimulator(simulator, first, receiver)

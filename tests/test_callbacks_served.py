@@ -18,7 +18,7 @@ from starlette.routing import Mount
 from nanobanana_async import CallbackReceiver, NanoBananaClient, PollPolicy
 from nanobanana_async.simulator import SimulatorProfile
 from nanobanana_async.simulator.server import SimulatorServer, open_listener
-from tests.test_cli import started
+from tests.commands import started
 
 pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"])]
 

@@ -84,8 +84,7 @@ async def test_one_failing_poll_stops_no_other_task(behave: Callable[[WireReques
     async def mixed(request: WireRequest) -> object:
         return await behave(request) if "ta-bad" in request.url else finished("ta-good")
 
-    async with Simulator(FAST_PROFILE).client() as client:
-        client._api._transport = MisbehavingTransport(mixed)
+    async with Simulator(FAST_PROFILE).client(wrap=lambda _: MisbehavingTransport(mixed)) as client:
         ends: dict[str, object] = {}
 
         async def wait(task_id: str) -> None:
@@ -107,8 +106,7 @@ async def test_one_failing_poll_stops_no_other_task(behave: Callable[[WireReques
 @pytest.mark.parametrize("behave", ODD)
 async def test_a_submit_with_a_transport_failure_is_unknown(behave: Callable[[WireRequest], Awaitable[object]]) -> None:
     """The submit may have been charged, and no response confirms it."""
-    async with Simulator(FAST_PROFILE).client() as client:
-        client._api._transport = MisbehavingTransport(behave)
+    async with Simulator(FAST_PROFILE).client(wrap=lambda _: MisbehavingTransport(behave)) as client:
         with pytest.raises(SubmissionUnknown):
             await client.submit("a fox")
 

@@ -1,84 +1,25 @@
 """`nanobanana` in real processes, with real signals and a real port."""
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 
 import anyio
-import attrs
 import pytest
 from PIL import Image
 
 from nanobanana_async import NanoBananaClient
 from nanobanana_async.simulator import FAST_PROFILE, SimulatorProfile
 from nanobanana_async.simulator.server import SimulatorServer
+from tests.commands import COMMAND, Ended, environment, nanobanana, started, wait_for
 from tests.raw_server import response, sending, serving
 
 pytestmark = pytest.mark.other_clients
-
-COMMAND = [sys.executable, "-W", "error", "-m", "nanobanana_async.cli"]
-
-
-def environment(**variables: str) -> dict[str, str]:
-    """Return the environment with *variables*; an empty value removes one."""
-    merged = {**os.environ, "NO_COLOR": "1", **variables}
-    return {name: value for name, value in merged.items() if value}
-
-
-def nanobanana(*arguments: str, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run one command to its end."""
-    env = environment(**variables)
-    return subprocess.run(  # noqa: S603 - started here command line
-        [*COMMAND, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False
-    )
-
-
-@contextmanager
-def started(
-    *arguments: str, cwd: Path | None = None, first: str = ":", variables: Mapping[str, str] = MappingProxyType({})
-) -> Iterator["subprocess.Popen[str]"]:
-    """Start a command from a shell that has run *first*, and end it with the block."""
-    pipe = subprocess.PIPE
-    with subprocess.Popen(  # noqa: S603 - started here command line
-        ["/bin/sh", "-c", f'{first}; exec "$@"', "_", *COMMAND, *arguments],
-        cwd=cwd,
-        env=environment(**variables),
-        stdin=pipe,
-        stdout=pipe,
-        stderr=pipe,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def wait_for(condition: object, seconds: float = 10) -> None:
-    """Wait until *condition* is true."""
-    end_s = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end_s
-        time.sleep(0.02)
-
-
-@attrs.frozen
-class Ended:
-    """A command that has ended, and its folder."""
-
-    code: int
-    out: str
-    err: str
-    folder: Path
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +38,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ended]
 
         def run(name: str) -> Ended:
             script, arguments = commands[name]
-            done = subprocess.run(  # noqa: S603 - started here command line
+            done = subprocess.run(  # noqa: S603 - the command of this package
                 ["/bin/sh", "-c", script, "_", *COMMAND, *arguments],
                 cwd=folders[name],
                 env=environment(DEFAPI_BASE_URL=server.url, DEFAPI_API_KEY="dk-test"),

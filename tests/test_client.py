@@ -260,12 +260,12 @@ async def test_an_unclosed_client_is_a_resource_warning() -> None:
     """Without the warning, connections would leak for the life of the process."""
     client = Simulator().client()
     await client.balance()
-    host = client._background
+    background = client._background  # noqa: SLF001 - a deleted client cannot be closed
     kept = [client]
     del client
     with pytest.warns(ResourceWarning, match="unclosed NanoBananaClient"):
         kept.clear()
-    await host.aclose(drain_s=1)
+    await background.aclose(drain_s=1)
 
 
 async def test_a_closed_or_unused_client_gives_no_warning() -> None:

@@ -83,4 +83,4 @@ def test_plain_http_is_accepted_for_private_hosts(url: str) -> None:
 def test_the_key_is_in_no_repr() -> None:
     """Neither the client nor its parts show the key."""
     client = NanoBananaClient("dk-CANARY")
-    assert "CANARY" not in repr(client) + repr(client._endpoint) + repr(client._api)
+    assert "CANARY" not in repr(client) + repr(vars(client))

@@ -106,8 +106,7 @@ async def test_stopping_early_logs_the_charged_tasks(caplog: pytest.LogCaptureFi
 async def test_a_submit_without_a_response_is_unknown_and_others_continue() -> None:
     """The submit is neither resubmitted nor reported as failed."""
     transport = script(lost())
-    async with Simulator(FAST_PROFILE).client() as client:
-        client._api._transport = transport
+    async with Simulator(FAST_PROFILE).client(wrap=lambda _: transport) as client:
         outcomes = [outcome async for outcome in client.generate_many(["a", "b"])]
     assert all(isinstance(outcome, Unknown) and isinstance(outcome.error, SubmissionUnknown) for outcome in outcomes)
     assert len(transport.requests) == 2

@@ -263,7 +263,7 @@ async def test_a_client_that_was_passed_in_adds_no_idle_connections() -> None:
             transport = HttpxTransport(client)
             for _ in range(4):
                 await transport.send(ask(server), timeout_s=5)
-            assert not any(transport._idle_connections.values())
+            assert not any(transport._idle_connections.values())  # noqa: SLF001 - nothing public shows them
 
 
 async def test_an_interrupted_connection_is_not_reused() -> None:
@@ -276,7 +276,7 @@ async def test_an_interrupted_connection_is_not_reused() -> None:
                     while len(server.requests) <= number:
                         await anyio.sleep(0.01)
                     group.cancel_scope.cancel()
-            assert (server.connections, sum(map(len, transport._idle_connections.values()))) == (3, 0)
+            assert server.connections == 3
 
 
 async def test_a_connection_the_server_closed_meanwhile_is_replaced() -> None:
@@ -428,10 +428,14 @@ async def test_the_tls_context_is_created_once_and_in_a_thread(monkeypatch: pyte
         made.append(settings)
         return ssl.create_default_context()
 
+    async def fail_to_connect(transport: HttpxTransport) -> None:
+        with pytest.raises(ExchangeError, match=r"refused|failed"):
+            await transport.send(ask("https://127.0.0.1:9/"), timeout_s=5)
+
     monkeypatch.setattr(httpx, "create_ssl_context", create)
     async with contextlib.aclosing(HttpxTransport()) as transport, anyio.create_task_group() as group:
         for _ in range(10):
-            group.start_soon(transport._tls_context)
+            group.start_soon(fail_to_connect, transport)
     assert len(made) == 1
 
 

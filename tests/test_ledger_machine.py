@@ -44,7 +44,6 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gather_s, sqlite._GROUP_COMMIT_S = sqlite._GROUP_COMMIT_S, 0.0  # no other writer shares a commit
         self.runner = asyncio.Runner()
         self.root = Path(tempfile.mkdtemp())
         self.folder = self.root / "0"
@@ -61,7 +60,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         """Insert all rows."""
-        self.ledger = self.do(Ledger.open(self.folder))
+        self.ledger = self.do(Ledger.open(self.folder, group_commit_s=0))
         self.do(self.ledger.upsert_rows(map(row, KEYS)))
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:  # noqa: ANN401 - any result
@@ -154,7 +153,7 @@ class LedgerMachine(RuleBasedStateMachine):
         (rescued / "ledger.db-wal").write_bytes(log[:kept] + tail)
         self.do(self.ledger.aclose())
         self.folder, before = rescued, dict(self.known)
-        self.ledger = self.do(Ledger.open(rescued, adopt=True))
+        self.ledger = self.do(Ledger.open(rescued, adopt=True, group_commit_s=0))
         self.posted.clear()
         after = self.records()
         for name, state in before.items():
@@ -183,7 +182,6 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Close the ledger and remove the files."""
-        sqlite._GROUP_COMMIT_S = self.gather_s
         if hasattr(self, "ledger"):
             self.do(self.ledger.aclose())
         self.runner.close()

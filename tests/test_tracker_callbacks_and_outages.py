@@ -80,8 +80,7 @@ async def test_callbacks_for_ids_without_waiters_cost_nothing() -> None:
         for number in range(1000):
             tracker.notify(f"ta-{number}")
         await anyio.sleep(100)
-        assert not tracker._tasks
-        assert not tracker._poll_queue
+        assert tracker.statistics().tracked == 0
     assert not service.polls
 
 

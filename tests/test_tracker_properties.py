@@ -141,7 +141,7 @@ async def test_every_waiter_gets_the_truth_or_an_error_in_time(
             for number, job in enumerate(jobs):
                 group.start_soon(one, number, job)
         assert len(ends) == len(jobs)
-        assert not tracker._tasks
+        assert tracker.statistics().tracked == 0
         assert tracker._demand_per_s == 0
 
 

@@ -30,11 +30,11 @@ class FakePollSource:
     most_in_flight: int = 0
     polls_per_s: float = 1e6
     _semaphore: anyio.Semaphore = attrs.field(init=False)
-    _start_s: float = attrs.field(init=False)
+    start_s: float = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._semaphore = anyio.Semaphore(self.slots)
-        self._start_s = anyio.current_time()
+        self.start_s = anyio.current_time()
 
     async def acquire_poll_slot(self) -> None:
         """Wait for a slot."""
@@ -46,12 +46,12 @@ class FakePollSource:
 
     async def poll(self, task_id: str) -> Task:
         """Return a snapshot after a delay."""
-        self.polls.append((anyio.current_time() - self._start_s, task_id))
+        self.polls.append((anyio.current_time() - self.start_s, task_id))
         self.in_flight += 1
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
         try:
             await anyio.sleep(self.delay_s)
-            snapshot = self.snapshot_at(task_id, anyio.current_time() - self._start_s)
+            snapshot = self.snapshot_at(task_id, anyio.current_time() - self.start_s)
         finally:
             self.in_flight -= 1
             self._semaphore.release()

@@ -36,7 +36,7 @@ from nanobanana_async.handle import TaskHandle, no_image_error
 from nanobanana_async.images.download import remove_partial_files
 from nanobanana_async.ledger.budget import Budget
 from nanobanana_async.ledger.schema import LedgerRow, RowState
-from nanobanana_async.ledger.sqlite import Ledger
+from nanobanana_async.ledger.sqlite import GROUP_COMMIT_S, Ledger
 from nanobanana_async.models import CallbackSource, GenerationRequest, SavedImage, Task
 from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown, outcome_from_error
 
@@ -59,18 +59,18 @@ class Batch:
         self,
         ledger: Ledger,
         client: NanoBananaClient,
-        account: Budget,
-        fetcher: ImageStore | None,
+        budget: Budget,
+        image_store: ImageStore | None,
         callback: CallbackSource | None,
     ) -> None:
         self.folder: Final = ledger.folder
         self._ledger = ledger
         self._client = client
-        self._budget = account
-        self._image_store: ImageStore = fetcher or ClientImageStore(client)
+        self._budget = budget
+        self._image_store: ImageStore = image_store or ClientImageStore(client)
         self._background = BackgroundTaskGroup()
         self._run_state = RunState()
-        self._submitter = Submitter(ledger, client, account, self._run_state, callback)
+        self._submitter = Submitter(ledger, client, budget, self._run_state, callback)
         self._outcome_counts: Counter[type[Outcome] | str] = Counter()
         self._last_confirm_s: dict[str, float] = {}
         self._seen_keys: set[str] = set()
@@ -89,6 +89,7 @@ class Batch:
         budget: Decimal | None = None,
         image_store: ImageStore | None = None,
         callback: CallbackSource | None = None,
+        group_commit_s: float = GROUP_COMMIT_S,
     ) -> AsyncGenerator["Batch"]:
         """Open the batch in *folder*, which is created if missing. Leaving the block closes it (see `aclose`).
 
@@ -99,11 +100,12 @@ class Batch:
                 flight count at the largest price seen for their model.
             image_store: Stores the images; None uses the client.
             callback: A `CallbackReceiver`, as for `client.submit`. A callback also resolves an unknown row, in any run.
+            group_commit_s: How long a ledger write waits for others to share its fsync. A row has four of them.
 
         Raises:
             LedgerError: Another process holds the folder (`exc.pid`), or its ledger cannot be used.
         """
-        ledger = await Ledger.open(Path(folder))
+        ledger = await Ledger.open(Path(folder), group_commit_s=group_commit_s)
         try:
             await anyio.to_thread.run_sync(remove_partial_files, ledger.folder)
             batch = cls(

@@ -30,7 +30,8 @@ T = TypeVar("T")
 
 _FILE_NAME: Final = "ledger.db"
 _BUSY_TIMEOUT_S: Final = 0.5
-_GROUP_COMMIT_S = 0.025
+_CLOSE_POLL_S: Final = 0.005
+GROUP_COMMIT_S: Final = 0.025
 """How long a write waits for others to share its fsync. A row needs four of them and takes seconds."""
 _INTERRUPTED_REASON: Final = "the program ended before a response arrived"
 
@@ -53,8 +54,9 @@ class Ledger:
     the disk are unknown, and a second fsync would succeed without meaning.
     """
 
-    def __init__(self, folder: Path, connection: sqlite3.Connection) -> None:
+    def __init__(self, folder: Path, connection: sqlite3.Connection, group_commit_s: float) -> None:
         self.folder: Final = folder
+        self._group_commit_s = group_commit_s
         self._db = connection
         self._db.row_factory = sqlite3.Row
         self._mutex = threading.Lock()
@@ -70,13 +72,16 @@ class Ledger:
     # --- open and close ---------------------------------------------------------------------------------------------
 
     @classmethod
-    async def open(cls, folder: Path, *, adopt: bool = False, create: bool = True) -> Self:
+    async def open(
+        cls, folder: Path, *, adopt: bool = False, create: bool = True, group_commit_s: float = GROUP_COMMIT_S
+    ) -> Self:
         """Open the ledger of *folder*. Attempts of an interrupted run become unknown.
 
         Args:
             folder: The folder of the batch.
             adopt: Whether to accept a copied or restored ledger as the original.
             create: Whether to create the folder and the ledger if they are missing.
+            group_commit_s: How long a write waits for others to share its fsync.
 
         Raises:
             LedgerError: Another process holds it, or it is damaged, a copy, of a newer version, or missing.
@@ -85,7 +90,7 @@ class Ledger:
         has_left = threading.Event()
 
         def work() -> None:
-            opened.append(cls._open(folder, adopt, create))
+            opened.append(cls(folder, _connect(folder, adopt=adopt, create=create), group_commit_s))
             if has_left.is_set():
                 opened[0]._close()  # noqa: SLF001 - an instance of this class
 
@@ -99,33 +104,12 @@ class Ledger:
             raise
         return opened[0]
 
-    @classmethod
-    def _open(cls, folder: Path, adopt: bool, create: bool) -> Self:  # noqa: FBT001 - passed on by `open`
-        path = folder / _FILE_NAME
-        try:
-            if create:
-                folder.mkdir(parents=True, exist_ok=True)
-            _create_private_file(path, create=create)
-            db = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-        except (OSError, sqlite3.Error) as exc:
-            raise LedgerError(f"{path}: cannot be opened: {getattr(exc, 'strerror', None) or exc}") from exc
-        try:
-            _initialize(db, path, adopt=adopt)
-            (folder / "ledger.pid").write_text(f"{os.getpid()}\n")
-        except (sqlite3.Error, OSError) as exc:
-            db.close()
-            raise _open_error(path, exc) from exc
-        except LedgerError:
-            db.close()
-            raise
-        return cls(folder, db)
-
     async def aclose(self) -> None:
         """Close the ledger and release the lock."""
         with anyio.CancelScope(shield=True):
             try:
                 while self._is_writing and self._background.is_open:  # noqa: ASYNC110 - once, for milliseconds
-                    await anyio.sleep(_GROUP_COMMIT_S)
+                    await anyio.sleep(_CLOSE_POLL_S)
                 await self._background.aclose(drain_s=0)
                 await anyio.to_thread.run_sync(self._close)
             finally:  # has an effect only if `task.cancel()` broke the shield
@@ -209,7 +193,7 @@ class Ledger:
     async def _commit_write(self, work: Callable[[sqlite3.Connection], T], key: str | None = None) -> T:
         """Return the result of *work* once it is on the disk.
 
-        Group commit: waits 25 ms, then commits all pending writes in one transaction. Not cancellable.
+        Group commit: waits `group_commit_s`, then commits all pending writes in one transaction. Not cancellable.
         """
         write = _Write(work)
         if not self._background.is_open:
@@ -231,7 +215,7 @@ class Ledger:
         writes: list[_Write[object]] = []
         try:
             while self._pending_writes:
-                await anyio.sleep(_GROUP_COMMIT_S)
+                await anyio.sleep(self._group_commit_s)
                 writes, self._pending_writes = self._pending_writes, []
                 await anyio.to_thread.run_sync(self._commit, writes, limiter=self._limiter)
                 for write in writes:
@@ -284,6 +268,28 @@ class Ledger:
 
     def _file_ids(self) -> list[int | None]:
         return [_inode(self.folder / name) for name in (_FILE_NAME, f"{_FILE_NAME}-wal")]
+
+
+def _connect(folder: Path, *, adopt: bool, create: bool) -> sqlite3.Connection:
+    """Open, lock and check the database of *folder*."""
+    path = folder / _FILE_NAME
+    try:
+        if create:
+            folder.mkdir(parents=True, exist_ok=True)
+        _create_private_file(path, create=create)
+        db = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    except (OSError, sqlite3.Error) as exc:
+        raise LedgerError(f"{path}: cannot be opened: {getattr(exc, 'strerror', None) or exc}") from exc
+    try:
+        _initialize(db, path, adopt=adopt)
+        (folder / "ledger.pid").write_text(f"{os.getpid()}\n")
+    except (sqlite3.Error, OSError) as exc:
+        db.close()
+        raise _open_error(path, exc) from exc
+    except LedgerError:
+        db.close()
+        raise
+    return db
 
 
 def _inode(path: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Final
 
 import anyio
@@ -9,7 +10,7 @@ import attrs
 
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
-from nanobanana_async.protocols import ChunkSink, ExchangeError, Phase, WireRequest, WireResponse
+from nanobanana_async.protocols import ChunkSink, ExchangeError, Phase, Transport, WireRequest, WireResponse
 from nanobanana_async.simulator.service import Charge, ImageSpec, SimulatedService, SimulatorProfile
 
 FAST_PROFILE: Final = SimulatorProfile(median_s=0.02, sigma=0.3, visibility_delay_s=0.0)
@@ -45,10 +46,17 @@ class Simulator:
         retry: RetryPolicy = RetryPolicy(),
         polling: PollPolicy = FAST_POLLING,
         timeouts: Timeouts = Timeouts(),
+        wrap: Callable[[Transport], Transport] | None = None,
     ) -> NanoBananaClient:
-        """Return a client of this service with poll intervals that fit `FAST_PROFILE`."""
+        """Return a client of this service with poll intervals that fit `FAST_PROFILE`.
+
+        *wrap* gets the simulator and returns the transport of the client, which may change, fail or count requests.
+        """
+        transport = self if wrap is None else wrap(self)
         key = min(self.service.profile.keys)
-        return NanoBananaClient(key, limits=limits, retry=retry, polling=polling, timeouts=timeouts, transport=self)
+        return NanoBananaClient(
+            key, limits=limits, retry=retry, polling=polling, timeouts=timeouts, transport=transport
+        )
 
     async def send(self, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None) -> WireResponse:
         """See `Transport.send`. The request arrives after half of `delay_s`."""

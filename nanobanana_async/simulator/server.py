@@ -5,7 +5,7 @@ import itertools
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from typing import Final, Self
 
@@ -20,15 +20,17 @@ from starlette.routing import Route
 
 from nanobanana_async.protocols import ExchangeError, RequestKind, WireRequest
 from nanobanana_async.simulator.render import render_png
-from nanobanana_async.simulator.service import Charge, SimulatedService, SimulatedTask, SimulatorProfile
+from nanobanana_async.simulator.service import Charge, ImageSpec, SimulatedService, SimulatedTask, SimulatorProfile
 from nanobanana_async.transport.httpx import HttpxTransport
 
 _CALLBACK_TRIES: Final = 3
 
 
-def make_service(profile: SimulatorProfile, *, seed: int = 0) -> SimulatedService:
-    """Return a simulated service in real time that renders full-size images."""
-    return SimulatedService(profile, seed=seed, now_s=time.monotonic, render=render_png)
+def make_service(
+    profile: SimulatorProfile, *, seed: int = 0, render: Callable[[ImageSpec], bytes] = render_png
+) -> SimulatedService:
+    """Return a simulated service in real time, by default with full-size images."""
+    return SimulatedService(profile, seed=seed, now_s=time.monotonic, render=render)
 
 
 def make_app(service: SimulatedService) -> Starlette:
@@ -103,12 +105,27 @@ class SimulatorServer:
 
     Use it with `with`. `url` is the base URL, and `charges` has every charge.
 
+    Args:
+        profile: Behaviour of the service.
+        seed: The same seed and the same calls give the same ids, latencies and errors.
+        host: Address to listen on.
+        port: Port to listen on; 0 selects a free one.
+        render: Renders the images. `tiny_png` is fast, and the default gives full-size images.
+
     Raises:
         OSError: The port is in use.
     """
 
-    def __init__(self, profile: SimulatorProfile, *, seed: int = 0, host: str = "127.0.0.1", port: int = 0) -> None:
-        self.service: Final = make_service(profile, seed=seed)
+    def __init__(
+        self,
+        profile: SimulatorProfile,
+        *,
+        seed: int = 0,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        render: Callable[[ImageSpec], bytes] = render_png,
+    ) -> None:
+        self.service: Final = make_service(profile, seed=seed, render=render)
         self._socket = open_listener(host, port)
         name = f"[{host}]" if ":" in host else host
         self.url: Final = f"http://{name}:{self._socket.getsockname()[1]}"

@@ -12,7 +12,6 @@ import attrs
 
 from nanobanana_async import Batch, NanoBananaClient, WireRequest
 from nanobanana_async.images.download import _PartFile
-from nanobanana_async.ledger import sqlite
 from nanobanana_async.simulator import FAST_LIMITS, FAST_POLLING
 from nanobanana_async.transport.httpx import HttpxTransport
 
@@ -34,7 +33,6 @@ class Plan:
 
 def run(plan: Plan) -> None:
     """Run the batch to its end, or to the point where it dies."""
-    sqlite._GROUP_COMMIT_S = 0.002  # so that many kills take little time
     with plan.log.open("ab", buffering=0) as log:
         _arm(plan, log.write)
         anyio.run(_batch, plan)
@@ -43,7 +41,7 @@ def run(plan: Plan) -> None:
 async def _batch(plan: Plan) -> None:
     async with (
         NanoBananaClient("dk-test", base_url=plan.url, limits=FAST_LIMITS, polling=FAST_POLLING) as client,
-        Batch.open(plan.folder, client) as batch,
+        Batch.open(plan.folder, client, group_commit_s=0.002) as batch,
     ):
         async for _ in batch.run(plan.prompts, max_in_flight=4):
             pass

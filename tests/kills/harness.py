@@ -50,7 +50,6 @@ class Harness:
         self._victim: multiprocessing.process.BaseProcess | None = None
         self._points = 0
         self.tally = Tally()
-        server.service._render = tiny_png
         handle = server.service.handle
 
         def watched(method: str, *rest: object) -> SimulatedResponse:
@@ -154,7 +153,7 @@ async def _records(folder: Path) -> list[LedgerRow]:
 
 def run_trials(kills: int, seed: int) -> Tally:
     """Kill batches until *kills* kills have hit, and return the sum."""
-    with SimulatorServer(PROFILE, seed=seed) as server:
+    with SimulatorServer(PROFILE, render=tiny_png, seed=seed) as server:
         harness = Harness(server, seed)
         harness.learn_points("a rehearsal")
         number = 0
