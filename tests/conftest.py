@@ -7,6 +7,8 @@ import anyio
 import anyio.to_thread
 import pytest
 
+from nanobanana_async.simulator import FAST_PROFILE
+from nanobanana_async.simulator.server import SimulatorServer
 from tests.conformance import ChargeAudit, watch_charges
 from tests.virtual_time import backend_options
 
@@ -49,6 +51,20 @@ async def _inline(work: Callable[..., object], *args: object, **_: object) -> ob
 def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run disk work on the event loop, because virtual time does not wait for threads."""
     monkeypatch.setattr(anyio.to_thread, "run_sync", _inline)
+
+
+@pytest.fixture(scope="session")
+def _session_server() -> Iterator[SimulatorServer]:
+    with SimulatorServer(FAST_PROFILE) as server:
+        yield server
+
+
+@pytest.fixture
+def shared_server(_session_server: SimulatorServer, monkeypatch: pytest.MonkeyPatch) -> SimulatorServer:
+    """Return a service that many tests share, for commands that are not charged."""
+    monkeypatch.setenv("DEFAPI_BASE_URL", _session_server.url)
+    monkeypatch.setenv("DEFAPI_API_KEY", min(FAST_PROFILE.keys))
+    return _session_server
 
 
 @pytest.fixture(autouse=True)

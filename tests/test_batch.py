@@ -180,7 +180,7 @@ async def test_rows_in_flight_are_bounded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["break", "raise"])
 async def test_a_consumer_that_stops_early_loses_nothing(tmp_path: Path, ending: str) -> None:
     """The next run downloads what was charged."""
-    simulator = Simulator(SimulatorProfile(median_s=0.1, sigma=1, visibility_delay_s=0))
+    simulator = Simulator(SimulatorProfile(median_s=0.04, sigma=1, visibility_delay_s=0))
 
     async def consume(batch: Batch) -> None:
         outcomes = batch.run(FOXES)
@@ -487,6 +487,7 @@ async def test_half_an_hour_without_a_network_costs_only_time(tmp_path: Path) ->
     assert posts < 150
 
 
+@pytest.mark.slow
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("no_threads")
 async def test_a_network_that_does_not_come_back_ends_the_run_after_an_hour(tmp_path: Path) -> None:
@@ -503,6 +504,7 @@ async def test_a_network_that_does_not_come_back_ends_the_run_after_an_hour(tmp_
         assert kinds(await run(batch)) == ["Succeeded"] * len(FOXES)
 
 
+@pytest.mark.slow
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("no_threads")
 async def test_a_gateway_outage_makes_few_rows_unknown(tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 from pathlib import Path
 
@@ -26,137 +24,93 @@ pytestmark = pytest.mark.other_clients
 PROMPTS = [f"a fox, number {number}" for number in range(4)]
 
 
+BATCH = ("batch", "prompts.txt", "--out", "run")
+
+
 @attrs.define
 class CliScenario:
-    """One scenario: its folder, its server, and how its commands ended."""
+    """A folder with prompts, and a server for its commands."""
 
     folder: Path
     server: SimulatorServer
-    runs: list[Ended] = attrs.field(factory=list)
 
-    def batch(self, *options: str) -> None:
+    def batch(self, *options: str) -> Ended:
         """Run the command to its end."""
-        done = nanobanana("batch", "prompts.txt", "--out", "run", *options, cwd=self.folder, **self.variables)
-        self.runs.append(Ended(done.returncode, done.stdout, done.stderr, self.folder))
+        return nanobanana(*BATCH, "--poll", "0.05", *options, cwd=self.folder)
 
-    def batch_until(self, number: signal.Signals) -> None:
-        """Run the command until *count* rows are submitted, then send a signal."""
-        with started("batch", "prompts.txt", "--out", "run", cwd=self.folder, variables=self.variables) as process:
+    def batch_until(self, number: signal.Signals) -> Ended:
+        """Run the command until all rows are submitted, then send a signal."""
+        with started(*BATCH, cwd=self.folder) as process:
             wait_for((self.folder / "run" / "ledger.pid").exists)
             wait_for(lambda: len(self.server.charges) == len(PROMPTS))
             process.send_signal(number)
             out, err = process.communicate(timeout=20)
-        self.runs.append(Ended(process.returncode, out, err, self.folder))
-
-    @property
-    def variables(self) -> dict[str, str]:
-        """Environment that points at the server."""
-        return {"DEFAPI_BASE_URL": self.server.url, "DEFAPI_API_KEY": "dk-test"}
+        return Ended(process.returncode, out, err, self.folder)
 
 
-def _whole(scene: CliScenario) -> None:
-    scene.batch()
-    scene.batch("--json")
+@pytest.fixture
+def scenario(nanobanana_server: SimulatorServer, tmp_path: Path) -> CliScenario:
+    """Return a folder with four prompts, and a server that the environment points at."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    return CliScenario(tmp_path, nanobanana_server)
 
 
-def _interrupted(scene: CliScenario) -> None:
-    scene.batch_until(signal.SIGINT)
-    scene.batch_until(signal.SIGTERM)
-    scene.batch()
-
-
-def _poor(scene: CliScenario) -> None:
-    scene.server.service.profile = attrs.evolve(FAST_PROFILE, balance=Decimal("1.2"))
-    scene.batch()
-
-
-def _crowded(scene: CliScenario) -> None:
-    with started("batch", "prompts.txt", "--out", "run", cwd=scene.folder, variables=scene.variables) as process:
-        wait_for((scene.folder / "run" / "ledger.pid").exists)
-        scene.batch()
-        out, err = process.communicate(timeout=30)
-    scene.runs.append(Ended(process.returncode, out, f"{process.pid}", scene.folder))
-    assert not err.startswith("Traceback")
-
-
-SCENES: dict[str, Callable[[CliScenario], None]] = {
-    "whole": _whole,
-    "interrupted": _interrupted,
-    "poor": _poor,
-    "crowded": _crowded,
-}
-
-
-@pytest.fixture(scope="module")
-def scenarios(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, CliScenario]]:
-    """Run all scenarios that wait for images concurrently."""
-    stage = {}
-    for name in SCENES:
-        folder = tmp_path_factory.mktemp(name)
-        (folder / "prompts.txt").write_text("\n".join(PROMPTS))
-        stage[name] = CliScenario(folder, SimulatorServer(FAST_PROFILE))
-    with ThreadPoolExecutor(len(SCENES)) as pool:
-        for scene in stage.values():
-            scene.server.__enter__()
-        try:
-            list(pool.map(lambda name: SCENES[name](stage[name]), SCENES))
-            yield stage
-        finally:
-            for scene in stage.values():
-                scene.server.__exit__()
-
-
-def test_a_file_of_prompts_becomes_a_folder_of_images(scenarios: dict[str, CliScenario]) -> None:
+def test_a_file_of_prompts_becomes_a_folder_of_images(scenario: CliScenario) -> None:
     """The gallery path is on stdout, the summary on stderr, and there is no live bar without a terminal."""
-    first, _ = scenarios["whole"].runs
+    first = scenario.batch()
     assert (first.code, first.out) == (0, "run/index.html\n")
     assert first.err.splitlines()[-1] == "4 of 4 saved; 2 credits spent"
     assert "\x1b" not in first.err
     assert len(list((first.folder / "run").glob("*.png"))) == 4
 
 
-def test_the_same_command_again_costs_nothing(scenarios: dict[str, CliScenario]) -> None:
+def test_the_same_command_again_costs_nothing(scenario: CliScenario) -> None:
     """With --json it prints one object per line, marked as replayed."""
-    _, again = scenarios["whole"].runs
+    scenario.batch()
+    again = scenario.batch("--json")
     lines = [json.loads(line) for line in again.out.splitlines()]
     assert (again.code, again.err) == (0, "")
     assert sorted(line["prompt"] for line in lines) == PROMPTS
     assert all(line["outcome"] == "succeeded" and line["replayed"] and line["files"] for line in lines)
-    assert len(scenarios["whole"].server.charges) == 4
+    assert len(scenario.server.charges) == 4
 
 
-def test_an_interrupted_run_finishes_submits_and_prints_the_resume_command(scenarios: dict[str, CliScenario]) -> None:
+def test_an_interrupted_run_finishes_submits_and_prints_the_resume_command(scenario: CliScenario) -> None:
     """The exit code is 130 or 143, and the same command downloads what was charged."""
-    scene = scenarios["interrupted"]
-    assert [command.code for command in scene.runs] == [130, 143, 0]
-    for command in scene.runs[:2]:
+    interrupted = [scenario.batch_until(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert [command.code for command in interrupted] == [130, 143]
+    for command in interrupted:
         *_, summary, hint, last = command.err.splitlines()
         assert summary == "0 of 4 saved, 4 remaining (4 submitted); 0 credits spent, price of 4 not yet known"
         assert hint == "To resume, run: nanobanana batch prompts.txt --out run"
         assert last == "interrupted"
         assert "Traceback" not in command.err
-    assert sorted(charge.prompt for charge in scene.server.charges) == PROMPTS
-    assert len(list((scene.folder / "run").glob("*.png"))) == 4
+    assert scenario.batch().code == 0
+    assert sorted(charge.prompt for charge in scenario.server.charges) == PROMPTS
+    assert len(list((scenario.folder / "run").glob("*.png"))) == 4
 
 
-def test_an_empty_account_saves_what_is_charged_and_prints_the_resume_command(
-    scenarios: dict[str, CliScenario],
-) -> None:
+def test_an_empty_account_saves_what_is_charged_and_prints_the_resume_command(scenario: CliScenario) -> None:
     """Charged images are saved, and the command to resume is printed."""
-    (poor,) = scenarios["poor"].runs
+    scenario.server.service.profile = attrs.evolve(FAST_PROFILE, balance=Decimal("1.2"))
+    poor = scenario.batch()
     assert poor.code == 1
     assert "insufficient credit" in poor.err
     assert "2 of 4 saved, 2 remaining; 1 credits spent" in poor.err
     assert "To resume, run: nanobanana batch prompts.txt --out run" in poor.err
-    assert len(scenarios["poor"].server.charges) == 2
+    assert len(scenario.server.charges) == 2
 
 
-def test_a_second_process_is_refused(scenarios: dict[str, CliScenario]) -> None:
+def test_a_second_process_is_refused(scenario: CliScenario) -> None:
     """A second process is refused with the pid of the first, which is not disturbed."""
-    second, first = scenarios["crowded"].runs
-    assert (first.code, second.code) == (0, 1)
-    assert f"run/ledger.db: in use by process {first.err}. Wait until it has finished" in second.err
-    assert len(scenarios["crowded"].server.charges) == 4
+    with started(*BATCH, "--poll", "1", cwd=scenario.folder) as process:
+        wait_for((scenario.folder / "run" / "ledger.pid").exists)
+        second = scenario.batch()
+        _, err = process.communicate(timeout=30)
+    assert (process.returncode, second.code) == (0, 1)
+    assert f"run/ledger.db: in use by process {process.pid}. Wait until it has finished" in second.err
+    assert "Traceback" not in err
+    assert len(scenario.server.charges) == 4
 
 
 def _respond_never(peer: socket.socket, _: bytes) -> None:
@@ -184,15 +138,15 @@ def test_a_second_interrupt_exits_at_once_and_lists_unknown_rows(tmp_path: Path,
     assert "nanobanana batch resolve --out run" in err
     assert "Traceback" not in err
     listed = nanobanana("batch", "resolve", "--out", "run", cwd=tmp_path, DEFAPI_API_KEY="")
-    assert listed.returncode == 0
-    assert re.fullmatch(r"\w{16}  price unknown  'a fox'  the program ended before a response arrived\n", listed.stdout)
-    assert nanobanana("batch", "resolve", "--out", "run", "--abandon", cwd=tmp_path).returncode == 2
-    key = listed.stdout.split()[0]
-    assert nanobanana("batch", "resolve", "--out", "run", "--abandon", "--resubmit", key, cwd=tmp_path).returncode == 2
+    assert listed.code == 0
+    assert re.fullmatch(r"\w{16}  price unknown  'a fox'  the program ended before a response arrived\n", listed.out)
+    assert nanobanana("batch", "resolve", "--out", "run", "--abandon", cwd=tmp_path).code == 2
+    key = listed.out.split()[0]
+    assert nanobanana("batch", "resolve", "--out", "run", "--abandon", "--resubmit", key, cwd=tmp_path).code == 2
     for arguments in (["--resubmit", key], ["--list"]):
         listed = nanobanana("batch", "resolve", "--out", "run", *arguments, cwd=tmp_path)
-        assert (listed.returncode, listed.stdout) == (0, "")
-    assert nanobanana("batch", "resolve", "--out", "run", "--abandon", key, cwd=tmp_path).returncode == 1
+        assert (listed.code, listed.out) == (0, "")
+    assert nanobanana("batch", "resolve", "--out", "run", "--abandon", key, cwd=tmp_path).code == 1
 
 
 @pytest.mark.parametrize(
@@ -225,7 +179,7 @@ def test_a_second_interrupt_exits_at_once_and_lists_unknown_rows(tmp_path: Path,
     ],
 )
 def test_errors_are_reported_before_anything_is_charged(
-    nanobanana_server: SimulatorServer,
+    shared_server: SimulatorServer,
     tmp_path: Path,
     arguments: list[str],
     variables: dict[str, str],
@@ -237,10 +191,10 @@ def test_errors_are_reported_before_anything_is_charged(
     (tmp_path / "bad.csv").write_text("prompt,key\nfox,\n,k\n")
     (tmp_path / "many.csv").write_text("prompt,key\n" + ",k\n" * 60)
     ended = nanobanana("batch", *arguments, cwd=tmp_path, **variables)
-    assert (ended.returncode, ended.stdout) == (code, "")
-    assert says in ended.stderr
-    assert "Traceback" not in ended.stderr
-    assert nanobanana_server.charges == []
+    assert (ended.code, ended.out) == (code, "")
+    assert says in ended.err
+    assert "Traceback" not in ended.err
+    assert shared_server.charges == []
 
 
 def test_the_time_left_follows_from_the_median_and_then_from_the_rate() -> None:
@@ -251,6 +205,7 @@ def test_the_time_left_follows_from_the_median_and_then_from_the_rate() -> None:
     assert eta_s(1, 20, 200, 5.0) == 20
 
 
+@pytest.mark.slow
 def test_twenty_kills_lose_nothing_and_charge_nothing_twice() -> None:
     """The kill harness finds every image saved and charged once; `python -m tests.kills` does more kills."""
     tally = run_trials(20, seed=sys.maxsize)

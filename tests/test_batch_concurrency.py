@@ -112,7 +112,7 @@ async def test_a_rejected_row_is_not_unknown_however_the_run_ends(tmp_path: Path
     simulator = Simulator(FAST_PROFILE)
     intercept = nth_post(lambda n: rejected(429, 1, "busy") if n else None)
     async with batch_of(simulator, tmp_path, intercept) as batch:
-        with anyio.move_on_after(1.5):
+        with anyio.move_on_after(0.6):
             await run(batch)
     async with batch_of(simulator, tmp_path) as batch:
         assert await batch.unknown_rows() == []
@@ -235,6 +235,7 @@ async def test_a_cancelled_close_still_ends(tmp_path: Path, *, again: bool) -> N
             await anyio.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("steps", range(6))
 @pytest.mark.parametrize("what", ["client", "ledger"])

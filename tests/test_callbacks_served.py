@@ -85,6 +85,7 @@ async def served(framework: str, service: SimulatorServer) -> AsyncIterator[Serv
     await app.client.aclose()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["fastapi", "starlette", "alone"])
 async def test_a_callback_wakes_its_waiters(service: SimulatorServer, framework: str) -> None:
     """Each image costs one query, long before its first poll."""

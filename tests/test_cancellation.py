@@ -101,6 +101,7 @@ async def test_native_cancellation_at_any_step_loses_no_id(steps: int, caplog: p
     assert [charge.task_id for charge in simulator.charges if charge.task_id not in caplog.text + returned] == []
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_ten_thousand_random_cancels_leave_the_throughput_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
     """P9: over real sockets the throughput is unchanged. httpx's own pool fails after ten cancels."""

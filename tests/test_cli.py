@@ -3,10 +3,7 @@
 import json
 import re
 import signal
-import subprocess
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import anyio
@@ -14,83 +11,65 @@ import pytest
 from PIL import Image
 
 from nanobanana_async import NanoBananaClient
-from nanobanana_async.simulator import FAST_PROFILE, SimulatorProfile
+from nanobanana_async.simulator import SimulatorProfile
 from nanobanana_async.simulator.server import SimulatorServer
-from tests.commands import COMMAND, Ended, environment, nanobanana, started, wait_for
+from tests.commands import nanobanana, run_command, started, wait_for
 from tests.raw_server import response, sending, serving
 
 pytestmark = pytest.mark.other_clients
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ended]]:
-    """Run the commands that wait for images concurrently."""
-    commands = {
-        "one": ('exec "$@"', ["generate", "a fox in snow", "-o", "fox.png", "--aspect-ratio", "16:9"]),
-        "two": ('exec "$@"', ["generate", "a", "b", "--json", "-o", "out", "--image", "ref.png"]),
-        "demo": ('exec "$@"', ["demo", "-o", "shown"]),
-        "full": ('ulimit -f 8; exec "$@"', ["generate", "too large", "-o", "fox.png"]),
-        "unread": ('"$@" | :', ["generate", "c", "d"]),
-    }
-    folders = {name: tmp_path_factory.mktemp(name) for name in commands}
-    (folders["two"] / "ref.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    with SimulatorServer(FAST_PROFILE) as server:
-
-        def run(name: str) -> Ended:
-            script, arguments = commands[name]
-            done = subprocess.run(  # noqa: S603 - the command of this package
-                ["/bin/sh", "-c", script, "_", *COMMAND, *arguments],
-                cwd=folders[name],
-                env=environment(DEFAPI_BASE_URL=server.url, DEFAPI_API_KEY="dk-test"),
-                capture_output=True,
-                text=True,
-                timeout=60,
-                check=False,
-            )
-            return Ended(done.returncode, done.stdout, done.stderr, folders[name])
-
-        with ThreadPoolExecutor(len(commands)) as pool:
-            yield dict(zip(commands, pool.map(run, commands), strict=True))
-        assert sorted(charge.prompt for charge in server.charges) == ["a", "a fox in snow", "b", "c", "d", "too large"]
+@pytest.fixture
+def server(nanobanana_server: SimulatorServer) -> SimulatorServer:
+    """Return a service on a port that the environment points at."""
+    return nanobanana_server
 
 
-def test_a_prompt_becomes_an_image_on_disk(ended: dict[str, Ended]) -> None:
+def test_a_prompt_becomes_an_image_on_disk(server: SimulatorServer, tmp_path: Path) -> None:
     """The path is on stdout, nothing else is, and the exit code is 0."""
-    one = ended["one"]
+    options = ["-o", "fox.png", "--aspect-ratio", "16:9", "--poll", "0.05"]
+    one = run_command("generate", "a fox in snow", *options, cwd=tmp_path)
     assert (one.code, one.out, one.err) == (0, "fox.png\n", "")
     with Image.open(one.folder / "fox.png") as image:
         assert (image.format, image.size) == ("PNG", (1024, 576))
+    assert [charge.prompt for charge in server.charges] == ["a fox in snow"]
 
 
-def test_several_prompts_are_one_json_line_each(ended: dict[str, Ended]) -> None:
+def test_several_prompts_are_one_json_line_each(server: SimulatorServer, tmp_path: Path) -> None:
     """Each line has the prompt, the files and the cost."""
-    two = ended["two"]
+    (tmp_path / "ref.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    options = ["--json", "-o", "out", "--image", "ref.png", "--poll", "0.05"]
+    two = nanobanana("generate", "a", "b", *options, cwd=tmp_path)
     lines = [json.loads(line) for line in two.out.splitlines()]
     assert (two.code, two.err) == (0, "")
     assert {line["prompt"] for line in lines} == {"a", "b"}
     assert all((two.folder / line["files"][0]).is_file() and line["consumed"] == "0.500000" for line in lines)
+    assert sorted(charge.prompt for charge in server.charges) == ["a", "b"]
 
 
-def test_a_full_disk_prints_the_command_that_downloads_the_image(ended: dict[str, Ended]) -> None:
+def test_a_full_disk_prints_the_command_that_downloads_the_image(server: SimulatorServer, tmp_path: Path) -> None:
     """The charged image can still be saved elsewhere."""
-    full = ended["full"]
+    options = ["-o", "fox.png", "--poll", "0.05"]
+    full = run_command("generate", "too large", *options, cwd=tmp_path, script='ulimit -f 8; exec "$@"')
     assert full.code == 1
     assert "fox.png: cannot be written" in full.err
-    assert re.search(
-        r"charged but not saved: 'too large'. To download it, run: nanobanana wait ta\S+ -o fox\.png", full.err
-    )
+    command = r"To download it, run: nanobanana wait ta\S+ -o fox\.png"
+    assert re.search(rf"charged but not saved: 'too large'\. {command}", full.err)
     assert list(full.folder.iterdir()) == []
+    assert len(server.charges) == 1
 
 
-def test_a_closed_pipe_does_not_stop_images_from_being_saved(ended: dict[str, Ended]) -> None:
-    r"""`nanobanana generate ... \|head -1` saves all images."""
-    assert ended["unread"].err == ""
-    assert len(list(ended["unread"].folder.glob("*.png"))) == 2
+def test_a_closed_pipe_does_not_stop_images_from_being_saved(server: SimulatorServer, tmp_path: Path) -> None:
+    """All images are saved when stdout is closed, as by `head -1`."""
+    unread = run_command("generate", "c", "d", "--poll", "0.05", cwd=tmp_path, script='"$@" | :')
+    assert unread.err == ""
+    assert len(list(unread.folder.glob("*.png"))) == len(server.charges) == 2
 
 
-def test_the_demo_generates_24_images_and_a_gallery(ended: dict[str, Ended]) -> None:
+@pytest.mark.slow
+def test_the_demo_generates_24_images_and_a_gallery(tmp_path: Path) -> None:
     """The demo needs no key and no network, and prints plain lines without a terminal."""
-    demo = ended["demo"]
+    demo = run_command("demo", "-o", "shown", cwd=tmp_path)
     assert (demo.code, "\x1b" in demo.out + demo.err) == (0, False)
     page = (demo.folder / "shown" / "index.html").read_text()
     images = sorted((demo.folder / "shown").glob("*.png"))
@@ -120,7 +99,7 @@ def test_the_demo_generates_24_images_and_a_gallery(ended: dict[str, Ended]) -> 
     ],
 )
 def test_an_error_is_one_line_and_an_exit_code(
-    nanobanana_server: SimulatorServer,
+    shared_server: SimulatorServer,
     tmp_path: Path,
     arguments: list[str],
     variables: dict[str, str],
@@ -130,13 +109,13 @@ def test_an_error_is_one_line_and_an_exit_code(
     """The code is 1 for a failure and 2 for wrong usage, without a traceback, the key, or a charge."""
     (tmp_path / "file").touch()
     ended = nanobanana(*arguments, cwd=tmp_path, **variables)
-    assert ended.returncode == code
-    last = ended.stderr.strip().splitlines()[-1]
+    assert ended.code == code
+    last = ended.err.strip().splitlines()[-1]
     assert says in last
     assert last.startswith("nanobanana: " if code == 1 else "Error: ")
-    assert "Traceback" not in ended.stderr
-    assert "dk-wrong" not in ended.stderr
-    assert nanobanana_server.service.charges == []
+    assert "Traceback" not in ended.err
+    assert "dk-wrong" not in ended.err
+    assert shared_server.charges == []
 
 
 @pytest.mark.parametrize(
@@ -144,8 +123,10 @@ def test_an_error_is_one_line_and_an_exit_code(
     [
         pytest.param(signal.SIGINT, 130, ":", id="ctrl-c"),
         pytest.param(signal.SIGTERM, 143, ":", id="terminate"),
-        pytest.param(signal.SIGTERM, 143, "trap '' INT", id="terminate-in-the-background-of-a-script"),
-        pytest.param(signal.SIGHUP, 129, ":", id="terminal-closed"),
+        pytest.param(
+            signal.SIGTERM, 143, "trap '' INT", id="terminate-in-the-background-of-a-script", marks=pytest.mark.slow
+        ),
+        pytest.param(signal.SIGHUP, 129, ":", id="terminal-closed", marks=pytest.mark.slow),
     ],
 )
 def test_an_interrupt_prints_the_resume_command_and_no_traceback(
@@ -166,8 +147,8 @@ def test_an_interrupt_prints_the_resume_command_and_no_traceback(
             f"charged but not saved: 'a fox'. To download it, run: nanobanana wait {task_id} -o 'my images'" in errors
         )
         assert "Traceback" not in errors
-        waited = nanobanana("wait", task_id, "-o", "fox.png", cwd=tmp_path)
-        assert (waited.returncode, waited.stdout, len(server.service.charges)) == (0, "fox.png\n", 1)
+        waited = nanobanana("wait", task_id, "-o", "fox.png", "--poll", "0.05", cwd=tmp_path)
+        assert (waited.code, waited.out, len(server.service.charges)) == (0, "fox.png\n", 1)
 
 
 def test_a_message_of_the_service_cannot_control_the_terminal() -> None:
@@ -175,29 +156,28 @@ def test_a_message_of_the_service_cannot_control_the_terminal() -> None:
     message = json.dumps({"code": 1, "message": "failed", "detail": "\x1b[2J\x1b]0;owned\x07no\nsuch\nthing"}).encode()
     with serving(sending(response(message, status="400 Bad"))) as server:
         ended = nanobanana("balance", DEFAPI_BASE_URL=server.url, DEFAPI_API_KEY="dk-test")
-    assert ended.stderr == "nanobanana: [2J ]0;owned no such thing (HTTP 400, code 1).\n"
+    assert ended.err == "nanobanana: [2J ]0;owned no such thing (HTTP 400, code 1).\n"
 
 
-def test_a_terminal_that_cannot_show_a_character_gets_an_escape() -> None:
+def test_a_terminal_that_cannot_show_a_character_gets_an_escape(tmp_path: Path) -> None:
     """A limited locale does not end in a traceback after a charge."""
     with serving(sending(response('{"code":1,"detail":"日本"}'.encode(), status="400 Bad"))) as server:
-        ended = nanobanana(
-            "balance", DEFAPI_BASE_URL=server.url, DEFAPI_API_KEY="dk-test", PYTHONIOENCODING="latin-1:strict"
-        )
-    assert ended.stderr == "nanobanana: \\u65e5\\u672c (HTTP 400, code 1).\n"
+        variables = {"DEFAPI_BASE_URL": server.url, "DEFAPI_API_KEY": "dk-test", "PYTHONIOENCODING": "latin-1:strict"}
+        ended = run_command("balance", cwd=tmp_path, variables=variables)
+    assert ended.err == "nanobanana: \\u65e5\\u672c (HTTP 400, code 1).\n"
 
 
-def test_status_and_balance_print_text_or_json(nanobanana_server: SimulatorServer) -> None:
+def test_status_and_balance_print_text_or_json(shared_server: SimulatorServer) -> None:
     """Both print text, or JSON with --json."""
-    assert nanobanana("balance").stdout == "100000 credits\n"
-    assert json.loads(nanobanana("balance", "--json").stdout) == {"credits": "100000"}
+    assert nanobanana("balance").out == "100000 credits\n"
+    assert json.loads(nanobanana("balance", "--json").out) == {"credits": "100000"}
 
 
-def test_errors_are_json_with_json(nanobanana_server: SimulatorServer) -> None:
+def test_errors_are_json_with_json(shared_server: SimulatorServer) -> None:
     """The error is on stdout with its type."""
     ended = nanobanana("wait", "ta-none", "--json")
-    record = json.loads(ended.stdout)
-    assert (ended.returncode, ended.stderr) == (1, "")
+    record = json.loads(ended.out)
+    assert (ended.code, ended.err) == (1, "")
     assert (record["task_id"], record["error_type"]) == ("ta-none", "TaskNotFound")
 
 
@@ -212,11 +192,11 @@ def test_a_failed_task_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
                 return (await client.submit("a fox")).task_id
 
         task_id = anyio.run(submit)
-        waited = nanobanana("wait", task_id)
-        assert (waited.returncode, waited.stdout) == (1, f"{task_id}  failed\n")
-        assert waited.stderr == f"nanobanana: task {task_id} failed: the prompt was rejected\n"
+        waited = nanobanana("wait", task_id, "--poll", "0.05")
+        assert (waited.code, waited.out) == (1, f"{task_id}  failed\n")
+        assert waited.err == f"nanobanana: task {task_id} failed: the prompt was rejected\n"
         queried = nanobanana("status", task_id, "--json")
-        assert (queried.returncode, json.loads(queried.stdout)["status"]) == (1, "failed")
+        assert (queried.code, json.loads(queried.out)["status"]) == (1, "failed")
 
 
 def test_the_simulator_prints_its_url_and_stops_on_a_signal() -> None:
@@ -225,8 +205,8 @@ def test_the_simulator_prints_its_url_and_stops_on_a_signal() -> None:
         assert process.stdout is not None
         url = json.loads(process.stdout.readline())["url"]
         taken = nanobanana("simulate", "--port", url.rpartition(":")[2])
-        assert (taken.returncode, taken.stderr.count("\n")) == (1, 1)
-        assert "cannot listen" in taken.stderr
+        assert (taken.code, taken.err.count("\n")) == (1, 1)
+        assert "cannot listen" in taken.err
         process.send_signal(signal.SIGINT)
         assert (process.wait(10), process.stderr and process.stderr.read()) == (130, "")
 
@@ -243,5 +223,5 @@ def test_the_simulator_ends_with_its_parent() -> None:
 
 def test_help_imports_neither_httpx_nor_rich() -> None:
     """Help is printed without the slow imports."""
-    names = nanobanana("--help").stdout
+    names = nanobanana("--help").out
     assert all(name in names for name in ("generate", "status", "wait", "balance", "simulate", "demo"))

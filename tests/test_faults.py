@@ -10,11 +10,9 @@ import pytest
 
 from nanobanana_async import NanoBananaClient, SubmissionUnknown, Task
 from nanobanana_async.models import GenerationRequest
-from tests.faults.table import FAULTS, Fault
-from tests.faults.trial import DEADLINES, QUICK, FaultServer, Query, Result, fault_server, try_all
+from tests.faults.table import FAULTS
+from tests.faults.trial import DEADLINES, QUICK, FaultServer, fault_server, try_all
 from tests.raw_server import response, serving
-
-IDS = [f"{fault.number}-{fault.name}" for fault in FAULTS]
 
 
 @pytest.fixture(scope="module")
@@ -24,33 +22,25 @@ def server() -> Iterator[FaultServer]:
         yield server
 
 
-@pytest.fixture(scope="module", params=["asyncio", "trio"])
-def results(request: pytest.FixtureRequest, server: FaultServer) -> dict[Fault, tuple[Result, Query]]:
-    """Return the result of every fault, tried several at a time."""
-    return anyio.run(try_all, server, backend=request.param)
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_every_fault_ends_as_the_table_says(server: FaultServer, backend: str) -> None:
+    """The verdict, its agreement with the charges, the end of a query and the deadline are those of the table."""
+    problems: list[str] = []
+    for fault, (post, query) in anyio.run(try_all, server, backend=backend).items():
+        name = f"{fault.number} {fault.name}"
+        if post.verdict not in fault.post.split(" or "):
+            problems.append(f"{name}: submit ended as {post.verdict}, not as {fault.post}: {post.message}")
+        if post.seconds > DEADLINES.submit_s + 1:
+            problems.append(f"{name}: submit took {post.seconds} s")
+        if not post.conforms:
+            problems.append(f"{name}: {post.verdict} with {post.charges} charges")
+        if query.ending != fault.get:
+            problems.append(f"{name}: query ended as {query.ending}, not as {fault.get}: {query.message}")
+    assert problems == []
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=IDS)
-def test_a_submit_ends_with_the_right_verdict_in_time(fault: Fault, results: dict[Fault, tuple[Result, Query]]) -> None:
-    """A submit ends with the table's verdict, by the deadline, as a package error."""
-    post, _ = results[fault]
-    assert post.verdict in fault.post.split(" or "), post.message
-    assert post.seconds <= DEADLINES.submit_s + 1
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=IDS)
-def test_the_verdict_agrees_with_the_charges(fault: Fault, results: dict[Fault, tuple[Result, Query]]) -> None:
-    """Accepted is one charge, rejected none, unknown none or one; more were declared."""
-    assert results[fault][0].conforms
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=IDS)
-def test_a_query_recovers_when_the_fault_ends(fault: Fault, results: dict[Fault, tuple[Result, Query]]) -> None:
-    """A query is retried, unless the response is definite."""
-    _, query = results[fault]
-    assert query.ending == fault.get, query.message
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [("F19", "F20", "F21")], ids=["bombs-and-floods"])
 def test_no_response_takes_more_memory_than_its_limit(numbers: tuple[str, ...]) -> None:
     """A gibibyte, an endless body and compression bombs need less than 64 MiB together."""
@@ -74,6 +64,7 @@ def test_no_response_takes_more_memory_than_its_limit(numbers: tuple[str, ...]) 
     assert all_mib < 32
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_an_upload_that_is_never_read_is_unknown_in_time(server: FaultServer) -> None:
     """F10: a part of an upload that the server never reads may have arrived."""
@@ -85,6 +76,7 @@ async def test_an_upload_that_is_never_read_is_unknown_in_time(server: FaultServ
             await client.submit(request)
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_idle_connections_that_the_server_closes_cost_nothing() -> None:
     """F11: submits use new connections and queries are retried, so there is no error."""

@@ -167,13 +167,14 @@ async def test_the_total_deadline_holds_against_a_peer_that_drips(make_transport
 
 async def test_a_peer_that_never_responds_may_have_the_request(make_transport: Carriers) -> None:
     """The phase is SEND, not CONNECT."""
-    with serving(lambda *_: time.sleep(0.6)) as server:
+    with serving(lambda *_: time.sleep(0.3)) as server:
         async with make_transport() as transport:
             with pytest.raises(ExchangeError) as caught:
-                await transport.send(ask(server, RequestKind.SUBMIT), timeout_s=0.3)
+                await transport.send(ask(server, RequestKind.SUBMIT), timeout_s=0.1)
     assert caught.value.phase is Phase.SEND
 
 
+@pytest.mark.slow
 async def test_a_connection_that_is_never_made_was_never_sent(make_transport: Carriers) -> None:
     """A full backlog drops the SYN, so the deadline passes before a byte is sent."""
     with contextlib.ExitStack() as stack:
@@ -288,6 +289,7 @@ async def test_a_connection_the_server_closed_meanwhile_is_replaced() -> None:
                 await anyio.sleep(0.02)
 
 
+@pytest.mark.slow
 async def test_a_thousand_cancelled_requests_leave_a_working_transport() -> None:
     """P9: httpx's own pool fails after ten."""
     with serving(sending(response(b"{}"))) as server:

@@ -191,7 +191,7 @@ class LedgerMachine(RuleBasedStateMachine):
 FOLLOWS = dict(schema.ALLOWED_FROM)
 SUBMITTABLE = (RowState.READY, RowState.REJECTED, RowState.REQUEUED, RowState.FAILED)
 QUICK = settings(
-    max_examples=40,
+    max_examples=25,
     stateful_step_count=25,
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -237,6 +237,7 @@ def _unknown_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RowState, "is_ready", property(lambda state: state in (*SUBMITTABLE[:3], RowState.UNKNOWN)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plant",
     [

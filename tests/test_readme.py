@@ -21,6 +21,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_every_python_block_runs_as_printed(nanobanana_server: SimulatorServer, tmp_path: Path) -> None:
     """All at once, each in a process and a folder of its own, against the simulator."""
 

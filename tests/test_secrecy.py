@@ -50,6 +50,7 @@ def assert_secret(text: str) -> None:
     assert found is None, text[max(0, text.find(str(found)) - 300) :][:400]
 
 
+@pytest.mark.slow
 @pytest.mark.anyio
 async def test_no_fault_shows_the_key(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
     """Every fault of the table is tried with all loggers at DEBUG, also those of httpx."""

@@ -101,7 +101,7 @@ def truth(latencies_s: dict[str, tuple[float, float]]) -> "partial[Task]":
 
 
 @pytest.mark.parametrize("learned", [True, False], ids=["learned", "fixed"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(jobs=jobs, slots=st.integers(1, 4), error_rate=st.sampled_from([0.0, 0.2, 0.6]), seed=st.integers(0, 99))
 async def test_every_waiter_gets_the_truth_or_an_error_in_time(
     learned: bool,  # noqa: FBT001 - a parameter
@@ -152,6 +152,7 @@ def arrivals(count: int, over_s: float) -> Iterator[tuple[float, float]]:
         yield number * over_s / count, draw(rng)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anyio_backend", ["asyncio"], indirect=True)
 async def test_a_hundred_thousand_tasks_in_an_hour_are_all_noticed() -> None:
     """28 new tasks per second are tracked with 34 polls per second."""
