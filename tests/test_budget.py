@@ -85,37 +85,37 @@ def test_a_budget_is_restored_from_the_ledger() -> None:
 
 def test_the_first_submits_go_one_at_a_time() -> None:
     """A wrong key or an outage then costs one row, not sixteen."""
-    caution = OutageBackoff()
-    assert caution.is_probing
-    caution.record_success()
-    assert not caution.is_probing
+    outage = OutageBackoff()
+    assert outage.is_probing
+    outage.record_success()
+    assert not outage.is_probing
 
 
 def test_submits_back_off_after_three_consecutive_failures() -> None:
     """The wait doubles up to five minutes and ends with the first success."""
-    caution = OutageBackoff(Random(1))
-    caution.record_success()
+    outage = OutageBackoff(Random(1))
+    outage.record_success()
     for _ in range(2):
-        caution.record_failure(0.0)
-    assert (caution.is_probing, caution.backoff_s()) == (False, 0.0)
+        outage.record_failure(0.0)
+    assert (outage.is_probing, outage.backoff_s()) == (False, 0.0)
     pauses = []
     for _ in range(20):
-        caution.record_failure(0.0)
-        pauses.append(caution.backoff_s())
-    assert caution.is_probing
+        outage.record_failure(0.0)
+        pauses.append(outage.backoff_s())
+    assert outage.is_probing
     assert all(2.0**n / 2 <= pause <= 2.0**n for n, pause in enumerate(pauses[:8]))
     assert 150 <= pauses[-1] <= 300
-    caution.record_success()
-    assert (caution.is_probing, caution.backoff_s()) == (False, 0.0)
+    outage.record_success()
+    assert (outage.is_probing, outage.backoff_s()) == (False, 0.0)
 
 
 def test_a_run_that_has_worked_waits_for_an_hour() -> None:
     """A run without any success does not wait."""
-    caution, other = OutageBackoff(), OutageBackoff()
-    caution.record_success()
+    outage, other = OutageBackoff(), OutageBackoff()
+    outage.record_success()
     for _ in range(3):
-        caution.record_failure(100.0)
+        outage.record_failure(100.0)
         other.record_failure(100.0)
     assert other.should_give_up(100.0, rate_limited=False)
-    assert not caution.should_give_up(100.0 + GIVE_UP_AFTER_S, rate_limited=False)
-    assert caution.should_give_up(101.0 + GIVE_UP_AFTER_S, rate_limited=False)
+    assert not outage.should_give_up(100.0 + GIVE_UP_AFTER_S, rate_limited=False)
+    assert outage.should_give_up(101.0 + GIVE_UP_AFTER_S, rate_limited=False)

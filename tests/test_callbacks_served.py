@@ -63,7 +63,7 @@ class Served:
         self.server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign,assignment]
 
     async def serve(self) -> None:
-        """Serve until told to stop."""
+        """Serve until `should_exit` is set."""
         try:
             await self.server.serve(sockets=[self.socket])
         finally:

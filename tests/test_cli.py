@@ -61,9 +61,9 @@ def test_a_full_disk_prints_the_command_that_downloads_the_image(server: Simulat
 
 def test_a_closed_pipe_does_not_stop_images_from_being_saved(server: SimulatorServer, tmp_path: Path) -> None:
     """All images are saved when stdout is closed, as by `head -1`."""
-    unread = run_command("generate", "c", "d", "--poll", "0.05", cwd=tmp_path, script='"$@" | :')
-    assert unread.err == ""
-    assert len(list(unread.folder.glob("*.png"))) == len(server.charges) == 2
+    closed = run_command("generate", "c", "d", "--poll", "0.05", cwd=tmp_path, script='"$@" | :')
+    assert closed.err == ""
+    assert len(list(closed.folder.glob("*.png"))) == len(server.charges) == 2
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_an_undeclared_second_charge_is_found(audit: ChargeAudit, nanobanana_simulator: Simulator) -> None:
-    """The audit notices a submit that the caller is not told of."""
+    """The audit notices a submit that is not reported to the caller."""
     async with nanobanana_simulator.client() as client:
         await client.submit("a fox")
     audit.check()

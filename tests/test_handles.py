@@ -1,4 +1,4 @@
-"""Handles created again, shared, with short timeouts or late; and clients used from elsewhere."""
+"""Handles created again, shared, or with short timeouts. Clients used from elsewhere."""
 
 from collections import Counter
 from datetime import UTC, datetime, timedelta

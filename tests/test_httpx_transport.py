@@ -295,8 +295,8 @@ async def test_a_thousand_cancelled_requests_leave_a_working_transport() -> None
     with serving(sending(response(b"{}"))) as server:
         async with contextlib.aclosing(HttpxTransport()) as transport:
 
-            async def impatient(patience_s: float) -> None:
-                with anyio.move_on_after(patience_s):
+            async def impatient(timeout_s: float) -> None:
+                with anyio.move_on_after(timeout_s):
                     await transport.send(ask(server), timeout_s=5)
 
             for _ in range(10):

@@ -204,9 +204,9 @@ async def test_no_second_ever_sees_more_than_rate_plus_burst() -> None:
     limiter = AdaptiveRateLimiter(20, 5)
     times_s: list[float] = []
 
-    async def one(delay_s: float, patience_s: float) -> None:
+    async def one(delay_s: float, timeout_s: float) -> None:
         await anyio.sleep(delay_s)
-        with anyio.move_on_after(patience_s):
+        with anyio.move_on_after(timeout_s):
             await limiter.acquire()
             times_s.append(anyio.current_time())
 

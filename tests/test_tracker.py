@@ -133,7 +133,7 @@ async def test_the_last_waiter_that_leaves_ends_the_polling() -> None:
         ProtocolError("the response is not the service's JSON"),
         InvalidRequest("Forbidden (HTTP 403)", status=403),
     ],
-    ids=lambda trouble: type(trouble).__name__,
+    ids=lambda error: type(error).__name__,
 )
 async def test_a_transient_error_does_not_end_the_wait(error_rate: Exception) -> None:
     """The task is charged, so one failed poll does not end the wait."""

@@ -37,7 +37,7 @@ class Job:
 
     arrives_s: float
     latency_s: float
-    patience_s: float
+    timeout_s: float
     leaves_s: float
     """When the one who waits is cancelled."""
     shares: bool
@@ -125,14 +125,14 @@ async def test_every_waiter_gets_the_truth_or_an_error_in_time(
         asked_s, seen = anyio.current_time(), [-1]
         with anyio.move_on_after(job.leaves_s) as scope:
             try:
-                updates = tracker.updates(task_id, timeout_s=job.patience_s, submit_info=submit_info)
+                updates = tracker.updates(task_id, timeout_s=job.timeout_s, submit_info=submit_info)
                 seen.extend([ORDER.index(snapshot.status) async for snapshot in updates])
                 assert seen[-1] == 3
                 assert anyio.current_time() - start_s >= began_s + latency_s - 1e-6
             except TaskTimeout:
                 pass
         assert seen == sorted(set(seen))
-        assert anyio.current_time() - asked_s <= min(job.patience_s, job.leaves_s) + 1
+        assert anyio.current_time() - asked_s <= min(job.timeout_s, job.leaves_s) + 1
         ends.append(scope.cancelled_caught)
 
     async with tracking(service, PollPolicy() if learned else every(2.0)) as tracker:

@@ -69,7 +69,7 @@ class RowKeys:
             ordinal = self._seen[content]
             key = content if ordinal == 1 else f"{content}-{ordinal}"
         elif not key.strip() or not key.isprintable() or len(key) > _MAX_KEY_CHARS:
-            raise ValueError(f"key: expected 1 to {_MAX_KEY_CHARS} printable characters, got {key!r:.80}")
+            raise ValueError(f"key: expected 1 to {_MAX_KEY_CHARS} visible characters, got {key!r:.80}")
         else:
             self._seen[f"key {key}"] += 1
             if self._seen[f"key {key}"] > 1:

@@ -113,7 +113,7 @@ def _is_definite_refusal(outcome: SubmitExchange) -> bool:
 
 RULES: Final = (
     Rule("task id", Verdict.ACCEPTED, RetryRule.NO, lambda o: o.envelope.task_id is not None),
-    Rule("hopeless", Verdict.NOT_SENT, RetryRule.NO, lambda o: o.never_sent and o.permanent),
+    Rule("permanent connect error", Verdict.NOT_SENT, RetryRule.NO, lambda o: o.never_sent and o.permanent),
     Rule("never connected", Verdict.NOT_SENT, RetryRule.SAFE, lambda o: o.never_sent),
     Rule("response lost or cut", Verdict.UNKNOWN, RetryRule.ALWAYS, lambda o: o.failure is not None),
     Rule("no access, no credit", Verdict.REJECTED, RetryRule.NO, _is_definite_refusal),

@@ -31,7 +31,7 @@ class Row:
     undeclared: int = 0
     """Those of them that the client does not tell of."""
     lost: int = 0
-    """Charged jobs whose id the bytes on the wire told, and the client does not know."""
+    """Charged jobs whose id was in the received bytes but is not known to the client."""
 
 
 async def compare(server: FaultServer, own: list[Result]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""Trials: a batch that is killed, possibly again, and then finishes; and the result of every charge."""
+"""Trials: a batch is killed, possibly again, and then finishes. Every charge is checked."""
 
 import multiprocessing
 import os
