@@ -133,7 +133,7 @@ class Waiter:
             self.event.set()
 
 
-NOBODYS: Final = TrackedTask("", None, 0.0, submitted_here=False)
+NO_TASK: Final = TrackedTask("", None, 0.0, submitted_here=False)
 """The task of a waiter that was removed."""
 
 

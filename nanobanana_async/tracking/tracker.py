@@ -28,7 +28,7 @@ from nanobanana_async.errors import (
 from nanobanana_async.models import Task, TaskStatus
 from nanobanana_async.tracking.schedule import DEFAULT_AGE_S, NOT_FOUND_GRACE_S, PollSchedule, is_lost, latest_status
 from nanobanana_async.tracking.state import (
-    NOBODYS,
+    NO_TASK,
     SubmitInfo,
     TaskCache,
     TrackedTask,
@@ -168,7 +168,7 @@ class TaskTracker:
     def remove_waiter(self, waiter: Waiter) -> None:
         """Remove *waiter*. The last one ends the polling."""
         self._timeout_queue.remove(waiter)
-        tracked, waiter.task = waiter.task, NOBODYS  # the delay queue may keep a reference for a while
+        tracked, waiter.task = waiter.task, NO_TASK  # the delay queue may keep a reference for a while
         tracked.remove_waiter(waiter)
         if tracked.waiters is None and self._tasks.get(tracked.task_id) is tracked:
             tracked.later_s = tracked.due_s
