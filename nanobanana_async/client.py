@@ -234,7 +234,7 @@ class NanoBananaClient:
             while True:
                 with anyio.move_on_after(math.inf if claimed is None else _CONFIRM_INTERVAL_S):
                     claimed = await callback.wait_task_id()
-                if claimed is None or self._tracker.cache.submits.get(claimed) is not None:
+                if not claimed or self._tracker.cache.submits.get(claimed) is not None:
                     continue
                 handle = self.task(claimed)
                 with contextlib.suppress(NanoBananaError):
@@ -296,7 +296,7 @@ class NanoBananaClient:
         path = Path(path)
         exact = path.suffix.lower() in SUFFIXES
         base = path.with_suffix("") if exact else path / slugify(name or task.task_id)
-        paths = []
+        paths: list[Path] = []
         for number, image in enumerate(task.images, start=1):
             tail = (f"-{number}" if number > 1 else "") + (path.suffix if exact else "")
             stem = base.with_name(base.name + tail)

@@ -66,7 +66,8 @@ class SubmissionUnknown(TransportError):
 
     def __init__(self, message: str, *, status: int | None = None, possible_duplicates: int = 0) -> None:
         super().__init__(message)
-        self.status, self.possible_duplicates = status, possible_duplicates
+        self.status: int | None = status
+        self.possible_duplicates: int = possible_duplicates
 
 
 class ProtocolError(TransportError):
@@ -89,7 +90,8 @@ class ApiError(NanoBananaError):
         self, message: str, *, status: int | None = None, code: int | None = None, task_id: str | None = None
     ) -> None:
         super().__init__(message, task_id=task_id)
-        self.status, self.code = status, code
+        self.status: int | None = status
+        self.code: int | None = code
         self.retry_after_s: float | None = None
         self.possible_duplicates = 0
 

@@ -148,7 +148,7 @@ class GenerationRequest:
     """`"1k"`, `"2k"` or `"4k"`, for the -pro and -2 models only. None leaves the choice to the service."""
     callback_url: str | None = attrs.field(default=None, validator=_check_callback_url)
     """URL to which the service posts the final state. It must be reachable from the internet."""
-    extra: Mapping[str, JsonValue] = attrs.field(factory=dict, validator=_check_extra)
+    extra: Mapping[str, JsonValue] = attrs.field(factory=dict[str, JsonValue], validator=_check_extra)
     """Additional JSON fields, sent unchanged. The service ignores fields that it does not know."""
 
 
@@ -189,7 +189,7 @@ class Task:
     reason: str | None = None
     """Reason for the failure in the service's words. Often None, even for a failed task."""
     created_at: datetime | None = None
-    raw: Mapping[str, JsonValue] = attrs.field(factory=dict, repr=False, eq=False)
+    raw: Mapping[str, JsonValue] = attrs.field(factory=dict[str, JsonValue], repr=False, eq=False)
     """The service's own `data` object, with unknown fields. Numbers with a decimal point are Decimal."""
 
     @property
@@ -214,7 +214,7 @@ class CallbackPayload:
 
     task_id: str
     status: TaskStatus
-    raw: Mapping[str, JsonValue] = attrs.field(factory=dict, repr=False, eq=False)
+    raw: Mapping[str, JsonValue] = attrs.field(factory=dict[str, JsonValue], repr=False, eq=False)
     """The whole object that was posted."""
 
 

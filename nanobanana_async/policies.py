@@ -55,6 +55,11 @@ class StaticSchedule:
     multiplier: float = attrs.field(validator=[ge(1), le(10)])
 
 
+def _ge_min_interval(policy: "PollPolicy", _: object, value: float) -> None:
+    if value < policy.min_interval_s:
+        raise ValueError(f"max_interval_s: expected at least min_interval_s ({policy.min_interval_s:g}), got {value:g}")
+
+
 @attrs.frozen(kw_only=True)
 class PollPolicy:
     """How often one unfinished task is polled.
@@ -72,24 +77,17 @@ class PollPolicy:
     """
     min_interval_s: float = attrs.field(default=0.5, validator=[gt(0), le(_DAY_S)])
     """Shortest time between two polls of one task."""
-    max_interval_s: float = attrs.field(default=15.0, validator=[gt(0), le(_DAY_S)])
+    max_interval_s: float = attrs.field(default=15.0, validator=[gt(0), le(_DAY_S), _ge_min_interval])
     """Longest time between two polls of one task.
 
     If more polls are due than `Limits.requests_per_s` allows, they also wait in a queue, the most overdue first.
     """
     jitter: float = attrs.field(default=0.1, validator=[ge(0), lt(1)])
     """Largest relative deviation of an interval: 0.1 means +/-10 %."""
-    latency_models: Mapping[str, Sequence[float]] = attrs.field(factory=dict, repr=False)
+    latency_models: Mapping[str, Sequence[float]] = attrs.field(factory=dict[str, Sequence[float]], repr=False)
     """Latency models of an earlier client, by model name, from `client.statistics().latency_models`. May be empty."""
     static_schedule: StaticSchedule | None = None
     """Intervals that are not learned; see `fixed` and `backoff`. None selects the learned schedule."""
-
-    @max_interval_s.validator
-    def _check_max(self, _: object, value: float) -> None:
-        if value < self.min_interval_s:
-            raise ValueError(
-                f"max_interval_s: expected at least min_interval_s ({self.min_interval_s:g}), got {value:g}"
-            )
 
     @classmethod
     def fixed(cls, interval_s: float, *, jitter: float = 0.1) -> Self:

@@ -42,7 +42,7 @@ class WireRequest:
     kind: RequestKind
     method: str
     url: str
-    headers: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    headers: Mapping[str, str] = attrs.field(factory=dict[str, str], repr=False)
     body: bytes | None = attrs.field(default=None, repr=False)
     max_bytes: int = 2**20
     """Largest response body that is read. A longer one ends the exchange."""
@@ -50,9 +50,9 @@ class WireRequest:
     """Whether to refuse connections to addresses that are not public."""
 
 
-def _check_headers(_: object, __: object, headers: Mapping[object, object]) -> None:
+def _check_headers(_: object, __: object, headers: Mapping[str, str]) -> None:
     for name, value in headers.items():
-        if not isinstance(name, str) or not isinstance(value, str):
+        if not all(isinstance(text, str) for text in (name, value)):
             raise TypeError(f"headers: expected str names and values, got {name!r:.80}: {value!r:.80}")
 
 
@@ -61,7 +61,7 @@ class WireResponse:
     """One HTTP response. Header names are lower case. `body` is the body as received, never decompressed."""
 
     status: int = attrs.field(validator=instance_of(int))
-    headers: Mapping[str, str] = attrs.field(factory=dict, repr=False, validator=_check_headers)
+    headers: Mapping[str, str] = attrs.field(factory=dict[str, str], repr=False, validator=_check_headers)
     body: bytes = attrs.field(default=b"", repr=False, validator=instance_of(bytes))
 
 
@@ -80,7 +80,10 @@ class ExchangeError(Exception):
         self, reason: str, *, phase: Phase, permanent: bool = False, response: WireResponse | None = None
     ) -> None:
         super().__init__(reason)
-        self.reason, self.phase, self.permanent, self.response = reason, phase, permanent, response
+        self.reason: str = reason
+        self.phase: Phase = phase
+        self.permanent: bool = permanent
+        self.response: WireResponse | None = response
 
 
 class Transport(Protocol):

@@ -3,8 +3,10 @@
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import nanobanana_async as nb
+from tests.typing import surface
 
 
 def test_public_names_are_deliberate() -> None:
@@ -28,3 +30,15 @@ def test_every_public_class_has_a_docstring() -> None:
     classes = [getattr(nb, name) for name in nb.__all__ if isinstance(getattr(nb, name), type)]
     assert len(classes) > 30
     assert [kind for kind in classes if not kind.__doc__] == []
+
+
+def test_every_public_name_is_type_checked() -> None:
+    """The surface that mypy and pyright check in strict mode uses every public name."""
+    text = Path(surface.__file__).read_text(encoding="utf-8")
+    assert [name for name in nb.__all__ if f"nb.{name}" not in text] == []
+
+
+def test_errors_are_caught_by_their_base_class() -> None:
+    """The hierarchy of errors is what the surface states."""
+    for base, errors in surface.hierarchy().items():
+        assert all(issubclass(error, base) for error in errors)

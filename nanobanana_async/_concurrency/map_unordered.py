@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import anyio
 from anyio.abc import TaskGroup
@@ -17,7 +17,7 @@ O = TypeVar("O")  # noqa: E741 - the output type
 async def iter_any(items: Iterable[R] | AsyncIterable[R]) -> AsyncGenerator[R]:
     """Yield each of *items*, from any kind of iterable. An async generator is closed with this one."""
     if isinstance(items, AsyncGenerator):
-        async with contextlib.aclosing(items):
+        async with contextlib.aclosing(cast("AsyncGenerator[R]", items)):
             async for item in items:
                 yield item
     elif isinstance(items, AsyncIterable):

@@ -31,7 +31,7 @@ class GalleryCard:
 
 def render(title: str, cards: Iterable[GalleryCard]) -> Iterator[str]:
     """Yield the HTML of the page, one card at a time. All text is escaped."""
-    page = files(__package__).joinpath(_PAGE).read_text(encoding="utf-8")
+    page = files("nanobanana_async.batch").joinpath(_PAGE).read_text(encoding="utf-8")
     head, _, tail = page.partition("$cards")
     yield head.replace("$title", escape(title))
     for card in cards:

@@ -7,9 +7,9 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, cast
 
 import anyio.to_thread
 import attrs
@@ -147,7 +147,9 @@ def read_rows(path: Path, **defaults: str | None) -> list[BatchRow]:
         GenerationRequest("-", **{name: value for name, value in defaults.items() if value})  # type: ignore[arg-type]
     except ValueError as exc:
         raise InvalidBatchFile(str(exc)) from None  # checked first, so that the error is not repeated for each row
-    rows, errors, keys = [], [], RowKeys()
+    rows: list[BatchRow] = []
+    errors: list[str] = []
+    keys = RowKeys()
     try:
         for line, record in reader(text):
             try:
@@ -240,10 +242,11 @@ def _parse_row(
     given = {name: value for name, value in record.items() if value not in (None, "")}
     key, title = given.pop("key", None), given.pop("name", None)
     images = given.pop("images", ())
-    if not isinstance(images, str | list | tuple) or not all(isinstance(image, str) for image in images):
+    entries = cast("Sequence[object]", images) if isinstance(images, list | tuple) else [images]
+    texts = [entry for entry in entries if isinstance(entry, str)]
+    if len(texts) < len(entries):
         raise TypeError(f"images: expected a list of text, got {images!r:.80}")
     options = {**{name: value for name, value in defaults.items() if value is not None}, **given}
-    texts = [images] if isinstance(images, str) else images
     sources = [_load_image(text, folder) for text in texts]
     request = GenerationRequest(str(options.pop("prompt", "")), images=sources, **options)  # type: ignore[arg-type]  # all are str
     # The text as written, not the path: a row is the same in another working directory.

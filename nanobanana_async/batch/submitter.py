@@ -183,7 +183,7 @@ class Submitter:
                 if not submit_count:
                     self._budget.settle(model, None)
             await self._record_task_id(row, handle)
-        return handle
+        return handle  # pyright: ignore[reportPossiblyUnboundVariable] - nothing cancels this scope
 
     async def _recover(self, row: BatchRow) -> TaskHandle | None:
         """Wait for the callback of a submit whose response was lost. Cancelling leaves the row unknown."""

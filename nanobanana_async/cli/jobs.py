@@ -35,7 +35,7 @@ class Job:
     name: str | None = None
     """File name in a folder; None derives it from prompt and task id."""
     task: Task | None = None
-    files: list[Path] = attrs.field(factory=list)
+    files: list[Path] = attrs.field(factory=list[Path])
     error: Exception | None = None
     seconds: float | None = None
     """Time from submit to file."""

@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator
 from decimal import Decimal
 from typing import Final, NoReturn
 
@@ -34,7 +34,7 @@ _MAX_ERROR_LINES: Final = 25
 class CommandContext:
     """State of a command that is needed if it ends early."""
 
-    unsaved_tasks: dict[str, tuple[str, str]] = attrs.field(factory=dict)
+    unsaved_tasks: dict[str, tuple[str, str]] = attrs.field(factory=dict[str, tuple[str, str]])
     """Prompt and output path by task id, of tasks that are charged and not saved."""
     received_signal: int | None = None
     """The signal that ended the command; None if there was none."""
@@ -110,7 +110,7 @@ async def _until_signalled(work: Callable[[CommandContext], Awaitable[int]], con
 
 
 @contextlib.contextmanager
-def exit_on_bind_error(host: str, port: int) -> Iterator[None]:
+def exit_on_bind_error(host: str, port: int) -> Generator[None]:
     """Exit with one line if the port cannot be opened."""
     try:
         yield

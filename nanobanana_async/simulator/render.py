@@ -59,7 +59,7 @@ def _add_sun(image: Image.Image, rng: Random, colour: Colour) -> None:
 def _ridge(rng: Random, width: int, height: int, *, base: float) -> list[tuple[float, float]]:
     """Return the outline of one row of hills: a sum of three sines, closed along the bottom edge."""
     waves = [(rng.uniform(0.6, 1.6) * 2**n, rng.uniform(0, math.tau), 0.05 / 1.7**n) for n in range(3)]
-    line = []
+    line: list[tuple[float, float]] = []
     for step in range(65):
         share = step / 64
         lift = sum(size * math.sin(math.tau * speed * share + phase) for speed, phase, size in waves)

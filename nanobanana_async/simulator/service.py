@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from random import Random
-from typing import Final
+from typing import Final, cast
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
@@ -89,7 +89,7 @@ class SimulatedResponse:
     status: int
     body: bytes
     media_type: str = "application/json"
-    headers: Mapping[str, str] = attrs.field(factory=dict)
+    headers: Mapping[str, str] = attrs.field(factory=dict[str, str])
 
 
 @attrs.frozen(kw_only=True)
@@ -171,7 +171,8 @@ class SimulatedService:
                 return _json_response(200, {"code": 0, "message": "ok", "data": {"credit": str(self.balance)}})
             case "GET", "/api/task/query" | "/api/user":
                 return _error_response(401, 401, "Invalid API key")
-        return SimulatedResponse(status=404, body=_NGINX_404, media_type="text/html")
+            case _:
+                return SimulatedResponse(status=404, body=_NGINX_404, media_type="text/html")
 
     def callback_body(self, task: SimulatedTask, files_url: str) -> bytes:
         """Return the body of a callback: the fields of the task without envelope, in final states only."""
@@ -266,13 +267,18 @@ def _request_error(request: object) -> str | None:
     """Return the `detail` of a 400 for an invalid request, or None."""
     if not isinstance(request, dict):
         return "a JSON object is required"
+    fields = cast("dict[str, object]", request)
     for name in ("prompt", "model"):
-        if not isinstance(request.get(name), str) or not request[name].strip():
+        text = fields.get(name)
+        if not isinstance(text, str) or not text.strip():
             return f"{name} is required"
-    images = request.get("images", [])
-    if not isinstance(images, list) or len(images) > 4:
+    images = fields.get("images", [])
+    if not isinstance(images, list) or len(cast("list[object]", images)) > 4:
         return "images: at most 4 are allowed"
-    if not all(isinstance(image, str) and image.startswith(("https://", "http://", "data:")) for image in images):
+    if not all(
+        isinstance(image, str) and image.startswith(("https://", "http://", "data:"))
+        for image in cast("list[object]", images)
+    ):
         return "images: a URL or a data URI is required"
     return None
 

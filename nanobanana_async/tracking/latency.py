@@ -45,7 +45,8 @@ def _prior() -> tuple[tuple[float, ...], tuple[float, ...]]:
     def unfinished(age_s: float) -> float:
         return 0.5 * math.erfc(math.log(age_s / PRIOR_MEDIAN_S) / _PRIOR_SIGMA / math.sqrt(2)) if age_s else 1.0
 
-    events, at_risk_s = [], []
+    events: list[float] = []
+    at_risk_s: list[float] = []
     for start_s, end_s in pairwise(_EDGES[:-1]):
         before, after = unfinished(start_s), unfinished(end_s)
         events.append(_PRIOR_TASKS * (before - after))
@@ -121,7 +122,8 @@ class LatencyModel:
 
     def _distribute_event(self, bins: list[tuple[int, float, float]]) -> None:
         """Distribute one completion over *bins*, in proportion to the expectation."""
-        chances, unfinished = [], 1.0
+        chances: list[float] = []
+        unfinished = 1.0
         for k, start_s, end_s in bins:
             after = unfinished * math.exp(-self._hazard(k) * (end_s - start_s))
             chances.append(unfinished - after)

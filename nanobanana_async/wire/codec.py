@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
-from typing import Final
+from typing import Final, cast
 from urllib.parse import quote
 
 import attrs
@@ -93,7 +93,7 @@ class Envelope:
     code: int | None = None
     message: str = ""
     """Message of the service, `detail` before `message`; an excerpt of the body if it is not JSON."""
-    data: Mapping[str, JsonValue] = attrs.field(factory=dict, repr=False)
+    data: Mapping[str, JsonValue] = attrs.field(factory=dict[str, JsonValue], repr=False)
     task_id: str | None = None
     """Task id in `data`, or salvaged from a body that was truncated or is not JSON."""
 
@@ -133,7 +133,10 @@ def to_api_error(response: WireResponse, envelope: Envelope, *, task_id: str | N
     return kind(message, status=response.status, code=envelope.code, task_id=task_id)
 
 
-_ADVICE: Final = {AuthenticationError: " Check the API key.", InsufficientCredits: " Top up the account."}
+_ADVICE: Final[Mapping[type[ApiError], str]] = {
+    AuthenticationError: " Check the API key.",
+    InsufficientCredits: " Top up the account.",
+}
 
 
 def _error_type(status: int, envelope: Envelope) -> type[ApiError]:
@@ -313,16 +316,21 @@ def _items(value: object, _: object) -> tuple[_ResultItem, ...]:
 
     Entries of other types are left out; `Task.raw` contains them.
     """
-    entries = value if isinstance(value, list) else [value]
+    entries = cast("list[object]", value) if isinstance(value, list) else [value]
     return tuple(item for entry in entries if (item := _item(entry)) is not None)
 
 
 def _item(entry: object) -> _ResultItem | None:
     if isinstance(entry, str):
         return _ResultItem(image=_image(entry))
-    if isinstance(entry, dict):
-        return _ResultItem(image=_image(entry.get("image")), text=_to_text(entry.get("text")))
+    if (fields := _fields(entry)) is not None:
+        return _ResultItem(image=_image(fields.get("image")), text=_to_text(fields.get("text")))
     return None
+
+
+def _fields(value: object) -> Mapping[str, object] | None:
+    """Return *value* if it is a JSON object, otherwise None."""
+    return cast("Mapping[str, object]", value) if isinstance(value, dict) else None
 
 
 def _image(value: object) -> GeneratedImage | None:
@@ -332,7 +340,8 @@ def _image(value: object) -> GeneratedImage | None:
 
 
 def _reason(value: object, _: object) -> _Reason:
-    return _Reason(message=_to_text(value.get("message") if isinstance(value, dict) else value))
+    fields = _fields(value)
+    return _Reason(message=_to_text(value if fields is None else fields.get("message")))
 
 
 def _to_text(value: object) -> str:

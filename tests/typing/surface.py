@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator
 from decimal import Decimal
 from pathlib import Path
-from typing import assert_type
+from typing import Unpack, assert_type
 
 import httpx
 import httpx2
@@ -39,12 +39,108 @@ def transports(one: httpx.AsyncClient, other: httpx2.AsyncClient) -> list[nb.Tra
     return [nb.HttpxTransport(), nb.HttpxTransport(one), nb.HttpxTransport(other), Simulator()]
 
 
+class FolderStore:
+    """Store images in a folder of its own."""
+
+    async def put(self, image: nb.GeneratedImage, stem: Path) -> nb.SavedImage:
+        """Claim that the image is stored."""
+        return nb.SavedImage(path=stem, size_bytes=len(image.data or b""), sha256="")
+
+
+class RecordingTransport:
+    """Respond without a service."""
+
+    async def send(
+        self, request: nb.WireRequest, *, timeout_s: float, sink: nb.ChunkSink | None = None
+    ) -> nb.WireResponse:
+        """Refuse downloads, and respond to the rest."""
+        assert_type(request.kind, nb.RequestKind)
+        if request.kind is nb.RequestKind.DOWNLOAD:
+            raise nb.ExchangeError("refused", phase=nb.Phase.CONNECT, permanent=True)
+        return nb.WireResponse(status=200, body=b"{}")
+
+    async def aclose(self) -> None:
+        """Close nothing."""
+
+
+def configure() -> nb.NanoBananaClient:
+    """Set every policy."""
+    return nb.NanoBananaClient(
+        "dk-test",
+        limits=nb.Limits(max_submits=8),
+        retry=nb.RetryPolicy(resubmit="never"),
+        polling=nb.PollPolicy.fixed(2.0),
+        timeouts=nb.Timeouts(task_s=60),
+        transport=RecordingTransport(),
+    )
+
+
+async def callbacks(client: nb.NanoBananaClient, body: bytes) -> None:
+    """Receive callbacks and read statistics."""
+    receiver = nb.CallbackReceiver(client, public_url="https://app.example/nb", secret="s" * 32)
+    assert_type(await receiver.deliver("token", body), bool)
+    assert_type(nb.parse_callback(body), nb.CallbackPayload)
+    await client.submit("a fox", callback=receiver)
+    assert_type(client.statistics(), nb.TrackerStatistics)
+
+
+async def requests(client: nb.NanoBananaClient, source: nb.ImageSource, **options: Unpack[nb.RequestOptions]) -> None:
+    """Match every kind of outcome."""
+    await client.generate("a fox", **options)
+    async for outcome in client.generate_many([nb.GenerationRequest("a fox", images=[source])]):
+        assert_type(outcome, nb.Succeeded | nb.Failed | nb.Unknown)
+        match outcome:
+            case nb.Succeeded(task=task):
+                assert_type(task, nb.Task)
+            case nb.Failed(error=error):
+                assert_type(error, nb.NanoBananaError)
+            case nb.Unknown(error=error):
+                assert_type(error, nb.SubmissionUnknown)
+
+
+def stores() -> list[nb.ImageStore]:
+    """Pass a store without a base class."""
+    return [FolderStore()]
+
+
+async def batches(client: nb.NanoBananaClient, store: nb.ImageStore) -> list[nb.Outcome]:
+    """Run a batch with a store of its own."""
+    rows = nb.read_rows(Path("prompts.csv"))
+    assert_type(rows, list[nb.BatchRow])
+    async with nb.Batch.open("runs", client, budget=Decimal(5), image_store=store) as batch:
+        outcomes = [outcome async for outcome in batch.run(rows)]
+        assert_type(batch.progress(), nb.BatchProgress)
+        assert_type(batch.progress().budget, nb.BudgetStatus)
+        assert_type(await batch.unknown_rows(), list[nb.LedgerRow])
+        assert_type((await batch.unknown_rows())[0].state, nb.RowState)
+    return outcomes
+
+
 def errors(error: nb.TaskError, unknown: nb.SubmissionUnknown, api: nb.ApiError) -> None:
     """Read the attributes of errors."""
     assert_type(error.task, nb.Task | None)
     assert_type(error.task_id, str | None)
     assert_type(unknown.status, int | None)
+    assert_type(unknown.possible_duplicates, int)
+    assert_type(api.status, int | None)
     assert_type(api.retry_after_s, float | None)
+
+
+def hierarchy() -> dict[type[nb.NanoBananaError], tuple[type[nb.NanoBananaError], ...]]:
+    """Return the errors by the class that catches them."""
+    return {
+        nb.ApiError: (
+            nb.AuthenticationError,
+            nb.InsufficientCredits,
+            nb.InvalidRequest,
+            nb.RateLimited,
+            nb.ServiceUnavailable,
+        ),
+        nb.TaskError: (nb.TaskFailed, nb.TaskTimeout, nb.NoImage),
+        nb.TransportError: (nb.NotSent, nb.SubmissionUnknown, nb.ProtocolError),
+        nb.ConfigurationError: (nb.InvalidBatchFile,),
+        nb.NanoBananaError: (nb.BudgetExceeded, nb.ImageError, nb.LedgerError, nb.TaskNotFound),
+    }
 
 
 def truth(simulator: Simulator) -> None:
