@@ -147,9 +147,12 @@ async def test_cancelling_generate_logs_the_task_id(
     """A cancelled caller does not lose the id of a charged task."""
     caplog.set_level(logging.WARNING, "nanobanana_async")
     simulator = Simulator(SimulatorProfile(median_s=30))
-    async with simulator.client() as client:
-        with anyio.move_on_after(0.1):
-            await client.generate("a fox")
+    async with simulator.client() as client, anyio.create_task_group() as group:
+        group.start_soon(client.generate, "a fox")
+        while not simulator.charges:
+            await anyio.sleep(0.01)
+        await anyio.sleep(0.05)
+        group.cancel_scope.cancel()
     assert simulator.charges[0].task_id in caplog.text
 
 
