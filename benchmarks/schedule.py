@@ -57,12 +57,12 @@ def known(draw: Draw) -> list[float]:
     return [bisect_left(sample, k * GRAIN_S) / len(sample) for k in range(int(sample[-1] / GRAIN_S) + 2)]
 
 
-def score(looks_at: Sequence[float], draw: Draw) -> Outcome:
+def score(polls_at_s: Sequence[float], draw: Draw) -> Outcome:
     """Return the result of polls at the same ages of every task."""
     rng = Random(5)
     ages = [draw(rng) for _ in range(20_000)]
-    index = [min(bisect_left(looks_at, age), len(looks_at) - 1) for age in ages]
-    return Outcome.of([i + 1 for i in index], [looks_at[i] - age for i, age in zip(index, ages, strict=True)])
+    index = [min(bisect_left(polls_at_s, age), len(polls_at_s) - 1) for age in ages]
+    return Outcome.of([i + 1 for i in index], [polls_at_s[i] - age for i, age in zip(index, ages, strict=True)])
 
 
 def optimum(draw: Draw, cost_s: float) -> Outcome:
@@ -79,22 +79,22 @@ def optimum(draw: Draw, cost_s: float) -> Outcome:
             (cost_s * (1 - done[k]) + summed[j] - summed[k] - done[k] * (j - k) * GRAIN_S + cost[j], j)
             for j in range(k + 1, k + reach)
         )
-    looks_at, k = [], 0
+    polls_at_s, k = [], 0
     while k < size:
         k = following[k]
-        looks_at.append(k * GRAIN_S)
-    return score(looks_at, draw)
+        polls_at_s.append(k * GRAIN_S)
+    return score(polls_at_s, draw)
 
 
 def by_share(draw: Draw, share: float) -> Outcome:
     """Return the schedule that polls whenever *share* of the unfinished tasks should be finished."""
     done = known(draw)
     reach = int(PollPolicy().max_interval_s / GRAIN_S)
-    looks_at, k = [], 0
+    polls_at_s, k = [], 0
     while k < len(done):
         k = min(max(bisect_left(done, done[k] + share * (1 - done[k])), k + 5), k + reach)
-        looks_at.append(k * GRAIN_S)
-    return score(looks_at, draw)
+        polls_at_s.append(k * GRAIN_S)
+    return score(polls_at_s, draw)
 
 
 def fixed_polls(model: Sequence[Outcome], mean_s: float) -> float:

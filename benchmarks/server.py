@@ -64,8 +64,8 @@ class Protocols:
     def accept(self) -> str:
         """Submit a job to the simulated service and return its id."""
         body = json.dumps({"prompt": "a job", "model": "m"}).encode()
-        answer = self.service.handle("POST", "http://x/api/image/gen", {"authorization": f"Bearer {KEY}"}, body)
-        return str(json.loads(answer.body)["data"]["task_id"])
+        response = self.service.handle("POST", "http://x/api/image/gen", {"authorization": f"Bearer {KEY}"}, body)
+        return str(json.loads(response.body)["data"]["task_id"])
 
     def is_done(self, request: Request, *, poll: bool = True) -> tuple[str, bool]:
         """Return the queried id, and whether it is final."""

@@ -1,6 +1,6 @@
 """The asyncio-native client for the Nano Banana 2 image API.
 
-What is listed here is public; what is not is private, `nanobanana_async.simulator` aside.
+The names listed here and in `nanobanana_async.simulator` are public.
 """
 
 from nanobanana_async.batch.rows import (

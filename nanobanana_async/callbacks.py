@@ -157,9 +157,9 @@ class CallbackReceiver:
             claimed = None
         pending = self._pending.get(nonce)
         if claimed is not None and (pending is None or pending.task_id is None):
-            for tell in list(self.unmatched_hooks):
+            for hook in list(self.unmatched_hooks):
                 try:
-                    await tell(nonce, claimed)
+                    await hook(nonce, claimed)
                 except NanoBananaError as exc:
                     _log.warning("callback for task %s could not be recorded: %s", claimed, exc)
         if pending is None:

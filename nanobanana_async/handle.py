@@ -94,9 +94,11 @@ class TaskHandle:
         if self._final is not None:
             yield self._final
             return
-        news = self._tracker.updates(self.task_id, timeout_s=self._timeout_s(timeout_s), submit_info=self._submit_info)
-        async with contextlib.aclosing(news):
-            async for task in news:
+        updates = self._tracker.updates(
+            self.task_id, timeout_s=self._timeout_s(timeout_s), submit_info=self._submit_info
+        )
+        async with contextlib.aclosing(updates):
+            async for task in updates:
                 yield self._remember(task)
 
     def _await_final(self, timeout_s: float | None) -> Coroutine[object, object, Task]:

@@ -94,7 +94,7 @@ def _check_images(_: object, __: object, images: tuple[ImageSource, ...]) -> Non
         if not isinstance(image, str | Path | bytes | SupportsSave):
             raise TypeError(f"images: expected URL, data URI, Path, bytes or PIL image, got {_abbreviated(image)}")
         if isinstance(image, str) and not image.startswith("data:") and (problem := url_problem(image)):
-            raise ValueError(f"images: {_abbreviated(image)} {problem} (To send a file, pass pathlib.Path.)")
+            raise ValueError(f"images: {_abbreviated(image)} {problem}. To send a file, pass pathlib.Path.")
 
 
 def _check_aspect_ratio(_: object, __: object, value: str | None) -> None:

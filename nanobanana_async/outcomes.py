@@ -32,7 +32,7 @@ class Succeeded(_OutcomeBase):
 
 @attrs.frozen(kw_only=True)
 class Failed(_OutcomeBase):
-    """The request produced no image; `error` is the reason. `error.task_id` is set if a task was charged."""
+    """The request produced no image. `error` is the reason. `error.task_id` is set if a task was charged."""
 
     error: NanoBananaError
 

@@ -66,7 +66,7 @@ class WireResponse:
 
 
 class ExchangeError(Exception):
-    """The exchange ended without a complete response. Raised by transports; users see the error it is mapped to.
+    """The exchange ended without a complete response. Raised by transports. Users see the error it is mapped to.
 
     It contains only text and bytes, so never the API key.
 
@@ -87,7 +87,7 @@ class ExchangeError(Exception):
 
 
 class Transport(Protocol):
-    """Send one request and return one response. Never retries, never follows redirects, never queues.
+    """A carrier of requests: it sends one and returns its response, without retries, redirects or queues.
 
     The caller bounds how many requests are in flight. An implementation carries all of them at once.
     """

@@ -58,7 +58,7 @@ def watch_charges(monkeypatch: pytest.MonkeyPatch) -> ChargeAudit:
         audit.declared += done.possible_duplicates
         return done
 
-    def watched_begin(self: SimulatedService, *args: Any, **options: Any) -> None:  # noqa: ANN401 - as above
+    def watched_begin(self: SimulatedService, *args: Any, **options: Any) -> None:  # noqa: ANN401 - passed through
         begin(self, *args, **options)
         audit.services.append(self)
 

@@ -22,7 +22,7 @@ def lognormal(median_s: float, sigma: float) -> Draw:
 
 
 def bimodal(rng: Random) -> float:
-    """Return draws from a distribution with two peaks."""
+    """Return one draw from a distribution with two peaks."""
     return lognormal(12, 0.2)(rng) if rng.random() < 0.7 else lognormal(60, 0.25)(rng)
 
 
@@ -43,12 +43,12 @@ def simulate(policy: PollPolicy, draw: Draw, tasks: int, *, seed: int = 1) -> tu
     for number in range(min(200, tasks)):
         start(number * 0.02)
     while due:
-        now_s, number, born_s, latency_s, last_s, taken = heapq.heappop(due)
-        age_s = now_s - born_s
+        now_s, number, submitted_at_s, latency_s, last_s, taken = heapq.heappop(due)
+        age_s = now_s - submitted_at_s
         schedule.observe("m", last_s, age_s, done=age_s >= latency_s)
         if age_s < latency_s:
-            pause_s = schedule.jittered_s(schedule.next_poll_in_s("m", age_s, taken + 1))
-            heapq.heappush(due, (now_s + pause_s, number, born_s, latency_s, age_s, taken + 1))
+            interval_s = schedule.jittered_s(schedule.next_poll_in_s("m", age_s, taken + 1))
+            heapq.heappush(due, (now_s + interval_s, number, submitted_at_s, latency_s, age_s, taken + 1))
             continue
         polls.append(taken + 1)
         delays_s.append(age_s - latency_s)

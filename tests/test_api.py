@@ -1,4 +1,4 @@
-"""The operations of the service: rate-limited, classified, and retried only where no second charge is possible."""
+"""The operations of the service: rate-limited, classified, and retried as the policy allows."""
 
 import logging
 import math
@@ -250,9 +250,9 @@ async def test_a_timeout_in_the_queue_says_that_nothing_was_sent() -> None:
 
 
 async def test_a_timeout_during_a_post_is_unknown(caplog: pytest.LogCaptureFixture) -> None:
-    """The submit may be charged, and the exchange continues."""
+    """The submit may be charged, and The exchange continues."""
     async with running(script(slow_response(5))) as api:
-        with pytest.raises(SubmissionUnknown, match="the exchange continues"):
+        with pytest.raises(SubmissionUnknown, match="The exchange continues"):
             await api.submit(FOX, unchanged, deadline_s=anyio.current_time() + 1)
     assert "ta-late" in caplog.text
 

@@ -142,7 +142,7 @@ async def test_a_failed_row_is_submitted_again_only_with_retry_failed(tmp_path: 
 
 
 async def test_each_step_is_durable_before_the_next(tmp_path: Path) -> None:
-    """P2, P3: the attempt is durable before the POST, the id before anything else, the file before the outcome."""
+    """The attempt is durable before the POST, the id before anything else, the file before the outcome."""
     simulator = Simulator(FAST_PROFILE)
     seen: list[RowState] = []
 
@@ -201,7 +201,7 @@ async def test_a_consumer_that_stops_early_loses_nothing(tmp_path: Path, ending:
 
 
 async def test_cancelling_lets_a_submit_in_flight_reach_the_ledger(tmp_path: Path) -> None:
-    """P6: its task id is in the ledger when the block is left."""
+    """Its task id is in the ledger when the block is left."""
     simulator = Simulator(SLOW, delay_s=0.2)
     async with batch_of(simulator, tmp_path) as batch:
         with anyio.move_on_after(0.15):  # the service has charged it, and the response is on its way
@@ -297,7 +297,7 @@ async def test_a_lost_response_is_unknown_until_it_is_resolved(tmp_path: Path) -
 
 
 async def test_an_early_outage_costs_three_rows_and_not_all(tmp_path: Path) -> None:
-    """F13: submits go one at a time until one is accepted, and stop if the service is down."""
+    """Submits go one at a time until one is accepted, and stop if the service is down."""
     simulator = Simulator(FAST_PROFILE)
     posts: list[int] = []
 
@@ -348,7 +348,7 @@ async def test_a_lost_task_is_not_submitted_again(tmp_path: Path) -> None:
 async def test_a_rejected_key_or_an_empty_account_stops_the_submits(
     tmp_path: Path, rejection: WireResponse, error: type[Exception]
 ) -> None:
-    """F42, F43: charged images are saved, and the next run submits the rest."""
+    """Charged images are saved, and the next run submits the rest."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path, nth_post(lambda n: rejection if n >= 4 else None)) as batch:
         outcomes, cause = await run_until_stopped(batch)
@@ -408,7 +408,7 @@ async def test_a_run_without_a_known_price_stops_after_one_image(tmp_path: Path)
 
 
 async def test_a_full_disk_stops_the_submits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """F34: the run stops, and once there is space, the next run downloads what is charged."""
+    """The run stops, and once there is space, the next run downloads what is charged."""
     simulator = Simulator(FAST_PROFILE)
 
     async def full(self: NanoBananaClient, image: GeneratedImage, stem: Path) -> SavedImage:
@@ -429,7 +429,7 @@ async def test_a_full_disk_stops_the_submits(tmp_path: Path, monkeypatch: pytest
 async def test_a_ledger_that_cannot_be_written_stops_the_run(
     tmp_path: Path, broken: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """P21: no submit follows the first failed write; unrecorded ids are logged; nothing is charged twice."""
+    """No submit follows the first failed write; unrecorded ids are logged; nothing is charged twice."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         ledger = batch._ledger  # noqa: SLF001 - writes fail at a known step, which a full disk cannot do
@@ -437,12 +437,12 @@ async def test_a_ledger_that_cannot_be_written_stops_the_run(
 
         async def failing_move(key: str, state: RowState, **facts: object) -> None:
             if state == broken and len(simulator.charges) >= 4:
-                ledger._failure = "no space left on device"  # noqa: SLF001 - see above
+                ledger._failure = "no space left on device"  # noqa: SLF001 - a disk that fails at one moment
             await move(key, state, **facts)  # type: ignore[arg-type]
 
         async def failing_begin(key: str, *, resubmit: bool = False, nonce: str | None = None) -> None:
             if broken == "submitting" and len(simulator.charges) >= 4:
-                ledger._failure = "no space left on device"  # noqa: SLF001 - see above
+                ledger._failure = "no space left on device"  # noqa: SLF001 - a disk that fails at one moment
             await begin(key, resubmit=resubmit, nonce=nonce)
 
         ledger.transition, ledger.begin_attempt = failing_move, failing_begin  # type: ignore[method-assign]
@@ -525,7 +525,7 @@ async def test_a_gateway_outage_makes_few_rows_unknown(tmp_path: Path) -> None:
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("no_threads")
 async def test_a_new_task_that_is_invisible_after_a_restart_is_waited_for(tmp_path: Path) -> None:
-    """Its age is known from the ledger, so a 404 means that it is not visible yet."""
+    """The age of the task is known from the ledger, so a 404 means that it is not visible yet."""
     simulator = Simulator(SimulatorProfile(median_s=40, sigma=0, visibility_delay_s=25))
     async with batch_of(simulator, tmp_path) as batch:
         with anyio.move_on_after(1):
@@ -550,7 +550,7 @@ async def test_a_row_that_times_out_is_waited_for_by_the_next_run(tmp_path: Path
 
 
 async def test_an_expired_image_url_is_queried_again(tmp_path: Path) -> None:
-    """F29: the URL is queried once; if that fails, the row fails and the next run retries."""
+    """The URL is queried once; if that fails, the row fails and the next run retries."""
     simulator = Simulator(FAST_PROFILE)
     gone = [1, 2]  # downloads that get a 410
 
@@ -567,7 +567,7 @@ async def test_an_expired_image_url_is_queried_again(tmp_path: Path) -> None:
 
 
 async def test_submits_wait_while_downloads_queue(tmp_path: Path) -> None:
-    """P12: while more images wait than are downloaded at once, submits wait."""
+    """While more images wait than are downloaded at once, submits wait."""
     simulator = Simulator(FAST_PROFILE, delay_s=0.05)
     stuck, saving = anyio.Event(), 0
 

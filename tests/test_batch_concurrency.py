@@ -285,7 +285,7 @@ async def test_a_report_that_cannot_be_written_does_not_stop_the_run(
 
 
 async def test_a_rejection_that_quotes_a_prompt_about_credit_fails_one_row(tmp_path: Path) -> None:
-    """It must not be taken for an empty account, which would end the run."""
+    """The rejection is not taken for an empty account, which would end the run."""
     simulator = Simulator(FAST_PROFILE)
     quoting = rejected(400, 1, "the prompt 'a balance of credit' breaks the rules on credit cards")
     async with batch_of(simulator, tmp_path, nth_post(lambda n: quoting if n == 5 else None)) as batch:

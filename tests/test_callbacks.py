@@ -278,7 +278,7 @@ async def test_the_status_in_a_callback_is_ignored() -> None:
 
 @pytest.mark.virtual_time
 async def test_a_thousand_replays_trigger_one_query_in_ten_seconds() -> None:
-    """F22, F24: duplicates get a 2xx and change nothing."""
+    """Duplicates get a 2xx and change nothing."""
     async with callback_simulator() as service:
         handle = await service.client.submit("a fox", callback=service.receiver)
         async with anyio.create_task_group() as group:
@@ -305,7 +305,7 @@ async def test_a_late_callback_is_a_no_op() -> None:
 
 @pytest.mark.virtual_time
 async def test_an_early_callback_is_remembered_until_there_is_a_waiter() -> None:
-    """It may arrive before the submit's response, or before the first wait."""
+    """A callback may arrive before the submit's response, or before the first wait."""
     profile = SimulatorProfile(median_s=0.5, sigma=0, visibility_delay_s=0)
     simulator = Simulator(profile, delay_s=4.0)
     async with simulator.client(polling=PollPolicy()) as client:
@@ -335,7 +335,7 @@ async def test_an_early_callback_is_remembered_until_there_is_a_waiter() -> None
 
 @pytest.mark.virtual_time
 async def test_a_worker_that_does_not_know_the_task_forwards_the_callback() -> None:
-    """It responds with a 2xx, and the worker with the waiter sends a query."""
+    """The worker responds with a 2xx, and the worker with the waiter sends a query."""
     async with callback_simulator() as service:
         forwarded: list[tuple[str, bytes]] = []
 

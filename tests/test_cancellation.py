@@ -104,7 +104,7 @@ async def test_native_cancellation_at_any_step_loses_no_id(steps: int, caplog: p
 @pytest.mark.slow
 @pytest.mark.anyio
 async def test_ten_thousand_random_cancels_leave_the_throughput_as_it_was(caplog: pytest.LogCaptureFixture) -> None:
-    """P9: over real sockets the throughput is unchanged. httpx's own pool fails after ten cancels."""
+    """Over real sockets the throughput is unchanged. httpx's own pool fails after ten cancels."""
     caplog.set_level(logging.ERROR, "nanobanana_async")
     rng = random.Random(7)
     async with (

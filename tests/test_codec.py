@@ -107,7 +107,7 @@ def test_a_finished_task_is_decoded_completely() -> None:
         pytest.param([{"image": "https://f.example/1.png", "text": "here"}, None, 3], 1, 1, id="mixed"),
     ],
 )
-def test_every_shape_of_result_is_normalised(result: object, images: int, texts: int) -> None:
+def test_every_shape_of_result_is_normalized(result: object, images: int, texts: int) -> None:
     """Null, one object, strings and mixtures have all been observed."""
     task = codec.decode_task(state("success", result=result), "ta-1")
     assert (len(task.images), len(task.texts)) == (images, texts)
@@ -288,7 +288,7 @@ def test_no_other_code_is_success(code: object) -> None:
     ],
 )
 def test_a_task_id_is_salvaged_from_a_truncated_body(body: bytes) -> None:
-    """P5: the id of a charged task is kept even if the rest is damaged."""
+    """The id of a charged task is kept even if the rest is damaged."""
     coding = "gzip" if body.startswith(b"\x1f\x8b") else ""
     assert (
         codec.decode_envelope(WireResponse(status=200, body=body, headers={"content-encoding": coding})).task_id

@@ -67,7 +67,7 @@ async def test_an_image_that_is_not_there_yet_is_retried(step: Step) -> None:
 @pytest.mark.parametrize(
     ("step", "says", "requests"),
     [
-        pytest.param(response(404, body=b""), r"HTTP 404 \(tries: 5\)", 5, id="never-there"),
+        pytest.param(response(404, body=b""), r"HTTP 404 \(attempts: 5\)", 5, id="never-there"),
         pytest.param(response(410, body=b""), "HTTP 410", 1, id="gone"),
         pytest.param(response(200, body=b"<html>sorry, no image</html>"), "not a PNG, JPEG, WebP or GIF", 1, id="html"),
         pytest.param(response(200, body=b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "not a PNG", 1, id="svg"),

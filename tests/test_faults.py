@@ -67,7 +67,7 @@ def test_no_response_takes_more_memory_than_its_limit(numbers: tuple[str, ...]) 
 @pytest.mark.slow
 @pytest.mark.anyio
 async def test_an_upload_that_is_never_read_is_unknown_in_time(server: FaultServer) -> None:
-    """F10: a part of an upload that the server never reads may have arrived."""
+    """A part of an upload that the server never reads may have arrived."""
     (hang,) = (fault for fault in FAULTS if fault.listener == "hang")
     url = server.url(hang, times=99, nonce="upload")
     request = GenerationRequest("a fox", images=["data:image/png;base64," + "A" * 5_000_000])
@@ -79,7 +79,7 @@ async def test_an_upload_that_is_never_read_is_unknown_in_time(server: FaultServ
 @pytest.mark.slow
 @pytest.mark.anyio
 async def test_idle_connections_that_the_server_closes_cost_nothing() -> None:
-    """F11: submits use new connections and queries are retried, so there is no error."""
+    """Submits use new connections and queries are retried, so there is no error."""
     good = response(b'{"code":0,"message":"ok","data":{"task_id":"ta-1","status":"pending"}}')
 
     def serve_with_idle_limit(peer: object, _: bytes) -> None:

@@ -1,4 +1,4 @@
-"""`generate_many` yields one outcome per request with bounded concurrency and back-pressure."""
+"""`generate_many` yields one outcome per request with bounded concurrency and backpressure."""
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing

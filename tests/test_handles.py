@@ -61,7 +61,7 @@ async def test_a_second_wait_shares_the_poll_in_flight() -> None:
 
 
 async def test_the_first_final_status_stays() -> None:
-    """It stays for the same handle, for new ones, and for a query in flight."""
+    """The status stays for the same handle, for new ones, and for a query in flight."""
     responses = iter(["success", "failed", "in_progress"])
     transport = script(accepted(), *(state(word) for word in responses))
     async with NanoBananaClient("dk-test", transport=transport, polling=every(1)) as client:
@@ -94,13 +94,13 @@ async def test_a_removed_waiter_releases_the_task() -> None:
     """The delay queue may keep a deadline for a while, but not the image."""
     service = FakePollSource(lambda task_id, _: task("success", task_id))
     async with tracking(service) as tracker:
-        watches = [tracker.track("ta-1") for _ in range(5)]
-        tracked = watches[0].task
+        waiters = [tracker.track("ta-1") for _ in range(5)]
+        tracked = waiters[0].task
         await tracker.wait("ta-1", timeout_s=10)
-        for waiter in watches:
+        for waiter in waiters:
             tracker.remove_waiter(waiter)
         assert tracked.snapshot is None
-        assert all(watch.task is not tracked for watch in watches)
+        assert all(waiter.task is not tracked for waiter in waiters)
 
 
 @pytest.mark.real_time

@@ -25,7 +25,7 @@ from tests.raw_server import RawServer, reset, response, sending, sending_then, 
 
 pytestmark = pytest.mark.anyio
 
-Carriers = Callable[[], "contextlib.AbstractAsyncContextManager[HttpxTransport]"]
+TransportFactory = Callable[[], "contextlib.AbstractAsyncContextManager[HttpxTransport]"]
 
 
 def ask(server: RawServer | str, kind: RequestKind = RequestKind.READ, **fields: object) -> WireRequest:
@@ -36,7 +36,7 @@ def ask(server: RawServer | str, kind: RequestKind = RequestKind.READ, **fields:
 
 
 @pytest.fixture(params=["own", "httpx", "httpx2"])
-def make_transport(request: pytest.FixtureRequest) -> Carriers:
+def make_transport(request: pytest.FixtureRequest) -> TransportFactory:
     """Return a factory of transports: with own connections, and over each library's client."""
 
     @contextlib.asynccontextmanager
@@ -57,7 +57,7 @@ def make_transport(request: pytest.FixtureRequest) -> Carriers:
     return make
 
 
-async def test_a_response_is_returned_unchanged(make_transport: Carriers) -> None:
+async def test_a_response_is_returned_unchanged(make_transport: TransportFactory) -> None:
     """Status, lower-case headers and the raw body are returned."""
     with serving(sending(response(b"hello", X_Thing="a"))) as server:
         async with make_transport() as transport:
@@ -65,7 +65,7 @@ async def test_a_response_is_returned_unchanged(make_transport: Carriers) -> Non
     assert (received.status, received.body, received.headers["x-thing"]) == (200, b"hello", "a")
 
 
-async def test_a_compressed_response_is_not_decompressed(make_transport: Carriers) -> None:
+async def test_a_compressed_response_is_not_decompressed(make_transport: TransportFactory) -> None:
     """A few bytes can decompress to gigabytes, so the caller decides."""
     packed = gzip.compress(b"hello")
     with serving(sending(response(packed, Content_Encoding="gzip"))) as server:
@@ -73,7 +73,7 @@ async def test_a_compressed_response_is_not_decompressed(make_transport: Carrier
             assert (await transport.send(ask(server), timeout_s=5)).body == packed
 
 
-async def test_a_redirect_is_returned_and_not_followed(make_transport: Carriers) -> None:
+async def test_a_redirect_is_returned_and_not_followed(make_transport: TransportFactory) -> None:
     """Following it would send the key, and the POST, to another host."""
     with serving(sending(response(status="307 Temporary Redirect", Location="/elsewhere"))) as server:
         async with make_transport() as transport:
@@ -82,7 +82,7 @@ async def test_a_redirect_is_returned_and_not_followed(make_transport: Carriers)
 
 
 @pytest.mark.parametrize("kind", [RequestKind.SUBMIT, RequestKind.READ])
-async def test_a_refused_connection_was_never_sent(make_transport: Carriers, kind: RequestKind) -> None:
+async def test_a_refused_connection_was_never_sent(make_transport: TransportFactory, kind: RequestKind) -> None:
     """The peer received no byte."""
     with socket.create_server(("127.0.0.1", 0)) as closed:
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/"
@@ -92,7 +92,7 @@ async def test_a_refused_connection_was_never_sent(make_transport: Carriers, kin
     assert (caught.value.phase, caught.value.permanent) == (Phase.CONNECT, False)
 
 
-async def test_a_name_that_does_not_resolve_was_never_sent(make_transport: Carriers) -> None:
+async def test_a_name_that_does_not_resolve_was_never_sent(make_transport: TransportFactory) -> None:
     """The failure is transient, because the name may resolve later."""
     async with make_transport() as transport:
         with pytest.raises(ExchangeError) as caught:
@@ -124,7 +124,7 @@ CUT = response(b'{"task_id": "ta-1"', length=1000)
 )
 @pytest.mark.parametrize("kind", [RequestKind.SUBMIT, RequestKind.READ])
 async def test_a_broken_exchange_reports_its_phase_and_keeps_the_bytes(
-    make_transport: Carriers,
+    make_transport: TransportFactory,
     kind: RequestKind,
     handler: Callable[[socket.socket, bytes], None],
     phase: Phase,
@@ -138,7 +138,7 @@ async def test_a_broken_exchange_reports_its_phase_and_keeps_the_bytes(
     assert (caught.value.phase, caught.value.response and caught.value.response.body) == (phase, kept)
 
 
-async def test_a_truncated_body_without_a_content_length_is_returned(make_transport: Carriers) -> None:
+async def test_a_truncated_body_without_a_content_length_is_returned(make_transport: TransportFactory) -> None:
     """HTTP cannot detect the truncation; the caller has to."""
     head = b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n"
     with serving(sending_then(socket.socket.close, head, b'{"half')) as server:
@@ -146,7 +146,7 @@ async def test_a_truncated_body_without_a_content_length_is_returned(make_transp
             assert (await transport.send(ask(server), timeout_s=5)).body == b'{"half'
 
 
-async def test_the_total_deadline_holds_against_a_peer_that_drips(make_transport: Carriers) -> None:
+async def test_the_total_deadline_holds_against_a_peer_that_drips(make_transport: TransportFactory) -> None:
     """A peer that sends a byte now and then never triggers a read timeout."""
 
     def drip(peer: socket.socket, _: bytes) -> None:
@@ -165,7 +165,7 @@ async def test_the_total_deadline_holds_against_a_peer_that_drips(make_transport
     assert set(caught.value.response.body) == set(b"x")
 
 
-async def test_a_peer_that_never_responds_may_have_the_request(make_transport: Carriers) -> None:
+async def test_a_peer_that_never_responds_may_have_the_request(make_transport: TransportFactory) -> None:
     """The phase is SEND, not CONNECT."""
     with serving(lambda *_: time.sleep(0.3)) as server:
         async with make_transport() as transport:
@@ -175,7 +175,7 @@ async def test_a_peer_that_never_responds_may_have_the_request(make_transport: C
 
 
 @pytest.mark.slow
-async def test_a_connection_that_is_never_made_was_never_sent(make_transport: Carriers) -> None:
+async def test_a_connection_that_is_never_made_was_never_sent(make_transport: TransportFactory) -> None:
     """A full backlog drops the SYN, so the deadline passes before a byte is sent."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
@@ -191,7 +191,7 @@ async def test_a_connection_that_is_never_made_was_never_sent(make_transport: Ca
     assert caught.value.phase is Phase.CONNECT
 
 
-async def test_a_body_over_the_limit_ends_the_exchange(make_transport: Carriers) -> None:
+async def test_a_body_over_the_limit_ends_the_exchange(make_transport: TransportFactory) -> None:
     """Memory stays bounded, and the beginning is kept."""
     with serving(sending(response(b"y" * 100_000))) as server:
         async with make_transport() as transport:
@@ -215,7 +215,7 @@ async def test_a_sink_gets_the_body_of_a_200_and_of_nothing_else() -> None:
         assert got == expected
 
 
-@pytest.mark.parametrize("moment", ["in the sink", "between two pieces"])
+@pytest.mark.parametrize("moment", ["in the sink", "between two chunks"])
 async def test_a_cancelled_download_leaves_no_unfinished_generator(moment: str) -> None:
     """Trio would warn about it."""
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -258,7 +258,7 @@ async def test_reads_reuse_a_connection_and_submits_never_do() -> None:
 
 
 async def test_a_client_that_was_passed_in_adds_no_idle_connections() -> None:
-    """Its own pool keeps the connections."""
+    """The pool of that client keeps the connections."""
     with serving(sending(response(b"{}"))) as server:
         async with httpx.AsyncClient() as client:
             transport = HttpxTransport(client)
@@ -268,7 +268,7 @@ async def test_a_client_that_was_passed_in_adds_no_idle_connections() -> None:
 
 
 async def test_an_interrupted_connection_is_not_reused() -> None:
-    """It may still carry the end of another response."""
+    """The connection may still carry the end of another response."""
     with serving(sending(response(b"{}", length=5))) as server:
         async with contextlib.aclosing(HttpxTransport()) as transport:
             for number in range(3):
@@ -291,7 +291,7 @@ async def test_a_connection_the_server_closed_meanwhile_is_replaced() -> None:
 
 @pytest.mark.slow
 async def test_a_thousand_cancelled_requests_leave_a_working_transport() -> None:
-    """P9: httpx's own pool fails after ten."""
+    """Httpx's own pool fails after ten."""
     with serving(sending(response(b"{}"))) as server:
         async with contextlib.aclosing(HttpxTransport()) as transport:
 
@@ -327,7 +327,7 @@ async def test_a_response_that_the_users_client_has_read_is_still_returned(how: 
 
 
 async def test_images_are_never_downloaded_with_the_users_client() -> None:
-    """It may hold cookies, credentials or an internal certificate."""
+    """The user's client may hold cookies, credentials or an internal certificate."""
     with serving(sending(response(b"{}"))) as server:
         async with httpx.AsyncClient(headers={"X-Api-Key": "dk-secret"}, cookies={"session": "s"}) as client:
             transport = HttpxTransport(client)
@@ -346,7 +346,7 @@ def test_a_synchronous_client_is_rejected() -> None:
 
 @pytest.mark.parametrize("url", ["http://localhost:{}/", "http://2130706433:{}/", "http://[::ffff:127.0.0.1]:{}/"])
 async def test_a_guarded_request_never_reaches_a_private_address(url: str) -> None:
-    """P25: a name, an integer and a mapped IPv6 address are all refused."""
+    """A name, an integer and a mapped IPv6 address are all refused."""
     with serving(sending(response(b"secret"))) as server:
         async with contextlib.aclosing(HttpxTransport()) as transport:
             with pytest.raises(ExchangeError, match="not a public address") as caught:

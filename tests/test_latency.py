@@ -16,7 +16,7 @@ from nanobanana_async.tracking.schedule import PollSchedule
 from tests.latency_samples import Draw, bimodal, fixed_polls, lognormal, simulate
 
 ages = st.floats(0, 3600)
-prices = st.floats(0.01, 10)
+costs = st.floats(0.01, 10)
 
 
 def trained(*latencies_s: float, every_s: float = 1.0) -> LatencyModel:
@@ -84,28 +84,28 @@ def test_learning_never_overflows() -> None:
     assert model.median_s() < 12
 
 
-def test_two_polls_at_the_same_time_teach_nothing() -> None:
+def test_two_polls_at_the_same_time_are_not_observed() -> None:
     """A clock may stand still."""
     model = LatencyModel()
     model.observe(5.0, 5.0, done=True)
     assert model.dump() == LatencyModel().dump()
 
 
-@given(age_s=ages, cost_s=prices, max_s=st.floats(0.5, 60))
+@given(age_s=ages, cost_s=costs, max_s=st.floats(0.5, 60))
 def test_an_interval_is_positive_and_bounded(age_s: float, cost_s: float, max_s: float) -> None:
-    """This holds at any age."""
+    """The bounds hold at any age."""
     assert 0 < LatencyModel().next_poll_in_s(age_s, cost_s, max_s) <= max_s
 
 
-@given(age_s=ages, prices_s=st.tuples(prices, prices))
-def test_a_higher_poll_cost_gives_a_longer_interval(age_s: float, prices_s: tuple[float, float]) -> None:
+@given(age_s=ages, costs_s=st.tuples(costs, costs))
+def test_a_higher_poll_cost_gives_a_longer_interval(age_s: float, costs_s: tuple[float, float]) -> None:
     """Pressure raises the cost, so it never shortens an interval."""
     model = LatencyModel()
-    cheap, dear = (model.next_poll_in_s(age_s, cost_s, 1000) for cost_s in sorted(prices_s))
+    cheap, dear = (model.next_poll_in_s(age_s, cost_s, 1000) for cost_s in sorted(costs_s))
     assert cheap <= dear + 1e-3
 
 
-@given(age_s=st.floats(0, 200), cost_s=prices)
+@given(age_s=st.floats(0, 200), cost_s=costs)
 def test_the_poll_comes_when_the_expected_delay_reaches_its_cost(age_s: float, cost_s: float) -> None:
     """The definition is checked by summing P(done) in hundredths of the interval."""
     model = LatencyModel()
@@ -185,7 +185,7 @@ def test_the_number_of_latency_models_is_bounded() -> None:
 
 @pytest.mark.parametrize("pressure", [1.0, 2.0, 4.0])
 def test_pressure_lengthens_learned_intervals_in_proportion(pressure: float) -> None:
-    """This is exact for a constant hazard, and approximate otherwise."""
+    """The proportion is exact for a constant hazard, and approximate otherwise."""
     schedule = PollSchedule(PollPolicy(max_interval_s=1000))
     interval_s = schedule.next_poll_in_s(None, 30.0, 1)
     assert schedule.next_poll_in_s(None, 30.0, 1, pressure) == pytest.approx(pressure * interval_s, rel=0.25)
@@ -214,7 +214,7 @@ def test_a_backoff_schedule_grows_to_its_maximum() -> None:
 
 @given(seed=st.integers(0, 1000))
 def test_after_errors_intervals_double_and_half_is_random(seed: int) -> None:
-    """They grow up to the longest interval."""
+    """The intervals grow up to the longest one."""
     policy = PollPolicy()
     schedule = PollSchedule(policy, Random(seed))
     for failures in range(1, 50):
@@ -225,10 +225,10 @@ def test_after_errors_intervals_double_and_half_is_random(seed: int) -> None:
 def test_the_default_cost_gives_growing_intervals() -> None:
     """The intervals of a slow task are listed for the reader."""
     schedule = PollSchedule(PollPolicy(jitter=0))
-    looks_s: list[float] = []
+    polls_at_s: list[float] = []
     age_s = 0.0
     while age_s < 60:
-        age_s += schedule.next_poll_in_s(None, age_s, len(looks_s))
-        looks_s.append(age_s)
-    assert looks_s[0] == pytest.approx(7.5, abs=1)
-    assert all(2 < later - earlier < 5 for earlier, later in pairwise(looks_s))
+        age_s += schedule.next_poll_in_s(None, age_s, len(polls_at_s))
+        polls_at_s.append(age_s)
+    assert polls_at_s[0] == pytest.approx(7.5, abs=1)
+    assert all(2 < later - earlier < 5 for earlier, later in pairwise(polls_at_s))

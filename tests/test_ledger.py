@@ -153,7 +153,7 @@ async def test_a_resubmit_is_counted(tmp_path: Path) -> None:
 
 
 async def test_file_names_are_derived_and_unique(tmp_path: Path) -> None:
-    """They come from the prompt or the row's name, and are unique without regard to case."""
+    """File names come from the prompt or the row's name, and are unique without regard to case."""
     rows = [
         row("1", "../../etc/passwd"),
         row("2", "日本"),
@@ -238,7 +238,7 @@ anyio.run(main)
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_second_process_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
-    """P20: it is refused within a second, and a killed holder holds nothing."""
+    """It is refused within a second, and a killed holder holds nothing."""
     with subprocess.Popen([sys.executable, "-c", _HOLD, str(tmp_path)], stdout=subprocess.PIPE) as holder:  # noqa: ASYNC220, S603 - started here
         assert holder.stdout is not None
         holder.stdout.readline()
@@ -344,7 +344,7 @@ async def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> No
 
 
 async def test_after_a_failed_write_every_write_fails(tmp_path: Path) -> None:
-    """P21: the first failure stands even when there is space again, and durable data is kept."""
+    """The first failure stands even when there is space again, and durable data is kept."""
     async with opened(tmp_path) as ledger:
         await ledger.upsert_rows([row("1")])
         pages = ledger._db.execute("PRAGMA page_count").fetchone()[0]

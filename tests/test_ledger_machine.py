@@ -51,7 +51,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.charged: Counter[str] = Counter()
         self.tasks: dict[str, set[str]] = {key: set() for key in KEYS}
         self.allowed = Counter(dict.fromkeys(KEYS, 1))
-        """Charges that the owner has agreed to."""
+        """Charges that the user has agreed to."""
         self.posted: dict[str, str | None] = {}
         """Rows with a POST in flight, and the task id on its way, if it was charged."""
         self.known: dict[str, RowState] = {}
@@ -165,7 +165,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_charge_is_accounted_for(self) -> None:
-        """P1, P3: there are no undeclared charges, and each is bound to its row or the row is unknown."""
+        """There are no undeclared charges, and each is bound to its row or the row is unknown."""
         if not hasattr(self, "ledger"):
             return
         records = self.records()

@@ -84,7 +84,7 @@ async def test_idle_time_is_saved_up_to_the_burst() -> None:
 @pytest.mark.anyio
 @pytest.mark.virtual_time
 async def test_a_pause_blocks_all_requests_and_ends_without_a_burst() -> None:
-    """P11: after a 429, waiting requests leave at the rate."""
+    """After a 429, waiting requests leave at the rate."""
     limiter = AdaptiveRateLimiter(10, 3)
     limiter.pause(5)
     assert await departures(limiter, 6) == pytest.approx([5.1, 5.1, 5.3, 5.3, 5.5, 5.5])

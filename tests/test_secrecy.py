@@ -1,4 +1,4 @@
-"""P23: nothing that can be printed, logged, pickled or sent contains the key."""
+"""Nothing that can be printed, logged, pickled or sent contains the key."""
 
 import base64
 import contextlib
@@ -85,7 +85,7 @@ async def test_no_fault_shows_the_key(caplog: pytest.LogCaptureFixture, capfd: p
 
 @pytest.mark.anyio
 async def test_downloads_and_callbacks_carry_no_credentials() -> None:
-    """P24: the user's client does not pass its own credentials to the file host either."""
+    """The user's client does not pass its own credentials to the file host either."""
     with SimulatorServer(SimulatorProfile(median_s=0.05, visibility_delay_s=0, keys=frozenset({KEY}))) as server:
         async with httpx.AsyncClient(headers={"X-Api-Key": KEY}, cookies={"session": KEY}) as mine:
             for transport in (None, HttpxTransport(mine)):

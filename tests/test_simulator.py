@@ -49,7 +49,7 @@ def data(received: SimulatedResponse) -> dict[str, object]:
 
 
 def test_a_task_goes_through_all_its_states() -> None:
-    """It is invisible, pending, submitted, in_progress and success; only the last has a result."""
+    """A task is invisible, pending, submitted, in_progress and success. Only the last state has a result."""
     simulated = ManualService()
     task_id = str(data(simulated.submit())["task_id"])
     assert simulated.query(task_id).status == 404

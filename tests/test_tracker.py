@@ -141,7 +141,7 @@ async def test_a_transient_error_does_not_end_the_wait(error_rate: Exception) ->
         assert (await tracker.wait("ta-1", timeout_s=60)).is_final
 
 
-async def test_an_outage_is_logged_once_and_teaches_nothing(caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_outage_is_logged_once_and_not_observed(caplog: pytest.LogCaptureFixture) -> None:
     """Three consecutive failed polls, of any tasks, are an outage."""
     error_rate = ServiceUnavailable("Bad gateway (HTTP 502)")
     service = FakePollSource(lambda task_id, now_s: error_rate if now_s < 20 else task("success", task_id))
@@ -183,7 +183,7 @@ async def test_a_rejected_key_ends_every_wait_with_its_own_error() -> None:
 
 
 async def test_a_new_task_may_be_invisible_for_a_while() -> None:
-    """P14: a 404 within a minute of the submit means "not visible yet"."""
+    """A 404 within a minute of the submit means "not visible yet"."""
     service = FakePollSource(lambda _, now_s: TaskNotFound("task not found") if now_s < 30 else task("success"))
     async with tracking(service) as tracker:
         submit_info = SubmitInfo(submitted_at_s=anyio.current_time())
@@ -191,7 +191,7 @@ async def test_a_new_task_may_be_invisible_for_a_while() -> None:
 
 
 async def test_a_task_that_stays_invisible_is_lost_after_minutes() -> None:
-    """P14: a task is lost after three 404s over five minutes."""
+    """A task is lost after three 404s over five minutes."""
     async with tracking(
         FakePollSource(lambda *_: TaskNotFound("task not found")), every(30.0, first_poll_s=1.0)
     ) as tracker:
@@ -268,7 +268,7 @@ async def test_leaving_updates_early_ends_the_polling() -> None:
 
 
 async def test_a_task_submitted_elsewhere_is_polled_at_once() -> None:
-    """It may have been finished for hours."""
+    """The task may have been finished for hours."""
     service = FakePollSource(finished_after(0))
     async with tracking(service, every(first_poll_s=100.0)) as tracker:
         await tracker.wait("ta-1", timeout_s=600)
@@ -307,7 +307,7 @@ async def test_a_task_due_earlier_than_all_others_wakes_the_scheduler() -> None:
 @pytest.mark.parametrize("first", list(TaskStatus))
 @pytest.mark.parametrize("second", list(TaskStatus))
 async def test_a_late_status_never_moves_a_task_backwards(first: TaskStatus, second: TaskStatus) -> None:
-    """P15: final statuses stay, and unrecognized ones change nothing."""
+    """Final statuses stay, and unrecognized ones change nothing."""
     after = latest_status(first, second)
     assert after in (first, second)
     assert latest_status(after, first) is after

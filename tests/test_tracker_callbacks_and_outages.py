@@ -49,7 +49,7 @@ async def test_a_callback_triggers_a_poll_at_once() -> None:
 
 
 async def test_a_flood_of_callbacks_triggers_one_poll_in_ten_seconds() -> None:
-    """P27: anyone may send callbacks."""
+    """Anyone may send callbacks."""
     service = FakePollSource(finished_after(1e9))
     async with tracking(service, every(1000.0)) as tracker, anyio.create_task_group() as group:
         group.start_soon(partial(tracker.wait, "ta-1", timeout_s=600, submit_info=submitted_now()))
@@ -221,7 +221,7 @@ async def test_under_pressure_all_tasks_are_polled_less() -> None:
 
 
 async def test_no_task_waits_longer_than_the_maximum_interval_and_one_round() -> None:
-    """P12: this holds under any pressure."""
+    """This holds under any pressure."""
     service = RateLimitedSource(finished_after(1e9), polls_per_s=10.0)
     async with tracking(service, PollPolicy()) as tracker:
         for number in range(200):
@@ -310,7 +310,7 @@ def busiest_second(times_s: list[float], since_s: float = -math.inf) -> int:
 async def test_in_an_outage_all_polls_back_off_and_recover_without_a_burst(
     error_rate: WireResponse,
 ) -> None:
-    """P11: a thousand tasks and ten minutes without a usable response cause few requests, and no burst after it."""
+    """A thousand tasks and ten minutes without a usable response cause few requests, and no burst after it."""
     transport = service(300.0, error_rate, until_s=600.0)
     start_s = anyio.current_time()
     async with NanoBananaClient("dk-test", transport=transport) as client:
@@ -324,7 +324,7 @@ async def test_in_an_outage_all_polls_back_off_and_recover_without_a_burst(
 
 @pytest.mark.slow
 async def test_after_a_stall_no_more_than_a_burst_leaves_at_once() -> None:
-    """P11: after a suspend of five minutes everything is overdue, and leaves at the rate."""
+    """After a suspend of five minutes everything is overdue, and leaves at the rate."""
     transport = service(1000.0)
     async with NanoBananaClient("dk-test", transport=transport) as client, anyio.create_task_group() as group:
         for _ in range(1000):

@@ -39,7 +39,7 @@ class Job:
     latency_s: float
     timeout_s: float
     leaves_s: float
-    """When the one who waits is cancelled."""
+    """When the waiter is cancelled."""
     shares: bool
     """Whether it is the task of the job before."""
 
@@ -85,8 +85,8 @@ class CheckingSource(FakePollSource):
         planned = {entry.task_id for due_s, _, entry in tracker._poll_queue._heap if due_s == entry.due_s}
         begun = tracker._in_flight - len(self.under_way)
         assert len(set(tracker._tasks) - planned - self.under_way) <= begun, "tracked and never polled again"
-        wanted = math.fsum(entry.demand_per_s for entry in tracker._tasks.values())
-        assert tracker._demand_per_s == pytest.approx(wanted, abs=1e-6)
+        demand_per_s = math.fsum(entry.demand_per_s for entry in tracker._tasks.values())
+        assert tracker._demand_per_s == pytest.approx(demand_per_s, abs=1e-6)
 
 
 def truth(latencies_s: dict[str, tuple[float, float]]) -> "partial[Task]":

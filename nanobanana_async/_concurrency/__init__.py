@@ -1,1 +1,1 @@
-"""Concurrency primitives that know nothing of the domain but its errors."""
+"""Concurrency primitives, independent of the domain except for its errors."""

@@ -108,7 +108,7 @@ class BackgroundTaskGroup:
     async def aclose(self, *, drain_s: float) -> None:
         """Refuse new work, give shielded calls *drain_s* seconds to finish, and cancel the rest.
 
-        A second call has no effect. Cancelling ends the wait; the background work still ends.
+        A second call has no effect. Cancelling ends the wait, not the clean-up.
         """
         self.check_owner()
         self.request_stop(drain_s=drain_s)
@@ -181,4 +181,4 @@ class BackgroundTaskGroup:
                 self._drained.set()
             result.done.set()
         if result.abandoned and result.error is None:
-            on_abandoned(result.value)  # type: ignore[arg-type]  # the same
+            on_abandoned(result.value)  # type: ignore[arg-type]  # `value` is set if `error` is None

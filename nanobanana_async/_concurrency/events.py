@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def trio_lowlevel() -> Any | None:  # noqa: ANN401 - a module that may not be installed
-    """Return `trio.lowlevel` if trio is fully imported; another thread may be importing it now."""
+    """Return `trio.lowlevel` if trio is fully imported. Another thread may be importing it now."""
     return getattr(sys.modules.get("trio"), "lowlevel", None)
 
 

@@ -1,4 +1,4 @@
-"""The operations of the service: encode, wait for a slot, send, classify, and retry where that is safe."""
+"""The operations of the service: encode, wait for a slot, send, classify, and retry as the policy allows."""
 
 import contextlib
 import logging
@@ -59,7 +59,10 @@ class AcceptedSubmit:
 
 
 class ServiceApi:
-    """The operations of the service within the client's limits. Retries only where no second charge is possible."""
+    """The operations of the service within the client's limits.
+
+    A request is retried if no second charge is possible, or `RetryPolicy` allows it.
+    """
 
     def __init__(
         self,
@@ -205,7 +208,7 @@ class ServiceApi:
                 return SubmitExchange(
                     failure=ExchangeError("the client was closed during the exchange", phase=Phase.SEND)
                 )
-        reason = "the caller timed out before the response; the exchange continues, and its task id will be logged"
+        reason = "the caller timed out before the response. The exchange continues, and its task id will be logged"
         return SubmitExchange(failure=ExchangeError(reason, phase=Phase.SEND))
 
     async def _send_submit(self, wire: WireRequest, exchange_deadline_s: float) -> SubmitExchange:
@@ -231,7 +234,7 @@ class ServiceApi:
         return SubmitExchange(response=response, envelope=codec.decode_envelope(response), failure=failure)
 
     def _update_breaker(self, outcome: SubmitExchange) -> None:
-        """Open the breaker on a rejection that every further submit would get; close it when a submit is accepted."""
+        """Open the breaker on a rejection that every submit would get. Close it when a submit is accepted."""
         verdict = classify(outcome).verdict
         if verdict is Verdict.ACCEPTED:
             self._breaker.reset()
@@ -300,7 +303,7 @@ class ServiceApi:
     # --- slots and retries ------------------------------------------------------------------------------------------
 
     async def _next_attempt(self, error: NanoBananaError, attempts: int, deadline_s: float) -> bool:
-        """Back off after a failed attempt and acquire a slot; False if *error*, the last outcome, has to stand."""
+        """Back off after a failed attempt and acquire a slot; False if *error*, the last outcome, is raised."""
         if not attempts:
             return await self._acquire_submit_slot(deadline_s)
         try:
@@ -327,7 +330,7 @@ class ServiceApi:
         """Acquire a slot and the rate limiter's permission; False if the deadline came first, and nothing is held.
 
         With a *lock*, its waiters stand in the limiter's queue one at a time. Otherwise the tracker, which stands there
-        once for all tasks, would get one turn in seventeen while submits wait.
+        once for all tasks, would get one slot in seventeen while submits wait.
         """
         with anyio.CancelScope(deadline=deadline_s):
             await self._acquire_slot(slots, lock)

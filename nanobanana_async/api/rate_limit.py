@@ -96,13 +96,13 @@ class AdaptiveRateLimiter:
 
         Returns whether it starts a new series of errors. Requests in flight together count as one.
         """
-        is_news = sent_s > self._last_throttle_s
-        if is_news:
+        is_new_series = sent_s > self._last_throttle_s
+        if is_new_series:
             self._last_throttle_s = anyio.current_time()
             self._rate_before_throttle = self.rate
         self._throttle_fraction += _EWMA_GAIN * (1 - self._throttle_fraction)
         self.rate = max(self._min_rate, min(self.rate, self._rate_before_throttle * (1 - self._throttle_fraction / 2)))
-        return is_news
+        return is_new_series
 
     def record_success(self) -> None:
         """Record a success, and raise the rate."""
@@ -119,7 +119,7 @@ _ROUNDING_S: Final = 1e-6
 _COALESCE_S: Final = 0.1
 _MIN_RATE: Final = 1.0
 _EWMA_GAIN: Final = 1 / 16
-"""Weight of one response in the fraction of errors; the value of the DCTCP paper."""
+"""Weight of one response in the fraction of errors. The value is that of the DCTCP paper."""
 _ADDITIVE_INCREASE: Final = 0.1
 """Increase of the rate per success, in requests per second."""
 
@@ -170,7 +170,7 @@ class RetryQuota:
         self._tokens = self.CAPACITY
 
     def acquire(self) -> bool:
-        """Take the tokens for one retry. Return False if too few are left; then the error stands."""
+        """Take the tokens for one retry. Return False if too few are left."""
         if self._tokens < self.COST:
             return False
         self._tokens -= self.COST

@@ -73,7 +73,7 @@ class RowKeys:
         else:
             self._seen[f"key {key}"] += 1
             if self._seen[f"key {key}"] > 1:
-                raise ValueError(f"key: {key!r} is also the key of an earlier row")
+                raise ValueError(f"key: {key!r} is also the key of an earlier row. Use another key.")
         return BatchRow(key=key, request=request, name=name, fingerprint=content)
 
 
@@ -170,7 +170,8 @@ class _FileError(Exception):
     """The file as a whole cannot be read as its type."""
 
 
-_Record = tuple[int, Mapping[str, object]]
+_Record = tuple[int, Mapping[str, object] | ValueError]
+"""A line number, and the columns of the row or what is wrong with it."""
 
 
 def _from_txt(text: str) -> Iterator[_Record]:
@@ -193,7 +194,7 @@ def _from_csv(text: str) -> Iterator[_Record]:
             if len(cells) > len(columns):
                 yield (
                     line,
-                    {"fault": f"{len(cells)} cells, but {len(columns)} columns. Quote text that contains a comma."},
+                    ValueError(f"{len(cells)} cells, but {len(columns)} columns. Quote text that contains a comma."),
                 )
             else:
                 record = {name: cell for name, cell in zip(columns, cells, strict=False) if cell.strip()}
@@ -215,27 +216,27 @@ def _from_jsonl(text: str) -> Iterator[_Record]:
             try:
                 record = json.loads(part)
             except json.JSONDecodeError as exc:
-                record = {"fault": f"not JSON: {exc.msg} at column {exc.colno}"}
+                record = ValueError(f"not JSON: {exc.msg} at column {exc.colno}")
             except (ValueError, RecursionError) as exc:
-                record = {"fault": f"not JSON: {exc}"}
-            yield line, record if isinstance(record, dict) else {"fault": "not a JSON object"}
+                record = ValueError(f"not JSON: {exc}")
+            yield line, record if isinstance(record, dict | ValueError) else ValueError("not a JSON object")
 
 
 def _check_columns(names: Iterable[str]) -> None:
     names = list(names)
     if unknown := [name for name in names if name not in COLUMNS]:
-        raise _FileError(f"line 1: {unknown[0]!r} is not one of {', '.join(COLUMNS)}")
+        raise _FileError(f"line 1: column: expected one of {', '.join(COLUMNS)}, got {unknown[0]!r}")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise _FileError(f"line 1: duplicate column {twice[0]!r}")
+        raise _FileError(f"line 1: column: expected each name once, got {twice[0]!r} twice")
 
 
 def _parse_row(
-    record: Mapping[str, object], keys: RowKeys, folder: Path, defaults: Mapping[str, str | None]
+    record: Mapping[str, object] | ValueError, keys: RowKeys, folder: Path, defaults: Mapping[str, str | None]
 ) -> BatchRow:
-    if "fault" in record:
-        raise ValueError(record["fault"])
+    if isinstance(record, ValueError):
+        raise record
     if unknown := record.keys() - set(COLUMNS):
-        raise ValueError(f"{min(unknown)!r} is not one of {', '.join(COLUMNS)}")
+        raise ValueError(f"column: expected one of {', '.join(COLUMNS)}, got {min(unknown)!r}")
     for name, value in record.items():
         if name != "images" and not isinstance(value, str | None):
             raise TypeError(f"{name}: expected text, got {value!r:.80}")
@@ -260,9 +261,11 @@ def _load_image(text: str, folder: Path) -> ImageSource:
     try:
         with path.open("rb") as file:
             if sniff(file.read(SNIFF_BYTES)) is None:
-                raise ValueError(f"images: {path} is not a PNG, JPEG, WebP or GIF")
+                raise ValueError(f"images: expected a PNG, JPEG, WebP or GIF, got {path}")
     except OSError as exc:
         raise ValueError(f"images: {path} cannot be read ({exc.strerror})") from exc
     if path.stat().st_size > Limits().max_reference_bytes:
-        raise ValueError(f"images: {path} is larger than {Limits().max_reference_bytes // 2**20} MiB")
+        raise ValueError(
+            f"images: expected at most {Limits().max_reference_bytes // 2**20} MiB, got {path}. Scale the image down."
+        )
     return path

@@ -48,7 +48,7 @@ class BatchProgress:
 
 
 class RunStopped(Exception):
-    """The run takes no more rows; `RunState.stop_reason` is the reason."""
+    """The run takes no more rows. `RunState.stop_reason` is the reason."""
 
 
 class RunState:

@@ -96,7 +96,7 @@ class Batch:
         Args:
             folder: Folder of images and ledger. One process at a time may use it.
             client: The client that submits and waits. It is not closed.
-            budget: Credits that all runs together may spend. A submit that could exceed it is not sent; submits in
+            budget: Credits that all runs together may spend. A submit that could exceed it is not sent. Submits in
                 flight count at the largest price seen for their model.
             image_store: Stores the images; None uses the client.
             callback: A `CallbackReceiver`, as for `client.submit`. A callback also resolves an unknown row, in any run.

@@ -135,11 +135,11 @@ class Submitter:
             await self._run_state.wait_change()
 
     def _budget_message(self, model: str) -> str:
-        funds, price = self._budget.status(), self._budget.max_price(model)
+        status, price = self._budget.status(), self._budget.max_price(model)
         next_one = "the price is not yet known" if price is None else f"one more may cost {price.normalize():f}"
-        reserved = f", {funds.reserved.normalize():f} reserved" if funds.reserved else ""
+        reserved = f", {status.reserved.normalize():f} reserved" if status.reserved else ""
         return (
-            f"budget: another submit could exceed it: {funds.spent.normalize():f} credits spent{reserved}, "
+            f"budget: another submit could exceed it: {status.spent.normalize():f} credits spent{reserved}, "
             f"and {next_one}"
         )
 
@@ -160,7 +160,7 @@ class Submitter:
         if pending_callback is not None:
             self._pending_callbacks[row.key] = pending_callback
 
-        async def intend() -> None:
+        async def begin_attempt() -> None:
             nonlocal submit_count
             self._run_state.raise_if_stopped()
             if submit_count and not self._budget.can_reserve(model):
@@ -174,7 +174,7 @@ class Submitter:
 
         with anyio.CancelScope() as scope:
             try:
-                handle = await self._client.submit(row.request, callback=pending_callback, before_send=intend)
+                handle = await self._client.submit(row.request, callback=pending_callback, before_send=begin_attempt)
             except (NanoBananaError, RunStopped) as exc:
                 if submit_count:
                     await self._close_books(row, exc, submit_count)

@@ -105,7 +105,7 @@ async def print_summary(out: Path, command: str, keys: set[str], budget: Decimal
     """
     async with aclosing(await Ledger.open(out, create=False)) as ledger:
         states, unlisted = await ledger.query_rows(partial(_count, keys))
-        funds = Budget.from_attempts(await ledger.attempt_costs(), budget).status()
+        budget_status = Budget.from_attempts(await ledger.attempt_costs(), budget).status()
     saved, failed = (sum(states[state] for state in group) for group in (_SAVED, _FAILED))
     unknown = states[RowState.UNKNOWN]
     charged = states[RowState.SUBMITTED] + states[RowState.SUCCEEDED]
@@ -117,12 +117,12 @@ async def print_summary(out: Path, command: str, keys: set[str], budget: Decimal
         if number
     ]
     parts[-1] += f" ({charged} submitted)" if charged else ""
-    money = f"{funds.spent.normalize():f} credits spent"
-    if funds.reserved:
-        money += f", up to {funds.reserved.normalize():f} more may be charged"
+    money = f"{budget_status.spent.normalize():f} credits spent"
+    if budget_status.reserved:
+        money += f", up to {budget_status.reserved.normalize():f} more may be charged"
     elif charged:
         money += f", price of {charged} not yet known"
-    money += "" if funds.remaining is None else f", {funds.remaining.normalize():f} of the budget left"
+    money += "" if budget_status.remaining is None else f", {budget_status.remaining.normalize():f} of the budget left"
     click.echo(f"{', '.join(parts)}; {money}", err=True)
     folder = shlex.quote(str(out))
     if unlisted:

@@ -151,7 +151,7 @@ def one_line(exc: Exception) -> str:
 
 
 def task_record(task: Task | None) -> dict[str, object]:
-    """Return the fields of a task for `--json`; the same fields if there is none."""
+    """Return the fields of a task for `--json`. Without a task, their values are empty."""
     if task is None:
         return {"task_id": None, "status": None, "images": [], "texts": [], "consumed": None, "reason": None}
     return {

@@ -253,7 +253,7 @@ class Downloader:
                     spent = attempts >= self._retry.attempts + _EXTRA_ATTEMPTS
                     if spent or not exc.transient or anyio.current_time() + backoff_s >= deadline_s:
                         raise ImageError(
-                            f"{_describe(image)}: {exc}" + f" (tries: {attempts})" * exc.transient
+                            f"{_describe(image)}: {exc}" + f" (attempts: {attempts})" * exc.transient
                         ) from None
                 await anyio.sleep(backoff_s)
 
@@ -274,12 +274,12 @@ class Downloader:
                 transient = response.status in (403, 404, 408, 425, 429) or response.status >= 500
                 raise _DownloadError(f"the file host returned HTTP {response.status}", transient=transient)
             try:
-                writer = urljoin(url, location)
+                target = urljoin(url, location)
             except ValueError:
                 raise _DownloadError("the file host redirects to an invalid URL") from None
-            if url.lower().startswith("https:") and not writer.lower().startswith("https:"):
+            if url.lower().startswith("https:") and not target.lower().startswith("https:"):
                 raise _DownloadError("the file host redirects from https to another scheme")
-            url = writer
+            url = target
         raise _DownloadError(f"the file host redirects more than {_MAX_REDIRECTS} times")
 
     async def _get(self, url: str, sink: ChunkSink, deadline_s: float) -> WireResponse:
@@ -309,7 +309,7 @@ class Downloader:
 async def _try_once(
     new_writer: Callable[[], WriterT], deliver: Callable[[ChunkSink], Awaitable[WireResponse]]
 ) -> tuple[WriterT, ImageFormat]:
-    """Return a new target that is filled and checked. After an error, discard it."""
+    """Return a new writer that is filled and checked. After an error, discard it."""
     writer = new_writer()
     judged = _ValidatingWriter(writer)
     try:

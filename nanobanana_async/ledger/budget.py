@@ -1,4 +1,4 @@
-"""`Budget`: what a run has spent, and what its submits may still cost. Pure; credits are Decimal, never float."""
+"""`Budget`: what a run has spent, and what its submits may still cost. Credits are Decimal, never float."""
 
 from collections import Counter
 from collections.abc import Iterable

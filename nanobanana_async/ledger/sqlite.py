@@ -48,7 +48,7 @@ class _Write(Generic[T]):
 
 
 class Ledger:
-    """The ledger of one batch folder. One process holds it at a time; the file lock ends with the process.
+    """The ledger of one batch folder. One process holds it at a time. The file lock ends with the process.
 
     After the first failed write, each further one raises `LedgerError` at once. After a failed fsync the contents of
     the disk are unknown, and a second fsync would succeed without meaning.
@@ -86,23 +86,23 @@ class Ledger:
         Raises:
             LedgerError: Another process holds it, or it is damaged, a copy, of a newer version, or missing.
         """
-        opened: list[Self] = []
+        ledgers: list[Self] = []
         has_left = threading.Event()
 
         def work() -> None:
-            opened.append(cls(folder, _connect(folder, adopt=adopt, create=create), group_commit_s))
+            ledgers.append(cls(folder, _connect(folder, adopt=adopt, create=create), group_commit_s))
             if has_left.is_set():
-                opened[0]._close()  # noqa: SLF001 - an instance of this class
+                ledgers[0]._close()  # noqa: SLF001 - an instance of this class
 
         try:
             await anyio.to_thread.run_sync(work)
-            await opened[0]._background.ensure_started()  # noqa: SLF001 - an instance of this class
+            await ledgers[0]._background.ensure_started()  # noqa: SLF001 - an instance of this class
         except BaseException:  # `task.cancel()` does not wait for the thread, whose ledger would never be closed
             has_left.set()
-            for ledger in opened:
+            for ledger in ledgers:
                 await ledger.aclose()
             raise
-        return opened[0]
+        return ledgers[0]
 
     async def aclose(self) -> None:
         """Close the ledger and release the lock."""

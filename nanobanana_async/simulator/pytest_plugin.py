@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def nanobanana_simulator() -> Simulator:
     """Return the service in memory: `async with nanobanana_simulator.client() as client`."""
-    from nanobanana_async.simulator.in_memory import Simulator  # noqa: PLC0415 - see above
+    from nanobanana_async.simulator.in_memory import Simulator  # noqa: PLC0415 - imported in the fixture
 
     return Simulator()
 
@@ -27,8 +27,8 @@ def nanobanana_simulator() -> Simulator:
 @pytest.fixture
 def nanobanana_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatorServer]:
     """Yield the service on a real port. DEFAPI_BASE_URL and DEFAPI_API_KEY point at it."""
-    from nanobanana_async.simulator.in_memory import FAST_PROFILE  # noqa: PLC0415 - see above
-    from nanobanana_async.simulator.server import SimulatorServer  # noqa: PLC0415 - see above
+    from nanobanana_async.simulator.in_memory import FAST_PROFILE  # noqa: PLC0415 - imported in the fixture
+    from nanobanana_async.simulator.server import SimulatorServer  # noqa: PLC0415 - imported in the fixture
 
     with SimulatorServer(FAST_PROFILE) as server:
         monkeypatch.setenv("DEFAPI_BASE_URL", server.url)

@@ -6,6 +6,8 @@ from random import Random
 from typing import Final, TypeAlias
 from zlib import crc32
 
+# Pillow's types name numpy, which is not installed:
+# pyright: reportUnknownMemberType=false
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from nanobanana_async.simulator.service import ImageSpec

@@ -23,7 +23,7 @@ from nanobanana_async.simulator.render import render_png
 from nanobanana_async.simulator.service import Charge, ImageSpec, SimulatedService, SimulatedTask, SimulatorProfile
 from nanobanana_async.transport.httpx import HttpxTransport
 
-_CALLBACK_TRIES: Final = 3
+_CALLBACK_ATTEMPTS: Final = 3
 
 
 def make_service(
@@ -75,7 +75,7 @@ async def _post_callback(
         headers={"Content-Type": "application/json"},
         body=service.callback_body(task, files_url),
     )
-    for _ in range(_CALLBACK_TRIES):
+    for _ in range(_CALLBACK_ATTEMPTS):
         with contextlib.suppress(ExchangeError):
             if (await transport.send(request, timeout_s=10)).status < 300:
                 return

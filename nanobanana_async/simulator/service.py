@@ -103,7 +103,7 @@ class ImageSpec:
 
 @attrs.frozen(kw_only=True)
 class SimulatedTask:
-    """One task in the service. All of it is fixed when it is accepted; the clock only reveals it."""
+    """One task in the service. All of it is fixed when it is accepted. Only the visible status depends on the time."""
 
     task_id: str
     image: ImageSpec

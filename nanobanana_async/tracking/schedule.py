@@ -60,7 +60,7 @@ class PollSchedule:
             age_s: Seconds since the submit.
             polls: Polls already sent.
             pressure: Demand for polls divided by the allowed rate. A learned schedule multiplies the poll cost by its
-                square, which lengthens intervals in proportion. A static schedule does not change; its polls queue.
+                square, which lengthens intervals in proportion. A static schedule does not change. Its polls queue.
         """
         policy = self.policy
         if policy.static_schedule is None:

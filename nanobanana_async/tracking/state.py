@@ -14,7 +14,7 @@ from nanobanana_async.models import Task
 T = TypeVar("T")
 
 CONFIRM_INTERVAL_S: Final = 10.0
-"""Minimum time between two polls that callbacks trigger, because anyone may send a callback."""
+"""Minimum time between two polls that callbacks trigger, because callbacks are not authenticated."""
 
 
 @attrs.frozen(kw_only=True)

@@ -178,7 +178,8 @@ class TaskTracker:
     def notify(self, task_id: str) -> None:
         """Poll *task_id* soon, because a callback reported a change.
 
-        Anyone may send a callback, so it triggers at most one poll per task in ten seconds, and none without waiters.
+        Callbacks are not authenticated, so they trigger at most one poll per task in ten seconds, and none without
+        waiters.
         """
         tracked = self._tasks.get(task_id) or self.cache.suspended.get(task_id)
         if tracked is None and self.cache.submits.get(task_id) is not None:
@@ -393,7 +394,7 @@ class TaskTracker:
             tracked.wake_all()
 
     def _on_not_found(self, tracked: TrackedTask, exc: TaskNotFound) -> None:
-        """Handle a 404. A new task may be invisible for a while; a foreign id that was never seen does not exist."""
+        """Handle a 404. A new task may be invisible for a while. A foreign id that was never seen does not exist."""
         now_s = anyio.current_time()
         if not tracked.submitted_here and tracked.snapshot is None:
             self._finish(tracked, exc)

@@ -81,13 +81,13 @@ class _RequestBody(httpx.AsyncByteStream):
     """
 
     def __init__(self, data: bytes | None) -> None:
-        self._pieces = iter([data] if data else [])
+        self._chunks = iter([data] if data else [])
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
 
     async def __anext__(self) -> bytes:
-        for chunk in self._pieces:
+        for chunk in self._chunks:
             return chunk
         raise StopAsyncIteration
 

@@ -38,7 +38,7 @@ async def send_checked(
         else:
             if isinstance(response, WireResponse):
                 return response
-            reason = f"it returned {type(response).__name__}"
+            reason = f"expected WireResponse, got {type(response).__name__}"
         raise ExchangeError(f"the transport failed: {reason}", phase=Phase.SEND)
     raise ExchangeError(f"the transport did not end within {timeout_s:.3g} s", phase=Phase.SEND)
 

@@ -1,4 +1,4 @@
-"""`HttpxTransport`: requests over httpx. Sockets, deadlines and phases; knows nothing of their contents.
+"""`HttpxTransport`: requests over httpx. It handles sockets, deadlines and phases, and does not interpret contents.
 
 One httpx pool with 64 connections costs 10-19 ms of CPU per request, because httpcore re-scans the pool at each event.
 Here every request in flight has a connection of its own. Connections share one TLS context. Idle ones are kept on a
@@ -202,7 +202,9 @@ class HttpxTransport:
         """Return an idle connection if *request* may reuse one, else a new connection."""
         if self._client is not None and request.kind is not RequestKind.DOWNLOAD:
             if self._client.is_closed:
-                raise ExchangeError("the client that was passed in is closed", phase=Phase.CONNECT, permanent=True)
+                raise ExchangeError(
+                    "client: expected an open client, got a closed one", phase=Phase.CONNECT, permanent=True
+                )
             return ClientConnection(self._client)
         idle = self._idle_connections[_origin(request)] if request.kind is RequestKind.READ else []
         while idle:

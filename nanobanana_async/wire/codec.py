@@ -156,7 +156,7 @@ def _redirect_note(response: WireResponse) -> str:
     if not 300 <= response.status < 400:
         return ""
     found = re.match(r"(?:https?:)?//([A-Za-z0-9.:\[\]-]{1,100})", response.headers.get("location", ""))
-    return f" (redirected to {found[1] if found else 'another path'}, not followed; check the base URL)"
+    return f" (redirected to {found[1] if found else 'another path'}, not followed). Check the base URL"
 
 
 def _lacks_credit(envelope: Envelope) -> bool:
@@ -314,7 +314,7 @@ def _to_datetime(value: object, _: object) -> datetime | None:
 def _items(value: object, _: object) -> tuple[_ResultItem, ...]:
     """Return the entries of `result`: () for null, one entry for an object or string.
 
-    Entries of other types are left out; `Task.raw` contains them.
+    Entries of other types are left out. `Task.raw` contains them.
     """
     entries = cast("list[object]", value) if isinstance(value, list) else [value]
     return tuple(item for entry in entries if (item := _item(entry)) is not None)
@@ -367,7 +367,7 @@ def _to_task_id(value: object) -> str | None:
 
 
 def _salvage_task_id(body: bytes) -> str | None:
-    """Return a complete task id found in the bytes of a body that cannot be decoded (promise P5)."""
+    """Return a complete task id found in the bytes of a body that cannot be decoded."""
     found = re.search(rb'"task_id"\s*:\s*"([!#-\[\]-~]{1,200})"', body)
     return found[1].decode("ascii") if found else None
 

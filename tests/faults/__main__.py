@@ -20,7 +20,7 @@ BACKENDS = ("asyncio", "trio")
 
 def _shown(post: Result, query: Query) -> str:
     right = post.as_expected and query.as_expected
-    return f"{post.verdict:9} {post.charges}/{1 + post.resent:<6}{query.ending:9} {' ' if right else '!'}"
+    return f"{post.verdict:9} {post.charges}/{1 + post.possible_duplicates:<6}{query.ending:9} {' ' if right else '!'}"
 
 
 def main() -> int:

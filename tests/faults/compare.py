@@ -13,10 +13,10 @@ from tests.faults.table import FAULTS, Fault
 from tests.faults.trial import DEADLINES, FaultServer, Result
 
 Submit: TypeAlias = Callable[[str], Awaitable[bool]]
-"""Submit once to a base URL; whether an id came of it."""
+"""Submits once to a base URL, and returns whether a task id was received."""
 
 CHARGED: Final = tuple(fault for fault in FAULTS if fault.charges)
-"""The faults after which the service has taken the money."""
+"""The faults after which the service has charged."""
 
 
 @attrs.define
@@ -27,9 +27,9 @@ class Row:
     jobs: int = 0
     charges: int = 0
     duplicates: int = 0
-    """Charges beyond one a job."""
+    """Charges beyond one per job."""
     undeclared: int = 0
-    """Those of them that the client does not tell of."""
+    """Duplicates that the client did not declare."""
     lost: int = 0
     """Charged jobs whose id was in the received bytes but is not known to the client."""
 
@@ -39,7 +39,13 @@ async def compare(server: FaultServer, own: list[Result]) -> list[Row]:
     mine = Row("nanobanana_async")
     for result in own:
         if result.fault.charges:
-            _add(mine, result.fault, result.charges, found=result.verdict == "accepted", declared=result.resent)
+            _add(
+                mine,
+                result.fault,
+                result.charges,
+                found=result.verdict == "accepted",
+                declared=result.possible_duplicates,
+            )
     rows = [mine]
     others: list[tuple[str, Submit]] = [("httpx, three tries", _httpx_loop)]
     if importlib.util.find_spec("openai"):

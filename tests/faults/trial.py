@@ -41,8 +41,8 @@ class Result:
     posts: int
     """Submits that the server read to their end."""
     charges: int
-    resent: int
-    """Submits that the client says it sent again although they may have been charged."""
+    possible_duplicates: int
+    """Resubmits that the client declared as possible duplicates."""
     seconds: float
     message: str = ""
 
@@ -51,11 +51,15 @@ class Result:
         """Whether accepted is one charge, rejected none, and unknown none or one, plus declared resubmits."""
         lowest, highest = {
             "accepted": (1, 1),
-            "rejected": (0, self.resent + 1 if self.resent else 0),
+            "rejected": (0, self.possible_duplicates + 1 if self.possible_duplicates else 0),
             "not sent": (0, 0),
             "unknown": (0, 1),
         }.get(self.verdict, (0, -1))
-        return lowest <= self.charges <= highest + (self.resent if self.verdict in ("accepted", "unknown") else 0)
+        return (
+            lowest
+            <= self.charges
+            <= highest + (self.possible_duplicates if self.verdict in ("accepted", "unknown") else 0)
+        )
 
     @property
     def as_expected(self) -> bool:
@@ -110,7 +114,7 @@ def fault_server() -> Iterator[FaultServer]:
 
 async def try_post(server: FaultServer, fault: Fault) -> Result:
     """Submit once, while the fault lasts."""
-    nonce, resent, message = f"n{next(_NONCES)}", 0, ""
+    nonce, possible_duplicates, message = f"n{next(_NONCES)}", 0, ""
     start_s = time.monotonic()
     async with NanoBananaClient(
         "dk-test", base_url=server.url(fault, times=99, nonce=nonce), retry=QUICK, timeouts=DEADLINES
@@ -120,16 +124,16 @@ async def try_post(server: FaultServer, fault: Fault) -> Result:
         except (NotSent, ConfigurationError) as exc:
             verdict, message = "not sent", str(exc)
         except SubmissionUnknown as exc:
-            verdict, resent, message = "unknown", exc.possible_duplicates, str(exc)
+            verdict, possible_duplicates, message = "unknown", exc.possible_duplicates, str(exc)
         except ApiError as exc:
-            verdict, resent, message = "rejected", exc.possible_duplicates, str(exc)
+            verdict, possible_duplicates, message = "rejected", exc.possible_duplicates, str(exc)
         except Exception as exc:  # noqa: BLE001 - the result of the trial
             verdict, message = type(exc).__name__, str(exc)
         else:
-            verdict, resent = "accepted", handle.possible_duplicates
+            verdict, possible_duplicates = "accepted", handle.possible_duplicates
     seconds = time.monotonic() - start_s
     posts, charged = await anyio.to_thread.run_sync(server.truth, nonce)
-    return Result(fault, verdict, posts, len(charged), resent, seconds, message)
+    return Result(fault, verdict, posts, len(charged), possible_duplicates, seconds, message)
 
 
 async def try_all(server: FaultServer, faults: Iterable[Fault] = FAULTS) -> dict[Fault, tuple[Result, Query]]:

@@ -103,7 +103,7 @@ def _around_commits(point: Callable[[str], None]) -> None:
 def _around_posts(point: Callable[[str], None]) -> None:
     send = HttpxTransport.send
 
-    async def watched(self: HttpxTransport, request: WireRequest, **options: Any) -> Any:  # noqa: ANN401 - as above
+    async def watched(self: HttpxTransport, request: WireRequest, **options: Any) -> Any:  # noqa: ANN401 - passed through
         if request.method == "POST":
             point("POST leaves")
         response = await send(self, request, **options)

@@ -111,7 +111,7 @@ class Harness:
         return process.exitcode
 
     def learn_points(self, name: str) -> None:
-        """Run a batch without a kill, and return the number of crash points."""
+        """Run a batch without a kill, and store the number of crash points."""
         with tempfile.TemporaryDirectory() as folder:
             prompts = tuple(f"{name}, row {number}" for number in range(ROWS))
             plan = child.Plan(self._server.url, Path(folder, "run"), prompts, child.NEVER, Path(folder, "points"))
