@@ -72,7 +72,13 @@ def test_every_python_block_runs_as_printed(block: str, nanobanana_server: Simul
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checker", [("mypy", "--strict", "--no-incremental"), ("pyright",)], ids=["mypy", "pyright"])
+@pytest.mark.parametrize(
+    "checker",
+    [
+        pytest.param(("mypy", "--strict", "--no-incremental"), id="mypy"),
+        pytest.param(("pyright", "--pythonpath", sys.executable), id="pyright"),
+    ],
+)
 def test_every_python_block_is_typed(checker: tuple[str, ...], tmp_path: Path) -> None:
     """The code of the guides passes mypy and pyright in strict mode."""
     for block, code in CODE.items():
