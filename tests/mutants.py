@@ -5,6 +5,7 @@ python -m tests.mutants
 Prints a line per bug. Returns 1 if a bug is not found, or if the code that it changes no longer exists.
 """
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -343,11 +344,14 @@ def _result(mutant: Mutant) -> str:
             text=True,
             check=False,
         )
-    return "killed" if ran.returncode == 1 else f"LIVES (pytest exited with {ran.returncode})"
+    is_found = ran.returncode == 1 and " failed" in ran.stdout
+    return "killed" if is_found else f"LIVES (pytest exited with {ran.returncode})"
 
 
 def main() -> int:
-    """Plant all bugs; return 1 unless each is found."""
+    """Plant all bugs, and return 1 unless each is found."""
+    if importlib.util.find_spec("pytest") is None:
+        sys.exit("tests.mutants: pytest is missing. To install it, run: pip install -e '.[dev]'")
     with ThreadPoolExecutor(AT_ONCE) as pool:
         fates = list(pool.map(_result, MUTANTS))
     for mutant, fate in zip(MUTANTS, fates, strict=True):

@@ -225,3 +225,10 @@ def test_help_imports_neither_httpx_nor_rich() -> None:
     """Help is printed without the slow imports."""
     names = nanobanana("--help").out
     assert all(name in names for name in ("generate", "status", "wait", "balance", "simulate", "demo"))
+
+
+@pytest.mark.parametrize("interval", ["0", "-1", "nan", "inf", "soon"])
+def test_an_impossible_poll_interval_is_wrong_usage(interval: str) -> None:
+    """Nothing is submitted with an interval that no schedule can keep."""
+    ended = nanobanana("generate", "a fox", "--poll", interval)
+    assert (ended.code, "--poll" in ended.err, ended.out) == (2, True, "")

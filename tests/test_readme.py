@@ -60,8 +60,11 @@ EFFECTS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", CODE)
-def test_every_python_block_runs_as_printed(block: str, nanobanana_server: SimulatorServer, tmp_path: Path) -> None:
+def test_every_python_block_runs_as_printed(
+    block: str, nanobanana_server: SimulatorServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each block runs in a process and a folder of its own, against the simulator, with warnings as errors."""
+    monkeypatch.setenv("NB_SECRET", "s" * 32)
     ran = subprocess.run(  # noqa: S603 - code of this repository
         [sys.executable, "-W", "error", "-c", CODE[block]], cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -3,7 +3,7 @@
 import errno
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -16,6 +16,8 @@ from nanobanana_async.images.formats import SUFFIXES
 from nanobanana_async.models import DEFAULT_MODEL, GenerationRequest, ImageSource
 from nanobanana_async.policies import PollPolicy
 
+_MAX_POLL_S: Final = 86_400
+
 timeout_option = click.option(
     "--timeout",
     "timeout_s",
@@ -23,10 +25,19 @@ timeout_option = click.option(
     metavar="SECONDS",
     help="Stop waiting after this time.  [default: 900]",
 )
+
+
+def _check_poll(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+    if value is not None and not 0 < value <= _MAX_POLL_S:  # false for nan, too
+        raise click.BadParameter(f"expected more than 0 and at most {_MAX_POLL_S} seconds, got {value:g}.")
+    return value
+
+
 poll_option = click.option(
     "--poll",
     "poll_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=float,
+    callback=_check_poll,
     metavar="SECONDS",
     help="Poll each task at this interval.  [default: learned]",
 )
@@ -45,7 +56,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 @click.option("--image", "images", multiple=True, metavar="PATH|URL", help="Reference image; up to four.")
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="MODEL", help="Name of the model.")
 @click.option("--aspect-ratio", metavar="N:M", help="Aspect ratio, such as 16:9, or auto.")
-@click.option("--image-size", metavar="SIZE", help="1k, 2k or 4k, for models that support it.")
+@click.option("--image-size", metavar="SIZE", help="Image size, such as 2k, if the model supports it.")
 @timeout_option
 @poll_option
 @json_option
