@@ -153,6 +153,7 @@ async def test_a_timeout_around_a_call_shows_no_key() -> None:
                     cause = cause.__context__
 
 
+@pytest.mark.filterwarnings("ignore:Pickle, copy, and deepcopy support:DeprecationWarning")  # itertools, 3.12 on
 def test_objects_with_the_key_cannot_be_pickled() -> None:
     """A pickle in a queue or cache would contain it."""
     client = NanoBananaClient(KEY)

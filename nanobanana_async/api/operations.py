@@ -59,10 +59,7 @@ class AcceptedSubmit:
 
 
 class ServiceApi:
-    """The operations of the service within the client's limits.
-
-    A request is retried if no second charge is possible, or `RetryPolicy` allows it.
-    """
+    """The operations of the service within the client's limits, retried as `RetryPolicy` allows."""
 
     def __init__(
         self,

@@ -133,7 +133,7 @@ def to_api_error(response: WireResponse, envelope: Envelope, *, task_id: str | N
     return kind(message, status=response.status, code=envelope.code, task_id=task_id)
 
 
-_ADVICE: Final[Mapping[type[ApiError], str]] = {
+_ADVICE: Final[dict[type, str]] = {
     AuthenticationError: " Check the API key.",
     InsufficientCredits: " Top up the account.",
 }
@@ -312,10 +312,7 @@ def _to_datetime(value: object, _: object) -> datetime | None:
 
 
 def _items(value: object, _: object) -> tuple[_ResultItem, ...]:
-    """Return the entries of `result`: () for null, one entry for an object or string.
-
-    Entries of other types are left out. `Task.raw` contains them.
-    """
+    """Return the entries of `result`: () for null, one for an object or string. Others are only in `Task.raw`."""
     entries = cast("list[object]", value) if isinstance(value, list) else [value]
     return tuple(item for entry in entries if (item := _item(entry)) is not None)
 
