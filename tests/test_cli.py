@@ -1,8 +1,11 @@
 """`nanobanana` in real processes, with real signals and a real port."""
 
 import json
+import os
+import pty
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from PIL import Image
 from nanobanana_async import NanoBananaClient
 from nanobanana_async.simulator import SimulatorProfile
 from nanobanana_async.simulator.server import SimulatorServer
-from tests.commands import nanobanana, run_command, started, wait_for
+from tests.commands import COMMAND, environment, nanobanana, run_command, started, wait_for
 from tests.raw_server import response, sending, serving
 
 pytestmark = pytest.mark.other_clients
@@ -232,3 +235,25 @@ def test_an_impossible_poll_interval_is_wrong_usage(interval: str) -> None:
     """Nothing is submitted with an interval that no schedule can keep."""
     ended = nanobanana("generate", "a fox", "--poll", interval)
     assert (ended.code, "--poll" in ended.err, ended.out) == (2, True, "")
+
+
+@pytest.mark.usefixtures("server")
+def test_on_a_terminal_results_are_printed_above_the_bar(tmp_path: Path) -> None:
+    """A result does not continue the line of the bar, although both are on one terminal."""
+    ours, theirs = pty.openpty()
+    try:
+        options = ["-o", "fox.png", "--poll", "0.05"]
+        subprocess.run(  # noqa: S603 - the command of this package
+            [*COMMAND, "generate", "a fox", *options],
+            cwd=tmp_path,
+            env=environment(TERM="xterm", COLUMNS="100"),
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            check=True,
+        )
+        shown = os.read(ours, 100_000).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert re.search(r"(?:^|\n|\x1b\[2K)fox\.png\r\n", shown), shown

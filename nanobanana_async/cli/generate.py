@@ -9,7 +9,7 @@ import click
 
 from nanobanana_async.cli.jobs import Job, report_failures, run_jobs
 from nanobanana_async.cli.progress import JobProgressBar
-from nanobanana_async.cli.runtime import CommandContext, print_json, print_result, run
+from nanobanana_async.cli.runtime import CommandContext, print_json, run
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.images.formats import SUFFIXES
@@ -96,7 +96,7 @@ def generate(
                     context=context,
                     progress=progress,
                     timeout_s=timeout_s,
-                    on_finished=lambda job: _show(job, as_json=as_json),
+                    on_finished=lambda job: _show(job, progress, as_json=as_json),
                 )
         report_failures([] if as_json else jobs)
         return code
@@ -113,12 +113,12 @@ def _reference(text: str) -> ImageSource:
     return text if text.startswith(("https://", "http://", "data:")) else Path(text)
 
 
-def _show(job: Job, *, as_json: bool) -> None:
+def _show(job: Job, progress: JobProgressBar, *, as_json: bool) -> None:
     if as_json:
         print_json(job.record())
     else:
         for file in job.files:
-            print_result(file)
+            progress.print_result(str(file))
 
 
 def check_writable(path: Path) -> None:

@@ -1,11 +1,14 @@
 """Progress on stderr: a live bar on a terminal, plain lines elsewhere."""
 
+import sys
 import time
 from collections import Counter
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
 import click
+
+from nanobanana_async.cli.runtime import print_result
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -65,6 +68,13 @@ class ProgressBar:
             self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
         elif not self._quiet:
             click.echo(line, err=True)
+
+    def print_result(self, line: str) -> None:
+        """Print a result on stdout. On a terminal that also shows the bar, print it above the bar."""
+        if self._progress is not None and sys.stdout.isatty():
+            self.print_line(line)
+        else:
+            print_result(line)
 
 
 class JobProgressBar(ProgressBar):
