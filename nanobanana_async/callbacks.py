@@ -1,4 +1,4 @@
-"""Receive callbacks. They are not signed, so a callback only triggers a query; its contents are never trusted.
+"""Receive callbacks. They are not signed, so a callback only triggers a query. Its contents are never trusted.
 
 Each submit has a callback path of its own that cannot be guessed.
 """

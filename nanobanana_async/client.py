@@ -1,4 +1,4 @@
-"""The public client. Owns the transport, the tracker and the background tasks; contains no policy."""
+"""The public client. It owns the transport, the tracker and the background tasks, and contains no policy."""
 
 import contextlib
 import logging

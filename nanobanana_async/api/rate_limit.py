@@ -127,7 +127,7 @@ _ADDITIVE_INCREASE: Final = 0.1
 class CircuitBreaker:
     """Blocks submits after a definite rejection: a refused key or an empty account.
 
-    Transient errors do not open it; the retry quota handles those better. While it is open, one submit per
+    Transient errors do not open it. The retry quota handles those better. While it is open, one submit per
     `PROBE_INTERVAL_S` is sent as a probe, because a rejection is not charged.
     """
 

@@ -121,7 +121,7 @@ def _image_identity(image: ImageSource) -> str:
 def read_rows(path: Path, **defaults: str | None) -> list[BatchRow]:
     """Return the rows of a file: one prompt per line (.txt), or records with `COLUMNS` (.csv, .jsonl).
 
-    Images are URLs, data URIs, or paths relative to the file; in a .csv they are separated by `|`. *defaults* fill
+    Images are URLs, data URIs, or paths relative to the file. In a .csv they are separated by `|`. *defaults* fill
     empty columns. Blocking.
 
     Raises:

@@ -182,7 +182,7 @@ class _PartFile:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Remove partial files of a killed process from *folder*. Blocking; call it while no other writer is active."""
+    """Remove partial files of a killed process from *folder*. Blocking. Call it while no other writer is active."""
     for part in folder.glob(f".{'[0-9a-f]' * 2 * _TOKEN_BYTES}.part"):
         part.unlink(missing_ok=True)
 

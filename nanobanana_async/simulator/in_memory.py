@@ -83,7 +83,7 @@ class Simulator:
         raise ExchangeError(f"no complete response within {timeout_s:.3g} s", phase=Phase.SEND)
 
     async def aclose(self) -> None:
-        """Do nothing; nothing needs to be closed."""
+        """Do nothing, because nothing needs to be closed."""
 
 
 def tiny_png(spec: ImageSpec) -> bytes:

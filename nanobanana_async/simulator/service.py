@@ -155,7 +155,7 @@ class SimulatedService:
         return self.profile.balance - self._spent
 
     def handle(self, method: str, url: str, headers: Mapping[str, str], body: bytes) -> SimulatedResponse:
-        """Return the response to one HTTP request. *url* is absolute; header names are lower case."""
+        """Return the response to one HTTP request. *url* is absolute. Header names are lower case."""
         parts = urlsplit(url)
         self.requests.append(f"{method} {parts.path}")
         if method == "GET" and parts.path.startswith("/files/"):

@@ -2,7 +2,7 @@
 
 One httpx pool with 64 connections costs 10-19 ms of CPU per request, because httpcore re-scans the pool at each event.
 Here every request in flight has a connection of its own. Connections share one TLS context. Idle ones are kept on a
-stack; the caller bounds their number, so nothing queues here. A connection that was interrupted is closed, so a
+stack. The caller bounds their number, so nothing queues here. A connection that was interrupted is closed, so a
 cancelled request cannot block later ones.
 """
 
