@@ -19,6 +19,7 @@ import attrs
 
 ROOT: Final = Path(__file__).parent.parent
 AT_ONCE: Final = 2
+OPTIONS: Final = ("-q", "-x", "-n0", "-p", "no:cacheprovider", "-m", "slow or not slow")
 
 
 @attrs.frozen
@@ -337,7 +338,7 @@ def _result(mutant: Mutant) -> str:
             return f"NOT PLANTED: its code stands {source.count(mutant.old)} times in {mutant.file}"
         file.write_text(source.replace(mutant.old, mutant.new))
         ran = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", f"tests/{mutant.tests}"],
+            [sys.executable, "-m", "pytest", *OPTIONS, f"tests/{mutant.tests}"],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(folder)},
             capture_output=True,

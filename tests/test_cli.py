@@ -230,11 +230,20 @@ def test_help_imports_neither_httpx_nor_rich() -> None:
     assert all(name in names for name in ("generate", "status", "wait", "balance", "simulate", "demo"))
 
 
-@pytest.mark.parametrize("interval", ["0", "-1", "nan", "inf", "soon"])
-def test_an_impossible_poll_interval_is_wrong_usage(interval: str) -> None:
-    """Nothing is submitted with an interval that no schedule can keep."""
-    ended = nanobanana("generate", "a fox", "--poll", interval)
-    assert (ended.code, "--poll" in ended.err, ended.out) == (2, True, "")
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "soon"])
+@pytest.mark.parametrize("option", ["--poll", "--timeout"])
+def test_an_impossible_time_is_wrong_usage(option: str, value: str) -> None:
+    """Nothing is submitted with a time that cannot be kept."""
+    ended = nanobanana("generate", "a fox", option, value)
+    assert (ended.code, option in ended.err, ended.out) == (2, True, "")
+
+
+def test_a_full_stdout_does_not_stop_images_from_being_saved(server: SimulatorServer, tmp_path: Path) -> None:
+    """The error is reported once, and all charged images are on disk."""
+    full = run_command("generate", "a", "b", "c", "--poll", "0.05", cwd=tmp_path, script='exec "$@" > /dev/full')
+    assert full.code == 0
+    assert full.err == "nanobanana: stdout: cannot be written (No space left on device)\n"
+    assert len(list(tmp_path.glob("*.png"))) == len(server.service.charges) == 3
 
 
 @pytest.mark.usefixtures("server")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import math
 import os
 import shutil
 import sqlite3
@@ -365,3 +366,11 @@ async def test_a_reason_that_is_not_valid_text_is_stored(tmp_path: Path) -> None
         await ledger.begin_attempt("k")
         await ledger.transition("k", RowState.FAILED, reason=os.fsdecode(b"caf\xe9.png: no"))
         assert (await record_of(ledger)).reason == "caf?.png: no"
+
+
+@pytest.mark.parametrize("group_commit_s", [-1, 1e9, math.nan])
+async def test_a_wait_for_a_group_commit_is_at_most_one_second(tmp_path: Path, group_commit_s: float) -> None:
+    """A longer wait would block every row of a batch."""
+    with pytest.raises(ValueError, match="group_commit_s: expected 0 to 1 second, got"):
+        await Ledger.open(tmp_path, group_commit_s=group_commit_s)
+    assert list(tmp_path.iterdir()) == []

@@ -191,3 +191,9 @@ async def test_callbacks_are_posted_when_a_task_is_final() -> None:
     posted = json.loads(body)
     assert (posted["task_id"], posted["status"]) == (task.task_id, "success")
     assert set(posted) == {"result", "status", "task_id", "consumed", "status_reason"}
+
+
+def test_a_wrap_that_returns_nothing_is_an_error() -> None:
+    """Without a transport the client would use the network."""
+    with pytest.raises(TypeError, match="wrap: expected"):
+        Simulator().client(wrap=lambda _: None)  # type: ignore[arg-type,return-value]

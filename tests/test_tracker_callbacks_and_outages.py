@@ -262,8 +262,8 @@ async def test_tasks_of_unknown_age_teach_nothing() -> None:
 # --- outages and stalls -----------------------------------------------------------------------------------------------
 
 
-def service(finished_s: float, error_rate: object = None, until_s: float = 0.0) -> ScriptedTransport:
-    """Return a transport that accepts submits; queries fail at *error_rate* until a time, and then succeed."""
+def service(finished_s: float, error_response: object = None, until_s: float = 0.0) -> ScriptedTransport:
+    """Return a transport that accepts submits; queries fail at *error_response* until a time, and then succeed."""
     numbers = iter(range(10_000))
     start_s = anyio.current_time()
 
@@ -271,8 +271,8 @@ def service(finished_s: float, error_rate: object = None, until_s: float = 0.0) 
         if request.method == "POST":
             return accepted(f"ta-{next(numbers)}")
         now_s = anyio.current_time() - start_s
-        if isinstance(error_rate, WireResponse) and 2 < now_s < until_s:
-            return error_rate
+        if isinstance(error_response, WireResponse) and 2 < now_s < until_s:
+            return error_response
         task_id = request.url.rpartition("=")[2]
         return finished(task_id) if now_s >= finished_s else state("in_progress", task_id)
 
@@ -305,13 +305,15 @@ def busiest_second(times_s: list[float], since_s: float = -math.inf) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "error_rate", [response(502, body=b"<html>Bad gateway</html>"), rejected(429, retry_after="2")], ids=["502", "429"]
+    "error_response",
+    [response(502, body=b"<html>Bad gateway</html>"), rejected(429, retry_after="2")],
+    ids=["502", "429"],
 )
 async def test_in_an_outage_all_polls_back_off_and_recover_without_a_burst(
-    error_rate: WireResponse,
+    error_response: WireResponse,
 ) -> None:
     """A thousand tasks and ten minutes without a usable response cause few requests, and no burst after it."""
-    transport = service(300.0, error_rate, until_s=600.0)
+    transport = service(300.0, error_response, until_s=600.0)
     start_s = anyio.current_time()
     async with NanoBananaClient("dk-test", transport=transport) as client:
         assert len(await generate_all(client, 1000)) == 1000

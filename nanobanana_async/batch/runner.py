@@ -100,7 +100,8 @@ class Batch:
                 flight count at the largest price seen for their model.
             image_store: Stores the images; None uses the client.
             callback: A `CallbackReceiver`, as for `client.submit`. A callback also resolves an unknown row, in any run.
-            group_commit_s: How long a ledger write waits for others to share its fsync. A row has four of them.
+            group_commit_s: How long a ledger write waits for others to share its fsync, 0 to 1 second. A row has four
+                writes. A row whose writes were waiting when the process was killed may become unknown.
 
         Raises:
             LedgerError: Another process holds the folder (`exc.pid`), or its ledger cannot be used.

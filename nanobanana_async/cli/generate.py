@@ -1,9 +1,11 @@
 """`nanobanana generate`: generate images from prompts and save them."""
 
 import errno
+import math
 import tempfile
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import click
 
@@ -16,28 +18,29 @@ from nanobanana_async.images.formats import SUFFIXES
 from nanobanana_async.models import DEFAULT_MODEL, GenerationRequest, ImageSource
 from nanobanana_async.policies import PollPolicy
 
-_MAX_POLL_S: Final = 86_400
+
+def _check_seconds(
+    _: click.Context, __: click.Parameter, value: float | None, *, max_s: float = math.inf
+) -> float | None:
+    if value is not None and not 0 < value <= max_s:  # false for nan, too
+        most = "" if max_s == math.inf else f" and at most {max_s:g}"
+        raise click.BadParameter(f"expected more than 0{most} seconds, got {value:g}.")
+    return value
+
 
 timeout_option = click.option(
     "--timeout",
     "timeout_s",
-    type=click.FloatRange(min=0, min_open=True),
+    type=float,
+    callback=_check_seconds,
     metavar="SECONDS",
     help="Stop waiting after this time.  [default: 900]",
 )
-
-
-def _check_poll(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
-    if value is not None and not 0 < value <= _MAX_POLL_S:  # false for nan, too
-        raise click.BadParameter(f"expected more than 0 and at most {_MAX_POLL_S} seconds, got {value:g}.")
-    return value
-
-
 poll_option = click.option(
     "--poll",
     "poll_s",
     type=float,
-    callback=_check_poll,
+    callback=partial(_check_seconds, max_s=86_400),
     metavar="SECONDS",
     help="Poll each task at this interval.  [default: learned]",
 )

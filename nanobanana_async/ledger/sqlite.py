@@ -85,7 +85,10 @@ class Ledger:
 
         Raises:
             LedgerError: Another process holds it, or it is damaged, a copy, of a newer version, or missing.
+            ValueError: *group_commit_s* is not between 0 and 1.
         """
+        if not 0 <= group_commit_s <= 1:  # false for nan, too
+            raise ValueError(f"group_commit_s: expected 0 to 1 second, got {group_commit_s:g}")
         ledgers: list[Self] = []
         has_left = threading.Event()
 

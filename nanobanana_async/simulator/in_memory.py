@@ -53,6 +53,8 @@ class Simulator:
         *wrap* gets the simulator and returns the transport of the client, which may change, fail or count requests.
         """
         transport = self if wrap is None else wrap(self)
+        if transport is None:  # the client would use the network
+            raise TypeError("wrap: expected a function that returns a Transport, got None from it")
         key = min(self.service.profile.keys)
         return NanoBananaClient(
             key, limits=limits, retry=retry, polling=polling, timeouts=timeouts, transport=transport

@@ -27,8 +27,11 @@ def nanobanana_simulator() -> Simulator:
 @pytest.fixture
 def nanobanana_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatorServer]:
     """Yield the service on a real port. DEFAPI_BASE_URL and DEFAPI_API_KEY point at it."""
-    from nanobanana_async.simulator.in_memory import FAST_PROFILE  # noqa: PLC0415 - imported in the fixture
-    from nanobanana_async.simulator.server import SimulatorServer  # noqa: PLC0415 - imported in the fixture
+    try:
+        from nanobanana_async.simulator.in_memory import FAST_PROFILE  # noqa: PLC0415 - imported in the fixture
+        from nanobanana_async.simulator.server import SimulatorServer  # noqa: PLC0415 - imported in the fixture
+    except ModuleNotFoundError as exc:
+        pytest.fail(f"nanobanana_server: {exc}. Run: pip install 'nanobanana-async[simulator]'", pytrace=False)
 
     with SimulatorServer(FAST_PROFILE) as server:
         monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
