@@ -167,10 +167,10 @@ async def test_the_total_deadline_holds_against_a_peer_that_drips(make_transport
 
 async def test_a_peer_that_never_responds_may_have_the_request(make_transport: TransportFactory) -> None:
     """The phase is SEND, not CONNECT."""
-    with serving(lambda *_: time.sleep(0.3)) as server:
+    with serving(lambda *_: time.sleep(0.8)) as server:
         async with make_transport() as transport:
             with pytest.raises(ExchangeError) as caught:
-                await transport.send(ask(server, RequestKind.SUBMIT), timeout_s=0.1)
+                await transport.send(ask(server, RequestKind.SUBMIT), timeout_s=0.6)
     assert caught.value.phase is Phase.SEND
 
 
