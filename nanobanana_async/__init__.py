@@ -3,16 +3,11 @@
 The names listed here and in `nanobanana_async.simulator` are public.
 """
 
-from nanobanana_async.batch.rows import (
-    BatchRow,
-    read_rows,
-)
-from nanobanana_async.batch.run_state import BatchProgress, ImageStore
+from nanobanana_async.batch.rows import read_rows
+from nanobanana_async.batch.run_state import BatchProgress
 from nanobanana_async.batch.runner import Batch
 from nanobanana_async.callbacks import CallbackReceiver, parse_callback
-from nanobanana_async.client import (
-    NanoBananaClient,
-)
+from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import (
     ApiError,
     AuthenticationError,
@@ -36,16 +31,9 @@ from nanobanana_async.errors import (
     TaskTimeout,
     TransportError,
 )
-from nanobanana_async.handle import (
-    TaskHandle,
-)
-from nanobanana_async.ledger.budget import (
-    BudgetStatus,
-)
-from nanobanana_async.ledger.schema import (
-    LedgerRow,
-    RowState,
-)
+from nanobanana_async.handle import TaskHandle
+from nanobanana_async.ledger.budget import BudgetStatus
+from nanobanana_async.ledger.schema import BatchRow, LedgerRow, RowState
 from nanobanana_async.models import (
     CallbackPayload,
     GeneratedImage,
@@ -56,33 +44,20 @@ from nanobanana_async.models import (
     Task,
     TaskStatus,
 )
-from nanobanana_async.outcomes import (
-    Failed,
-    Outcome,
-    Succeeded,
-    Unknown,
-)
-from nanobanana_async.policies import (
-    Limits,
-    PollPolicy,
-    RetryPolicy,
-    Timeouts,
-)
+from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown
+from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
 from nanobanana_async.protocols import (
     ChunkSink,
     ExchangeError,
+    ImageStore,
     Phase,
     RequestKind,
     Transport,
     WireRequest,
     WireResponse,
 )
-from nanobanana_async.tracking.state import (
-    TrackerStatistics,
-)
-from nanobanana_async.transport.httpx import (
-    HttpxTransport,
-)
+from nanobanana_async.tracking.state import TrackerStatistics
+from nanobanana_async.transport.httpx import HttpxTransport
 
 __all__ = [
     "ApiError",

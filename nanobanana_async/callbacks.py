@@ -13,10 +13,10 @@ from typing import Any, Final, TypeAlias
 
 import anyio
 
+from nanobanana_async._concurrency.fifo_cache import FifoCache
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import ConfigurationError, NanoBananaError, ProtocolError
 from nanobanana_async.models import CallbackPayload, url_problem
-from nanobanana_async.tracking.state import FifoCache
 from nanobanana_async.wire import codec
 from nanobanana_async.wire.body import decompress
 

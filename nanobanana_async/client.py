@@ -25,20 +25,19 @@ from nanobanana_async.images.download import Downloader
 from nanobanana_async.images.formats import SUFFIXES
 from nanobanana_async.images.references import encode_references
 from nanobanana_async.models import (
-    CallbackSource,
     GeneratedImage,
     GenerationRequest,
-    PendingCallback,
     RequestOptions,
     SavedImage,
     Task,
 )
 from nanobanana_async.outcomes import Outcome, Succeeded, log_unconsumed, outcome_from_error
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
-from nanobanana_async.protocols import Transport
+from nanobanana_async.protocols import CallbackSource, PendingCallback, Transport
 from nanobanana_async.tracking.schedule import PollSchedule
 from nanobanana_async.tracking.state import SubmitInfo, TrackerStatistics
 from nanobanana_async.tracking.tracker import TaskTracker
+from nanobanana_async.transport.addresses import ServiceNetwork
 from nanobanana_async.transport.httpx import HttpxTransport
 from nanobanana_async.wire.endpoint import ApiKey, Endpoint
 
@@ -95,7 +94,11 @@ class NanoBananaClient:
         self._tracker = TaskTracker(self._api, PollSchedule(polling), self._background)
         self._background.on_stopped = self._tracker.close
         self._downloader = Downloader(
-            active, limits=limits, retry=retry, timeouts=timeouts, public_only=self._endpoint.is_public
+            active,
+            limits=limits,
+            retry=retry,
+            timeouts=timeouts,
+            public_only=ServiceNetwork(self._endpoint.base_url).is_public,
         )
 
     async def generate(

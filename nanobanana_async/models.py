@@ -2,7 +2,7 @@
 
 import enum
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -216,37 +216,3 @@ class CallbackPayload:
     status: TaskStatus
     raw: Mapping[str, JsonValue] = attrs.field(factory=dict[str, JsonValue], repr=False, eq=False)
     """The whole object that was posted."""
-
-
-class PendingCallback(Protocol):
-    """A callback that is registered for one submit."""
-
-    @property
-    def nonce(self) -> str:
-        """Identifier of the submit, unique to it."""
-        ...
-
-    @property
-    def url(self) -> str:
-        """Callback URL of this submit only."""
-        ...
-
-    def bind(self, task_id: str) -> bool:
-        """Record the task id of the submit. Return True if a callback for it has already arrived."""
-        ...
-
-    async def wait_task_id(self) -> str:
-        """Wait for a callback and return the task id in it."""
-        ...
-
-
-@runtime_checkable
-class CallbackSource(Protocol):
-    """A receiver of the service's callbacks, such as `CallbackReceiver`."""
-
-    unmatched_hooks: list[Callable[[str, str], Awaitable[None]]]
-    """Functions awaited with nonce and task id when a callback belongs to a submit whose task id is unknown here."""
-
-    def register(self) -> PendingCallback:
-        """Register a callback for one submit and return it."""
-        ...

@@ -1,11 +1,14 @@
-"""The seam between the client and the network: one request out, one response back."""
+"""The seams of the package: what an application may implement itself."""
 
 import enum
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Protocol, TypeAlias
+from pathlib import Path
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import attrs
 from attrs.validators import instance_of
+
+from nanobanana_async.models import GeneratedImage, SavedImage
 
 ChunkSink: TypeAlias = Callable[[bytes], Awaitable[None]]
 """A function that takes the next chunk of a streamed body."""
@@ -105,4 +108,46 @@ class Transport(Protocol):
 
     async def aclose(self) -> None:
         """Close every connection. A second call has no effect."""
+        ...
+
+
+class ImageStore(Protocol):
+    """Stores images: the client, or another implementation."""
+
+    async def put(self, image: GeneratedImage, stem: Path) -> SavedImage:
+        """Write one image durably to *stem* plus the suffix of its type. Raises `ImageError`."""
+        ...
+
+
+class PendingCallback(Protocol):
+    """A callback that is registered for one submit."""
+
+    @property
+    def nonce(self) -> str:
+        """Identifier of the submit, unique to it."""
+        ...
+
+    @property
+    def url(self) -> str:
+        """Callback URL of this submit only."""
+        ...
+
+    def bind(self, task_id: str) -> bool:
+        """Record the task id of the submit. Return True if a callback for it has already arrived."""
+        ...
+
+    async def wait_task_id(self) -> str:
+        """Wait for a callback and return the task id in it."""
+        ...
+
+
+@runtime_checkable
+class CallbackSource(Protocol):
+    """A receiver of the service's callbacks, such as `CallbackReceiver`."""
+
+    unmatched_hooks: list[Callable[[str, str], Awaitable[None]]]
+    """Functions awaited with nonce and task id when a callback belongs to a submit whose task id is unknown here."""
+
+    def register(self) -> PendingCallback:
+        """Register a callback for one submit and return it."""
         ...

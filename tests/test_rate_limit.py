@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanobanana_async.api.rate_limit import AdaptiveRateLimiter, RetryQuota, retry_after_s
+from nanobanana_async.api.rate_limit import AdaptiveRateLimiter, retry_after_s
+from nanobanana_async.api.retry import RetryQuota
 
 DATE = "Sat, 21 Nov 2026 12:00:00 GMT"
 

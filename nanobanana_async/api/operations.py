@@ -15,7 +15,8 @@ import attrs
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup, ShieldedWorkCancelled
 from nanobanana_async._concurrency.slots import Admission
-from nanobanana_async.api.rate_limit import AdaptiveRateLimiter, CircuitBreaker, RetryQuota, retry_after_s
+from nanobanana_async.api.rate_limit import AdaptiveRateLimiter, retry_after_s
+from nanobanana_async.api.retry import CircuitBreaker, RetryQuota
 from nanobanana_async.errors import (
     ApiError,
     AuthenticationError,

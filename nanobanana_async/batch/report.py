@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
+from nanobanana_async._text import format_credits
 from nanobanana_async.batch import gallery
 from nanobanana_async.ledger.schema import LedgerRow, RowState
 
@@ -43,7 +44,7 @@ def _card(record: LedgerRow) -> gallery.GalleryCard:
         status=_STATUS_LABELS.get(record.state, record.state.value),
         file=record.files[0].path.name if is_done and record.files else None,
         seconds=_seconds(record),
-        cost="" if record.consumed is None else f"{record.consumed.normalize():f}",
+        cost="" if record.consumed is None else format_credits(record.consumed),
         note="" if is_done else (record.reason or ""),
     )
 

@@ -2,9 +2,8 @@
 
 from datetime import UTC, datetime
 
-from nanobanana_async.batch.rows import BatchRow
 from nanobanana_async.errors import ConfigurationError, NanoBananaError, SubmissionUnknown, TaskFailed
-from nanobanana_async.ledger.schema import LedgerRow, RowState
+from nanobanana_async.ledger.schema import BatchRow, LedgerRow, RowState
 from nanobanana_async.models import Task, TaskStatus
 from nanobanana_async.outcomes import Failed, Outcome, Unknown
 

@@ -12,30 +12,17 @@ from pathlib import Path
 from typing import Final, TypeAlias, cast
 
 import anyio.to_thread
-import attrs
 
 from nanobanana_async._concurrency.map_unordered import iter_any
 from nanobanana_async.errors import InvalidBatchFile
 from nanobanana_async.images.formats import SNIFF_BYTES, sniff
+from nanobanana_async.ledger.schema import BatchRow
 from nanobanana_async.models import GenerationRequest, ImageSource, SupportsSave
 from nanobanana_async.policies import Limits
 
 COLUMNS: Final = ("prompt", "images", "model", "aspect_ratio", "image_size", "key", "name")
 """Columns of a .csv or .jsonl file. Others are rejected, because a misspelt column would silently cost money."""
 _MAX_KEY_CHARS: Final = 200
-
-
-@attrs.frozen(kw_only=True)
-class BatchRow:
-    """One row of a batch: one image to generate."""
-
-    key: str
-    """Identifies the row in later runs."""
-    request: GenerationRequest
-    name: str | None = None
-    """File name without suffix; None derives it from the prompt."""
-    fingerprint: str
-    """Hash of the request. Rows with the same key must have the same one."""
 
 
 Rows: TypeAlias = Iterable[BatchRow | GenerationRequest | str] | AsyncIterable[BatchRow | GenerationRequest | str]

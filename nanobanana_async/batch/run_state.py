@@ -1,7 +1,6 @@
 """`RunState`: the state shared by the rows of one run."""
 
 from pathlib import Path
-from typing import Protocol
 
 import anyio
 import attrs
@@ -10,14 +9,6 @@ from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NanoBananaError
 from nanobanana_async.ledger.budget import BudgetStatus
 from nanobanana_async.models import GeneratedImage, SavedImage
-
-
-class ImageStore(Protocol):
-    """Stores images: the client, or another implementation."""
-
-    async def put(self, image: GeneratedImage, stem: Path) -> SavedImage:
-        """Write one image durably to *stem* plus the suffix of its type. Raises `ImageError`."""
-        ...
 
 
 class ClientImageStore:

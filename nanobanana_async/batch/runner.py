@@ -19,8 +19,8 @@ from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.map_unordered import map_unordered
 from nanobanana_async.batch import report
 from nanobanana_async.batch.resume import files_exist, previous_outcome, task_from_row, to_datetime
-from nanobanana_async.batch.rows import BatchRow, Rows, with_keys
-from nanobanana_async.batch.run_state import BatchProgress, ClientImageStore, ImageStore, RunState, RunStopped
+from nanobanana_async.batch.rows import Rows, with_keys
+from nanobanana_async.batch.run_state import BatchProgress, ClientImageStore, RunState, RunStopped
 from nanobanana_async.batch.submitter import Submitter
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import (
@@ -35,10 +35,11 @@ from nanobanana_async.errors import (
 from nanobanana_async.handle import TaskHandle, no_image_error
 from nanobanana_async.images.download import remove_partial_files
 from nanobanana_async.ledger.budget import Budget
-from nanobanana_async.ledger.schema import LedgerRow, RowState
+from nanobanana_async.ledger.schema import BatchRow, LedgerRow, RowState
 from nanobanana_async.ledger.sqlite import GROUP_COMMIT_S, Ledger
-from nanobanana_async.models import CallbackSource, GenerationRequest, SavedImage, Task
+from nanobanana_async.models import GenerationRequest, SavedImage, Task
 from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown, outcome_from_error
+from nanobanana_async.protocols import CallbackSource, ImageStore
 
 _UPSERT_CHUNK: Final = 100
 _log: Final = logging.getLogger("nanobanana_async")

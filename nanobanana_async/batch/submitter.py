@@ -6,8 +6,8 @@ from typing import Final
 
 import anyio
 
+from nanobanana_async._text import format_credits
 from nanobanana_async.batch.outage import OutageBackoff
-from nanobanana_async.batch.rows import BatchRow
 from nanobanana_async.batch.run_state import RunState, RunStopped
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import (
@@ -24,9 +24,9 @@ from nanobanana_async.errors import (
 )
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.ledger.budget import Budget
-from nanobanana_async.ledger.schema import RowState
+from nanobanana_async.ledger.schema import BatchRow, RowState
 from nanobanana_async.ledger.sqlite import Ledger
-from nanobanana_async.models import CallbackSource, PendingCallback
+from nanobanana_async.protocols import CallbackSource, PendingCallback
 
 _log: Final = logging.getLogger("nanobanana_async")
 
@@ -136,10 +136,10 @@ class Submitter:
 
     def _budget_message(self, model: str) -> str:
         status, price = self._budget.status(), self._budget.max_price(model)
-        next_one = "the price is not yet known" if price is None else f"one more may cost {price.normalize():f}"
-        reserved = f", {status.reserved.normalize():f} reserved" if status.reserved else ""
+        next_one = "the price is not yet known" if price is None else f"one more may cost {format_credits(price)}"
+        reserved = f", {format_credits(status.reserved)} reserved" if status.reserved else ""
         return (
-            f"budget: another submit could exceed it: {status.spent.normalize():f} credits spent{reserved}, "
+            f"budget: another submit could exceed it: {format_credits(status.spent)} credits spent{reserved}, "
             f"and {next_one}"
         )
 

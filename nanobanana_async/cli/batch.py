@@ -17,6 +17,7 @@ import anyio.to_thread
 import click
 from anyio.abc import TaskGroup
 
+from nanobanana_async._text import format_credits, sanitize_line
 from nanobanana_async.batch import report
 from nanobanana_async.batch.rows import read_rows
 from nanobanana_async.batch.runner import Batch
@@ -38,7 +39,6 @@ from nanobanana_async.cli.runtime import (
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import LedgerError
 from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown
-from nanobanana_async.wire.body import sanitize_line
 
 _REFRESH_INTERVAL_S: Final = 0.5
 _PLAIN_INTERVAL_S: Final = 10.0
@@ -219,7 +219,7 @@ class _ProgressReporter:
         parts = [f"{progress.succeeded} succeeded", f"{progress.in_flight} in flight"]
         parts += [f"{progress.failed} failed"] if progress.failed else []
         parts += [f"{progress.unknown} unknown"] if progress.unknown else []
-        parts += [f"{progress.budget.spent.normalize():f} credits"] if progress.budget.spent else []
+        parts += [f"{format_credits(progress.budget.spent)} credits"] if progress.budget.spent else []
         parts += [f"{rate * 60:.0f}/min"] if rate else []
         # The rate is more accurate than the learned median once every slot has finished one image.
         is_warming_up = ended - progress.replayed < self._max_in_flight

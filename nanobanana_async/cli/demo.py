@@ -6,6 +6,7 @@ from typing import Final
 import anyio.to_thread
 import click
 
+from nanobanana_async._text import format_credits
 from nanobanana_async.batch import gallery
 from nanobanana_async.cli.generate import check_writable
 from nanobanana_async.cli.jobs import Job, report_failures, run_jobs
@@ -86,6 +87,6 @@ def _card(job: Job, folder: Path) -> gallery.GalleryCard:
         status="failed" if job.error else "succeeded",
         file=job.files[0].relative_to(folder).as_posix() if job.files else None,
         seconds=job.seconds,
-        cost="" if job.task is None or job.task.consumed is None else f"{job.task.consumed.normalize():f}",
+        cost="" if job.task is None or job.task.consumed is None else format_credits(job.task.consumed),
         note=str(job.error or ""),
     )

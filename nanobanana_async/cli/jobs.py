@@ -8,6 +8,7 @@ import anyio
 import attrs
 import click
 
+from nanobanana_async._text import sanitize_line
 from nanobanana_async.cli.progress import JobProgressBar
 from nanobanana_async.cli.runtime import (
     EXIT_FAILED,
@@ -22,7 +23,6 @@ from nanobanana_async.cli.runtime import (
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NanoBananaError, NoImage, TaskFailed, TaskNotFound
 from nanobanana_async.models import GenerationRequest, Task
-from nanobanana_async.wire.body import sanitize_line
 
 
 @attrs.define(kw_only=True)

@@ -4,11 +4,11 @@ import sys
 
 import click
 
+from nanobanana_async._text import sanitize_line
 from nanobanana_async.callbacks import Receive, Scope, Send, parse_callback
 from nanobanana_async.cli.generate import json_option
 from nanobanana_async.cli.runtime import exit_on_bind_error, print_json, print_result
 from nanobanana_async.errors import ProtocolError
-from nanobanana_async.wire.body import sanitize_line
 
 _MAX_BODY_BYTES = 2**20
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import click
 
+from nanobanana_async._text import format_credits, sanitize_line
 from nanobanana_async.cli.generate import json_option
 from nanobanana_async.cli.runtime import EXIT_OK, CommandContext, print_json, print_result, run
 from nanobanana_async.errors import ConfigurationError
 from nanobanana_async.ledger.budget import Budget
 from nanobanana_async.ledger.schema import LedgerRow, RowState
 from nanobanana_async.ledger.sqlite import Ledger
-from nanobanana_async.wire.body import sanitize_line
 
 _SAVED = (RowState.SAVED,)
 _FAILED = (RowState.FAILED, RowState.ABANDONED)
@@ -89,11 +89,11 @@ def _show(unknown: list[LedgerRow], budget: Budget, *, as_json: bool) -> None:
             line = {"key": record.key, "prompt": record.prompt, "task_id": record.task_id, "max_cost": max_cost}
             print_json({**line, "reason": record.reason})
         else:
-            cost = "price unknown" if max_cost is None else f"up to {max_cost.normalize():f} credits"
+            cost = "price unknown" if max_cost is None else f"up to {format_credits(max_cost)} credits"
             facts = (record.key, cost, repr(record.prompt[:60]), record.task_id or "", record.reason or "")
             print_result("  ".join(filter(None, map(sanitize_line, facts))))
     if not as_json:
-        largest = "price not yet known" if total is None else f"up to {total.normalize():f} credits"
+        largest = "price not yet known" if total is None else f"up to {format_credits(total)} credits"
         click.echo(f"{len(unknown)} may have been charged: {largest}", err=True)
 
 
@@ -117,12 +117,14 @@ async def print_summary(out: Path, command: str, keys: set[str], budget: Decimal
         if number
     ]
     parts[-1] += f" ({charged} submitted)" if charged else ""
-    money = f"{budget_status.spent.normalize():f} credits spent"
+    money = f"{format_credits(budget_status.spent)} credits spent"
     if budget_status.reserved:
-        money += f", up to {budget_status.reserved.normalize():f} more may be charged"
+        money += f", up to {format_credits(budget_status.reserved)} more may be charged"
     elif charged:
         money += f", price of {charged} not yet known"
-    money += "" if budget_status.remaining is None else f", {budget_status.remaining.normalize():f} of the budget left"
+    money += (
+        "" if budget_status.remaining is None else f", {format_credits(budget_status.remaining)} of the budget left"
+    )
     click.echo(f"{', '.join(parts)}; {money}", err=True)
     folder = shlex.quote(str(out))
     if unlisted:

@@ -16,9 +16,9 @@ import anyio
 import attrs
 import click
 
+from nanobanana_async._text import sanitize_line
 from nanobanana_async.errors import InvalidBatchFile, NanoBananaError, SubmissionUnknown
 from nanobanana_async.models import Task
-from nanobanana_async.wire.body import sanitize_line
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1

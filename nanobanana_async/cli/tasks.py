@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from nanobanana_async._text import sanitize_line
 from nanobanana_async.cli.generate import check_writable, json_option, poll_option, poll_policy, timeout_option
 from nanobanana_async.cli.runtime import (
     EXIT_FAILED,
@@ -17,7 +18,6 @@ from nanobanana_async.cli.runtime import (
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NoImage, TaskFailed
 from nanobanana_async.models import Task, TaskStatus
-from nanobanana_async.wire.body import sanitize_line
 
 
 @click.command()

@@ -12,8 +12,20 @@ from typing import Final
 import attrs
 
 from nanobanana_async._text import slugify
-from nanobanana_async.batch.rows import BatchRow
-from nanobanana_async.models import SavedImage
+from nanobanana_async.models import GenerationRequest, SavedImage
+
+
+@attrs.frozen(kw_only=True)
+class BatchRow:
+    """One row of a batch: one image to generate."""
+
+    key: str
+    """Identifies the row in later runs."""
+    request: GenerationRequest
+    name: str | None = None
+    """File name without suffix; None derives it from the prompt."""
+    fingerprint: str
+    """Hash of the request. Rows with the same key must have the same one."""
 
 
 class RowState(enum.StrEnum):

@@ -19,10 +19,9 @@ import anyio.to_thread
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.events import OneShotEvent
-from nanobanana_async.batch.rows import BatchRow
 from nanobanana_async.errors import LedgerError
 from nanobanana_async.ledger import schema
-from nanobanana_async.ledger.schema import LedgerRow, RowState
+from nanobanana_async.ledger.schema import BatchRow, LedgerRow, RowState
 from nanobanana_async.models import SavedImage
 
 T = TypeVar("T")

@@ -3,15 +3,14 @@
 import copy
 import math
 from collections.abc import Mapping
-from typing import Final, Generic, TypeVar
+from typing import Final
 
 import attrs
 
 from nanobanana_async._concurrency.events import OneShotEvent
+from nanobanana_async._concurrency.fifo_cache import FifoCache
 from nanobanana_async.errors import NanoBananaError, TaskNotFound
 from nanobanana_async.models import Task
-
-T = TypeVar("T")
 
 CONFIRM_INTERVAL_S: Final = 10.0
 """Minimum time between two polls that callbacks trigger, because callbacks are not authenticated."""
@@ -151,33 +150,6 @@ def lost_task_error(tracked: TrackedTask, exc: TaskNotFound) -> TaskNotFound:
     was = "was accepted and may have been charged" if tracked.submitted_here else "existed"
     what = f"task {tracked.task_id} {was}, but the service no longer knows it ({last}): {exc}"
     return TaskNotFound(what, status=exc.status, code=exc.code, task_id=tracked.task_id)
-
-
-class FifoCache(Generic[T]):
-    """The last *maxsize* values, by task id."""
-
-    def __init__(self, maxsize: int) -> None:
-        self._maxsize = maxsize
-        self._items: dict[str, T] = {}
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def add(self, task_id: str, value: T) -> None:
-        """Add *value* unless the id is present. The oldest value is dropped if the cache is full."""
-        if task_id in self._items:
-            return
-        if len(self._items) >= self._maxsize:
-            del self._items[next(iter(self._items))]
-        self._items[task_id] = value
-
-    def get(self, task_id: str) -> T | None:
-        """Return the value for *task_id*, or None."""
-        return self._items.get(task_id)
-
-    def pop(self, task_id: str) -> T | None:
-        """Remove and return the value for *task_id*, or None."""
-        return self._items.pop(task_id, None)
 
 
 class TaskCache:

@@ -1,10 +1,16 @@
 """Which network addresses a URL from a third party may lead to (server-side request forgery)."""
 
+import contextlib
 import socket
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Final
+from urllib.parse import urlsplit
 
 import anyio
+
+from nanobanana_async.wire.endpoint import DEFAULT_BASE_URL
+
+_DNS_TIMEOUT_S: Final = 10.0
 
 # `is_global` is true for these (measured on 3.11 to 3.13), but they embed an IPv4 address or are not public: NAT64,
 # 6to4, Teredo, IPv4-compatible, site-local, documentation, the 6to4 relay, protocol assignments.
@@ -37,3 +43,21 @@ async def resolve(host: str, port: int) -> list[str]:
     """
     found = await anyio.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
+
+
+class ServiceNetwork:
+    """The network of the service at *base_url*, which decides where its images may be."""
+
+    def __init__(self, base_url: str) -> None:
+        self._host = urlsplit(base_url).hostname or ""
+        self._is_public = True if base_url == DEFAULT_BASE_URL else None
+
+    async def is_public(self) -> bool:
+        """Return whether the service is on the internet. If so, its image URLs have to be public, too.
+
+        A simulator and its images may be anywhere. A host that does not resolve counts as public, until it does.
+        """
+        if self._is_public is None:
+            with contextlib.suppress(OSError, UnicodeError), anyio.move_on_after(_DNS_TIMEOUT_S):
+                self._is_public = all(map(is_public, await resolve(self._host, 443)))
+        return self._is_public is not False

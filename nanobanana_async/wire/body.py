@@ -1,4 +1,4 @@
-"""Decode bodies from the network into JSON or safe text, whatever they contain."""
+"""Decode bodies from the network, whatever they contain."""
 
 import base64
 import contextlib
@@ -11,7 +11,6 @@ from typing import Final
 
 from nanobanana_async.models import GeneratedImage, JsonValue
 
-_EXCERPT_CHARS: Final = 200
 _CHUNK_BYTES: Final = 1024
 _GZIP_TRAILER_BYTES: Final = 8
 """Checksum and length at the end of gzip. They are decompressed as a chunk of their own, because they may be damaged.
@@ -73,18 +72,6 @@ def _parse_decimal(text: str) -> Decimal | str:
 
 def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-def sanitize_line(text: str) -> str:
-    """Return *text* as one line that is safe for a terminal: control characters and newlines become spaces."""
-    return " ".join("".join(character if character.isprintable() else " " for character in text).split())
-
-
-def excerpt(body: bytes) -> str:
-    """Return the start of a body as one safe line, without tags and control characters."""
-    text = re.sub(r"<[^>]*>?", " ", body[:2000].decode("utf-8", "replace"))
-    line = sanitize_line(text)
-    return line if len(line) <= _EXCERPT_CHARS else f"{line[:_EXCERPT_CHARS]}..."
 
 
 def decode_data_uri(uri: str) -> GeneratedImage | None:

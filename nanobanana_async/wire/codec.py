@@ -16,6 +16,7 @@ import attrs
 import cattrs
 from cattrs.gen import make_dict_structure_fn, make_dict_unstructure_fn, override
 
+from nanobanana_async._text import excerpt, sanitize_line
 from nanobanana_async.errors import (
     ApiError,
     AuthenticationError,
@@ -28,7 +29,7 @@ from nanobanana_async.errors import (
 )
 from nanobanana_async.models import CallbackPayload, GeneratedImage, GenerationRequest, JsonValue, Task, TaskStatus
 from nanobanana_async.protocols import RequestKind, WireRequest, WireResponse
-from nanobanana_async.wire.body import decode_data_uri, decompress, excerpt, parse_json, sanitize_line
+from nanobanana_async.wire.body import decode_data_uri, decompress, parse_json
 
 SUBMIT_PATH: Final = "/api/image/gen"
 QUERY_PATH: Final = "/api/task/query"

@@ -1,6 +1,5 @@
 """Base URL, API key and headers, validated once so that the key cannot leak or fail later."""
 
-import contextlib
 import os
 import re
 from collections.abc import Mapping
@@ -9,20 +8,16 @@ from ipaddress import ip_address
 from typing import Final, NoReturn
 from urllib.parse import urlsplit
 
-import anyio
 import attrs
 
 from nanobanana_async.errors import ConfigurationError
 from nanobanana_async.models import url_problem
 from nanobanana_async.protocols import ExchangeError, WireResponse
-from nanobanana_async.transport.addresses import is_public, resolve
 
 DEFAULT_BASE_URL: Final = "https://api.defapi.org"
 KEY_VARIABLES: Final = ("DEFAPI_API_KEY", "DEFAPI_KEY", "NANO_BANANA_API_KEY")
 """Environment variables with the API key. The first one that is set is used."""
 BASE_URL_VARIABLE: Final = "DEFAPI_BASE_URL"
-
-_DNS_TIMEOUT_S: Final = 10.0
 
 # File hosts reject the default user agents of libraries (403 "error code: 1010").
 USER_AGENT: Final = f"nanobanana-async/{version('nanobanana-async')}"
@@ -50,13 +45,12 @@ class ApiKey:
         return clean
 
 
-@attrs.define
+@attrs.frozen
 class Endpoint:
     """Base URL and key of the service. No repr contains the key."""
 
     base_url: str
     _key: ApiKey
-    _is_public: bool | None = attrs.field(default=None, init=False, eq=False)
 
     @classmethod
     def resolve(cls, api_key: ApiKey | None, base_url: str | None) -> "Endpoint":
@@ -95,19 +89,6 @@ class Endpoint:
             failure.args = (failure.reason,)
         return failure
 
-    async def is_public(self) -> bool:
-        """Return whether the service is on the internet. If so, its image URLs have to be public, too.
-
-        A simulator and its images may be anywhere.
-        """
-        if self.base_url == DEFAULT_BASE_URL:
-            return True
-        if self._is_public is None:
-            with contextlib.suppress(OSError, UnicodeError), anyio.move_on_after(_DNS_TIMEOUT_S):
-                addresses = await resolve(urlsplit(self.base_url).hostname or "", 443)
-                self._is_public = all(map(is_public, addresses))
-        return self._is_public is not False
-
     def __reduce__(self) -> NoReturn:
         raise TypeError("endpoint: contains the API key and cannot be pickled. Create one client per process.")
 
@@ -127,7 +108,6 @@ def _normalized_url(url: str, name: str) -> str:
 def _is_private_host(host: str) -> bool:
     """Return whether *host* names this machine or a private network, where plain http is accepted."""
     try:
-        ip_address(host)
+        return not ip_address(host).is_global
     except ValueError:
         return "." not in host or host.endswith((".localhost", ".local", ".internal", ".test"))
-    return not is_public(host)
