@@ -19,6 +19,7 @@ import anyio
 
 from benchmarks import launch
 from nanobanana_async import Batch, Limits, NanoBananaClient, PollPolicy, Succeeded
+from nanobanana_async.images.files import FileImageStore
 
 LIMITS: Final = Limits(requests_per_s=10_000, burst=1_000, max_submits=32)
 POLLING: Final = PollPolicy.backoff(first_poll_s=2.0, initial_s=1.0, multiplier=1.2, max_s=4.0)
@@ -27,13 +28,14 @@ POLLING: Final = PollPolicy.backoff(first_poll_s=2.0, initial_s=1.0, multiplier=
 async def bare(client: NanoBananaClient, folder: Path, rows: int, in_flight: int) -> int:
     """Generate and save the images without a ledger."""
     done = 0
+    store = FileImageStore(folder)
     places = anyio.Semaphore(in_flight)
 
     async def one(number: int) -> None:
         nonlocal done
         try:
             task = await client.generate(f"row {number}")
-            await client.save_image(task.images[0], folder / str(number))
+            await client.store(task.images[0], store, str(number))
             done += 1
         finally:
             places.release()

@@ -47,7 +47,6 @@ from nanobanana_async.models import (
 from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
 from nanobanana_async.protocols import (
-    ChunkSink,
     ExchangeError,
     ImageStore,
     Phase,
@@ -69,7 +68,6 @@ __all__ = [
     "BudgetStatus",
     "CallbackPayload",
     "CallbackReceiver",
-    "ChunkSink",
     "ConfigurationError",
     "ExchangeError",
     "Failed",

@@ -22,6 +22,7 @@ from nanobanana_async.api.operations import AcceptedSubmit, ServiceApi
 from nanobanana_async.errors import ImageError, NanoBananaError, SubmissionUnknown
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.images.download import Downloader
+from nanobanana_async.images.files import FileImageStore
 from nanobanana_async.images.formats import SUFFIXES
 from nanobanana_async.images.references import encode_references
 from nanobanana_async.models import (
@@ -33,11 +34,12 @@ from nanobanana_async.models import (
 )
 from nanobanana_async.outcomes import Outcome, Succeeded, log_unconsumed, outcome_from_error
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
-from nanobanana_async.protocols import CallbackSource, PendingCallback, Transport
+from nanobanana_async.protocols import CallbackSource, ImageStore, PendingCallback, Transport
 from nanobanana_async.tracking.schedule import PollSchedule
 from nanobanana_async.tracking.state import SubmitInfo, TrackerStatistics
 from nanobanana_async.tracking.tracker import TaskTracker
 from nanobanana_async.transport.addresses import ServiceNetwork
+from nanobanana_async.transport.checked import CheckedTransport
 from nanobanana_async.transport.httpx import HttpxTransport
 from nanobanana_async.wire.endpoint import ApiKey, Endpoint
 
@@ -87,7 +89,7 @@ class NanoBananaClient:
         self.limits: Final = limits
         self.timeouts: Final = timeouts
         self._owned_transport = HttpxTransport(connect_s=timeouts.connect_s) if transport is None else None
-        active: Transport = self._owned_transport or transport  # type: ignore[assignment]  # one of the two is set
+        active = CheckedTransport(self._owned_transport or transport)  # type: ignore[arg-type]  # one of the two is set
         self._api = ServiceApi(active, self._background, self._endpoint, limits=limits, retry=retry, timeouts=timeouts)
         if on_orphan is not None:
             self._api.on_orphan = lambda done, request: on_orphan(self._handle_for(done, request))
@@ -295,29 +297,32 @@ class NanoBananaClient:
         Raises:
             ImageError: A download failed, or the file could not be written.
         """
-        await self._background.ensure_started()
         path = Path(path)
-        exact = path.suffix.lower() in SUFFIXES
-        base = path.with_suffix("") if exact else path / slugify(name or task.task_id)
+        suffix = path.suffix if path.suffix.lower() in SUFFIXES else ""
+        folder, stem = (path.parent, path.stem) if suffix else (path, slugify(name or task.task_id))
         paths: list[Path] = []
         for number, image in enumerate(task.images, start=1):
-            tail = (f"-{number}" if number > 1 else "") + (path.suffix if exact else "")
-            stem = base.with_name(base.name + tail)
+            file_name = stem + (f"-{number}" if number > 1 else "") + suffix
             try:
-                paths.append((await self._downloader.save(image, stem, keep_suffix=exact)).path)
+                saved = await self.store(image, FileImageStore(folder), file_name, keep_suffix=bool(suffix))
             except ImageError as exc:
                 exc.task_id = task.task_id
                 raise
+            paths.append(saved.path)
         return paths
 
-    async def save_image(self, image: GeneratedImage, stem: Path) -> SavedImage:
-        """Write one image durably to *stem* plus the suffix of its true type, and replace an existing file.
+    async def store(
+        self, image: GeneratedImage, store: ImageStore, name: str, *, keep_suffix: bool = False
+    ) -> SavedImage:
+        """Download one image, check it, and put it into *store*. At most `Limits.max_downloads` run at once.
+
+        It is stored as *name* plus the suffix of its true type, or as *name* itself with *keep_suffix*.
 
         Raises:
-            ImageError: The download failed, or the file could not be written.
+            ImageError: The download failed, or the store raised OSError.
         """
         await self._background.ensure_started()
-        return await self._downloader.save(image, stem)
+        return await self._downloader.store(image, store, name, keep_suffix=keep_suffix)
 
     def statistics(self) -> TrackerStatistics:
         """Return a snapshot of the tracker: tracked tasks, learned latencies, polls. Sends nothing."""

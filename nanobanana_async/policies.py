@@ -128,8 +128,10 @@ class Limits:
     """API requests per second on average, submits and queries together."""
     burst: int = attrs.field(default=30, validator=ge(1))
     """API requests that may be sent at once after an idle period."""
-    max_image_bytes: int = attrs.field(default=50 * 2**20, validator=ge(1))
+    max_image_bytes: int = attrs.field(default=64 * 2**20, validator=ge(1))
     """Largest image that is downloaded."""
+    max_download_bytes: int = attrs.field(default=256 * 2**20, validator=ge(1))
+    """Images that are downloaded and not yet stored, together. A larger one is downloaded alone."""
     max_reference_bytes: int = attrs.field(default=10 * 2**20, validator=ge(1))
     """Largest reference image that is sent. Other clients of the service use 10 MB."""
 

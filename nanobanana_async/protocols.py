@@ -2,16 +2,12 @@
 
 import enum
 from collections.abc import Awaitable, Callable, Mapping
-from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import attrs
 from attrs.validators import instance_of
 
-from nanobanana_async.models import GeneratedImage, SavedImage
-
-ChunkSink: TypeAlias = Callable[[bytes], Awaitable[None]]
-"""A function that takes the next chunk of a streamed body."""
+from nanobanana_async.models import SavedImage
 
 
 class RequestKind(enum.Enum):
@@ -51,6 +47,8 @@ class WireRequest:
     """Largest response body that is read. A longer one ends the exchange."""
     public_only: bool = False
     """Whether to refuse connections to addresses that are not public."""
+    before_body: "Callable[[WireResponse], Awaitable[None]] | None" = attrs.field(default=None, repr=False, eq=False)
+    """Awaited with the head of a 200 before its body is read, to wait for memory. A transport may ignore it."""
 
 
 def _check_headers(_: object, __: object, headers: Mapping[str, str]) -> None:
@@ -95,10 +93,9 @@ class Transport(Protocol):
     The caller bounds how many requests are in flight. An implementation carries all of them at once.
     """
 
-    async def send(self, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None) -> WireResponse:
+    async def send(self, request: WireRequest, *, timeout_s: float) -> WireResponse:
         """Return the response to *request* within *timeout_s* seconds in total.
 
-        With a *sink*, the body of a 200 is passed to it in chunks, and the `body` of the response is empty.
         Cancelling closes the connection and has no other effect.
 
         Raises:
@@ -112,10 +109,10 @@ class Transport(Protocol):
 
 
 class ImageStore(Protocol):
-    """Stores images: the client, or another implementation."""
+    """Stores encoded images: a folder, or another implementation."""
 
-    async def put(self, image: GeneratedImage, stem: Path) -> SavedImage:
-        """Write one image durably to *stem* plus the suffix of its type. Raises `ImageError`."""
+    async def put(self, name: str, data: bytes) -> SavedImage:
+        """Store *data* durably as *name*, and replace what has that name. Raises OSError if it cannot."""
         ...
 
 

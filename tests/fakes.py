@@ -7,7 +7,7 @@ from typing import TypeAlias
 import anyio
 import attrs
 
-from nanobanana_async import ChunkSink, ExchangeError, Phase, Transport, WireRequest, WireResponse
+from nanobanana_async import ExchangeError, Phase, Transport, WireRequest, WireResponse
 from nanobanana_async.simulator.in_memory import tiny_png
 from nanobanana_async.simulator.service import ImageSpec
 
@@ -61,7 +61,7 @@ class ScriptedTransport:
     most_in_flight: int = 0
     closed: bool = False
 
-    async def send(self, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None) -> WireResponse:
+    async def send(self, request: WireRequest, *, timeout_s: float) -> WireResponse:
         """Play the next step."""
         self.requests.append(request)
         self.times_s.append(anyio.current_time())
@@ -75,9 +75,6 @@ class ScriptedTransport:
             result = step if isinstance(step, WireResponse) else await step(request)
         finally:
             self.in_flight -= 1
-        if sink is not None and result.status == 200:
-            await sink(result.body)
-            return attrs.evolve(result, body=b"")
         return result
 
     async def aclose(self) -> None:
@@ -100,11 +97,11 @@ class InterceptingTransport:
     inner: Transport
     intercept: Intercept
 
-    async def send(self, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None) -> WireResponse:
+    async def send(self, request: WireRequest, *, timeout_s: float) -> WireResponse:
         """Call *intercept* first."""
         result = self.intercept(request)
         if result is None:
-            return await self.inner.send(request, timeout_s=timeout_s, sink=sink)
+            return await self.inner.send(request, timeout_s=timeout_s)
         await anyio.lowlevel.checkpoint()
         if isinstance(result, ExchangeError):
             raise result

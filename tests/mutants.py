@@ -289,9 +289,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a partial image is left behind by a kill",
-        "images/download.py",
-        "        part.unlink(missing_ok=True)\n",
-        "        pass\n",
+        "images/files.py",
+        "        part.unlink(missing_ok=True)\n\n\nclass",
+        "        pass\n\n\nclass",
         "test_batch_cli.py::test_twenty_kills_lose_nothing_and_charge_nothing_twice",
     ),
     Mutant(
@@ -318,8 +318,8 @@ MUTANTS: Final = (
     Mutant(
         "a transport that hangs is awaited without end",
         "transport/checked.py",
-        "    with anyio.CancelScope(deadline=anyio.current_time() + max(timeout_s, 0) + _GRACE_S):\n",
-        "    with anyio.CancelScope():\n",
+        "        with anyio.CancelScope(deadline=anyio.current_time() + max(timeout_s, 0) + _GRACE_S):\n",
+        "        with anyio.CancelScope():\n",
         "test_checked_transport.py::test_a_transport_that_hangs_holds_its_slot_until_the_timeout",
     ),
 )

@@ -31,6 +31,7 @@ from nanobanana_async import (
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async.api.operations import AcceptedSubmit, ServiceApi
 from nanobanana_async.policies import ResubmitLevel
+from nanobanana_async.transport.checked import CheckedTransport
 from nanobanana_async.wire.endpoint import ApiKey, Endpoint
 from tests.fakes import ScriptedTransport, Step, accepted, finished, lost, rejected, response, script, submits
 from tests.virtual_time import jump
@@ -53,7 +54,7 @@ async def running(
     background = BackgroundTaskGroup()
     endpoint = Endpoint.resolve(ApiKey("dk-test"), "https://api.example")
     try:
-        yield ServiceApi(transport, background, endpoint, limits=limits, retry=retry, timeouts=timeouts)
+        yield ServiceApi(CheckedTransport(transport), background, endpoint, limits=limits, retry=retry, timeouts=timeouts)
     finally:
         with anyio.CancelScope(shield=True):
             await background.aclose(drain_s=100)

@@ -24,7 +24,6 @@ from nanobanana_async import (
     ImageError,
     InsufficientCredits,
     LedgerError,
-    NanoBananaClient,
     NoImage,
     NotSent,
     PollPolicy,
@@ -40,7 +39,6 @@ from nanobanana_async import (
     WireResponse,
 )
 from nanobanana_async.batch.rows import RowKeys
-from nanobanana_async.models import GeneratedImage
 from nanobanana_async.simulator import FAST_PROFILE, Simulator, SimulatorProfile
 from tests.batches import FOXES, SLOW, batch_of, client_of, kinds, nth_post, rows_of, run, run_until_stopped
 from tests.fakes import InterceptingTransport, lost, rejected, response
@@ -411,11 +409,11 @@ async def test_a_full_disk_stops_the_submits(tmp_path: Path, monkeypatch: pytest
     """The run stops, and once there is space, the next run downloads what is charged."""
     simulator = Simulator(FAST_PROFILE)
 
-    async def full(self: NanoBananaClient, image: GeneratedImage, stem: Path) -> SavedImage:
-        raise ImageError(f"{stem}: cannot be written: no space") from OSError(errno.ENOSPC, "no space")
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr(NanoBananaClient, "save_image", full)
+        patch.setattr("nanobanana_async.images.files.write_atomic", full)
         async with batch_of(simulator, tmp_path) as batch:
             outcomes, cause = await run_until_stopped(batch, max_in_flight=3)
     assert (outcomes, isinstance(cause, ImageError)) == ({}, True)
@@ -572,11 +570,11 @@ async def test_submits_wait_while_downloads_queue(tmp_path: Path) -> None:
     stuck, saving = anyio.Event(), 0
 
     class Slow:
-        async def put(self, image: GeneratedImage, stem: Path) -> SavedImage:
+        async def put(self, name: str, data: bytes) -> SavedImage:
             nonlocal saving
             saving += 1
             await stuck.wait()
-            return await client.save_image(image, stem)
+            return SavedImage(path=tmp_path / name, sha256="", size_bytes=len(data))
 
     rows = [f"fox {number}" for number in range(60)]
     async with (

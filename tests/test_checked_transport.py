@@ -10,8 +10,8 @@ import pytest
 from nanobanana_async import ExchangeError, NanoBananaClient, Phase, SubmissionUnknown, Timeouts, TransportError
 from nanobanana_async.protocols import RequestKind, WireRequest, WireResponse
 from nanobanana_async.simulator import FAST_PROFILE, Simulator
-from nanobanana_async.transport.checked import send_checked
-from tests.fakes import accepted, finished, response
+from nanobanana_async.transport.checked import CheckedTransport
+from tests.fakes import accepted, finished
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
@@ -73,7 +73,7 @@ async def test_any_transport_failure_is_an_exchange_error(
 ) -> None:
     """Every failure is an `ExchangeError` after which the request may have arrived."""
     with pytest.raises(ExchangeError, match="the transport failed") as caught:
-        await send_checked(MisbehavingTransport(behave), GET, timeout_s=1)
+        await CheckedTransport(MisbehavingTransport(behave)).send(GET, timeout_s=1)
     assert caught.value.phase is Phase.SEND
 
 
@@ -115,7 +115,7 @@ async def test_a_cancellation_is_passed_on() -> None:
     """A cancellation is not turned into an error."""
     transport = MisbehavingTransport(lambda _: anyio.sleep(math.inf))
     with anyio.move_on_after(0.05) as scope:
-        await send_checked(transport, GET, timeout_s=10)
+        await CheckedTransport(transport).send(GET, timeout_s=10)
     assert scope.cancelled_caught
 
 
@@ -142,18 +142,3 @@ async def test_a_transport_that_hangs_holds_its_slot_until_the_timeout() -> None
 
 async def _wait_and_ignore_timeout(client: NanoBananaClient, task_id: str) -> None:
     await client.task(task_id).wait(timeout_s=600)
-
-
-async def test_an_error_of_the_sink_is_passed_on() -> None:
-    """A full disk is not an error of the transport."""
-
-    async def full(_: bytes) -> None:
-        raise OSError("no space")
-
-    class Streaming(MisbehavingTransport):
-        async def send(self, request: WireRequest, **options: object) -> WireResponse:
-            await options["sink"](b"piece")  # type: ignore[operator]
-            return response(200)
-
-    with pytest.raises(OSError, match="no space"):
-        await send_checked(Streaming(_nothing), GET, timeout_s=1, sink=full)

@@ -1,8 +1,10 @@
 """Images are downloaded completely or not at all, from public hosts, without the key."""
 
+import contextlib
 import errno
 import hashlib
 import os
+import stat
 from pathlib import Path
 
 import anyio
@@ -11,6 +13,7 @@ import pytest
 from nanobanana_async import GeneratedImage, ImageError, Limits, Phase, RetryPolicy, Timeouts, WireRequest, WireResponse
 from nanobanana_async._text import slugify
 from nanobanana_async.images.download import Downloader
+from nanobanana_async.images.files import FileImageStore
 from tests.fakes import PNG, ScriptedTransport, Step, lost, response, script
 
 pytestmark = pytest.mark.anyio
@@ -139,6 +142,30 @@ async def test_downloads_in_flight_are_bounded() -> None:
     assert transport.most_in_flight == 3
 
 
+async def test_images_in_memory_are_bounded_together() -> None:
+    """A download waits for memory once its length is known. A larger one than all of it is downloaded alone."""
+    held, most, events = 0, 0, []
+
+    async def large(request: WireRequest) -> WireResponse:
+        nonlocal held, most
+        assert request.before_body is not None
+        await request.before_body(WHOLE)
+        held += 1
+        most = max(most, held)
+        events.append(held)
+        await anyio.sleep(0.01)
+        held -= 1
+        return WHOLE
+
+    images = downloader(script(large), max_downloads=8, max_download_bytes=2 * len(PNG) + 1)
+    async with anyio.create_task_group() as group:
+        for _ in range(8):
+            group.start_soon(images.download, FOX)
+    assert (most, len(events)) == (2, 8)
+    with anyio.fail_after(5):
+        assert await downloader(script(large), max_download_bytes=1).download(FOX) == PNG
+
+
 @pytest.mark.parametrize(
     ("content", "suffix"),
     [(PNG, ".png"), (WEBP, ".webp"), (b"\xff\xd8\xff" + bytes(9), ".jpg"), (b"GIF89a" + bytes(9), ".gif")],
@@ -146,23 +173,23 @@ async def test_downloads_in_flight_are_bounded() -> None:
 async def test_a_file_is_named_after_its_true_type(tmp_path: Path, content: bytes, suffix: str) -> None:
     """The suffix follows from the bytes, not from the URL."""
     whole = response(200, body=content, content_length=str(len(content)))
-    saved = await downloader(script(whole)).save(FOX, tmp_path / "fox")
+    saved = await downloader(script(whole)).store(FOX, FileImageStore(tmp_path), "fox")
     assert (saved.path, saved.path.read_bytes()) == (tmp_path / f"fox{suffix}", content)
     assert (saved.sha256, saved.size_bytes) == (hashlib.sha256(content).hexdigest(), len(content))
 
 
 async def test_a_dot_in_a_name_is_not_taken_for_a_suffix(tmp_path: Path) -> None:
     """`v1.5` becomes `v1.5.png`."""
-    assert (await downloader(script(WHOLE)).save(FOX, tmp_path / "v1.5")).path == tmp_path / "v1.5.png"
+    assert (await downloader(script(WHOLE)).store(FOX, FileImageStore(tmp_path), "v1.5")).path == tmp_path / "v1.5.png"
 
 
 async def test_an_existing_file_is_replaced_only_by_a_complete_one(tmp_path: Path) -> None:
     """A failed download leaves the old file and no partial one."""
     (tmp_path / "fox.png").write_bytes(b"old")
     with pytest.raises(ImageError):
-        await downloader(script(response(200, body=PNG[:40]))).save(FOX, tmp_path / "fox")
+        await downloader(script(response(200, body=PNG[:40]))).store(FOX, FileImageStore(tmp_path), "fox")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("fox.png", b"old")]
-    await downloader(script(WHOLE)).save(FOX, tmp_path / "fox")
+    await downloader(script(WHOLE)).store(FOX, FileImageStore(tmp_path), "fox")
     assert (tmp_path / "fox.png").read_bytes() == PNG
 
 
@@ -174,11 +201,11 @@ async def test_a_cancelled_download_leaves_no_partial_file(tmp_path: Path) -> No
         return WHOLE
 
     with anyio.move_on_after(0.05):
-        await downloader(script(stuck)).save(FOX, tmp_path / "fox")
+        await downloader(script(stuck)).store(FOX, FileImageStore(tmp_path), "fox")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "open"])
+@pytest.mark.parametrize("call", ["fdopen", "fsync", "open"])
 async def test_a_disk_error_is_an_image_error_and_leaves_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -187,11 +214,32 @@ async def test_a_disk_error_is_an_image_error_and_leaves_no_file(
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(f"nanobanana_async.images.download.os.{call}", full)
+    monkeypatch.setattr(f"nanobanana_async.images.files.os.{call}", full)
     with pytest.raises(ImageError, match="cannot be written: No space left on device"):
-        await downloader(script(WHOLE)).save(FOX, tmp_path / "fox")
+        await downloader(script(WHOLE)).store(FOX, FileImageStore(tmp_path), "fox")
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "is_saved"),
+    [(errno.EINVAL, True), (errno.ENOTSUP, True), (errno.EBADF, True), (errno.EACCES, True), (errno.EIO, False)],
+)
+async def test_a_folder_that_cannot_be_synced_is_no_error_unless_the_disk_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, *, is_saved: bool
+) -> None:
+    """A5: some network file systems cannot sync a folder, as SQLite knows, too."""
+    sync = os.fsync
+
+    def fails_for_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        sync(descriptor)
+
+    monkeypatch.setattr("nanobanana_async.images.files.os.fsync", fails_for_folders)
+    with contextlib.nullcontext() if is_saved else pytest.raises(ImageError):
+        await downloader(script(WHOLE)).store(FOX, FileImageStore(tmp_path), "fox")
+    assert (tmp_path / "fox.png").read_bytes() == PNG
 
 
 @pytest.mark.parametrize(

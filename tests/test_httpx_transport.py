@@ -12,13 +12,21 @@ from functools import partial
 from pathlib import Path
 
 import anyio
-import anyio.lowlevel
+import attrs
 import httpx
 import httpx2
 import pytest
 import trustme
 
-from nanobanana_async import ConfigurationError, ExchangeError, HttpxTransport, Phase, RequestKind, WireRequest
+from nanobanana_async import (
+    ConfigurationError,
+    ExchangeError,
+    HttpxTransport,
+    Phase,
+    RequestKind,
+    WireRequest,
+    WireResponse,
+)
 from nanobanana_async.transport import addresses
 from nanobanana_async.transport import httpx as transport_module
 from tests.raw_server import RawServer, reset, response, sending, sending_then, serving
@@ -201,48 +209,36 @@ async def test_a_body_over_the_limit_ends_the_exchange(make_transport: Transport
     assert caught.value.response.body == b"y" * 1000
 
 
-async def test_a_sink_gets_the_body_of_a_200_and_of_nothing_else() -> None:
-    """An error page is not written to the user's file."""
-    for status, expected in (("200 OK", b"an image"), ("404 Not Found", b"")):
+async def test_memory_is_reserved_before_the_body_of_a_200_and_of_nothing_else() -> None:
+    """The length is known by then, and an error page is small."""
+    for status, expected in (("200 OK", ["8"]), ("404 Not Found", [])):
         with serving(sending(response(b"an image", status=status))) as server:
             async with contextlib.aclosing(HttpxTransport()) as transport:
-                got = bytearray()
+                lengths: list[str] = []
 
-                async def sink(chunk: bytes) -> None:
-                    got.extend(chunk)  # noqa: B023 - used before the loop goes on
+                async def reserve(head: WireResponse) -> None:
+                    assert head.body == b""
+                    lengths.append(head.headers["content-length"])  # noqa: B023 - used before the loop goes on
 
-                await transport.send(ask(server, RequestKind.DOWNLOAD), timeout_s=5, sink=sink)
-        assert got == expected
+                request = attrs.evolve(ask(server, RequestKind.DOWNLOAD), before_body=reserve)
+                assert (await transport.send(request, timeout_s=5)).body == b"an image"
+        assert lengths == expected
 
 
-@pytest.mark.parametrize("moment", ["in the sink", "between two chunks"])
-async def test_a_cancelled_download_leaves_no_unfinished_generator(moment: str) -> None:
+async def test_a_cancelled_download_leaves_no_unfinished_generator() -> None:
     """Trio would warn about it."""
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     with serving(sending(head + b"1\r\nx\r\n" * 1000)) as server:
         async with contextlib.aclosing(HttpxTransport()) as transport:
             with anyio.CancelScope() as scope:
 
-                async def sink(_: bytes) -> None:
+                async def cancel(_: WireResponse) -> None:
                     scope.cancel()
-                    if moment == "in the sink":
-                        await anyio.lowlevel.checkpoint()
 
-                await transport.send(ask(server, RequestKind.DOWNLOAD), timeout_s=5, sink=sink)
+                request = attrs.evolve(ask(server, RequestKind.DOWNLOAD), before_body=cancel)
+                await transport.send(request, timeout_s=5)
             assert scope.cancelled_caught
     gc.collect()
-
-
-async def test_an_error_of_a_sink_is_raised_unchanged() -> None:
-    """A full disk is not a network error."""
-
-    async def full(_: bytes) -> None:
-        raise OSError(28, "No space left on device")
-
-    with serving(sending(response(b"an image"))) as server:
-        async with contextlib.aclosing(HttpxTransport()) as transport:
-            with pytest.raises(OSError, match="No space left"):
-                await transport.send(ask(server, RequestKind.DOWNLOAD), timeout_s=5, sink=full)
 
 
 async def test_reads_reuse_a_connection_and_submits_never_do() -> None:

@@ -31,7 +31,6 @@ from nanobanana_async.errors import (
 from nanobanana_async.models import GenerationRequest, Task
 from nanobanana_async.policies import Limits, RetryPolicy, Timeouts
 from nanobanana_async.protocols import ExchangeError, Phase, Transport, WireRequest, WireResponse
-from nanobanana_async.transport.checked import send_checked
 from nanobanana_async.wire import codec
 from nanobanana_async.wire.classify import RetryRule, Rule, SubmitExchange, Verdict, classify, describe, submit_error
 from nanobanana_async.wire.endpoint import Endpoint
@@ -212,7 +211,7 @@ class ServiceApi:
     async def _send_submit(self, wire: WireRequest, exchange_deadline_s: float) -> SubmitExchange:
         sent_s = anyio.current_time()
         try:
-            response = await send_checked(self._transport, wire, timeout_s=exchange_deadline_s - sent_s)
+            response = await self._transport.send(wire, timeout_s=exchange_deadline_s - sent_s)
             outcome = self._decode_exchange(response, None)
         except ExchangeError as exc:
             outcome = self._decode_exchange(exc.response, self._endpoint.redact_error(exc))
@@ -278,7 +277,7 @@ class ServiceApi:
         """Send once and decode. Gives the poll slot back."""
         sent_s = anyio.current_time()
         try:
-            response = await send_checked(self._transport, wire, timeout_s=timeout_s)
+            response = await self._transport.send(wire, timeout_s=timeout_s)
         except ExchangeError as exc:
             self._observe(None, sent_s)
             failure = self._endpoint.redact_error(exc)

@@ -1,25 +1,10 @@
 """`RunState`: the state shared by the rows of one run."""
 
-from pathlib import Path
-
 import anyio
 import attrs
 
-from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NanoBananaError
 from nanobanana_async.ledger.budget import BudgetStatus
-from nanobanana_async.models import GeneratedImage, SavedImage
-
-
-class ClientImageStore:
-    """An `ImageStore` that downloads and writes through the client."""
-
-    def __init__(self, client: NanoBananaClient) -> None:
-        self._client = client
-
-    async def put(self, image: GeneratedImage, stem: Path) -> SavedImage:
-        """See `ImageStore.put`."""
-        return await self._client.save_image(image, stem)
 
 
 @attrs.frozen(kw_only=True)

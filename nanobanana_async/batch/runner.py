@@ -20,7 +20,7 @@ from nanobanana_async._concurrency.map_unordered import map_unordered
 from nanobanana_async.batch import report
 from nanobanana_async.batch.resume import files_exist, previous_outcome, task_from_row, to_datetime
 from nanobanana_async.batch.rows import Rows, with_keys
-from nanobanana_async.batch.run_state import BatchProgress, ClientImageStore, RunState, RunStopped
+from nanobanana_async.batch.run_state import BatchProgress, RunState, RunStopped
 from nanobanana_async.batch.submitter import Submitter
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import (
@@ -33,7 +33,7 @@ from nanobanana_async.errors import (
     TaskNotFound,
 )
 from nanobanana_async.handle import TaskHandle, no_image_error
-from nanobanana_async.images.download import remove_partial_files
+from nanobanana_async.images.files import FileImageStore, remove_partial_files
 from nanobanana_async.ledger.budget import Budget
 from nanobanana_async.ledger.schema import BatchRow, LedgerRow, RowState
 from nanobanana_async.ledger.sqlite import GROUP_COMMIT_S, Ledger
@@ -68,7 +68,7 @@ class Batch:
         self._ledger = ledger
         self._client = client
         self._budget = budget
-        self._image_store: ImageStore = image_store or ClientImageStore(client)
+        self._image_store: ImageStore = image_store or FileImageStore(ledger.folder)
         self._background = BackgroundTaskGroup()
         self._run_state = RunState()
         self._submitter = Submitter(ledger, client, budget, self._run_state, callback)
@@ -99,7 +99,7 @@ class Batch:
             client: The client that submits and waits. It is not closed.
             budget: Credits that all runs together may spend. A submit that could exceed it is not sent. Submits in
                 flight count at the largest price seen for their model.
-            image_store: Stores the images; None uses the client.
+            image_store: Stores the images; None writes them to *folder*.
             callback: A `CallbackReceiver`, as for `client.submit`. A callback also resolves an unknown row, in any run.
             group_commit_s: How long a ledger write waits for others to share its fsync, 0 to 1 second. A row has four
                 writes. A row whose writes were waiting when the process was killed may become unknown.
@@ -395,7 +395,7 @@ class Batch:
         names = [stem, *(f"{stem}.{number}" for number in range(2, len(task.images) + 1))]
         return tuple(
             [
-                await self._image_store.put(image, self.folder / name)
+                await self._client.store(image, self._image_store, name)
                 for name, image in zip(names, task.images, strict=True)
             ]
         )

@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Final
 
 import anyio
-import attrs
 
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
-from nanobanana_async.protocols import ChunkSink, ExchangeError, Phase, Transport, WireRequest, WireResponse
+from nanobanana_async.protocols import ExchangeError, Phase, Transport, WireRequest, WireResponse
 from nanobanana_async.simulator.service import Charge, ImageSpec, SimulatedService, SimulatorProfile
 
 FAST_PROFILE: Final = SimulatorProfile(median_s=0.02, sigma=0.3, visibility_delay_s=0.0)
@@ -60,7 +59,7 @@ class Simulator:
             key, limits=limits, retry=retry, polling=polling, timeouts=timeouts, transport=transport
         )
 
-    async def send(self, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None) -> WireResponse:
+    async def send(self, request: WireRequest, *, timeout_s: float) -> WireResponse:
         """See `Transport.send`. The request arrives after half of `delay_s`."""
         with anyio.move_on_after(timeout_s):
             await anyio.sleep(self.delay_s / 2)
@@ -78,10 +77,7 @@ class Simulator:
             )
             if len(response.body) > request.max_bytes:
                 raise ExchangeError("the body exceeds the limit", phase=Phase.RESPONSE, permanent=True)
-            if sink is None or response.status != 200:
-                return response
-            await sink(response.body)
-            return attrs.evolve(response, body=b"")
+            return response
         raise ExchangeError(f"no complete response within {timeout_s:.3g} s", phase=Phase.SEND)
 
     async def aclose(self) -> None:

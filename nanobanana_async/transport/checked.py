@@ -1,57 +1,50 @@
-"""Wrap a user-supplied transport: enforce its deadline and check what it returns."""
+"""`CheckedTransport`: a transport that ends in time and returns what it should, whatever the wrapped one does."""
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable
 from typing import Final
 
 import anyio
 
-from nanobanana_async.protocols import ChunkSink, ExchangeError, Phase, Transport, WireRequest, WireResponse
+from nanobanana_async.protocols import ExchangeError, Phase, Transport, WireRequest, WireResponse
 
 _GRACE_S: Final = 0.5
 """Extra time for a transport to report its own timeout, with its phase."""
 
 
-async def send_checked(
-    transport: Transport, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None
-) -> WireResponse:
-    """Return the result of `transport.send` within *timeout_s* plus half a second. Errors of *sink* pass through.
+class CheckedTransport:
+    """Enforces the contract of `Transport` on *transport*, which may be the user's own."""
 
-    Raises:
-        ExchangeError: Any other failure. The request may have arrived, unless the transport proves otherwise.
-    """
-    own: list[Exception] = []
-    with anyio.CancelScope(deadline=anyio.current_time() + max(timeout_s, 0) + _GRACE_S):
-        try:
-            response = await transport.send(request, timeout_s=timeout_s, sink=sink and _recording_errors(sink, own))
-        except ExchangeError:
-            raise
-        except anyio.get_cancelled_exc_class():
-            if _is_cancelled():
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+
+    async def send(self, request: WireRequest, *, timeout_s: float) -> WireResponse:
+        """Return the response within *timeout_s* plus half a second.
+
+        Raises:
+            ExchangeError: Any failure. The request may have arrived, unless the transport proves otherwise.
+        """
+        with anyio.CancelScope(deadline=anyio.current_time() + max(timeout_s, 0) + _GRACE_S):
+            try:
+                response = await self._transport.send(request, timeout_s=timeout_s)
+            except ExchangeError:
                 raise
-            reason = "it was cancelled internally"
-        except Exception as exc:
-            if exc in own:
-                raise
-            reason = _describe(exc)
-        else:
-            if isinstance(response, WireResponse):
-                return response
-            reason = f"expected WireResponse, got {type(response).__name__}"
-        raise ExchangeError(f"the transport failed: {reason}", phase=Phase.SEND)
-    raise ExchangeError(f"the transport did not end within {timeout_s:.3g} s", phase=Phase.SEND)
+            except anyio.get_cancelled_exc_class():
+                if _is_cancelled():
+                    raise
+                reason = "it was cancelled internally"
+            except Exception as exc:  # noqa: BLE001 - a user's transport may raise anything
+                reason = _describe(exc)
+            else:
+                if isinstance(response, WireResponse):
+                    return response
+                reason = f"expected WireResponse, got {type(response).__name__}"
+            raise ExchangeError(f"the transport failed: {reason}", phase=Phase.SEND)
+        raise ExchangeError(f"the transport did not end within {timeout_s:.3g} s", phase=Phase.SEND)
 
-
-def _recording_errors(sink: ChunkSink, own: list[Exception]) -> Callable[[bytes], Awaitable[None]]:
-    async def take(chunk: bytes) -> None:
-        try:
-            await sink(chunk)
-        except Exception as exc:
-            own.append(exc)
-            raise
-
-    return take
+    async def aclose(self) -> None:
+        """Close the wrapped transport."""
+        await self._transport.aclose()
 
 
 def _is_cancelled() -> bool:

@@ -20,7 +20,7 @@ import attrs
 import httpx
 
 from nanobanana_async.models import url_problem
-from nanobanana_async.protocols import ChunkSink, ExchangeError, Phase, RequestKind, WireRequest, WireResponse
+from nanobanana_async.protocols import ExchangeError, Phase, RequestKind, WireRequest, WireResponse
 from nanobanana_async.transport._connections import (
     ClientConnection,
     Connection,
@@ -59,7 +59,6 @@ class _ExchangeState:
     """Pessimistic until a trace event proves that no byte was sent."""
     response: WireResponse | None = None
     received: bytearray = attrs.field(factory=bytearray)
-    in_sink: bool = False
 
     async def trace(self, event: str, _: Mapping[str, object]) -> None:
         """Handle httpcore's trace events (its documented `trace` extension)."""
@@ -116,7 +115,7 @@ class HttpxTransport:
         self._tls_lock = anyio.Lock()
         self._closed = False
 
-    async def send(self, request: WireRequest, *, timeout_s: float, sink: ChunkSink | None = None) -> WireResponse:
+    async def send(self, request: WireRequest, *, timeout_s: float) -> WireResponse:
         """See `Transport.send`."""
         failure = ExchangeError("timed out before the request started", phase=Phase.CONNECT)
         deadline = anyio.current_time() + timeout_s
@@ -124,7 +123,7 @@ class HttpxTransport:
             time_left_s = deadline - anyio.current_time()
             if time_left_s <= 0:
                 break
-            outcome = await self._send_to(request, target, time_left_s, sink)
+            outcome = await self._send_to(request, target, time_left_s)
             if isinstance(outcome, WireResponse):
                 return outcome
             failure = outcome
@@ -141,7 +140,7 @@ class HttpxTransport:
                 await connection.aclose()
 
     async def _send_to(
-        self, request: WireRequest, target: Destination, timeout_s: float, sink: ChunkSink | None
+        self, request: WireRequest, target: Destination, timeout_s: float
     ) -> WireResponse | ExchangeError:
         progress = _ExchangeState()
         with anyio.move_on_after(timeout_s):
@@ -149,7 +148,7 @@ class HttpxTransport:
                 connection = await self._acquire_connection(request, target)
                 keep = False
                 try:
-                    response = await self._send_and_read(connection, request, target, timeout_s, progress, sink)
+                    response = await self._send_and_read(connection, request, target, timeout_s, progress)
                     keep = request.kind is RequestKind.READ and self._client is None and not self._closed
                     return response
                 finally:
@@ -159,9 +158,7 @@ class HttpxTransport:
                         await connection.aclose()
             except ExchangeError as exc:
                 return exc
-            except Exception as exc:
-                if progress.in_sink:
-                    raise
+            except Exception as exc:  # noqa: BLE001 - mapped, whatever the library raises
                 return self._map_exception(exc, progress)
         return progress.to_error(f"no complete response within {timeout_s:.3g} s")
 
@@ -172,7 +169,6 @@ class HttpxTransport:
         target: Destination,
         timeout_s: float,
         progress: _ExchangeState,
-        sink: ChunkSink | None,
     ) -> WireResponse:
         # A timeout per read only helps where the total deadline is long and a retry is possible.
         read_timeout_s = min(timeout_s, _READ_TIMEOUT_S) if request.kind is RequestKind.DOWNLOAD else None
@@ -191,9 +187,10 @@ class HttpxTransport:
         progress.phase = Phase.RESPONSE
         progress.response = WireResponse(status=streaming.status, headers=streaming.headers)
         try:
-            streamed = sink if streaming.status == 200 else None
             cap = request.max_bytes if streaming.status == 200 else min(request.max_bytes, _MAX_ERROR_BODY_BYTES)
-            await _read_body(streaming, cap, progress, streamed)
+            if request.before_body is not None and streaming.status == 200:
+                await request.before_body(progress.response)
+            await _read_body(streaming, cap, progress)
         finally:
             await streaming.aclose()
         return attrs.evolve(progress.response, body=bytes(progress.received))
@@ -285,15 +282,13 @@ class HttpxTransport:
         return progress.to_error(reason, phase=Phase.CONNECT, permanent=permanent)
 
 
-async def _read_body(
-    streaming: StreamingResponse, max_bytes: int, progress: _ExchangeState, sink: ChunkSink | None
-) -> None:
+async def _read_body(streaming: StreamingResponse, max_bytes: int, progress: _ExchangeState) -> None:
     """Read the body raw, so that bytes received before a failure are kept, and stop at the limit.
 
     If the reading stops early, the connection is closed and the iteration continues to its end. Otherwise the garbage
     collector would finalize the libraries' nested generators, and trio warns about that.
     """
-    size, chunks = 0, 0
+    chunks, left = 0, max_bytes
     stopped: BaseException | None = None
     try:
         async for chunk in streaming.chunks:
@@ -302,30 +297,16 @@ async def _read_body(
                 await anyio.lowlevel.cancel_shielded_checkpoint()
             if stopped is not None:
                 continue
-            size += len(chunk)
-            try:
-                await _accept_chunk(chunk, size - max_bytes, progress, sink)
-            except BaseException as exc:  # noqa: BLE001 - raised again below, once the body is closed
-                stopped = exc
+            progress.received += chunk[:left]
+            left -= len(chunk)
+            if left < 0:
+                stopped = progress.to_error("the body exceeds the limit", permanent=True)
                 await streaming.aclose()
     except Exception:  # reading after the close fails differently on each backend
         if stopped is None:
             raise
     if stopped is not None:
         raise stopped
-
-
-async def _accept_chunk(chunk: bytes, excess: int, progress: _ExchangeState, sink: ChunkSink | None) -> None:
-    if excess > 0:
-        if sink is None:
-            progress.received += chunk[:-excess]
-        raise progress.to_error("the body exceeds the limit", permanent=True)
-    if sink is None:
-        progress.received += chunk
-        return
-    progress.in_sink = True
-    await sink(chunk)
-    progress.in_sink = False
 
 
 def _origin(request: WireRequest) -> str:

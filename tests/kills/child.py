@@ -11,7 +11,6 @@ import anyio
 import attrs
 
 from nanobanana_async import Batch, NanoBananaClient, WireRequest
-from nanobanana_async.images.download import _PartFile
 from nanobanana_async.simulator import FAST_LIMITS, FAST_POLLING
 from nanobanana_async.transport.httpx import HttpxTransport
 
@@ -115,15 +114,21 @@ def _around_posts(point: Callable[[str], None]) -> None:
 
 
 def _around_files(point: Callable[[str], None]) -> None:
-    write, publish = _PartFile._write, _PartFile._publish
+    create, replace = os.open, Path.replace
 
-    def watched_write(self: _PartFile, data: bytes) -> None:
-        write(self, data)
-        point("image half written")
+    def watched_create(path: Any, *rest: Any) -> int:  # noqa: ANN401 - passed through
+        descriptor = create(path, *rest)
+        if str(path).endswith(".part"):
+            point("image half written")
+        return descriptor
 
-    def watched_publish(self: _PartFile, path: Path) -> None:
-        point("image written")
-        publish(self, path)
-        point("image renamed")
+    def watched_replace(self: Path, target: Path) -> Path:
+        is_image = target.suffix == ".png"
+        if is_image:
+            point("image written")
+        replaced = replace(self, target)
+        if is_image:
+            point("image renamed")
+        return replaced
 
-    _PartFile._write, _PartFile._publish = watched_write, watched_publish  # type: ignore[method-assign]
+    os.open, Path.replace = watched_create, watched_replace  # type: ignore[assignment,method-assign]

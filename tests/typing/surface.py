@@ -42,17 +42,15 @@ def transports(one: httpx.AsyncClient, other: httpx2.AsyncClient) -> list[nb.Tra
 class FolderStore:
     """Store images in a folder of its own."""
 
-    async def put(self, image: nb.GeneratedImage, stem: Path) -> nb.SavedImage:
+    async def put(self, name: str, data: bytes) -> nb.SavedImage:
         """Claim that the image is stored."""
-        return nb.SavedImage(path=stem, size_bytes=len(image.data or b""), sha256="")
+        return nb.SavedImage(path=Path(name), size_bytes=len(data), sha256="")
 
 
 class RecordingTransport:
     """Respond without a service."""
 
-    async def send(
-        self, request: nb.WireRequest, *, timeout_s: float, sink: nb.ChunkSink | None = None
-    ) -> nb.WireResponse:
+    async def send(self, request: nb.WireRequest, *, timeout_s: float) -> nb.WireResponse:
         """Refuse downloads, and respond to the rest."""
         assert_type(request.kind, nb.RequestKind)
         if request.kind is nb.RequestKind.DOWNLOAD:
