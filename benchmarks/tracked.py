@@ -20,6 +20,7 @@ import anyio
 
 from nanobanana_async import PollPolicy, Task, TaskStatus
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
+from nanobanana_async._concurrency.slots import Slot, SlotPool
 from nanobanana_async.tracking.schedule import PollSchedule
 from nanobanana_async.tracking.state import SubmitInfo
 from nanobanana_async.tracking.tracker import TaskTracker
@@ -35,12 +36,13 @@ class Source:
 
     polls_per_s = POLLS_PER_S
 
-    async def acquire_poll_slot(self) -> None:
+    def __init__(self, background: BackgroundTaskGroup) -> None:
+        self._pool = SlotPool(1000, background.start_soon)
+
+    async def acquire_poll_slot(self) -> Slot:
         """Wait for the next thousandth of a second."""
         await anyio.sleep(1 / POLLS_PER_S)
-
-    def release_poll_slot(self) -> None:
-        """Do nothing."""
+        return await self._pool.acquire()
 
     async def poll(self, task_id: str) -> Task:
         """Return a snapshot."""
@@ -57,7 +59,7 @@ async def measure(tracked: int) -> None:
     """Track that many tasks and print a line."""
     background = BackgroundTaskGroup()
     await background.ensure_started()
-    tracker = TaskTracker(Source(), PollSchedule(PollPolicy()), background)
+    tracker = TaskTracker(Source(background), PollSchedule(PollPolicy()), background)
     gc.collect()
     before = resident_bytes()
     cpu_s = time.process_time()

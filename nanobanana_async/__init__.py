@@ -12,11 +12,13 @@ from nanobanana_async.errors import (
     ApiError,
     AuthenticationError,
     BudgetExceeded,
+    ClientClosed,
     ConfigurationError,
     ImageError,
     InsufficientCredits,
     InvalidBatchFile,
     InvalidRequest,
+    KeyConflict,
     LedgerError,
     NanoBananaError,
     NoImage,
@@ -27,9 +29,11 @@ from nanobanana_async.errors import (
     SubmissionUnknown,
     TaskError,
     TaskFailed,
+    TaskLost,
     TaskNotFound,
     TaskTimeout,
     TransportError,
+    WrongEventLoop,
 )
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.ledger.budget import BudgetStatus
@@ -47,11 +51,14 @@ from nanobanana_async.models import (
 from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
 from nanobanana_async.protocols import (
+    AttemptEnd,
     ExchangeError,
     ImageStore,
     Phase,
     RequestKind,
+    SubmitRecord,
     Transport,
+    Verdict,
     WireRequest,
     WireResponse,
 )
@@ -60,6 +67,7 @@ from nanobanana_async.transport.httpx import HttpxTransport
 
 __all__ = [
     "ApiError",
+    "AttemptEnd",
     "AuthenticationError",
     "Batch",
     "BatchProgress",
@@ -68,6 +76,7 @@ __all__ = [
     "BudgetStatus",
     "CallbackPayload",
     "CallbackReceiver",
+    "ClientClosed",
     "ConfigurationError",
     "ExchangeError",
     "Failed",
@@ -80,6 +89,7 @@ __all__ = [
     "InsufficientCredits",
     "InvalidBatchFile",
     "InvalidRequest",
+    "KeyConflict",
     "LedgerError",
     "LedgerRow",
     "Limits",
@@ -99,11 +109,13 @@ __all__ = [
     "SavedImage",
     "ServiceUnavailable",
     "SubmissionUnknown",
+    "SubmitRecord",
     "Succeeded",
     "Task",
     "TaskError",
     "TaskFailed",
     "TaskHandle",
+    "TaskLost",
     "TaskNotFound",
     "TaskStatus",
     "TaskTimeout",
@@ -112,8 +124,10 @@ __all__ = [
     "Transport",
     "TransportError",
     "Unknown",
+    "Verdict",
     "WireRequest",
     "WireResponse",
+    "WrongEventLoop",
     "parse_callback",
     "read_rows",
 ]

@@ -5,9 +5,10 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import AsyncGenerator, AsyncIterable, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, Unpack
@@ -18,7 +19,9 @@ import attrs
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.map_unordered import iter_any, map_unordered
 from nanobanana_async._text import slugify
-from nanobanana_async.api.operations import AcceptedSubmit, ServiceApi
+from nanobanana_async.api.flow_control import FlowControl
+from nanobanana_async.api.operations import ServiceApi
+from nanobanana_async.api.submit import NO_RECORD, AcceptedSubmit, SubmitLoop
 from nanobanana_async.errors import ImageError, NanoBananaError, SubmissionUnknown
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.images.download import Downloader
@@ -34,7 +37,15 @@ from nanobanana_async.models import (
 )
 from nanobanana_async.outcomes import Outcome, Succeeded, log_unconsumed, outcome_from_error
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
-from nanobanana_async.protocols import CallbackSource, ImageStore, PendingCallback, Transport
+from nanobanana_async.protocols import (
+    AttemptEnd,
+    CallbackSource,
+    ImageStore,
+    PendingCallback,
+    SubmitRecord,
+    Transport,
+    Verdict,
+)
 from nanobanana_async.tracking.schedule import PollSchedule
 from nanobanana_async.tracking.state import SubmitInfo, TrackerStatistics
 from nanobanana_async.tracking.tracker import TaskTracker
@@ -82,7 +93,8 @@ class NanoBananaClient:
         transport: Transport | None = None,
         on_orphan: Callable[[TaskHandle], None] | None = None,
     ) -> None:
-        self._background = BackgroundTaskGroup()  # first, because `__del__` reads it
+        # First, because `__del__` reads it.
+        self._background = BackgroundTaskGroup()
         key = None if api_key is None else ApiKey(api_key)
         del api_key  # keep the key out of tracebacks with local variables
         self._endpoint = Endpoint.resolve(key, base_url)
@@ -90,11 +102,20 @@ class NanoBananaClient:
         self.timeouts: Final = timeouts
         self._owned_transport = HttpxTransport(connect_s=timeouts.connect_s) if transport is None else None
         active = CheckedTransport(self._owned_transport or transport)  # type: ignore[arg-type]  # one of the two is set
-        self._api = ServiceApi(active, self._background, self._endpoint, limits=limits, retry=retry, timeouts=timeouts)
-        if on_orphan is not None:
-            self._api.on_orphan = lambda done, request: on_orphan(self._handle_for(done, request))
+        flow = FlowControl(limits, retry)
+        self._api = ServiceApi(active, self._background, self._endpoint, flow, timeouts, max_polls=limits.max_polls)
+        self._submits = SubmitLoop(
+            active,
+            self._background,
+            self._endpoint,
+            flow,
+            timeouts,
+            max_submits=limits.max_submits,
+            prepare=partial(_encode_images, limits.max_reference_bytes),  # not a method: no cycle keeps the client
+            on_orphan=None if on_orphan is None else lambda done, request: on_orphan(self._handle_for(done, request)),
+        )
         self._tracker = TaskTracker(self._api, PollSchedule(polling), self._background)
-        self._background.on_stopped = self._tracker.close
+        self._background.call_when_stopped(self._tracker.close)
         self._downloader = Downloader(
             active,
             limits=limits,
@@ -102,6 +123,15 @@ class NanoBananaClient:
             timeouts=timeouts,
             public_only=ServiceNetwork(self._endpoint.base_url).is_public,
         )
+
+    @property
+    def base_url(self) -> str:
+        """Base URL of the service."""
+        return self._endpoint.base_url
+
+    def account_digest(self, salt: str) -> str:
+        """Return 16 hex digits that tell whether two clients have the same key. They say nothing else of it."""
+        return self._endpoint.key_digest(salt)
 
     async def generate(
         self,
@@ -161,7 +191,7 @@ class NanoBananaClient:
 
         Raises:
             ValueError: A request is invalid, for example an empty prompt. Running requests are yielded first.
-            ConfigurationError: The client was closed during the run.
+            ClientClosed: The client was closed during the run.
         """
         await self._background.ensure_started()
 
@@ -191,8 +221,8 @@ class NanoBananaClient:
         self,
         prompt: str | GenerationRequest,
         *,
-        callback: CallbackSource | PendingCallback | None = None,
-        before_send: Callable[[], Awaitable[None]] | None = None,
+        callback: CallbackSource | None = None,
+        record: SubmitRecord = NO_RECORD,
         **options: Unpack[RequestOptions],
     ) -> TaskHandle:
         """Submit a request and return a handle once the task id is known.
@@ -202,32 +232,29 @@ class NanoBananaClient:
         Args:
             prompt: Text or request, as for `generate`.
             callback: A `CallbackReceiver`. The service posts the final state to it, and polls are rare meanwhile. If
-                the response to the submit is lost, a callback within `Timeouts.recovery_s` provides the task id. If you
-                pass the result of `receiver.register()` instead, call `recover` yourself.
-            before_send: Awaited immediately before each POST. Use it to record the attempt. If it raises, nothing is
-                sent. A rejection that was not charged is then raised at once instead of retried.
+                the response to the submit is lost, a callback within `Timeouts.recovery_s` provides the task id.
+            record: Records each POST before it leaves and after it has ended. What it raises ends the call.
             **options: Fields of `GenerationRequest`, as for `generate`.
         """
         deadline_s = anyio.current_time() + self.timeouts.task_s
         if callback is None:
-            return await self._submit(prompt, options, deadline_s=deadline_s, before_send=before_send)
-        pending_callback = callback.register() if isinstance(callback, CallbackSource) else callback
-        options["callback_url"] = pending_callback.url
+            return await self._submit(prompt, options, deadline_s=deadline_s, record=record)
+        pending = callback.register()
+        options["callback_url"] = pending.url
         try:
-            handle = await self._submit(
-                prompt, options, deadline_s=deadline_s, before_send=before_send, has_callback=True
-            )
+            handle = await self._submit(prompt, options, deadline_s=deadline_s, record=record, nonce=pending.nonce)
         except SubmissionUnknown as exc:
-            found = await self.recover(pending_callback) if pending_callback is not callback else None
+            found = await self._recover(pending)
             if found is None:
                 raise
+            await record.end_attempt(AttemptEnd(verdict=Verdict.ACCEPTED, rule="callback", task_id=found.task_id))
             _log.warning("task %s was recovered by its callback; its submit had failed: %s", found.task_id, exc)
             handle = found
-        if pending_callback.bind(handle.task_id):
+        if pending.bind(handle.task_id):
             self.notify(handle.task_id)
         return handle
 
-    async def recover(self, callback: PendingCallback) -> TaskHandle | None:
+    async def _recover(self, callback: PendingCallback) -> TaskHandle | None:
         """Wait for the callback of a submit whose response was lost, and return its task.
 
         Returns None after `Timeouts.recovery_s`. The task id in a callback is accepted if the service knows the task
@@ -371,19 +398,15 @@ class NanoBananaClient:
         options: RequestOptions,
         *,
         deadline_s: float,
-        before_send: Callable[[], Awaitable[None]] | None = None,
-        has_callback: bool = False,
+        record: SubmitRecord = NO_RECORD,
+        nonce: str | None = None,
     ) -> TaskHandle:
         if isinstance(prompt, GenerationRequest):
             request = attrs.evolve(prompt, **options)
         else:
             request = GenerationRequest(prompt, **options)
-        done = await self._api.submit(request, self._with_references, deadline_s=deadline_s, before_send=before_send)
-        return self._handle_for(done, request, has_callback=has_callback)
-
-    async def _with_references(self, request: GenerationRequest) -> GenerationRequest:
-        images = await encode_references(request.images, max_bytes=self.limits.max_reference_bytes)
-        return request if images == request.images else attrs.evolve(request, images=images)
+        done = await self._submits.submit(request, deadline_s=deadline_s, record=record, nonce=nonce)
+        return self._handle_for(done, request, has_callback=nonce is not None)
 
     def _handle_for(
         self, done: AcceptedSubmit, request: GenerationRequest, *, has_callback: bool = False
@@ -404,3 +427,8 @@ class NanoBananaClient:
             submitted_at=submitted_at,
             possible_duplicates=possible_duplicates,
         )
+
+
+async def _encode_images(max_bytes: int, request: GenerationRequest) -> GenerationRequest:
+    images = await encode_references(request.images, max_bytes=max_bytes)
+    return request if images == request.images else attrs.evolve(request, images=images)

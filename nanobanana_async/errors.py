@@ -1,8 +1,11 @@
 """All errors of the package. Facts are attributes, every error can be pickled, and none contains the API key.
 
 NanoBananaError
-|- ConfigurationError          set up or used in a way that cannot work; nothing was sent
+|- ConfigurationError          set up in a way that cannot work; nothing was sent
 |  '- InvalidBatchFile         a file of prompts with invalid rows
+|- ClientClosed                used after it was closed, or closed during the call
+|- WrongEventLoop              used on another event loop or in another process than before
+|- KeyConflict                 two rows of a batch have one key
 |- TransportError              the service could not be reached, or its response could not be read
 |  |- NotSent                  the request did not reach the service
 |  |- SubmissionUnknown        a submit may have been charged; no response confirmed it
@@ -17,7 +20,8 @@ NanoBananaError
 |- TaskError                   about one task
 |  |- TaskFailed               it ended as failed
 |  |- NoImage                  it ended as success, was charged, and contains no image
-|  '- TaskTimeout              it was not final in time; it keeps running and can be awaited again
+|  |- TaskLost                 it was charged, and the service no longer knows it
+|  '- TaskTimeout              it was not final in time; it keeps running and can be awaited again. A TimeoutError
 |- ImageError                  an image could not be read, downloaded or written
 |- LedgerError                 the ledger of a batch cannot be used, so the batch stops
 '- BudgetExceeded              another submit could exceed the budget
@@ -35,7 +39,7 @@ class NanoBananaError(Exception):
 
 
 class ConfigurationError(NanoBananaError):
-    """The client is set up or used in a way that cannot work: key, URL, certificate, closed client, event loop."""
+    """The client is set up in a way that cannot work: key, URL, certificate, transport."""
 
 
 class InvalidBatchFile(ConfigurationError):
@@ -49,6 +53,18 @@ class InvalidBatchFile(ConfigurationError):
         return "\n".join([str(self.args[0]), *self.errors])
 
 
+class ClientClosed(NanoBananaError):
+    """The client or batch was closed, before or during the call."""
+
+
+class WrongEventLoop(NanoBananaError):
+    """The client belongs to another event loop, or to the process that this one was forked from."""
+
+
+class KeyConflict(NanoBananaError):
+    """A row of a batch has the key of another row. Nothing was sent for it."""
+
+
 class TransportError(NanoBananaError):
     """The service could not be reached, or its response did not arrive."""
 
@@ -60,8 +76,8 @@ class NotSent(TransportError):
 class SubmissionUnknown(TransportError):
     """A submit may have reached the service and may have been charged, but no response confirmed it.
 
-    Submitting again may charge the account twice, so the client does not. `status` is the HTTP status, or None if
-    none arrived. `possible_duplicates` counts the resubmits that the retry policy already made.
+    Submitting again may charge the account again, so the client does not. `status` is the last HTTP status, or None if
+    none arrived. `possible_duplicates` counts the POSTs beyond the first that may have been charged.
     """
 
     def __init__(self, message: str, *, status: int | None = None, possible_duplicates: int = 0) -> None:
@@ -82,8 +98,7 @@ class ApiError(NanoBananaError):
     """The service responded with an error.
 
     `status` is the HTTP status. `code` is the number in the body, or None. `retry_after_s` is the wait that the
-    service asked for, or None. `possible_duplicates` counts resubmits, made under the retry policy, that may each
-    have been charged.
+    service asked for, or None. A submit that ends with this error was not charged.
     """
 
     def __init__(
@@ -93,7 +108,6 @@ class ApiError(NanoBananaError):
         self.status: int | None = status
         self.code: int | None = code
         self.retry_after_s: float | None = None
-        self.possible_duplicates = 0
 
 
 class InvalidRequest(ApiError):
@@ -136,7 +150,11 @@ class NoImage(TaskError):
     """The task ended as success and was charged, but contains no image. `task.texts` may contain the model's text."""
 
 
-class TaskTimeout(TaskError):
+class TaskLost(TaskError):
+    """The service no longer knows a task that it had accepted. It may have been charged, and its image is lost."""
+
+
+class TaskTimeout(TaskError, TimeoutError):
     """The task was not final in time. It keeps running at the service and can be awaited again."""
 
 

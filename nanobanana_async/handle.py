@@ -7,6 +7,7 @@ from typing import Final
 
 import anyio
 
+from nanobanana_async._text import format_credits
 from nanobanana_async.api.operations import ServiceApi
 from nanobanana_async.errors import NoImage, TaskError, TaskFailed, TaskNotFound
 from nanobanana_async.models import Task, TaskStatus
@@ -49,7 +50,7 @@ class TaskHandle:
         A task that this client submitted and the service does not show yet is returned as pending. Raises as `wait`
         does, and `TransportError` if no response arrived.
         """
-        if (final := self._final or self._tracker.cache.finished.get(self.task_id)) is not None:
+        if (final := self._final or self._tracker.cache.finished(self.task_id)) is not None:
             return self._remember(final)
         try:
             task = await self._api.query(self.task_id)
@@ -117,6 +118,13 @@ class TaskHandle:
 def no_image_error(task: Task) -> TaskError:
     """Return the error for a final *task* without an image."""
     if task.status is TaskStatus.FAILED:
-        return TaskFailed(f"task {task.task_id} failed: {task.reason or 'the service gave no reason'}", task=task)
+        reason = (task.reason or "the service gave no reason").rstrip(".")
+        return TaskFailed(f"task {task.task_id} failed: {reason}. {_charge(task)}", task=task)
     detail = " ".join(task.texts) or task.reason or "the service gave no reason"
     return NoImage(f"task {task.task_id} was charged and contains no image: {detail[:500]}", task=task)
+
+
+def _charge(task: Task) -> str:
+    if task.consumed is None:
+        return "It may have been charged."
+    return f"It was charged {format_credits(task.consumed)} credits." if task.consumed else "It was not charged."

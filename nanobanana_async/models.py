@@ -197,6 +197,11 @@ class Task:
         """Whether `status` is success or failed."""
         return self.status.is_final
 
+    @property
+    def has_inline_image(self) -> bool:
+        """Whether an image is contained in the snapshot, which then takes megabytes."""
+        return any(image.data is not None for image in self.images)
+
 
 @attrs.frozen(kw_only=True)
 class SavedImage:

@@ -5,7 +5,14 @@ from typing import Final, TypeAlias
 
 import attrs
 
-from nanobanana_async.errors import ConfigurationError, NanoBananaError, SubmissionUnknown
+from nanobanana_async.errors import (
+    ConfigurationError,
+    NanoBananaError,
+    NoImage,
+    SubmissionUnknown,
+    TaskFailed,
+    TaskLost,
+)
 from nanobanana_async.models import GenerationRequest, SavedImage, Task
 
 _log: Final = logging.getLogger("nanobanana_async")
@@ -32,16 +39,26 @@ class Succeeded(_OutcomeBase):
 
 @attrs.frozen(kw_only=True)
 class Failed(_OutcomeBase):
-    """The request produced no image. `error` is the reason. `error.task_id` is set if a task was charged."""
+    """The request produced no image. `error` is the reason. `error.task_id` is set if a task was accepted."""
 
     error: NanoBananaError
+
+    @property
+    def may_be_charged(self) -> bool:
+        """Whether the service may have charged it without stating an amount."""
+        if isinstance(self.error, TaskFailed | NoImage):
+            return self.error.task is None or self.error.task.consumed is None
+        return isinstance(self.error, SubmissionUnknown) or self.error.task_id is not None
 
 
 @attrs.frozen(kw_only=True)
 class Unknown(_OutcomeBase):
-    """The submit may have been charged, but no response confirmed it. It is not resubmitted unless you request it."""
+    """The request may have been charged, and its image cannot be had. It is not resubmitted unless you request it.
 
-    error: SubmissionUnknown
+    No response confirmed the submit (`SubmissionUnknown`), or the service has lost the task (`TaskLost`).
+    """
+
+    error: SubmissionUnknown | TaskLost
 
 
 Outcome: TypeAlias = Succeeded | Failed | Unknown
@@ -51,7 +68,7 @@ def outcome_from_error(
     error: NanoBananaError | ValueError, *, key: str, request: GenerationRequest
 ) -> Failed | Unknown:
     """Return the outcome of a *request* that ended in *error*."""
-    if isinstance(error, SubmissionUnknown):
+    if isinstance(error, SubmissionUnknown | TaskLost):
         return Unknown(key=key, request=request, error=error)
     if isinstance(error, ValueError):  # `extra` contains a value that JSON cannot encode
         error = ConfigurationError(str(error))

@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 import attrs
 from attrs.validators import instance_of
 
+from nanobanana_async.errors import NanoBananaError
 from nanobanana_async.models import SavedImage
 
 
@@ -105,6 +106,58 @@ class Transport(Protocol):
 
     async def aclose(self) -> None:
         """Close every connection. A second call has no effect."""
+        ...
+
+
+class Verdict(enum.Enum):
+    """What one POST of a submit has led to."""
+
+    ACCEPTED = "accepted"
+    """The task id is known: the task is charged."""
+    REJECTED = "rejected"
+    """The service rejected this request: nothing is charged."""
+    NOT_CHARGED = "not charged"
+    """The request was not processed, for a reason that is not its own: nothing is charged."""
+    UNKNOWN = "unknown"
+    """The request may have been charged, but no response confirmed it."""
+
+
+@attrs.frozen(kw_only=True)
+class AttemptEnd:
+    """The end of one POST."""
+
+    verdict: Verdict
+    rule: str
+    """Name of the rule that decided."""
+    is_doubtful: bool = False
+    """Whether the response does not prove that nothing was charged. It is excused once per request."""
+    task_id: str | None = None
+    """Set if accepted."""
+    error: NanoBananaError | None = None
+    """What the caller gets; None if accepted. It speaks for all attempts of the call."""
+
+
+class SubmitRecord(Protocol):
+    """The durable record of one request, which the submit loop writes."""
+
+    @property
+    def is_doubted(self) -> bool:
+        """Whether an earlier attempt of the request ended with `AttemptEnd.is_doubtful`, in any run."""
+        ...
+
+    async def begin_attempt(self, nonce: str | None) -> None:
+        """Return once the attempt is durable, immediately before a POST. If it raises, nothing is sent.
+
+        After `NotSent`, the submit ends with the error of the attempt before, if there was one.
+        *nonce* identifies the callback of the submit; None if it has none.
+        """
+        ...
+
+    async def end_attempt(self, end: AttemptEnd) -> None:
+        """Return once *end* is durable. Called after each POST, and again if a callback names a lost task id.
+
+        Shielded from a cancellation of the caller.
+        """
         ...
 
 

@@ -7,7 +7,7 @@ import attrs
 import pytest
 
 from nanobanana_async import ApiError, ConfigurationError, NotSent, SubmissionUnknown
-from nanobanana_async.api.operations import ServiceApi
+from nanobanana_async.api.submit import SubmitLoop
 from nanobanana_async.simulator.service import SimulatedService
 
 
@@ -37,19 +37,16 @@ class ChargeAudit:
 def watch_charges(monkeypatch: pytest.MonkeyPatch) -> ChargeAudit:
     """Record every submit and every simulated service from now on."""
     audit = ChargeAudit()
-    submit, begin = ServiceApi.submit, SimulatedService.__init__
+    submit, begin = SubmitLoop.submit, SimulatedService.__init__
 
-    async def watched_submit(self: ServiceApi, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - any arguments
+    async def watched_submit(self: SubmitLoop, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - any arguments
         try:
             done = await submit(self, *args, **options)
         except SubmissionUnknown as exc:
             audit.unknown += 1
             audit.declared += exc.possible_duplicates
             raise
-        except ApiError as exc:
-            audit.declared += exc.possible_duplicates
-            raise
-        except (NotSent, ConfigurationError, ValueError):
+        except (ApiError, NotSent, ConfigurationError, ValueError):
             raise
         except BaseException:
             audit.abandoned += 1
@@ -62,6 +59,6 @@ def watch_charges(monkeypatch: pytest.MonkeyPatch) -> ChargeAudit:
         begin(self, *args, **options)
         audit.services.append(self)
 
-    monkeypatch.setattr(ServiceApi, "submit", watched_submit)
+    monkeypatch.setattr(SubmitLoop, "submit", watched_submit)
     monkeypatch.setattr(SimulatedService, "__init__", watched_begin)
     return audit

@@ -4,8 +4,11 @@ import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from decimal import Decimal
+from typing import Any
 
 import anyio
+import attrs
 import pytest
 
 from nanobanana_async import (
@@ -23,13 +26,16 @@ from nanobanana_async import (
     RetryPolicy,
     ServiceUnavailable,
     SubmissionUnknown,
+    Task,
     Timeouts,
     TransportError,
     WireRequest,
     WireResponse,
 )
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
-from nanobanana_async.api.operations import AcceptedSubmit, ServiceApi
+from nanobanana_async.api.flow_control import FlowControl
+from nanobanana_async.api.operations import ServiceApi
+from nanobanana_async.api.submit import AcceptedSubmit, SubmitLoop
 from nanobanana_async.policies import ResubmitLevel
 from nanobanana_async.transport.checked import CheckedTransport
 from nanobanana_async.wire.endpoint import ApiKey, Endpoint
@@ -42,33 +48,64 @@ FOX = GenerationRequest("a fox")
 HTML = response(502, body=b"<html>Bad gateway</html>")
 
 
-@asynccontextmanager
-async def running(
+@attrs.frozen
+class Service:
+    """The operations over one transport, as a client composes them."""
+
+    background: BackgroundTaskGroup
+    query: Callable[[str], Awaitable[Task]]
+    balance: Callable[[], Awaitable[Decimal]]
+    loop: SubmitLoop
+
+    async def submit(self, *, deadline_s: float = math.inf) -> AcceptedSubmit:
+        """Submit one request."""
+        return await self.loop.submit(FOX, deadline_s=deadline_s)
+
+
+def service_over(
     transport: ScriptedTransport,
     *,
     limits: Limits = Limits(),
     retry: RetryPolicy = RetryPolicy(),
     timeouts: Timeouts = Timeouts(),
-) -> AsyncIterator[ServiceApi]:
-    """Run a `ServiceApi` over *transport*."""
-    background = BackgroundTaskGroup()
+    on_orphan: Callable[[AcceptedSubmit, GenerationRequest], None] | None = None,
+) -> Service:
+    """Return the operations over *transport*."""
+
+    async def unchanged(request: GenerationRequest) -> GenerationRequest:
+        return request
+
+    background, checked, flow = BackgroundTaskGroup(), CheckedTransport(transport), FlowControl(limits, retry)
     endpoint = Endpoint.resolve(ApiKey("dk-test"), "https://api.example")
+    api = ServiceApi(checked, background, endpoint, flow, timeouts, max_polls=limits.max_polls)
+    loop = SubmitLoop(
+        checked,
+        background,
+        endpoint,
+        flow,
+        timeouts,
+        max_submits=limits.max_submits,
+        prepare=unchanged,
+        on_orphan=on_orphan,
+    )
+    return Service(background, api.query, api.balance, loop)
+
+
+@asynccontextmanager
+async def running(transport: ScriptedTransport, **options: Any) -> AsyncIterator[Service]:  # noqa: ANN401 - passed on
+    """Run the operations over *transport*."""
+    service = service_over(transport, **options)
     try:
-        yield ServiceApi(CheckedTransport(transport), background, endpoint, limits=limits, retry=retry, timeouts=timeouts)
+        yield service
     finally:
         with anyio.CancelScope(shield=True):
-            await background.aclose(drain_s=100)
-
-
-async def unchanged(request: GenerationRequest) -> GenerationRequest:
-    """Return the request unchanged: it has no images."""
-    return request
+            await service.background.aclose(drain_s=100)
 
 
 async def submit(transport: ScriptedTransport, *, resubmit: ResubmitLevel = "api-5xx") -> AcceptedSubmit:
     """Submit one request and return the result."""
     async with running(transport, retry=RetryPolicy(resubmit=resubmit)) as api:
-        return await api.submit(FOX, unchanged, deadline_s=math.inf)
+        return await api.submit()
 
 
 async def test_an_accepted_submit_returns_its_task_id() -> None:
@@ -93,11 +130,12 @@ async def test_a_submit_that_never_connected_is_retried() -> None:
         pytest.param(lost(Phase.SEND), SubmissionUnknown, 1, id="no-response"),
         pytest.param(lost(Phase.RESPONSE, partial=response(body=b"{")), SubmissionUnknown, 1, id="truncated-response"),
         pytest.param(response(200, body=b"<html>"), SubmissionUnknown, 1, id="200-html"),
-        pytest.param(response(408, body=b""), NotSent, 2, id="408-once-more"),
+        pytest.param(response(408, body=b""), SubmissionUnknown, 2, id="408-once-more"),
         pytest.param(rejected(400, 1, "prompt is required"), InvalidRequest, 1, id="400"),
         pytest.param(rejected(401), AuthenticationError, 1, id="401"),
         pytest.param(rejected(429, retry_after="1"), RateLimited, 3, id="429"),
-        pytest.param(rejected(500), ServiceUnavailable, 3, id="service-500"),
+        pytest.param(rejected(500), SubmissionUnknown, 3, id="service-500"),
+        pytest.param(rejected(500, 1, "insufficient credit"), SubmissionUnknown, 3, id="service-500-about-credit"),
         pytest.param(HTML, SubmissionUnknown, 1, id="gateway-502"),
     ],
 )
@@ -134,18 +172,46 @@ async def test_resubmits_that_may_duplicate_a_charge_are_counted() -> None:
     assert await submit(script(rejected(500), rejected(500), accepted())) == AcceptedSubmit("ta-1", 2)
 
 
-async def test_a_rejection_after_resubmits_carries_the_possible_duplicates() -> None:
-    """The error carries the number of possible duplicates."""
-    with pytest.raises(ServiceUnavailable) as caught:
+async def test_a_service_error_that_stays_tells_each_possible_charge() -> None:
+    """M6: each of the three submits may have been charged, and the error says so."""
+    with pytest.raises(SubmissionUnknown, match=r"no \(code 1\).*3 submits may each have been charged") as caught:
         await submit(script(rejected(500)))
-    assert caught.value.possible_duplicates == 2
+    assert (caught.value.status, caught.value.possible_duplicates) == (500, 2)
+
+
+async def test_a_rejection_after_a_possible_charge_is_unknown() -> None:
+    """M6: the 400 proves nothing about the submit before it."""
+    with pytest.raises(SubmissionUnknown, match="It may have been charged") as caught:
+        await submit(script(rejected(500), rejected(400)))
+    assert caught.value.possible_duplicates == 0
+
+
+@pytest.mark.parametrize("status", [408, 421, 425])
+async def test_a_request_that_was_not_processed_is_resubmitted_once_and_counted(status: int) -> None:
+    """M4: gateways send these statuses after the work was begun, too."""
+    unprocessed = response(status, body=b"")
+    assert (await submit(script(unprocessed, accepted()))).possible_duplicates == 1
+    transport = script(unprocessed)
+    with pytest.raises(SubmissionUnknown, match="2 submits may each have been charged") as caught:
+        await submit(transport)
+    assert (submits(transport.requests), caught.value.possible_duplicates) == (2, 1)
+
+
+@pytest.mark.parametrize("status", [408, 421, 425])
+async def test_a_request_that_the_service_did_not_process_is_unknown_at_once(status: int) -> None:
+    """M4: its own JSON proves that the request had arrived. Under `never`, nothing is resubmitted."""
+    for step, resubmit in ((rejected(status), "api-5xx"), (response(status, body=b""), "never")):
+        transport = script(step)
+        with pytest.raises(SubmissionUnknown):
+            await submit(transport, resubmit=resubmit)  # type: ignore[arg-type]
+        assert submits(transport.requests) == 1
 
 
 async def test_a_failed_connection_after_a_resubmit_is_unknown() -> None:
     """The first submit may have been charged, so the whole submit is unknown."""
-    with pytest.raises(SubmissionUnknown) as caught:
+    with pytest.raises(SubmissionUnknown, match="It may have been charged") as caught:
         await submit(script(rejected(500), lost(Phase.CONNECT)))
-    assert caught.value.possible_duplicates == 1
+    assert caught.value.possible_duplicates == 0
 
 
 async def test_an_unknown_submit_says_what_is_known_and_what_to_do() -> None:
@@ -167,7 +233,7 @@ async def test_a_wait_that_exceeds_the_time_left_is_raised_at_once() -> None:
     async with running(script(rejected(429, retry_after="200")), timeouts=Timeouts(submit_s=30)) as api:
         start_s = anyio.current_time()
         with pytest.raises(RateLimited) as caught:
-            await api.submit(FOX, unchanged, deadline_s=math.inf)
+            await api.submit()
         assert anyio.current_time() - start_s < 1
         assert caught.value.retry_after_s == 200
 
@@ -183,7 +249,7 @@ async def test_a_slot_acquired_too_late_does_not_hide_the_service_error() -> Non
 
         group.start_soon(stall)
         with pytest.raises(RateLimited):
-            await api.submit(FOX, unchanged, deadline_s=math.inf)
+            await api.submit()
     assert len(transport.times_s) == 1
 
 
@@ -198,7 +264,7 @@ async def test_submits_in_flight_are_bounded() -> None:
     limits = Limits(max_submits=3, requests_per_s=1000, burst=100)
     async with running(transport, limits=limits) as api, anyio.create_task_group() as group:
         for _ in range(20):
-            group.start_soon(lambda: api.submit(FOX, unchanged, deadline_s=math.inf))
+            group.start_soon(api.submit)
     assert (transport.most_in_flight, submits(transport.requests)) == (3, 20)
 
 
@@ -217,7 +283,7 @@ async def test_cancelling_the_caller_does_not_interrupt_a_post(caplog: pytest.Lo
     transport = script(slow_response(5))
     async with running(transport) as api:
         with anyio.move_on_after(1):
-            await api.submit(FOX, unchanged, deadline_s=math.inf)
+            await api.submit()
         assert transport.in_flight == 1
         await anyio.sleep(10)
         assert transport.in_flight == 0
@@ -229,12 +295,12 @@ async def test_cancelling_a_queued_submit_costs_nothing() -> None:
     transport = script(slow_response(5))
     async with running(transport, limits=Limits(max_submits=1)) as api:
         async with anyio.create_task_group() as group:
-            group.start_soon(lambda: api.submit(FOX, unchanged, deadline_s=math.inf))
+            group.start_soon(api.submit)
             await anyio.sleep(1)
             with anyio.move_on_after(1):
-                await api.submit(FOX, unchanged, deadline_s=math.inf)
+                await api.submit()
         assert submits(transport.requests) == 1
-        await api.submit(FOX, unchanged, deadline_s=math.inf)
+        await api.submit()
 
 
 async def test_a_timeout_in_the_queue_says_that_nothing_was_sent() -> None:
@@ -243,10 +309,10 @@ async def test_a_timeout_in_the_queue_says_that_nothing_was_sent() -> None:
         running(script(slow_response(50)), limits=Limits(max_submits=1)) as api,
         anyio.create_task_group() as group,
     ):
-        group.start_soon(lambda: api.submit(FOX, unchanged, deadline_s=math.inf))
+        group.start_soon(api.submit)
         await anyio.sleep(1)
         with pytest.raises(NotSent, match="nothing was sent"):
-            await api.submit(FOX, unchanged, deadline_s=anyio.current_time() + 2)
+            await api.submit(deadline_s=anyio.current_time() + 2)
         group.cancel_scope.cancel()
 
 
@@ -254,48 +320,40 @@ async def test_a_timeout_during_a_post_is_unknown(caplog: pytest.LogCaptureFixtu
     """The submit may be charged, and The exchange continues."""
     async with running(script(slow_response(5))) as api:
         with pytest.raises(SubmissionUnknown, match="The exchange continues"):
-            await api.submit(FOX, unchanged, deadline_s=anyio.current_time() + 1)
+            await api.submit(deadline_s=anyio.current_time() + 1)
     assert "ta-late" in caplog.text
 
 
 async def test_closing_waits_for_a_post_in_flight() -> None:
     """The caller gets its task id although the client is being closed."""
-    background = BackgroundTaskGroup()
-    endpoint = Endpoint.resolve(ApiKey("dk-test"), "https://api.example")
-    api = ServiceApi(
-        script(slow_response(5)), background, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts()
-    )
+    api = service_over(script(slow_response(5)))
     ids = []
 
     async def caller() -> None:
-        ids.append((await api.submit(FOX, unchanged, deadline_s=math.inf)).task_id)
+        ids.append((await api.submit()).task_id)
 
     async with anyio.create_task_group() as group:
         group.start_soon(caller)
         await anyio.sleep(1)
-        await background.aclose(drain_s=60)
+        await api.background.aclose(drain_s=60)
     assert ids == ["ta-late"]
 
 
 async def test_closing_waits_for_a_bounded_time() -> None:
     """A submit that has not ended by then is unknown."""
-    background = BackgroundTaskGroup()
-    endpoint = Endpoint.resolve(ApiKey("dk-test"), "https://api.example")
-    api = ServiceApi(
-        script(slow_response(500)), background, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts()
-    )
+    api = service_over(script(slow_response(500)))
     errors: list[NanoBananaError] = []
 
     async def caller() -> None:
         try:
-            await api.submit(FOX, unchanged, deadline_s=math.inf)
+            await api.submit()
         except NanoBananaError as exc:
             errors.append(exc)
 
     async with anyio.create_task_group() as group:
         group.start_soon(caller)
         await anyio.sleep(1)
-        await background.aclose(drain_s=3)
+        await api.background.aclose(drain_s=3)
     assert [type(error) for error in errors] == [SubmissionUnknown]
 
 
@@ -371,7 +429,7 @@ async def test_a_definite_rejection_opens_the_breaker(step: WireResponse) -> Non
 
         async def one() -> None:
             try:
-                await api.submit(FOX, unchanged, deadline_s=math.inf)
+                await api.submit()
             except NanoBananaError as exc:
                 errors.append(type(exc))
 
@@ -390,18 +448,18 @@ async def test_an_open_breaker_probes_every_half_minute_and_recovers() -> None:
         for interval_s, posts in ((0, 1), (1, 1), (30, 2), (1, 2)):
             await anyio.sleep(interval_s)
             with pytest.raises(InsufficientCredits):
-                await api.submit(FOX, unchanged, deadline_s=math.inf)
+                await api.submit()
             assert submits(transport.requests) == posts
         await anyio.sleep(30)
         for _ in range(3):
-            assert (await api.submit(FOX, unchanged, deadline_s=math.inf)).task_id == "ta-1"
+            assert (await api.submit()).task_id == "ta-1"
 
 
 async def test_polls_continue_while_the_breaker_is_open() -> None:
     """Charged images are still delivered."""
     async with running(script(rejected(402), finished())) as api:
         with pytest.raises(InsufficientCredits):
-            await api.submit(FOX, unchanged, deadline_s=math.inf)
+            await api.submit()
         assert (await api.query("ta-1")).is_final
 
 
@@ -419,34 +477,29 @@ async def test_a_timeout_after_a_possible_charge_is_unknown() -> None:
     """The service's 500 may have been charged, and the second attempt never got a slot."""
     async with running(script(rejected(500), slow_response(50)), limits=Limits(max_submits=1, burst=1)) as api:
         with pytest.raises((ServiceUnavailable, SubmissionUnknown)):
-            await api.submit(FOX, unchanged, deadline_s=anyio.current_time() + 3)
+            await api.submit(deadline_s=anyio.current_time() + 3)
 
 
 async def test_a_hook_that_fails_does_not_stop_the_client(caplog: pytest.LogCaptureFixture) -> None:
     """An error in the user's hook is logged, and so is the task id."""
-    async with running(script(slow_response(1))) as api:
 
-        def hook(*_: object) -> None:
-            raise RuntimeError("boom")
+    def hook(*_: object) -> None:
+        raise RuntimeError("boom")
 
-        api.on_orphan = hook
+    async with running(script(slow_response(1)), on_orphan=hook) as api:
         with anyio.move_on_after(0.5):
-            await api.submit(FOX, unchanged, deadline_s=math.inf)
+            await api.submit()
         await anyio.sleep(1)
-        assert (await api.submit(FOX, unchanged, deadline_s=math.inf)).task_id == "ta-late"
+        assert (await api.submit()).task_id == "ta-late"
     assert caplog.text.count("on_orphan failed for task ta-late") == 1
 
 
 async def test_a_submit_interrupted_by_closing_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """The log has the submit even if no caller is left."""
-    background = BackgroundTaskGroup()
-    endpoint = Endpoint.resolve(ApiKey("dk-test"), "https://api.example")
-    api = ServiceApi(
-        script(slow_response(500)), background, endpoint, limits=Limits(), retry=RetryPolicy(), timeouts=Timeouts()
-    )
+    api = service_over(script(slow_response(500)))
     with anyio.move_on_after(1):
-        await api.submit(FOX, unchanged, deadline_s=math.inf)
-    await background.aclose(drain_s=1)
+        await api.submit()
+    await api.background.aclose(drain_s=1)
     assert "may have been charged" in caplog.text
 
 
@@ -454,28 +507,23 @@ async def test_a_submit_cancelled_between_two_attempts_is_logged(caplog: pytest.
     """The first attempt may have been charged, and the log is its only record."""
     async with running(script(rejected(500)), limits=Limits(requests_per_s=0.1, burst=1)) as api:
         with anyio.move_on_after(5):
-            await api.submit(FOX, unchanged, deadline_s=math.inf)
-    assert "cancelled between two attempts; the last one ended with: no (HTTP 500, code 1)" in caplog.text
+            await api.submit()
+    assert "cancelled between two attempts; the last one ended with: submit outcome unknown: HTTP 500 no" in caplog.text
 
 
 async def test_closing_between_two_attempts_raises_the_last_error() -> None:
     """The error is that of the last attempt, not that the client is closed."""
-    background = BackgroundTaskGroup()
-    endpoint = Endpoint.resolve(ApiKey("dk-test"), "https://api.example")
-    limits = Limits(requests_per_s=0.1, burst=1)
-    api = ServiceApi(
-        script(rejected(500)), background, endpoint, limits=limits, retry=RetryPolicy(), timeouts=Timeouts()
-    )
+    api = service_over(script(rejected(500)), limits=Limits(requests_per_s=0.1, burst=1))
     errors: list[type[NanoBananaError]] = []
 
     async def caller() -> None:
         try:
-            await api.submit(FOX, unchanged, deadline_s=math.inf)
+            await api.submit()
         except NanoBananaError as exc:
             errors.append(type(exc))
 
     async with anyio.create_task_group() as group:
         group.start_soon(caller)
         await anyio.sleep(5)
-        await background.aclose(drain_s=1)
-    assert errors == [ServiceUnavailable]
+        await api.background.aclose(drain_s=1)
+    assert errors == [SubmissionUnknown]

@@ -14,10 +14,11 @@ import attrs
 import pytest
 
 from nanobanana_async import (
+    AttemptEnd,
     AuthenticationError,
     Batch,
     BudgetExceeded,
-    ConfigurationError,
+    ClientClosed,
     ExchangeError,
     Failed,
     GenerationRequest,
@@ -57,7 +58,13 @@ async def test_every_image_is_saved_and_charged_once(tmp_path: Path) -> None:
     assert kinds(outcomes) == ["Succeeded"] * len(FOXES)
     assert sorted(charge.prompt for charge in simulator.charges) == sorted(FOXES)
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
-    assert names == [*(f"{n + 1:04}-fox-{n}.png" for n in range(12)), "index.html", "ledger.db", "manifest.jsonl"]
+    assert names == [
+        *(f"{n + 1:04}-fox-{n}.png" for n in range(12)),
+        "index.html",
+        "ledger.db",
+        "ledger.lock",
+        "manifest.jsonl",
+    ]
     lines = [json.loads(line) for line in (tmp_path / "run" / "manifest.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == FOXES
     assert all(line["state"] == "saved" and line["consumed"] == "0.500000" and line["seconds"] > 0 for line in lines)
@@ -216,7 +223,7 @@ async def test_a_batch_may_be_closed_twice_and_from_another_task(tmp_path: Path)
         async with anyio.create_task_group() as group:
             group.start_soon(batch.aclose)
         await batch.aclose()
-        with pytest.raises(ConfigurationError, match="closed"):
+        with pytest.raises(ClientClosed, match="closed"):
             await run(batch)
 
 
@@ -348,7 +355,14 @@ async def test_a_rejected_key_or_an_empty_account_stops_the_submits(
 ) -> None:
     """Charged images are saved, and the next run submits the rest."""
     simulator = Simulator(FAST_PROFILE)
-    async with batch_of(simulator, tmp_path, nth_post(lambda n: rejection if n >= 4 else None)) as batch:
+    reject = nth_post(lambda n: rejection if n >= 4 else None)
+
+    def intercept(request: WireRequest) -> WireResponse | ExchangeError | None:
+        if request.url.endswith("/api/user"):
+            return response(200, {"code": 0, "data": {"credit": "0"}})
+        return reject(request)
+
+    async with batch_of(simulator, tmp_path, intercept) as batch:
         outcomes, cause = await run_until_stopped(batch)
     assert isinstance(cause, error)
     assert kinds(outcomes) == ["Succeeded"] * 4
@@ -401,7 +415,8 @@ async def test_a_run_without_a_known_price_stops_after_one_image(tmp_path: Path)
         Batch.open(tmp_path, client, budget=Decimal(100)) as batch,
     ):
         _, cause = await run_until_stopped(batch)
-    assert "the price is not yet known" in str(cause)
+    assert "the price of google/gempix2 is not known" in str(cause)
+    assert "--max-price" in str(cause)
     assert len(simulator.charges) == 1
 
 
@@ -431,30 +446,32 @@ async def test_a_ledger_that_cannot_be_written_stops_the_run(
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         ledger = batch._ledger  # noqa: SLF001 - writes fail at a known step, which a full disk cannot do
-        move, begin = ledger.transition, ledger.begin_attempt
+        move, begin, end_attempt = ledger.transition, ledger.begin_attempt, ledger.end_attempt
+
+        def fail_at(step: str) -> None:
+            if step == broken and len(simulator.charges) >= 4:
+                ledger._failure = "no space left on device"  # noqa: SLF001 - a disk that fails at one moment
 
         async def failing_move(key: str, state: RowState, **facts: object) -> None:
-            if state == broken and len(simulator.charges) >= 4:
-                ledger._failure = "no space left on device"  # noqa: SLF001 - a disk that fails at one moment
+            fail_at(state)
             await move(key, state, **facts)  # type: ignore[arg-type]
 
         async def failing_begin(key: str, *, resubmit: bool = False, nonce: str | None = None) -> None:
-            if broken == "submitting" and len(simulator.charges) >= 4:
-                ledger._failure = "no space left on device"  # noqa: SLF001 - a disk that fails at one moment
+            fail_at("submitting")
             await begin(key, resubmit=resubmit, nonce=nonce)
 
+        async def failing_end(key: str, end: AttemptEnd) -> None:
+            fail_at("submitted")
+            await end_attempt(key, end)
+
         ledger.transition, ledger.begin_attempt = failing_move, failing_begin  # type: ignore[method-assign]
-        outcomes, cause = await run_until_stopped(batch, max_in_flight=2)
-        in_flight = dict(batch.in_flight)
+        ledger.end_attempt = failing_end  # type: ignore[method-assign]
+        _, cause = await run_until_stopped(batch, max_in_flight=2)
     assert isinstance(cause, LedgerError)
     assert len(simulator.charges) <= 4 + 2
-    known = {outcome.task.task_id for outcome in outcomes.values() if isinstance(outcome, Succeeded)} | set(
-        in_flight.values()
-    )
-    assert {charge.task_id for charge in simulator.charges} <= known | {
-        charge.task_id for charge in simulator.charges if charge.task_id in caplog.text
-    }
     async with batch_of(simulator, tmp_path) as batch:
+        recorded = {entry.task_id for entry in await rows_of(batch)}
+        assert all(charge.task_id in recorded or charge.task_id in caplog.text for charge in simulator.charges)
         await run(batch)
     assert len({charge.prompt for charge in simulator.charges}) == len(simulator.charges)
 

@@ -87,13 +87,14 @@ async def test_a_repeated_key_in_one_run_is_charged_once(tmp_path: Path, profile
 
 
 async def test_many_models_do_not_get_around_the_budget(tmp_path: Path) -> None:
-    """An unknown price is estimated from other models, and the first submit goes alone."""
+    """A price is never borrowed: one submit of unknown price at a time, and none once nothing is left."""
     simulator = Simulator(FAST_PROFILE)
     requests = [GenerationRequest("fox", model=f"model {number}") for number in range(10)]
     async with batch_of(simulator, tmp_path, budget=Decimal("1.2")) as batch:
         with pytest.raises(BudgetExceeded):
             _ = [outcome async for outcome in batch.run(requests)]
-        assert batch.progress().budget.spent == Decimal(1)
+        assert batch.progress().budget.remaining == Decimal("-0.3")
+    assert len(simulator.charges) == 3
 
 
 async def test_a_resubmit_stays_within_the_budget(tmp_path: Path) -> None:

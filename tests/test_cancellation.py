@@ -44,9 +44,8 @@ CALLS: dict[str, Callable[[NanoBananaClient], Awaitable[object]]] = {
 
 def assert_all_is_released(client: NanoBananaClient) -> None:
     """Assert that every slot is free, and nothing is tracked or running."""
-    api = client._api
-    assert api._submit_slots.value == FAST_LIMITS.max_submits
-    assert api._poll_slots.value == FAST_LIMITS.max_polls
+    assert client._submits._slots.free == FAST_LIMITS.max_submits
+    assert client._api._poll_slots.free == FAST_LIMITS.max_polls
     assert client._downloader._slots.value == FAST_LIMITS.max_downloads
     assert client._tracker._tasks == {}
     assert client._background._shielded == 0

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Literal
 
 import anyio
 import pytest
@@ -184,9 +185,20 @@ def test_errors_are_json_with_json(shared_server: SimulatorServer) -> None:
     assert (record["task_id"], record["error_type"]) == ("ta-none", "TaskNotFound")
 
 
-def test_a_failed_task_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`wait` and `status` print the reason and exit with 1."""
-    with SimulatorServer(SimulatorProfile(median_s=0.1, sigma=0, visibility_delay_s=0, failed_tasks=1)) as server:
+@pytest.mark.parametrize(
+    ("charge", "code", "fact", "says"),
+    [
+        ("null", 3, "may have been charged", "It may have been charged."),
+        ("zero", 1, "0.000000 credits", "It was not charged."),
+        ("price", 1, "0.500000 credits", "It was charged 0.5 credits."),
+    ],
+)
+def test_a_failed_task_says_what_it_cost(
+    monkeypatch: pytest.MonkeyPatch, charge: Literal["null", "zero", "price"], code: int, fact: str, says: str
+) -> None:
+    """B4: `wait` and `status` print the reason and the charge. The exit code is 3 if it is not known."""
+    fails = SimulatorProfile(median_s=0.1, sigma=0, visibility_delay_s=0, failed_tasks=1, failed_charge=charge)
+    with SimulatorServer(fails) as server:
         monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
         monkeypatch.setenv("DEFAPI_API_KEY", "dk-test")
 
@@ -196,10 +208,10 @@ def test_a_failed_task_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
 
         task_id = anyio.run(submit)
         waited = nanobanana("wait", task_id, "--poll", "0.05")
-        assert (waited.code, waited.out) == (1, f"{task_id}  failed\n")
-        assert waited.err == f"nanobanana: task {task_id} failed: the prompt was rejected\n"
+        assert (waited.code, waited.out) == (code, f"{task_id}  failed  {fact}  the prompt was rejected\n")
+        assert waited.err == f"nanobanana: task {task_id} failed: the prompt was rejected. {says}\n"
         queried = nanobanana("status", task_id, "--json")
-        assert (queried.code, json.loads(queried.out)["status"]) == (1, "failed")
+        assert (queried.code, json.loads(queried.out)["status"]) == (code, "failed")
 
 
 def test_the_simulator_prints_its_url_and_stops_on_a_signal() -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from nanobanana_async import (
     AuthenticationError,
-    ConfigurationError,
+    ClientClosed,
     GenerationRequest,
     ImageError,
     NanoBananaClient,
@@ -31,6 +31,7 @@ from nanobanana_async import (
     TaskStatus,
     TaskTimeout,
     Timeouts,
+    WrongEventLoop,
 )
 from nanobanana_async.simulator import FAST_LIMITS, FAST_POLLING, Simulator, SimulatorProfile
 from tests.fakes import PNG, accepted, finished, rejected, script, submits
@@ -196,7 +197,7 @@ async def test_closing_ends_waits_and_refuses_new_work(nanobanana_simulator: Sim
         await client.aclose()
     assert [getattr(error, "task_id", None) for error in errors] == [handle.task_id]
     for call in (client.submit("a fox"), client.balance(), handle.wait(), client.download(None)):  # type: ignore[arg-type]
-        with pytest.raises(ConfigurationError, match="closed"):
+        with pytest.raises(ClientClosed, match="closed"):
             await call
 
 
@@ -227,17 +228,17 @@ async def test_a_client_may_be_opened_in_one_task_and_closed_in_another(nanobana
     for step in (open_it, close_it):
         async with anyio.create_task_group() as group:
             group.start_soon(step)
-    with pytest.raises(ConfigurationError):
+    with pytest.raises(ClientClosed):
         await clients[0].balance()
 
 
 @pytest.mark.real_time
 async def test_another_event_loop_gets_a_clear_error(nanobanana_simulator: Simulator, anyio_backend: str) -> None:
-    """Another event loop gets a `ConfigurationError` instead of foreign futures."""
+    """Another event loop gets a `WrongEventLoop` instead of foreign futures."""
     async with nanobanana_simulator.client() as client:
         await client.balance()
         for use in (client.balance, client.aclose):
-            with pytest.raises(ConfigurationError, match="another event loop"):
+            with pytest.raises(WrongEventLoop, match="another event loop"):
                 await anyio.to_thread.run_sync(partial(anyio.run, use, backend=anyio_backend))
 
 
@@ -251,7 +252,7 @@ async def test_a_forked_child_gets_a_clear_error(nanobanana_simulator: Simulator
         if child == 0:  # no event loop runs here, and the parent's clean-up must not
             try:
                 client.balance().send(None)
-            except ConfigurationError as exc:
+            except WrongEventLoop as exc:
                 os._exit(0 if "before a fork" in str(exc) else 1)
             finally:
                 os._exit(2)
@@ -340,7 +341,7 @@ async def test_closing_rejects_queued_submits_and_finishes_the_others() -> None:
     async def one() -> None:
         try:
             await client.submit("a fox")
-        except ConfigurationError as exc:
+        except ClientClosed as exc:
             ends[str(exc)] += 1
         else:
             ends["accepted"] += 1

@@ -192,6 +192,50 @@ def test_nesting_near_the_stack_limit_is_handled(depth: int) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "unbalanced brackets in the prompt",
+        "closing quotation mark is missing",
+        "white balance of the reference image is off",
+        "the white balance is too low",
+        "a discredited source",
+        "not enough detail in the prompt",
+        "load balancer timed out",
+        "credit the photographer",
+        "balance the colours",
+        "no balance between light and shade",
+        "the prompt exceeded 2000 characters",
+    ],
+)
+def test_words_inside_words_are_no_empty_account(message: str) -> None:
+    """M5: only whole phrases say that the account is empty."""
+    received = rejected(400, 1, message)
+    assert type(codec.to_api_error(received, codec.decode_envelope(received))) is InvalidRequest
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "insufficient credit",
+        "Insufficient account balance",
+        "insufficient_user_quota",
+        "not enough credits",
+        "Your credit balance is too low",
+        "You are out of credits",
+        "you exceeded your current quota",
+        "Quota exceeded",
+        "no credits left",
+        "You do not have enough credits",
+        "余额不足",
+    ],
+)
+def test_whole_phrases_say_that_the_account_is_empty(message: str) -> None:
+    """M5: these are the phrases of this and similar services."""
+    received = rejected(400, 1, message)
+    assert type(codec.to_api_error(received, codec.decode_envelope(received))) is InsufficientCredits
+
+
 def test_a_response_about_another_task_is_rejected() -> None:
     """Proxies and caches may mix up responses."""
     with pytest.raises(ProtocolError, match="got 'ta-2'"):
@@ -212,7 +256,8 @@ def test_a_response_about_another_task_is_rejected() -> None:
         pytest.param(
             rejected(400, 1, "You don't have a credit left, it's all spent"), InsufficientCredits, id="apostrophes"
         ),
-        pytest.param(rejected(400, 1, "the prompt 'a credit' breaks the rules"), InvalidRequest, id="quotes-a-prompt"),
+        pytest.param(rejected(400, 1, "the prompt 'insufficient funds' is bad"), InvalidRequest, id="quotes-a-prompt"),
+        pytest.param(rejected(500, 1, "insufficient credit"), ServiceUnavailable, id="500-wording"),
         pytest.param(rejected(404, 1, "task not found"), TaskNotFound, id="404"),
         pytest.param(response(404, body=b"<html>nginx</html>"), InvalidRequest, id="404-html"),
         pytest.param(rejected(429), RateLimited, id="429"),

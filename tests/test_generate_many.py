@@ -7,6 +7,7 @@ import anyio
 import pytest
 
 from nanobanana_async import (
+    ClientClosed,
     ConfigurationError,
     Failed,
     GenerationRequest,
@@ -141,7 +142,7 @@ async def test_closing_the_client_during_a_run_raises() -> None:
     outcomes = client.generate_many(map(str, range(9)), max_in_flight=2)
     async with anyio.create_task_group() as group:
         group.start_soon(_close_after, client, simulator, 2)
-        with pytest.raises(ConfigurationError, match="closed"):
+        with pytest.raises(ClientClosed, match="closed"):
             await _exhaust(outcomes)
 
 

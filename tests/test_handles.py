@@ -1,15 +1,18 @@
 """Handles created again, shared, or with short timeouts. Clients used from elsewhere."""
 
+import gc
+import weakref
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import anyio
 import anyio.to_thread
+import attrs
 import pytest
 
 from nanobanana_async import (
-    ConfigurationError,
+    GeneratedImage,
     NanoBananaClient,
     PollPolicy,
     ServiceUnavailable,
@@ -17,10 +20,13 @@ from nanobanana_async import (
     TaskNotFound,
     TaskStatus,
     TaskTimeout,
+    WrongEventLoop,
 )
 from nanobanana_async.simulator import FAST_PROFILE, Simulator, SimulatorProfile
 from tests.fakes import accepted, script, state
 from tests.tracker_fakes import FakePollSource, every, finished_after, task, tracking
+
+HEAVY = GeneratedImage(data=b"x" * 1000)
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
@@ -92,15 +98,14 @@ async def test_one_task_that_always_fails_backs_off_alone() -> None:
 
 async def test_a_removed_waiter_releases_the_task() -> None:
     """The delay queue may keep a deadline for a while, but not the image."""
-    service = FakePollSource(lambda task_id, _: task("success", task_id))
+    service = FakePollSource(lambda task_id, _: attrs.evolve(task("success", task_id), images=(HEAVY,)))
     async with tracking(service) as tracker:
-        waiters = [tracker.track("ta-1") for _ in range(5)]
-        tracked = waiters[0].task
-        await tracker.wait("ta-1", timeout_s=10)
-        for waiter in waiters:
-            tracker.remove_waiter(waiter)
-        assert tracked.snapshot is None
-        assert all(waiter.task is not tracked for waiter in waiters)
+        tracked, _ = tracker.track("ta-1")
+        gone = weakref.ref(await tracker.wait("ta-1", timeout_s=10))
+        assert tracked.waiters == []
+        del tracked
+        gc.collect()
+        assert gone() is None
 
 
 @pytest.mark.real_time
@@ -120,7 +125,7 @@ async def test_closing_from_another_loop_is_rejected(other_loop: bool) -> None: 
     simulator = Simulator(SimulatorProfile(median_s=0.3, sigma=0, visibility_delay_s=0))
 
     async def close_elsewhere() -> None:
-        with pytest.raises(ConfigurationError, match="another event loop"):
+        with pytest.raises(WrongEventLoop, match="another event loop"):
             await anyio.to_thread.run_sync(anyio.run, client.aclose)
 
     async with simulator.client() as client, anyio.create_task_group() as group:

@@ -13,12 +13,26 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from decimal import Decimal
 from pathlib import Path
 
 import anyio
 import pytest
 
-from nanobanana_async import BatchRow, GenerationRequest, LedgerError, LedgerRow, RowState, SavedImage
+from nanobanana_async import (
+    AttemptEnd,
+    BatchRow,
+    GenerationRequest,
+    InvalidRequest,
+    LedgerError,
+    LedgerRow,
+    NanoBananaError,
+    NotSent,
+    RowState,
+    SavedImage,
+    SubmissionUnknown,
+    Verdict,
+)
 from nanobanana_async.batch.rows import RowKeys
 from nanobanana_async.ledger.sqlite import Ledger
 
@@ -39,13 +53,27 @@ def no_collection() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def opened(folder: Path, group_commit_s: float = 0, **options: bool) -> AsyncIterator[Ledger]:
+async def opened(folder: Path, group_commit_s: float = 0, *, adopt: bool = False) -> AsyncIterator[Ledger]:
     """Open a ledger during the block."""
-    ledger = await Ledger.open(folder, group_commit_s=group_commit_s, **options)
+    ledger = await Ledger.open(folder, group_commit_s=group_commit_s, adopt=adopt)
     try:
         yield ledger
     finally:
         await ledger.aclose()
+
+
+def ended(verdict: Verdict, error: NanoBananaError | None = None, task_id: str = "ta-1") -> AttemptEnd:
+    """Return the end of an attempt."""
+    if verdict is Verdict.ACCEPTED:
+        return AttemptEnd(verdict=verdict, rule="task id", task_id=task_id)
+    return AttemptEnd(verdict=verdict, rule="r", error=error or ERRORS[verdict])
+
+
+ERRORS: dict[Verdict, NanoBananaError] = {
+    Verdict.REJECTED: InvalidRequest("no"),
+    Verdict.NOT_CHARGED: NotSent("not sent"),
+    Verdict.UNKNOWN: SubmissionUnknown("unknown"),
+}
 
 
 async def record_of(ledger: Ledger, key: str = "k") -> LedgerRow:
@@ -125,32 +153,59 @@ async def test_a_row_that_may_be_charged_is_not_submitted_again(tmp_path: Path, 
             await ledger.begin_attempt("k")
 
 
-@pytest.mark.parametrize("path", [[RowState.REJECTED], [RowState.FAILED], [RowState.UNKNOWN, RowState.REQUEUED]])
-async def test_a_requeued_row_gets_a_new_attempt(tmp_path: Path, path: list[RowState]) -> None:
+@pytest.mark.parametrize("verdict", [Verdict.REJECTED, Verdict.NOT_CHARGED, Verdict.UNKNOWN])
+async def test_a_requeued_row_gets_a_new_attempt(tmp_path: Path, verdict: Verdict) -> None:
     """The earlier attempt and its possible cost are kept."""
     async with opened(tmp_path) as ledger:
         await ledger.upsert_rows([row()])
         await ledger.begin_attempt("k")
-        for state in path:
-            await ledger.transition("k", state)
+        await ledger.end_attempt("k", ended(verdict))
+        if verdict is Verdict.UNKNOWN:
+            await ledger.resolve("k", RowState.REQUEUED)
         await ledger.begin_attempt("k")
         costs = await ledger.attempt_costs()
-        assert [unsettled for _, unsettled, _ in costs] == [int(RowState.REQUEUED in path), 1]
+        assert [cost.may_be_charged for cost in costs] == [verdict is Verdict.UNKNOWN, True]
 
 
-async def test_a_resubmit_is_counted(tmp_path: Path) -> None:
+async def test_a_resubmit_is_an_attempt_of_its_own(tmp_path: Path) -> None:
     """The earlier POST may also have been charged."""
     async with opened(tmp_path) as ledger:
         await ledger.upsert_rows([row()])
+        await ledger.begin_attempt("k")
         with pytest.raises(LedgerError):
             await ledger.begin_attempt("k", resubmit=True)
-        await ledger.begin_attempt("k")
+        await ledger.end_attempt("k", ended(Verdict.UNKNOWN))
         await ledger.begin_attempt("k", resubmit=True)
-        await ledger.transition("k", RowState.SUBMITTED, task_id="ta-1")
+        await ledger.end_attempt("k", ended(Verdict.ACCEPTED))
         await ledger.transition("k", RowState.SUCCEEDED, consumed="0.5")
-        assert (await record_of(ledger)).submit_count == 2
-        ((_, unsettled, consumed),) = await ledger.attempt_costs()
-        assert (unsettled, str(consumed)) == (1, "0.5")
+        record = await record_of(ledger)
+        assert (record.possible_charges, record.possible_duplicates, record.held_charges) == (2, 1, 1)
+        costs = [(cost.may_be_charged, cost.consumed) for cost in await ledger.attempt_costs()]
+        assert costs == [(True, None), (True, Decimal("0.5"))]
+
+
+async def test_a_rejection_after_a_possible_charge_leaves_the_row_unknown(tmp_path: Path) -> None:
+    """M6: the attempt that was rejected costs nothing, the one before it may."""
+    async with opened(tmp_path) as ledger:
+        await ledger.upsert_rows([row()])
+        await ledger.begin_attempt("k")
+        await ledger.end_attempt("k", ended(Verdict.UNKNOWN))
+        await ledger.begin_attempt("k", resubmit=True)
+        await ledger.end_attempt("k", ended(Verdict.REJECTED, SubmissionUnknown("earlier")))
+        record = await record_of(ledger)
+        assert (record.state, record.attempt, record.possible_charges) == (RowState.UNKNOWN, 2, 1)
+
+
+async def test_a_charge_of_zero_is_no_possible_charge(tmp_path: Path) -> None:
+    """B4: a failed task whose charge the service states is counted, and one without is held."""
+    async with opened(tmp_path) as ledger:
+        for key, consumed in (("zero", "0.000000"), ("stated", "0.5"), ("unstated", None)):
+            await ledger.upsert_rows([row(key)])
+            await ledger.begin_attempt(key)
+            await ledger.end_attempt(key, ended(Verdict.ACCEPTED, task_id=key))
+            await ledger.transition(key, RowState.FAILED, consumed=consumed)
+        charges = [(r.possible_charges, r.held_charges) for r in await ledger.query_rows(list)]
+        assert charges == [(0, 0), (1, 0), (1, 1)]
 
 
 async def test_file_names_are_derived_and_unique(tmp_path: Path) -> None:
@@ -244,7 +299,9 @@ async def test_a_second_process_is_refused_with_the_pid_of_the_first(tmp_path: P
         assert holder.stdout is not None
         holder.stdout.readline()
         began_s = time.monotonic()
-        with pytest.raises(LedgerError, match=f"in use by process {holder.pid}. Wait until it has finished") as caught:
+        with pytest.raises(
+            LedgerError, match=f"in use by process {holder.pid} on .*Wait until it has finished"
+        ) as caught:
             await Ledger.open(tmp_path)
         assert time.monotonic() - began_s < 1
         assert caught.value.pid == holder.pid
@@ -284,7 +341,7 @@ async def test_a_copy_is_rejected_until_it_is_adopted(tmp_path: Path) -> None:
     async with opened(tmp_path / "a") as ledger:
         await ledger.upsert_rows([row()])
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(LedgerError, match=r"is a copy.*--adopt"):
+    with pytest.raises(LedgerError, match=r"is a copy.*resolve adopt"):
         await Ledger.open(tmp_path / "b")
     async with opened(tmp_path / "b", adopt=True) as ledger:
         assert (await record_of(ledger)).state is RowState.READY

@@ -5,7 +5,6 @@ A driver submits as the batch does, a service charges at random, and the truth i
 
 import asyncio
 import shutil
-import sqlite3
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -26,7 +25,7 @@ from hypothesis.stateful import (
 
 from nanobanana_async import BatchRow, GenerationRequest, LedgerError, LedgerRow, RowState, SavedImage
 from nanobanana_async.batch.rows import RowKeys
-from nanobanana_async.ledger import schema, sqlite
+from nanobanana_async.ledger import database, schema
 from nanobanana_async.ledger.sqlite import Ledger
 
 KEYS = ("a", "b", "c")
@@ -138,11 +137,13 @@ class LedgerMachine(RuleBasedStateMachine):
         """Keep all acknowledged data and any prefix of the rest, possibly with garbage after it."""
         wal = self.folder / "ledger.db-wal"
         synced = wal.stat().st_size
-        database = self.ledger._db
-        if not database.in_transaction:
-            database.execute("BEGIN")
-        schema.begin_attempt(database, key)  # not acknowledged, so nothing was sent because of it
-        database.execute("COMMIT")
+        connection = self.ledger._db
+        if not connection.in_transaction:
+            connection.execute("BEGIN")
+        schema.begin_attempt(
+            connection, key, resubmit=False, nonce=None
+        )  # not acknowledged, so nothing was sent because of it
+        connection.execute("COMMIT")
         self.restarts += 1
         rescued = self.root / str(self.restarts)
         rescued.mkdir()
@@ -214,15 +215,7 @@ def _acknowledged_before_commit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _intents_survive_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sqlite, "_INTERRUPTED_REASON", None)
-    prepare = sqlite._initialize
-
-    def kept(db: sqlite3.Connection, path: Path, *, adopt: bool) -> None:
-        db.set_authorizer(lambda action, table, *_: sqlite3.SQLITE_IGNORE if (action, table) == (23, "attempts") else 0)
-        prepare(db, path, adopt=adopt)
-        db.set_authorizer(None)
-
-    monkeypatch.setattr(sqlite, "_initialize", kept)
+    monkeypatch.setattr(database, "_INTERRUPT_ATTEMPTS", "SELECT ?")
 
 
 def _any_state_may_follow(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,12 +19,13 @@ from nanobanana_async import (
     RateLimited,
     ServiceUnavailable,
     Task,
+    TaskLost,
     TaskNotFound,
     TaskStatus,
     TaskTimeout,
     TransportError,
 )
-from nanobanana_async.tracking.schedule import PollSchedule, is_lost, latest_status
+from nanobanana_async.tracking.schedule import Lost, PollSchedule, Presence, latest_status
 from nanobanana_async.tracking.state import SubmitInfo
 from tests.tracker_fakes import FakePollSource, every, finished_after, task, tracking
 
@@ -196,7 +197,7 @@ async def test_a_task_that_stays_invisible_is_lost_after_minutes() -> None:
         FakePollSource(lambda *_: TaskNotFound("task not found")), every(30.0, first_poll_s=1.0)
     ) as tracker:
         start_s = anyio.current_time()
-        with pytest.raises(TaskNotFound):
+        with pytest.raises(TaskLost):
             await tracker.wait("ta-1", timeout_s=3600, submit_info=SubmitInfo(submitted_at_s=start_s))
         assert 360 <= anyio.current_time() - start_s <= 460
 
@@ -333,4 +334,6 @@ def test_intervals_stay_between_zero_and_the_jittered_maximum(polls: int, age_s:
 @pytest.mark.parametrize(("polls", "seconds", "gone"), [(2, 1e6, False), (3, 299, False), (3, 300, True)])
 def test_a_task_is_lost_after_three_late_polls_over_five_minutes(polls: int, seconds: float, gone: bool) -> None:  # noqa: FBT001 - a table
     """Both conditions have to hold."""
-    assert is_lost(polls, seconds) is gone
+    presence: Presence | Lost = Presence(missing_since_s=1000.0, missing_polls=polls - 1)
+    assert isinstance(presence, Presence)
+    assert (presence.after_404(1000.0 + seconds, submitted_at_s=0.0) is Lost.LOST) is gone

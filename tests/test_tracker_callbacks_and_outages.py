@@ -16,12 +16,14 @@ from nanobanana_async import (
     PollPolicy,
     ServiceUnavailable,
     Task,
+    TaskLost,
     TaskNotFound,
     TaskStatus,
     TaskTimeout,
     WireRequest,
     WireResponse,
 )
+from nanobanana_async._concurrency.slots import Slot
 from nanobanana_async.tracking.state import SubmitInfo
 from tests.fakes import ScriptedTransport, accepted, finished, rejected, response, script, state
 from tests.tracker_fakes import FakePollSource, every, finished_after, task, tracking
@@ -117,9 +119,9 @@ async def test_the_cache_is_bounded_and_holds_no_images() -> None:
         await tracker.wait("ta-heavy", timeout_s=60)
         for number in range(1100):
             await tracker.wait(f"ta-{number}", timeout_s=60)
-        assert len(tracker.cache.finished) == 256
-        assert tracker.cache.finished.get("ta-1099")
-        assert tracker.cache.finished.get("ta-heavy") is None
+        assert len(tracker.cache.tasks) == 1024
+        assert tracker.cache.finished("ta-1099")
+        assert tracker.cache.finished("ta-heavy") is None
 
 
 # --- deadlines --------------------------------------------------------------------------------------------------------
@@ -174,7 +176,7 @@ async def test_an_unrecognized_status_is_polled_slowly_and_logged_once(caplog: p
 async def test_the_error_of_a_lost_task_says_that_it_was_accepted() -> None:
     """The error must not look like a mistyped id, because the task was charged."""
     async with tracking(FakePollSource(lambda *_: TaskNotFound("task not found", task_id="ta-1"))) as tracker:
-        with pytest.raises(TaskNotFound, match="accepted and may have been charged") as caught:
+        with pytest.raises(TaskLost, match="accepted and may have been charged") as caught:
             await tracker.wait("ta-1", timeout_s=3600, submit_info=submitted_now())
     assert caught.value.task_id == "ta-1"
 
@@ -198,11 +200,12 @@ class RateLimitedSource(FakePollSource):
 
     next_s: float = -math.inf
 
-    async def acquire_poll_slot(self) -> None:
+    async def acquire_poll_slot(self) -> Slot:
         """Wait for a slot and for the rate."""
-        await self._semaphore.acquire()
+        slot = await super().acquire_poll_slot()
         self.next_s = max(anyio.current_time(), self.next_s + 1 / self.polls_per_s)
         await anyio.sleep_until(self.next_s)
+        return slot
 
 
 async def test_under_pressure_all_tasks_are_polled_less() -> None:

@@ -20,11 +20,12 @@ from nanobanana_async import (
     TaskTimeout,
     TransportError,
 )
+from nanobanana_async._concurrency.slots import Slot
 from nanobanana_async.api.rate_limit import AdaptiveRateLimiter
 from nanobanana_async.tracking.state import SubmitInfo
 from nanobanana_async.tracking.tracker import TaskTracker
 from tests.latency_samples import lognormal
-from tests.tracker_fakes import FakePollSource, every, task, tracking
+from tests.tracker_fakes import FakePollSource, every, slot_pool, task, tracking
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
@@ -166,13 +167,11 @@ async def test_a_hundred_thousand_tasks_in_an_hour_are_all_noticed() -> None:
         polls_per_s = rate
 
         def __init__(self) -> None:
-            self.limiter = AdaptiveRateLimiter(rate, burst=20)
+            self.limiter, self.pool = AdaptiveRateLimiter(rate, burst=20), slot_pool(10_000)
 
-        async def acquire_poll_slot(self) -> None:
+        async def acquire_poll_slot(self) -> Slot:
             await self.limiter.acquire()
-
-        def release_poll_slot(self) -> None:
-            pass
+            return await self.pool.acquire()
 
         async def poll(self, task_id: str) -> Task:
             began_s, latency_s = began[task_id]

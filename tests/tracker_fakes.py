@@ -9,6 +9,7 @@ import attrs
 
 from nanobanana_async import PollPolicy, Task, TaskStatus
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
+from nanobanana_async._concurrency.slots import Slot, SlotPool
 from nanobanana_async.tracking.schedule import PollSchedule
 from nanobanana_async.tracking.tracker import PollSource, TaskTracker
 
@@ -29,20 +30,16 @@ class FakePollSource:
     in_flight: int = 0
     most_in_flight: int = 0
     polls_per_s: float = 1e6
-    _semaphore: anyio.Semaphore = attrs.field(init=False)
+    _pool: SlotPool = attrs.field(init=False)
     start_s: float = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._semaphore = anyio.Semaphore(self.slots)
+        self._pool = slot_pool(self.slots)
         self.start_s = anyio.current_time()
 
-    async def acquire_poll_slot(self) -> None:
+    async def acquire_poll_slot(self) -> Slot:
         """Wait for a slot."""
-        await self._semaphore.acquire()
-
-    def release_poll_slot(self) -> None:
-        """Give the slot back."""
-        self._semaphore.release()
+        return await self._pool.acquire()
 
     async def poll(self, task_id: str) -> Task:
         """Return a snapshot after a delay."""
@@ -54,10 +51,18 @@ class FakePollSource:
             snapshot = self.snapshot_at(task_id, anyio.current_time() - self.start_s)
         finally:
             self.in_flight -= 1
-            self._semaphore.release()
         if isinstance(snapshot, Exception):
             raise snapshot
         return snapshot
+
+
+def slot_pool(size: int) -> SlotPool:
+    """Return a pool for callers without deadlines, which needs no timer."""
+
+    def no_timer(_: object) -> None:
+        raise AssertionError("expected no deadline")
+
+    return SlotPool(size, no_timer)
 
 
 def every(interval_s: float = 1.0, **settings: float) -> PollPolicy:

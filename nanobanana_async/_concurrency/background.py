@@ -14,7 +14,7 @@ import anyio.lowlevel
 from anyio.abc import TaskGroup
 
 from nanobanana_async._concurrency.events import trio_lowlevel
-from nanobanana_async.errors import ConfigurationError
+from nanobanana_async.errors import ClientClosed, WrongEventLoop
 
 T = TypeVar("T")
 
@@ -39,7 +39,7 @@ class _ShieldedResult(Generic[T]):
 class BackgroundTaskGroup:
     """A task group that runs from first use to `aclose`, bound to the event loop of that first use.
 
-    Every method raises `ConfigurationError` after `aclose`, on another event loop, and in a forked child.
+    Every method raises `ClientClosed` after `aclose`, and `WrongEventLoop` on another event loop and in a forked child.
     """
 
     def __init__(self) -> None:
@@ -53,8 +53,7 @@ class BackgroundTaskGroup:
         self._drain_s = 0.0
         self._closing = False
         self._root: asyncio.Task[None] | None = None
-        self.on_stopped: Callable[[], None] = lambda: None
-        """Called when background work has ended, also if the event loop ended it."""
+        self._callbacks: list[Callable[[], None]] = []
 
     @property
     def is_open(self) -> bool:
@@ -62,12 +61,16 @@ class BackgroundTaskGroup:
         return self._owner is not None and not self._closing
 
     def check_open(self) -> None:
-        """Raise `ConfigurationError` if the group is closed."""
+        """Raise `ClientClosed` if the group is closed."""
         if self._closing:
-            raise ConfigurationError(_CLOSED_MESSAGE)
+            raise ClientClosed(_CLOSED_MESSAGE)
+
+    def call_when_stopped(self, callback: Callable[[], None]) -> None:
+        """Call *callback* when background work has ended, also if the event loop ended it."""
+        self._callbacks.append(callback)
 
     async def ensure_started(self) -> None:
-        """Start the group on first use. Raise `ConfigurationError` in another event loop or process."""
+        """Start the group on first use. Raise `WrongEventLoop` in another event loop or process."""
         self.check_open()
         if self._owner is None:
             self._owner = self._current_owner()
@@ -79,7 +82,7 @@ class BackgroundTaskGroup:
     def start_soon(self, work: Callable[[], Coroutine[object, object, None]]) -> None:
         """Run *work* in the background, after `ensure_started`. It must not raise. Closing the group cancels it."""
         if self._tasks is None:
-            raise ConfigurationError(_CLOSED_MESSAGE)
+            raise ClientClosed(_CLOSED_MESSAGE)
         self._tasks.start_soon(work)
 
     async def shield(self, work: Callable[[], Awaitable[T]], *, on_abandoned: Callable[[T], None]) -> T:
@@ -127,13 +130,13 @@ class BackgroundTaskGroup:
         return os.getpid(), anyio.lowlevel.current_token()
 
     def check_owner(self) -> None:
-        """Raise `ConfigurationError` in another event loop or process than the one of first use."""
+        """Raise `WrongEventLoop` in another event loop or process than the one of first use."""
         if self._owner is None:
             return
         if self._owner[0] != os.getpid():
-            raise ConfigurationError("client: was created before a fork. Create one client per process.")
+            raise WrongEventLoop("client: was created before a fork. Create one client per process.")
         if self._owner != self._current_owner():
-            raise ConfigurationError("client: is bound to another event loop. Create one client per event loop.")
+            raise WrongEventLoop("client: is bound to another event loop. Create one client per event loop.")
 
     def _start(self) -> None:
         lowlevel = trio_lowlevel()
@@ -159,11 +162,12 @@ class BackgroundTaskGroup:
             self._mark_stopped()
 
     def _mark_stopped(self) -> None:
-        """Set the state to stopped and call `on_stopped`, also if the event loop ended the work or never began it."""
+        """Set the state to stopped and tell the owner, also if the event loop ended the work or never began it."""
         if not self._done.is_set():
             self._closing = True
             self._tasks = None
-            self.on_stopped()
+            for callback in self._callbacks:
+                callback()
             self._ready.set()
             self._done.set()
 

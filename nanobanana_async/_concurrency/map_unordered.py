@@ -8,7 +8,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
-from nanobanana_async.errors import ConfigurationError
+from nanobanana_async.errors import ClientClosed
 
 R = TypeVar("R")
 O = TypeVar("O")  # noqa: E741 - the output type
@@ -72,7 +72,7 @@ class _MapState(Generic[R, O]):
         self.slots = anyio.Semaphore(at_once)
         self._scope = anyio.CancelScope()
         self._results_send, self.results = anyio.create_memory_object_stream[O](at_once)
-        self.error: Exception | None = ConfigurationError("client: was closed before the last item had finished")
+        self.error: Exception | None = ClientClosed("client: was closed before the last item had finished")
 
     async def run(self) -> None:
         """Run every item."""

@@ -56,12 +56,16 @@ def _manifest_line(record: LedgerRow) -> dict[str, object]:
         "state": record.state.value,
         "prompt": record.prompt,
         "model": record.model,
+        "image_size": record.image_size,
+        "fingerprint": record.fingerprint,
         "task_id": record.task_id,
         "files": [
             {"file": file.path.name, "sha256": file.sha256, "size_bytes": file.size_bytes} for file in record.files
         ],
         "consumed": None if record.consumed is None else f"{record.consumed:f}",
-        "possible_duplicates": max(0, record.submit_count - 1),
+        "attempt": record.attempt,
+        "possible_duplicates": record.possible_duplicates,
+        "held_charges": record.held_charges,
         "seconds": _seconds(record),
         "reason": record.reason,
     }

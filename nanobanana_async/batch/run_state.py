@@ -1,10 +1,14 @@
 """`RunState`: the state shared by the rows of one run."""
 
+from decimal import Decimal
+
 import anyio
 import attrs
 
-from nanobanana_async.errors import NanoBananaError
-from nanobanana_async.ledger.budget import BudgetStatus
+from nanobanana_async._text import format_credits
+from nanobanana_async.batch.outage import OutageBackoff
+from nanobanana_async.errors import BudgetExceeded, NanoBananaError, RateLimited
+from nanobanana_async.ledger.budget import Budget, BudgetStatus, PricedAs, Reservation
 
 
 @attrs.frozen(kw_only=True)
@@ -28,17 +32,27 @@ class RunStopped(Exception):
 
 
 class RunState:
-    """Counters, and a way to wait for their change."""
+    """What the rows of a run share: money, the state of the service, and the reason to stop.
 
-    def __init__(self) -> None:
-        self.pending = 0
-        """Rows that have reserved credits and are not finished."""
-        self.task_ids: dict[str, str] = {}
-        """Task ids by row key, also of those that the ledger could not store."""
+    Args:
+        budget: Credits that may be spent; None means no limit.
+        max_price: Upper bound of a price that was not seen yet; None if unknown.
+        max_downloads: Number of images that are saved at once. While more wait, submits wait, too.
+    """
+
+    def __init__(self, budget: Decimal | None, max_price: Decimal | None, max_downloads: int) -> None:
+        self.budget = Budget(budget, max_price=max_price, on_change=self.notify_all)
+        self.outage = OutageBackoff()
+        self.last_error: str | None = None
+        """Error of the last submit, while the run backs off."""
+        self.in_flight = 0
+        """Rows that are submitted and not saved."""
         self.saving = 0
         """Rows whose image is being saved."""
         self.stop_reason: NanoBananaError | None = None
         """Why the run has stopped; None while it takes rows."""
+        self._max_downloads = max_downloads
+        # A new event per change, not a condition: changes are made in `finally` blocks, which must not await.
         self._changed = anyio.Event()
 
     def stop(self, cause: NanoBananaError) -> None:
@@ -61,3 +75,47 @@ class RunState:
         self.raise_if_stopped()
         await self._changed.wait()
         self.raise_if_stopped()
+
+    async def reserve(self, priced_as: PricedAs) -> Reservation:
+        """Wait until one more submit is allowed by outage, downloads and budget, and reserve its price.
+
+        The run stops if the budget does not allow it, and no submit is left whose end could.
+        """
+        with anyio.move_on_after(self.outage.backoff_s()):
+            while True:
+                await self.wait_change()
+        while True:
+            self.raise_if_stopped()
+            if self.saving <= self._max_downloads:
+                if (reservation := self.budget.try_reserve(priced_as)) is not None:
+                    return reservation
+                if not self.budget.open:
+                    self.stop(BudgetExceeded(self._budget_message(priced_as)))
+            await self.wait_change()
+
+    def record_success(self) -> None:
+        """Record that a submit was accepted."""
+        self.outage.record_success()
+        self.last_error = None
+        self.notify_all()
+
+    def record_failure(self, exc: NanoBananaError) -> None:
+        """Record a submit that failed for a reason that is not its row's. After an hour of them the run stops."""
+        now_s = anyio.current_time()
+        self.outage.record_failure(now_s)
+        self.last_error = str(exc) if self.outage.is_probing else None
+        if self.outage.should_give_up(now_s, rate_limited=isinstance(exc, RateLimited)):
+            self.stop(exc)
+
+    def _budget_message(self, priced_as: PricedAs) -> str:
+        status, price = self.budget.status(), self.budget.price(priced_as)
+        spent = f"{format_credits(status.spent)} credits spent"
+        spent += f", {format_credits(status.reserved)} reserved" if status.reserved else ""
+        if price is not None or not status.unpriced:
+            left = "nothing is left" if price is None else f"one more may cost {format_credits(price)}"
+            return f"budget: another submit could exceed it: {spent}, and {left}"
+        name = priced_as[0] if priced_as[1] is None else f"{priced_as[0]} at {priced_as[1]}"
+        return (
+            f"budget: the price of {name} is not known, and a submit of unknown price may have been charged: {spent}. "
+            "To go on, state the largest price of an image: pass --max-price CREDITS."
+        )

@@ -4,41 +4,30 @@ import contextlib
 import logging
 import math
 import os
-import time
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Final
 
 import anyio
 import anyio.to_thread
-import attrs
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.map_unordered import map_unordered
 from nanobanana_async.batch import report
-from nanobanana_async.batch.resume import files_exist, previous_outcome, task_from_row, to_datetime
+from nanobanana_async.batch.resume import check_service
+from nanobanana_async.batch.row_runner import RowRunner
 from nanobanana_async.batch.rows import Rows, with_keys
-from nanobanana_async.batch.run_state import BatchProgress, RunState, RunStopped
+from nanobanana_async.batch.run_state import BatchProgress, RunState
 from nanobanana_async.batch.submitter import Submitter
 from nanobanana_async.client import NanoBananaClient
-from nanobanana_async.errors import (
-    AuthenticationError,
-    ConfigurationError,
-    ImageError,
-    LedgerError,
-    NanoBananaError,
-    SubmissionUnknown,
-    TaskNotFound,
-)
-from nanobanana_async.handle import TaskHandle, no_image_error
+from nanobanana_async.errors import ClientClosed, ConfigurationError, KeyConflict, LedgerError, NanoBananaError
 from nanobanana_async.images.files import FileImageStore, remove_partial_files
-from nanobanana_async.ledger.budget import Budget
 from nanobanana_async.ledger.schema import BatchRow, LedgerRow, RowState
 from nanobanana_async.ledger.sqlite import GROUP_COMMIT_S, Ledger
-from nanobanana_async.models import GenerationRequest, SavedImage, Task
-from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown, outcome_from_error
+from nanobanana_async.models import GenerationRequest
+from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown
 from nanobanana_async.protocols import CallbackSource, ImageStore
 
 _UPSERT_CHUNK: Final = 100
@@ -60,18 +49,17 @@ class Batch:
         self,
         ledger: Ledger,
         client: NanoBananaClient,
-        budget: Budget,
-        image_store: ImageStore | None,
+        run_state: RunState,
+        image_store: ImageStore,
         callback: CallbackSource | None,
     ) -> None:
         self.folder: Final = ledger.folder
         self._ledger = ledger
         self._client = client
-        self._budget = budget
-        self._image_store: ImageStore = image_store or FileImageStore(ledger.folder)
+        self._run_state = run_state
         self._background = BackgroundTaskGroup()
-        self._run_state = RunState()
-        self._submitter = Submitter(ledger, client, budget, self._run_state, callback)
+        submitter = Submitter(ledger, client, run_state, callback)
+        self._row_runner = RowRunner(client, ledger, run_state, submitter, image_store)
         self._outcome_counts: Counter[type[Outcome] | str] = Counter()
         self._last_confirm_s: dict[str, float] = {}
         self._seen_keys: set[str] = set()
@@ -82,15 +70,18 @@ class Batch:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def open(
+    async def open(  # noqa: PLR0913 - public: one parameter per decision of the user
         cls,
         folder: str | os.PathLike[str],
         client: NanoBananaClient,
         *,
         budget: Decimal | None = None,
+        max_price: Decimal | None = None,
         image_store: ImageStore | None = None,
         callback: CallbackSource | None = None,
+        ledger_folder: str | os.PathLike[str] | None = None,
         group_commit_s: float = GROUP_COMMIT_S,
+        new_account: bool = False,
     ) -> AsyncGenerator["Batch"]:
         """Open the batch in *folder*, which is created if missing. Leaving the block closes it (see `aclose`).
 
@@ -98,21 +89,34 @@ class Batch:
             folder: Folder of images and ledger. One process at a time may use it.
             client: The client that submits and waits. It is not closed.
             budget: Credits that all runs together may spend. A submit that could exceed it is not sent. Submits in
-                flight count at the largest price seen for their model.
+                flight, and those that may have been charged, count at the largest price seen for their model and image
+                size. While that price is not known, one submit at a time is sent.
+            max_price: Upper bound of a price that was not seen yet, for a budget where prices cannot be learned one at
+                a time.
             image_store: Stores the images; None writes them to *folder*.
             callback: A `CallbackReceiver`, as for `client.submit`. A callback also resolves an unknown row, in any run.
+            ledger_folder: Folder of the ledger; None means *folder*. Use it if *folder* is on a file system without
+                locks.
             group_commit_s: How long a ledger write waits for others to share its fsync, 0 to 1 second. A row has four
                 writes. A row whose writes were waiting when the process was killed may become unknown.
+            new_account: Whether the key may belong to another account than in earlier runs. Charged tasks of the other
+                account are not found, and become unknown.
 
         Raises:
             LedgerError: Another process holds the folder (`exc.pid`), or its ledger cannot be used.
+            ConfigurationError: The ledger is about another service or account, or an amount is not positive.
         """
-        ledger = await Ledger.open(Path(folder), group_commit_s=group_commit_s)
+        for name, amount in (("budget", budget), ("max_price", max_price)):
+            if amount is not None and not (amount.is_finite() and amount > 0):
+                raise ConfigurationError(f"{name}: expected more than 0 credits, got {amount}")
+        home = None if ledger_folder is None else Path(ledger_folder)
+        ledger = await Ledger.open(Path(folder), ledger_folder=home, group_commit_s=group_commit_s)
         try:
+            await check_service(ledger, client, new_account=new_account)
             await anyio.to_thread.run_sync(remove_partial_files, ledger.folder)
-            batch = cls(
-                ledger, client, Budget.from_attempts(await ledger.attempt_costs(), budget), image_store, callback
-            )
+            run_state = RunState(budget, max_price, client.limits.max_downloads)
+            run_state.budget.add_attempts(await ledger.attempt_costs())
+            batch = cls(ledger, client, run_state, image_store or FileImageStore(ledger.folder), callback)
         except BaseException:
             await ledger.aclose()
             raise
@@ -150,9 +154,9 @@ class Batch:
         async def work(entered: tuple[BatchRow, LedgerRow | None]) -> Outcome | None:
             row, record = entered
             if record is None:
-                error = ConfigurationError(f"row {row.key}: another row has this key")
+                error = KeyConflict(f"row {row.key}: another row has this key")
                 return Failed(key=row.key, request=row.request, error=error)
-            outcome = await self._run_row(row, record, retry_failed=retry_failed, timeout_s=timeout_s)
+            outcome = await self._row_runner.run(row, record, retry_failed=retry_failed, timeout_s=timeout_s)
             if outcome is not None:
                 self._outcome_counts[type(outcome)] += 1
                 self._outcome_counts["replayed"] += outcome.replayed
@@ -172,11 +176,6 @@ class Batch:
         if self._run_state.stop_reason is not None:
             raise self._run_state.stop_reason
 
-    @property
-    def in_flight(self) -> Mapping[str, str]:
-        """Task ids by key of rows that are charged and not saved. After a `LedgerError` it is their last record."""
-        return self._run_state.task_ids
-
     def progress(self) -> BatchProgress:
         """Return a snapshot of the run. No I/O."""
         ended = self._outcome_counts
@@ -185,9 +184,9 @@ class Batch:
             failed=ended[Failed],
             unknown=ended[Unknown],
             replayed=ended["replayed"],
-            in_flight=len(self._run_state.task_ids),
-            budget=self._budget.status(),
-            last_error=self._submitter.last_error,
+            in_flight=self._run_state.in_flight,
+            budget=self._run_state.budget.status(),
+            last_error=self._run_state.last_error,
         )
 
     async def aclose(self) -> None:
@@ -197,7 +196,7 @@ class Batch:
         task. A second call has no effect.
         """
         timeouts = self._client.timeouts
-        self._run_state.stop(ConfigurationError("batch: was closed"))
+        self._run_state.stop(ClientClosed("batch: was closed"))
         with anyio.move_on_after(timeouts.submit_s + timeouts.close_s, shield=True):
             try:
                 await self._background.aclose(drain_s=0)
@@ -232,19 +231,20 @@ class Batch:
 
     async def resubmit(self, key: str) -> None:
         """Let the next run submit the unknown row *key* again. It may be charged twice."""
-        await self._ledger.transition(key, RowState.REQUEUED)
+        await self._ledger.resolve(key, RowState.REQUEUED)
 
     async def abandon(self, key: str) -> None:
         """Give up the unknown row *key*. It counts as failed and is never submitted again."""
-        await self._ledger.transition(key, RowState.ABANDONED)
+        await self._ledger.resolve(key, RowState.ABANDONED)
 
     async def bind(self, key: str, task_id: str) -> None:
         """Record the task id of the unknown row *key*, known from a log, a callback or the service's support.
 
         Raises:
+            TaskNotFound: The service does not know the task.
             LedgerError: The row is not unknown, or another row has that task.
         """
-        await self._ledger.bind(key, self._client.task(task_id).task_id)
+        await self._ledger.bind(key, (await self._client.task(task_id).query()).task_id)
 
     async def _on_unmatched_callback(self, nonce: str, task_id: str) -> None:
         """Handle a callback without a pending submit, which may belong to an unknown row."""
@@ -299,115 +299,11 @@ class Batch:
         waiting.clear()
         return entered
 
-    # --- one row ----------------------------------------------------------------------------------------------------
-
-    async def _run_row(
-        self, row: BatchRow, record: LedgerRow, *, retry_failed: bool, timeout_s: float | None
-    ) -> Outcome | None:
-        """Return the outcome of the row; None if the run stopped before it had one."""
-        try:
-            return await self._process_row(row, record, retry_failed=retry_failed, timeout_s=timeout_s)
-        except RunStopped:
-            return None
-        except AuthenticationError as exc:
-            self._run_state.stop(exc)
-            return None
-        except LedgerError:  # ends the whole run, because no outcome can be recorded
-            raise
-        except (NanoBananaError, ValueError) as exc:
-            return outcome_from_error(exc, key=row.key, request=row.request)
-
-    async def _process_row(
-        self, row: BatchRow, record: LedgerRow, *, retry_failed: bool, timeout_s: float | None
-    ) -> Outcome:
-        if (outcome := previous_outcome(row, record, retry_failed=retry_failed)) is not None:
-            return outcome
-        if record.state is RowState.SAVED and await anyio.to_thread.run_sync(files_exist, record):
-            return Succeeded(
-                key=row.key, request=row.request, task=task_from_row(record), files=record.files, replayed=True
-            )
-        if record.state.is_submittable:
-            handle = await self._submitter.submit(row)
-            record = attrs.evolve(record, state=RowState.SUBMITTED)
-        else:
-            handle = self._client.task(record.task_id or "", submitted_at=to_datetime(record.submitted_at))
-            self._run_state.pending += 1
-            self._run_state.task_ids[row.key] = handle.task_id
-        try:
-            outcome = await self._complete_row(row, record, handle, timeout_s)
-        except NanoBananaError as exc:
-            exc.task_id = exc.task_id or handle.task_id
-            if not isinstance(exc, LedgerError):
-                del self._run_state.task_ids[row.key]
-            raise
-        else:
-            del self._run_state.task_ids[row.key]
-            return outcome
-        finally:
-            self._run_state.pending -= 1
-            self._run_state.notify_all()
-
-    async def _complete_row(
-        self, row: BatchRow, record: LedgerRow, handle: TaskHandle, timeout_s: float | None
-    ) -> Outcome:
-        """Wait for the task, record its end, and save its images."""
-        try:
-            task = await handle.wait(timeout_s=timeout_s)
-        except TaskNotFound as exc:
-            if record.state in _HAS_IMAGE:
-                raise
-            await self._ledger.transition(row.key, RowState.UNKNOWN, reason=str(exc))
-            raise SubmissionUnknown(str(exc)) from exc  # charged and lost: the user has to decide
-        if record.state not in _HAS_IMAGE:
-            await self._record_final(row, task)
-        if not task.images:
-            raise no_image_error(task)
-        files = await self._save_images(record.file_stem, task, handle.task_id)
-        await self._ledger.record_saved(row.key, files)
-        return Succeeded(key=row.key, request=row.request, task=task, files=files)
-
-    async def _record_final(self, row: BatchRow, task: Task) -> None:
-        state = RowState.SUCCEEDED if task.images else RowState.FAILED
-        consumed = None if task.consumed is None else f"{task.consumed:f}"
-        reason = None if task.images else (task.reason or " ".join(task.texts) or "the service gave no reason")
-        await self._ledger.transition(row.key, state, ended_at=time.time(), consumed=consumed, reason=reason)
-        if consumed is not None or state is RowState.FAILED:
-            self._budget.settle(row.request.model, task.consumed)
-
-    async def _save_images(self, stem: str, task: Task, task_id: str) -> tuple[SavedImage, ...]:
-        self._run_state.saving += 1
-        try:
-            try:
-                return await self._write_images(stem, task)
-            except ImageError as exc:
-                if isinstance(exc.__cause__, OSError):  # the disk: every other image would fail, too
-                    self._run_state.stop(exc)
-                    raise RunStopped from None
-                fresh = await self._client.task(task_id).query()  # the URL may have expired
-                if not fresh.images:
-                    raise
-                return await self._write_images(stem, fresh)
-        finally:
-            self._run_state.saving -= 1
-            self._run_state.notify_all()
-
-    async def _write_images(self, stem: str, task: Task) -> tuple[SavedImage, ...]:
-        names = [stem, *(f"{stem}.{number}" for number in range(2, len(task.images) + 1))]
-        return tuple(
-            [
-                await self._client.store(image, self._image_store, name)
-                for name, image in zip(names, task.images, strict=True)
-            ]
-        )
-
 
 def _row_from_ledger(record: LedgerRow) -> BatchRow:
-    request = GenerationRequest(record.prompt, model=record.model)
+    request = GenerationRequest(record.prompt, model=record.model, image_size=record.image_size)
     return BatchRow(key=record.key, request=request, fingerprint=record.fingerprint)
 
 
 def _ignore_unconsumed(_: Outcome) -> None:
     """Do nothing about an outcome that was not consumed: the next run yields it again."""
-
-
-_HAS_IMAGE: Final = (RowState.SUCCEEDED, RowState.SAVED)

@@ -1,214 +1,199 @@
-"""`Submitter`: submit rows with a durable record of each attempt."""
+"""`Submitter`: reserve, submit, settle. The ledger has each attempt before its first byte leaves."""
 
 import logging
-import time
-from typing import Final
+from types import TracebackType
+from typing import Final, Self
 
 import anyio
 
-from nanobanana_async._text import format_credits
-from nanobanana_async.batch.outage import OutageBackoff
 from nanobanana_async.batch.run_state import RunState, RunStopped
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import (
     AuthenticationError,
-    BudgetExceeded,
+    ClientClosed,
     ConfigurationError,
     InsufficientCredits,
     LedgerError,
     NanoBananaError,
     NotSent,
     RateLimited,
-    ServiceUnavailable,
     SubmissionUnknown,
 )
 from nanobanana_async.handle import TaskHandle
-from nanobanana_async.ledger.budget import Budget
-from nanobanana_async.ledger.schema import BatchRow, RowState
+from nanobanana_async.ledger.budget import PricedAs, Reservation
+from nanobanana_async.ledger.schema import BatchRow, LedgerRow
 from nanobanana_async.ledger.sqlite import Ledger
-from nanobanana_async.protocols import CallbackSource, PendingCallback
+from nanobanana_async.protocols import AttemptEnd, CallbackSource, Verdict
 
 _log: Final = logging.getLogger("nanobanana_async")
 
-_NOT_CHARGED: Final = (NotSent, RateLimited, AuthenticationError, InsufficientCredits, ConfigurationError)
-"""Errors after which nothing was charged and the row itself is valid."""
+
+class _Deferred(Exception):
+    """The service went down while the row waited for a slot. It is submitted later."""
+
+
+class RowRecord:
+    """The `SubmitRecord` of one row: ledger and money. A context manager that ends with the row."""
+
+    def __init__(self, row: BatchRow, entry: LedgerRow, ledger: Ledger, run_state: RunState) -> None:
+        self.row: Final = row
+        self.priced_as: Final[PricedAs] = (row.request.model, row.request.image_size)
+        self.is_doubted = entry.is_doubted
+        self.reservation: Reservation | None = None
+        """The price of the last attempt, until it is decided."""
+        self.is_probe = False
+        """Whether the row is the one that is submitted while the service has errors."""
+        self.last_end: AttemptEnd | None = None
+        """The end of the last attempt of this run."""
+        self._is_unknown = False
+        """Whether an earlier attempt of this run may have been charged."""
+        self._ledger = ledger
+        self._run_state = run_state
+        self.scope = anyio.CancelScope()
+        """Encloses the submit. Shielded while an attempt lasts, because its outcome has to be recorded."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.reservation is not None:
+            self.reservation.__exit__(kind, exc, trace)
+
+    async def reserve(self) -> None:
+        """Reserve the price of the next attempt."""
+        assert self.reservation is None  # noqa: S101 - released, or the row has ended
+        self.reservation = await self._run_state.reserve(self.priced_as)
+
+    def reopen(self) -> None:
+        """Take over the price of an attempt of an earlier run."""
+        self.reservation = self._run_state.budget.reopen(self.priced_as)
+
+    def release(self) -> None:
+        """Give the price back after an attempt that was not charged, or was not made."""
+        if self.reservation is not None and not self.reservation.was_sent:
+            self.reservation.release()
+            self.reservation = None
+
+    async def begin_attempt(self, nonce: str | None) -> None:
+        """See `SubmitRecord.begin_attempt`."""
+        assert self.reservation is not None  # noqa: S101 - reserved before the submit
+        is_resubmit = self.reservation.was_sent
+        if is_resubmit:  # the attempt before may have been charged, so this one needs a price of its own
+            another = None
+            if self._run_state.stop_reason is None:
+                another = self._run_state.budget.try_reserve(self.priced_as)
+            if another is None:
+                raise NotSent("not resubmitted: the run has stopped, or another submit could exceed the budget")
+            self.reservation.hold()
+            self.reservation = another
+        self._run_state.raise_if_stopped()
+        if self._run_state.outage.is_probing and not self.is_probe and not is_resubmit:
+            raise _Deferred
+        await self._ledger.begin_attempt(self.row.key, resubmit=self._is_unknown, nonce=nonce)
+        self.reservation.was_sent = True
+        self.scope.shield = True
+
+    async def end_attempt(self, end: AttemptEnd) -> None:
+        """See `SubmitRecord.end_attempt`."""
+        self.last_end = end
+        self.is_doubted = self.is_doubted or end.is_doubtful
+        self._is_unknown = isinstance(end.error, SubmissionUnknown)
+        try:
+            await self._ledger.end_attempt(self.row.key, end)
+        except LedgerError as exc:
+            if end.task_id is not None:
+                _log.error("task %s of row %s is charged and not in the ledger: %s", end.task_id, self.row.key, exc)
+            raise
+        finally:
+            self.scope.shield = False
+        if self.reservation is not None and end.verdict in (Verdict.REJECTED, Verdict.NOT_CHARGED):
+            self.reservation.was_sent = False
 
 
 class Submitter:
-    """Submits rows. The ledger has each attempt before its first byte is sent, and its task id right after it."""
+    """Submits rows, one at a time while the service has errors."""
 
     def __init__(
-        self,
-        ledger: Ledger,
-        client: NanoBananaClient,
-        budget: Budget,
-        run_state: RunState,
-        callback: CallbackSource | None,
+        self, ledger: Ledger, client: NanoBananaClient, run_state: RunState, callback: CallbackSource | None
     ) -> None:
         self._ledger = ledger
         self._client = client
-        self._budget = budget
         self._run_state = run_state
         self._callback = callback
-        self._pending_callbacks: dict[str, PendingCallback] = {}
-        """Pending callbacks by row key, of submits without a response."""
-        self._outage = OutageBackoff()
-        self.last_error: str | None = None
-        """Error of the last submit, while the run backs off."""
         self._probe_lock = anyio.Lock()
-        self._reserve_slots = anyio.Semaphore(client.limits.max_submits)
 
-    async def submit(self, row: BatchRow) -> TaskHandle:
+    def record(self, row: BatchRow, entry: LedgerRow) -> RowRecord:
+        """Return the record of *row*, to be entered for as long as the row lasts."""
+        return RowRecord(row, entry, self._ledger, self._run_state)
+
+    async def submit(self, record: RowRecord) -> TaskHandle:
         """Return the handle of the row's task once its id is durable.
 
-        Waits while the service has errors that are not charged. Can be cancelled until the attempt is recorded. After
-        that it runs until the outcome is recorded, for at most `Timeouts.submit_s`.
+        Waits while the service has errors that are not charged. Cancelling waits for the outcome of an attempt, for at
+        most `Timeouts.submit_s`.
 
         Raises:
             SubmissionUnknown: The submit may have been charged.
             NanoBananaError: The service rejected the request, or a reference image is invalid.
             RunStopped: The run takes no more rows.
         """
-        try:
-            return await self._submit_until_sent(row)
-        except SubmissionUnknown:
-            if (handle := await self._recover(row)) is None:
-                raise
-            return handle
-        finally:
-            self._pending_callbacks.pop(row.key, None)
-
-    async def _submit_until_sent(self, row: BatchRow) -> TaskHandle:
         handle = None
         while handle is None:
-            if self._outage.is_probing:
+            if self._run_state.outage.is_probing:
                 async with self._probe_lock:
-                    if self._outage.is_probing:  # still probing after the wait for the lock
-                        handle = await self._submit_once(row)
-                        continue
-            handle = await self._submit_once(row)
+                    record.is_probe = self._run_state.outage.is_probing  # after the wait for the lock
+                    handle = await self._submit_once(record)
+                    record.is_probe = False
+            else:
+                handle = await self._submit_once(record)
         return handle
 
-    async def _submit_once(self, row: BatchRow) -> TaskHandle | None:
+    async def _submit_once(self, record: RowRecord) -> TaskHandle | None:
         """Submit once. Return None if nothing was charged and the row is to be submitted again."""
+        await record.reserve()
+        record.last_end = None
         try:
-            async with self._reserve_slots:  # the budget is checked shortly before the submit, not earlier
-                await self._reserve(row.request.model)
-                handle = await self._submit_reserved(row)
-        except (NotSent, RateLimited) as exc:
-            self._record_failure(exc)
-            if getattr(exc, "possible_duplicates", 0):
-                raise
+            with record.scope:
+                handle = await self._client.submit(record.row.request, callback=self._callback, record=record)
+            self._run_state.record_success()
+        except _Deferred:
             return None
-        except (SubmissionUnknown, ServiceUnavailable) as exc:
-            self._record_failure(exc)
+        except LedgerError:
             raise
-        except (AuthenticationError, InsufficientCredits, ConfigurationError) as exc:
+        except (AuthenticationError, ConfigurationError, ClientClosed) as exc:
             self._run_state.stop(exc)
             raise RunStopped from None
-        self._outage.record_success()
-        self.last_error = None
-        return handle
-
-    def _record_failure(self, exc: NanoBananaError) -> None:
-        now_s = anyio.current_time()
-        self._outage.record_failure(now_s)
-        _log.info("submit failed: %s", exc)
-        self.last_error = str(exc) if self._outage.is_probing else None
-        if self._outage.should_give_up(now_s, rate_limited=isinstance(exc, RateLimited)):
-            self._run_state.stop(exc)
-
-    async def _reserve(self, model: str) -> None:
-        """Wait until one more submit is allowed by outage, downloads and budget, and reserve it."""
-        with anyio.move_on_after(self._outage.backoff_s()):
-            while True:
-                await self._run_state.wait_change()
-        while True:
-            self._run_state.raise_if_stopped()
-            affordable = self._budget.can_reserve(model)
-            if affordable and self._run_state.saving <= self._client.limits.max_downloads:
-                self._budget.reserve(model)  # before the next caller checks the budget
-                self._run_state.pending += 1
-                return
-            if not affordable and not self._run_state.pending:
-                self._run_state.stop(BudgetExceeded(self._budget_message(model)))
-            await self._run_state.wait_change()
-
-    def _budget_message(self, model: str) -> str:
-        status, price = self._budget.status(), self._budget.max_price(model)
-        next_one = "the price is not yet known" if price is None else f"one more may cost {format_credits(price)}"
-        reserved = f", {format_credits(status.reserved)} reserved" if status.reserved else ""
-        return (
-            f"budget: another submit could exceed it: {format_credits(status.spent)} credits spent{reserved}, "
-            f"and {next_one}"
-        )
-
-    async def _submit_reserved(self, row: BatchRow) -> TaskHandle:
-        """Submit a row that `_reserve` has reserved. The reservation remains on return."""
-        try:
-            return await self._submit_recorded(row)
-        except BaseException:
-            self._run_state.pending -= 1
-            self._run_state.notify_all()
+        except InsufficientCredits as exc:
+            await self._stop_if_empty(record, exc)
+            return None
+        except SubmissionUnknown as exc:
+            self._run_state.record_failure(exc)
             raise
-
-    async def _submit_recorded(self, row: BatchRow) -> TaskHandle:
-        """Submit, with a durable record of the attempt and its outcome."""
-        model, submit_count = row.request.model, 0
-        pending_callback = None if self._callback is None else self._callback.register()
-        nonce = None if pending_callback is None else pending_callback.nonce
-        if pending_callback is not None:
-            self._pending_callbacks[row.key] = pending_callback
-
-        async def begin_attempt() -> None:
-            nonlocal submit_count
-            self._run_state.raise_if_stopped()
-            if submit_count and not self._budget.can_reserve(model):
-                raise BudgetExceeded(f"not resubmitted: {self._budget_message(model)}")
-            await self._ledger.begin_attempt(row.key, resubmit=submit_count > 0, nonce=nonce)
-            if submit_count:
-                self._budget.reserve(model)  # the earlier submit may also have been charged
-            submit_count += 1
-            # From here on the submit may be charged, so its outcome is recorded even if the caller is cancelled.
-            scope.shield = True
-
-        with anyio.CancelScope() as scope:
-            try:
-                handle = await self._client.submit(row.request, callback=pending_callback, before_send=begin_attempt)
-            except (NanoBananaError, RunStopped) as exc:
-                if submit_count:
-                    await self._close_books(row, exc, submit_count)
+        except NanoBananaError as exc:
+            is_own = record.last_end is None or record.last_end.verdict is Verdict.REJECTED
+            if is_own and not isinstance(exc, NotSent | RateLimited):
                 raise
-            finally:
-                if not submit_count:
-                    self._budget.settle(model, None)
-            await self._record_task_id(row, handle)
+            _log.info("submit failed: %s", exc)
+            self._run_state.record_failure(exc)
+            return None
+        finally:
+            record.scope = anyio.CancelScope()
+            record.release()
         return handle  # pyright: ignore[reportPossiblyUnboundVariable] - nothing cancels this scope
 
-    async def _recover(self, row: BatchRow) -> TaskHandle | None:
-        """Wait for the callback of a submit whose response was lost. Cancelling leaves the row unknown."""
-        pending_callback = self._pending_callbacks.get(row.key)
-        found = None if pending_callback is None else await self._client.recover(pending_callback)
-        if pending_callback is None or found is None:
-            return None
-        await self._ledger.bind_by_nonce(pending_callback.nonce, found.task_id)
-        self._run_state.task_ids[row.key] = found.task_id
-        self._run_state.pending += 1
-        return found
-
-    async def _close_books(self, row: BatchRow, exc: Exception, submit_count: int) -> None:
-        if isinstance(exc, SubmissionUnknown):
-            await self._ledger.transition(row.key, RowState.UNKNOWN, reason=str(exc))
-            return
-        # After a resubmit, an earlier submit may have been charged: the user has to decide.
-        state = RowState.REJECTED if isinstance(exc, _NOT_CHARGED) and submit_count == 1 else RowState.FAILED
-        await self._ledger.transition(row.key, state, reason=str(exc), ended_at=time.time())
-        self._budget.settle(row.request.model, None)
-
-    async def _record_task_id(self, row: BatchRow, handle: TaskHandle) -> None:
-        self._run_state.task_ids[row.key] = handle.task_id
+    async def _stop_if_empty(self, record: RowRecord, exc: InsufficientCredits) -> None:
+        """Stop the run if the account is empty. Words alone are not enough: they may be about a prompt."""
+        price = self._run_state.budget.price(record.priced_as)
         try:
-            await self._ledger.transition(row.key, RowState.SUBMITTED, task_id=handle.task_id, submitted_at=time.time())
-        except LedgerError as exc:
-            _log.error("task %s of row %s is charged and not in the ledger: %s", handle.task_id, row.key, exc)
-            raise
+            balance = await self._client.balance()
+            is_empty = exc.status == 402 or balance <= 0 if price is None else balance < price
+        except NanoBananaError:
+            is_empty = True  # the service has the last word
+        if is_empty:
+            self._run_state.stop(exc)
+            raise RunStopped
+        if record.last_end is not None:
+            raise exc
+        self._run_state.record_failure(exc)  # another row was rejected, and the client waits before the next submit

@@ -1,5 +1,6 @@
 """`nanobanana batch`: generate an image for each row of a file, and resume after any interruption."""
 
+import contextlib
 import logging
 import shlex
 import statistics
@@ -8,7 +9,6 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, asynccontextmanager
 from datetime import timedelta
 from decimal import Decimal, InvalidOperation
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,27 +21,30 @@ from nanobanana_async._text import format_credits, sanitize_line
 from nanobanana_async.batch import report
 from nanobanana_async.batch.rows import read_rows
 from nanobanana_async.batch.runner import Batch
-from nanobanana_async.cli.generate import check_writable, json_option, poll_option, poll_policy, timeout_option
+from nanobanana_async.cli.generate import check_writable, poll_option, poll_policy, timeout_option
 from nanobanana_async.cli.progress import ProgressBar
-from nanobanana_async.cli.resolve import print_summary, resolve
+from nanobanana_async.cli.resolve import ledger_option, resolve
 from nanobanana_async.cli.runtime import (
     EXIT_FAILED,
     EXIT_OK,
     EXIT_UNKNOWN,
     CommandContext,
     error_record,
+    json_option,
     one_line,
     print_json,
     print_result,
     run,
     task_record,
 )
+from nanobanana_async.cli.summary import BatchSummary
 from nanobanana_async.client import NanoBananaClient
-from nanobanana_async.errors import LedgerError
+from nanobanana_async.errors import NanoBananaError
 from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown
 
 _REFRESH_INTERVAL_S: Final = 0.5
 _PLAIN_INTERVAL_S: Final = 10.0
+_BALANCE_TIMEOUT_S: Final = 2.0
 _MAX_REPORTED: Final = 20
 """Number of failures that are printed as they happen."""
 _FIRST_MEDIAN_S: Final = 20.0
@@ -89,6 +92,9 @@ batch.add_command(resolve)
     help="Images in flight at once.",
 )
 @click.option("--budget", type=_Credits(), metavar="CREDITS", help="Do not send a submit that could exceed this.")
+@click.option("--max-price", type=_Credits(), metavar="CREDITS", help="Upper bound of a price that is not known yet.")
+@ledger_option
+@click.option("--new-account", is_flag=True, help="Accept a key of another account than in earlier runs.")
 @click.option("--retry-failed", is_flag=True, help="Submit failed rows again. Each may be charged again.")
 @click.option("--model", metavar="MODEL", help="For rows without a model.")
 @click.option("--aspect-ratio", metavar="N:M", help="For rows without an aspect ratio.")
@@ -101,7 +107,10 @@ def run_batch(  # noqa: PLR0913 - one parameter per option
     out: Path,
     max_in_flight: int,
     budget: Decimal | None,
+    max_price: Decimal | None,
+    ledger: Path | None,
     *,
+    new_account: bool,
     retry_failed: bool,
     timeout_s: float | None,
     poll_s: float | None,
@@ -123,22 +132,33 @@ def run_batch(  # noqa: PLR0913 - one parameter per option
         rows = await anyio.to_thread.run_sync(lambda: read_rows(file, **defaults))
         check_writable(out)
         keys = {row.key for row in rows}
+        summary = BatchSummary(out, ledger, command, keys, budget, max_price, retry_failed)
         async with NanoBananaClient(polling=poll_policy(poll_s)) as client:
             if not as_json:
-                context.print_summary = partial(print_summary, out, command, keys, budget)
-            async with Batch.open(out, client, budget=budget) as batch:
+                context.print_summary = summary.print
+            opened = Batch.open(
+                out, client, budget=budget, max_price=max_price, ledger_folder=ledger, new_account=new_account
+            )
+            async with opened as batch:
+                summary.balance_before = await _balance(client)
                 outcomes = batch.run(rows, max_in_flight=max_in_flight, retry_failed=retry_failed, timeout_s=timeout_s)
                 reporter = _ProgressReporter(batch, client, len(rows), max_in_flight, as_json=as_json)
-                try:
-                    code = await reporter.run(outcomes)
-                except LedgerError:
-                    context.unsaved_tasks.update({task_id: (key, str(out)) for key, task_id in batch.in_flight.items()})
-                    raise
+                code = await reporter.run(outcomes)
+                summary.balance_after = await _balance(client)
+                if (batch.progress().budget.remaining or 0) < 0:  # a price has risen
+                    code = max(code, EXIT_FAILED)
         if not as_json:
             print_result(out / report.GALLERY_NAME)
         return code
 
     run(work, as_json=as_json)
+
+
+async def _balance(client: NanoBananaClient) -> Decimal | None:
+    """Return the credits left; None if the service does not say at once."""
+    with anyio.move_on_after(_BALANCE_TIMEOUT_S), contextlib.suppress(NanoBananaError):
+        return await client.balance()
+    return None
 
 
 class _WarningHandler(logging.Handler):
@@ -261,7 +281,7 @@ def _exit_code(outcome: Outcome) -> int:
         case Succeeded():
             return EXIT_OK
         case Failed():
-            return EXIT_FAILED
+            return EXIT_UNKNOWN if outcome.may_be_charged else EXIT_FAILED
         case Unknown():
             return EXIT_UNKNOWN
 

@@ -11,7 +11,7 @@ import click
 
 from nanobanana_async.cli.jobs import Job, report_failures, run_jobs
 from nanobanana_async.cli.progress import JobProgressBar
-from nanobanana_async.cli.runtime import CommandContext, print_json, run
+from nanobanana_async.cli.runtime import CommandContext, json_option, print_json, run
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.images.formats import SUFFIXES
@@ -44,7 +44,6 @@ poll_option = click.option(
     metavar="SECONDS",
     help="Poll each task at this interval.  [default: learned]",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 
 
 @click.command()

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from pathlib import Path
+from typing import Final
 
 import anyio
 import attrs
@@ -21,8 +22,10 @@ from nanobanana_async.cli.runtime import (
     task_record,
 )
 from nanobanana_async.client import NanoBananaClient
-from nanobanana_async.errors import NanoBananaError, NoImage, TaskFailed, TaskNotFound
+from nanobanana_async.errors import NanoBananaError, NoImage, TaskFailed, TaskLost, TaskNotFound
 from nanobanana_async.models import GenerationRequest, Task
+
+_NO_ERROR: Final = {"error": None, "error_type": None, "may_be_charged": False}
 
 
 @attrs.define(kw_only=True)
@@ -37,6 +40,8 @@ class Job:
     task: Task | None = None
     files: list[Path] = attrs.field(factory=list[Path])
     error: Exception | None = None
+    possible_duplicates: int = 0
+    """Submits beyond the first that may have been charged."""
     seconds: float | None = None
     """Time from submit to file."""
 
@@ -48,8 +53,13 @@ class Job:
     def record(self) -> dict[str, object]:
         """Return the fields of the job for `--json`."""
         record = {"prompt": self.request.prompt, "files": [str(file) for file in self.files], **task_record(self.task)}
-        error = error_record(self.error) if self.error is not None else {"error": None, "error_type": None}
-        return {**record, **error, "task_id": error.get("task_id") or record["task_id"]}
+        error = error_record(self.error) if self.error is not None else _NO_ERROR
+        return {
+            **record,
+            **error,
+            "task_id": error.get("task_id") or record["task_id"],
+            "possible_duplicates": error.get("possible_duplicates") or self.possible_duplicates,
+        }
 
 
 async def run_jobs(
@@ -83,6 +93,7 @@ async def _run_job(
     started_s = anyio.current_time()
     move("submitting")
     handle = await client.submit(job.request)
+    job.possible_duplicates = handle.possible_duplicates
     context.unsaved_tasks[handle.task_id] = (job.request.prompt, str(job.output))
     move("submitted")
     try:
@@ -92,7 +103,7 @@ async def _run_job(
         task = await handle.result()
         name = job.name or f"{job.request.prompt[:40]}-{handle.task_id[-6:]}"
         job.files = await client.save(task, job.output, name=name)
-    except (TaskFailed, NoImage, TaskNotFound):
+    except (TaskFailed, NoImage, TaskLost, TaskNotFound):
         del context.unsaved_tasks[handle.task_id]  # it ended without an image to download
         raise
     del context.unsaved_tasks[handle.task_id]
@@ -100,7 +111,7 @@ async def _run_job(
 
 
 def report_failures(jobs: Sequence[Job]) -> None:
-    """Print each distinct error once, with its prompt or its count."""
+    """Print each distinct error once, with its prompt or its count, and the possible duplicates."""
     failed: dict[str, list[Job]] = {}
     for job in jobs:
         if job.error is not None:
@@ -109,3 +120,5 @@ def report_failures(jobs: Sequence[Job]) -> None:
         prompt = sanitize_line(about[0].request.prompt)[:60]
         note = f" ({len(about)} times)" if len(about) > 1 else f" (prompt: {prompt!r})" if len(jobs) > 1 else ""
         click.echo(f"nanobanana: {line}{note}", err=True)
+    if duplicates := sum(job.possible_duplicates for job in jobs):
+        click.echo(f"possible duplicates: {duplicates}. Each may have been charged.", err=True)

@@ -6,8 +6,7 @@ import click
 
 from nanobanana_async._text import sanitize_line
 from nanobanana_async.callbacks import Receive, Scope, Send, parse_callback
-from nanobanana_async.cli.generate import json_option
-from nanobanana_async.cli.runtime import exit_on_bind_error, print_json, print_result
+from nanobanana_async.cli.runtime import exit_on_bind_error, json_option, print_json, print_result
 from nanobanana_async.errors import ProtocolError
 
 _MAX_BODY_BYTES = 2**20

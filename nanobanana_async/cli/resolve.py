@@ -1,93 +1,171 @@
 """`nanobanana batch resolve`: decide about rows that may have been charged."""
 
+import os
 import re
-import shlex
-from collections import Counter
-from collections.abc import Iterator
 from contextlib import aclosing
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
 
 from nanobanana_async._text import format_credits, sanitize_line
-from nanobanana_async.cli.generate import json_option
-from nanobanana_async.cli.runtime import EXIT_OK, CommandContext, print_json, print_result, run
+from nanobanana_async.cli.runtime import EXIT_OK, CommandContext, json_option, print_json, print_result, run
+from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import ConfigurationError
 from nanobanana_async.ledger.budget import Budget
 from nanobanana_async.ledger.schema import LedgerRow, RowState
 from nanobanana_async.ledger.sqlite import Ledger
+from nanobanana_async.wire.endpoint import KEY_VARIABLES
 
-_SAVED = (RowState.SAVED,)
-_FAILED = (RowState.FAILED, RowState.ABANDONED)
+_TASK_ID = r"[\w.:-]{16,200}"
+"""Ids are opaque. Those of the service have 36 or 38 characters, so much shorter ones are typing errors."""
 
 
-@click.command()
-@click.argument("keys", metavar="[KEY]...", nargs=-1)
-@click.option("-o", "--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the batch.")
-@click.option("--list", "list_rows", is_flag=True, help="List the rows and their largest cost. The default.")
-@click.option("--resubmit", is_flag=True, help="Submit them again in the next run. They may be charged twice.")
-@click.option("--abandon", is_flag=True, help="Give them up. They count as failed.")
-@click.option("--bind", "task_id", metavar="TASK_ID", help="Record the task id of one KEY. The next run downloads it.")
-@click.option("--all", "all_rows", is_flag=True, help="Select all unknown rows instead of KEYs.")
-@click.option("--adopt", is_flag=True, help="Accept a copied or restored ledger as the original.")
+class _ResolveGroup(click.Group):
+    """`resolve --out DIR` lists the rows."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        is_named = bool(args) and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        return super().parse_args(ctx, args if is_named else ["list", *args])
+
+
+@click.group(cls=_ResolveGroup)
+def resolve() -> None:
+    """Decide about rows that may have been charged.
+
+    Without a command, list them.
+    """
+
+
+out_option = click.option(
+    "-o", "--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder of the batch."
+)
+ledger_option = click.option(
+    "--ledger", metavar="DIR", type=click.Path(path_type=Path), help="Folder of the ledger.  [default: that of --out]"
+)
+_keys_argument = click.argument("keys", metavar="[KEY]...", nargs=-1)
+_all_option = click.option("--all", "all_rows", is_flag=True, help="Select all unknown rows instead of KEYs.")
+
+
+@resolve.command(name="list")
+@out_option
+@ledger_option
 @json_option
-def resolve(  # noqa: PLR0913 - one parameter per option
-    keys: tuple[str, ...],
-    out: Path,
-    task_id: str | None,
-    *,
-    list_rows: bool,
-    resubmit: bool,
-    abandon: bool,
-    all_rows: bool,
-    adopt: bool,
-    as_json: bool,
-) -> None:
-    """Resolve rows whose submit got no response. Needs no API key and sends no requests."""
-    if sum((list_rows, resubmit, abandon, task_id is not None)) > 1:
-        raise click.UsageError("expected one of --list, --resubmit, --abandon and --bind.")
-    if task_id is not None and (len(keys) != 1 or not re.fullmatch(r"[!-~]{1,200}", task_id)):
-        raise click.UsageError("--bind: expected a task id without spaces, and one KEY.")
-    if (resubmit or abandon) and bool(keys) is all_rows:
-        raise click.UsageError("expected KEYs or --all. To list the keys, pass --list.")
-    decided = task_id is not None or resubmit or abandon
+def list_rows(out: Path, ledger: Path | None, *, as_json: bool) -> None:
+    """List the rows and their largest cost."""
 
     async def work(_: CommandContext) -> int:
-        async with aclosing(await Ledger.open(out, adopt=adopt, create=False)) as ledger:
-            unknown = await ledger.query_rows(list, RowState.UNKNOWN)
-            budget = Budget.from_attempts(await ledger.attempt_costs())
-            chosen = keys or tuple(record.key for record in unknown)
-            if unlisted := set(chosen) - {record.key for record in unknown}:
-                raise ConfigurationError(
-                    f"key: expected that of an unknown row, got {min(unlisted)!r}. To list the keys, pass --list."
-                )
-            for key in chosen if decided else ():
-                if task_id is not None:
-                    await ledger.bind(key, task_id)
-                else:
-                    await ledger.transition(key, RowState.REQUEUED if resubmit else RowState.ABANDONED)
-        if decided:
-            click.echo(f"{len(chosen)} changed. To apply it, run the batch again.", err=True)
-        else:
-            if adopt:
-                click.echo("ledger adopted. To resume, run the batch again.", err=True)
-            _show(unknown, budget, as_json=as_json)
+        async with aclosing(await Ledger.open(out, ledger_folder=ledger, create=False)) as opened:
+            await _show(opened, as_json=as_json)
         return EXIT_OK
 
     run(work, as_json=as_json)
 
 
-def _show(unknown: list[LedgerRow], budget: Budget, *, as_json: bool) -> None:
+@resolve.command()
+@_keys_argument
+@out_option
+@ledger_option
+@_all_option
+def resubmit(keys: tuple[str, ...], out: Path, ledger: Path | None, *, all_rows: bool) -> None:
+    """Submit rows again in the next run. They may be charged again."""
+    _decide(RowState.REQUEUED, keys, out, ledger, all_rows=all_rows)
+
+
+@resolve.command()
+@_keys_argument
+@out_option
+@ledger_option
+@_all_option
+def abandon(keys: tuple[str, ...], out: Path, ledger: Path | None, *, all_rows: bool) -> None:
+    """Give rows up. They count as failed."""
+    _decide(RowState.ABANDONED, keys, out, ledger, all_rows=all_rows)
+
+
+@resolve.command()
+@click.argument("key")
+@click.argument("task_id")
+@out_option
+@ledger_option
+def bind(key: str, task_id: str, out: Path, ledger: Path | None) -> None:
+    """Record the task id of a row. The next run downloads its image.
+
+    If the environment has an API key, the service is asked whether it knows the task.
+    """
+    if not re.fullmatch(_TASK_ID, task_id, re.ASCII):
+        raise click.UsageError(f"TASK_ID: expected at least 16 letters, digits and dashes, got {task_id!r:.80}.")
+
+    async def work(_: CommandContext) -> int:
+        if any(map(os.getenv, KEY_VARIABLES)):
+            async with NanoBananaClient() as client:
+                await client.task(task_id).query()
+        async with aclosing(await Ledger.open(out, ledger_folder=ledger, create=False)) as opened:
+            await _unknown_keys(opened, (key,))
+            await opened.bind(key, task_id)
+        click.echo("1 changed. To apply it, run the batch again.", err=True)
+        return EXIT_OK
+
+    run(work)
+
+
+@resolve.command()
+@out_option
+@ledger_option
+@json_option
+def adopt(out: Path, ledger: Path | None, *, as_json: bool) -> None:
+    """Accept a copied or restored ledger. Rows that it has lost become unknown."""
+
+    async def work(_: CommandContext) -> int:
+        async with aclosing(await Ledger.open(out, ledger_folder=ledger, create=False, adopt=True)) as opened:
+            click.echo("ledger adopted. To resume, run the batch again.", err=True)
+            await _show(opened, as_json=as_json)
+        return EXIT_OK
+
+    run(work, as_json=as_json)
+
+
+def _decide(state: RowState, keys: tuple[str, ...], out: Path, ledger: Path | None, *, all_rows: bool) -> None:
+    if bool(keys) is all_rows:
+        raise click.UsageError("expected KEYs or --all. To list the keys, run: nanobanana batch resolve --out DIR")
+
+    async def work(_: CommandContext) -> int:
+        async with aclosing(await Ledger.open(out, ledger_folder=ledger, create=False)) as opened:
+            chosen = await _unknown_keys(opened, keys)
+            for key in chosen:
+                await opened.resolve(key, state)
+        click.echo(f"{len(chosen)} changed. To apply it, run the batch again.", err=True)
+        return EXIT_OK
+
+    run(work)
+
+
+async def _unknown_keys(ledger: Ledger, keys: tuple[str, ...]) -> tuple[str, ...]:
+    """Return *keys*, or those of all unknown rows if there are none.
+
+    Raises:
+        ConfigurationError: A key is not that of an unknown row.
+    """
+    known = {record.key for record in await ledger.query_rows(list, RowState.UNKNOWN)}
+    if unlisted := set(keys) - known:
+        raise ConfigurationError(
+            f"key: expected that of an unknown row, got {min(unlisted)!r}. To list the keys, run: nanobanana batch "
+            f"resolve --out {ledger.folder}"
+        )
+    return keys or tuple(known)
+
+
+async def _show(ledger: Ledger, *, as_json: bool) -> None:
+    unknown: list[LedgerRow] = await ledger.query_rows(list, RowState.UNKNOWN)
+    budget = Budget()
+    budget.add_attempts(await ledger.attempt_costs())
     total: Decimal | None = Decimal(0)
     for record in unknown:
-        price = budget.max_price(record.model)
-        max_cost = None if price is None else price * record.submit_count
+        price = budget.price((record.model, record.image_size))
+        max_cost = None if price is None else price * record.held_charges
         total = None if total is None or max_cost is None else total + max_cost
         if as_json:
-            line = {"key": record.key, "prompt": record.prompt, "task_id": record.task_id, "max_cost": max_cost}
-            print_json({**line, "reason": record.reason})
+            print_json(_record(record, max_cost))
         else:
             cost = "price unknown" if max_cost is None else f"up to {format_credits(max_cost)} credits"
             facts = (record.key, cost, repr(record.prompt[:60]), record.task_id or "", record.reason or "")
@@ -97,57 +175,12 @@ def _show(unknown: list[LedgerRow], budget: Budget, *, as_json: bool) -> None:
         click.echo(f"{len(unknown)} may have been charged: {largest}", err=True)
 
 
-async def print_summary(out: Path, command: str, keys: set[str], budget: Decimal | None) -> None:
-    """Print the state of the batch in *out*, and the next commands, on stderr. *keys* are those of the file.
-
-    Raises:
-        LedgerError: The ledger cannot be read.
-    """
-    async with aclosing(await Ledger.open(out, create=False)) as ledger:
-        states, unlisted = await ledger.query_rows(partial(_count, keys))
-        budget_status = Budget.from_attempts(await ledger.attempt_costs(), budget).status()
-    saved, failed = (sum(states[state] for state in group) for group in (_SAVED, _FAILED))
-    unknown = states[RowState.UNKNOWN]
-    charged = states[RowState.SUBMITTED] + states[RowState.SUCCEEDED]
-    remaining = len(keys) - saved - failed - unknown
-    parts = [f"{saved} of {len(keys)} saved"]
-    parts += [
-        f"{number} {word}"
-        for number, word in ((failed, "failed"), (unknown, "unknown"), (remaining, "remaining"))
-        if number
-    ]
-    parts[-1] += f" ({charged} submitted)" if charged else ""
-    money = f"{format_credits(budget_status.spent)} credits spent"
-    if budget_status.reserved:
-        money += f", up to {format_credits(budget_status.reserved)} more may be charged"
-    elif charged:
-        money += f", price of {charged} not yet known"
-    money += (
-        "" if budget_status.remaining is None else f", {format_credits(budget_status.remaining)} of the budget left"
-    )
-    click.echo(f"{', '.join(parts)}; {money}", err=True)
-    folder = shlex.quote(str(out))
-    if unlisted:
-        click.echo(f"{unlisted} rows of earlier runs are not in the file", err=True)
-    if unknown:
-        click.echo(
-            f"{unknown} may have been charged. To resolve them, run: nanobanana batch resolve --out {folder}", err=True
-        )
-    if failed:
-        click.echo("To submit failed rows again, add --retry-failed. Each may be charged again.", err=True)
-    if remaining:
-        click.echo(f"To resume, run: {command}", err=True)
-        if budget is not None:
-            click.echo("If the budget is used up, pass a larger --budget.", err=True)
-
-
-def _count(keys: set[str], records: Iterator[LedgerRow]) -> tuple[Counter[RowState], int]:
-    """Return the number of *keys* in each state, and the number of rows with other keys."""
-    states: Counter[RowState] = Counter()
-    unlisted = 0
-    for record in records:
-        if record.key in keys:
-            states[record.state] += 1
-        else:
-            unlisted += 1
-    return states, unlisted
+def _record(record: LedgerRow, max_cost: Decimal | None) -> dict[str, Any]:
+    return {
+        "key": record.key,
+        "prompt": record.prompt,
+        "task_id": record.task_id,
+        "max_cost": max_cost,
+        "possible_duplicates": record.possible_duplicates,
+        "reason": record.reason,
+    }

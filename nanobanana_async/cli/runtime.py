@@ -17,7 +17,7 @@ import attrs
 import click
 
 from nanobanana_async._text import sanitize_line
-from nanobanana_async.errors import InvalidBatchFile, NanoBananaError, SubmissionUnknown
+from nanobanana_async.errors import InvalidBatchFile, NanoBananaError, NoImage, SubmissionUnknown, TaskFailed, TaskLost
 from nanobanana_async.models import Task
 
 EXIT_OK: Final = 0
@@ -25,6 +25,8 @@ EXIT_FAILED: Final = 1
 EXIT_UNKNOWN: Final = 3
 
 _SIGNALS: Final = () if sys.platform == "win32" else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 
 _MAX_ERROR_LINES: Final = 25
 """Number of errors printed for a file of invalid rows."""
@@ -135,13 +137,20 @@ def exit_code(exc: Exception | None) -> int:
     """Return the exit code for *exc*: 0 for None, 3 if a charge is possible, else 1."""
     if exc is None:
         return EXIT_OK
-    return EXIT_UNKNOWN if isinstance(exc, SubmissionUnknown) else EXIT_FAILED
+    if isinstance(exc, TaskFailed | NoImage):
+        return EXIT_UNKNOWN if exc.task is None or exc.task.consumed is None else EXIT_FAILED
+    return EXIT_UNKNOWN if isinstance(exc, SubmissionUnknown | TaskLost) else EXIT_FAILED
 
 
 def error_record(exc: Exception) -> dict[str, object]:
     """Return the fields of an error for `--json`."""
-    kind = type(exc).__name__
-    return {"task_id": getattr(exc, "task_id", None), "error": one_line(exc), "error_type": kind}
+    return {
+        "task_id": getattr(exc, "task_id", None),
+        "error": one_line(exc),
+        "error_type": type(exc).__name__,
+        "may_be_charged": exit_code(exc) == EXIT_UNKNOWN,
+        "possible_duplicates": getattr(exc, "possible_duplicates", 0),
+    }
 
 
 def one_line(exc: Exception) -> str:

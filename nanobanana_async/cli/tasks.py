@@ -5,11 +5,12 @@ from pathlib import Path
 import click
 
 from nanobanana_async._text import sanitize_line
-from nanobanana_async.cli.generate import check_writable, json_option, poll_option, poll_policy, timeout_option
+from nanobanana_async.cli.generate import check_writable, poll_option, poll_policy, timeout_option
 from nanobanana_async.cli.runtime import (
-    EXIT_FAILED,
     EXIT_OK,
     CommandContext,
+    exit_code,
+    json_option,
     print_json,
     print_result,
     run,
@@ -17,6 +18,7 @@ from nanobanana_async.cli.runtime import (
 )
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NoImage, TaskFailed
+from nanobanana_async.handle import no_image_error
 from nanobanana_async.models import Task, TaskStatus
 
 
@@ -30,7 +32,7 @@ def status(task_id: str, *, as_json: bool) -> None:
         async with NanoBananaClient() as client:
             task = await client.task(task_id).query()
         _show(task, as_json=as_json)
-        return EXIT_FAILED if task.status is TaskStatus.FAILED else EXIT_OK
+        return exit_code(no_image_error(task)) if task.status is TaskStatus.FAILED else EXIT_OK
 
     run(work, as_json=as_json)
 
@@ -89,4 +91,6 @@ def _show(task: Task, *, as_json: bool, files: list[Path] | None = None) -> None
         facts = [task.task_id, task.status.value]
         facts += [image.url or "inline image" for image in task.images]
         facts += [f"{task.consumed:f} credits"] if task.consumed is not None else []
+        facts += ["may have been charged"] if task.status is TaskStatus.FAILED and task.consumed is None else []
+        facts += [task.reason] if task.reason else []
         print_result("  ".join(map(sanitize_line, [*facts, *task.texts])))

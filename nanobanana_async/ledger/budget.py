@@ -1,11 +1,21 @@
-"""`Budget`: what a run has spent, and what its submits may still cost. Credits are Decimal, never float."""
+"""`Budget` and `Reservation`: what a run has spent, and what its submits may still cost. Pure.
+
+Credits are Decimal, never float. A price belongs to one model and one image size. It is learned from the positive
+charge of a task that has an image, and from nothing else.
+"""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from decimal import Decimal
-from typing import Self
+from types import TracebackType
+from typing import Final, Self, TypeAlias
 
 import attrs
+
+from nanobanana_async.ledger.schema import AttemptCost
+
+PricedAs: TypeAlias = tuple[str, str | None]
+"""Model and image size of a request."""
 
 
 @attrs.frozen(kw_only=True)
@@ -15,74 +25,131 @@ class BudgetStatus:
     spent: Decimal
     """Credits that the service reported as charged, in all runs of the batch."""
     reserved: Decimal
-    """Largest amount that submits in flight and submits with an unknown outcome may cost."""
+    """Largest amount that submits in flight, and submits that may have been charged, may cost at known prices."""
+    unpriced: int
+    """Submits that may cost something and are not in `reserved`, because no price is known for them."""
     remaining: Decimal | None
-    """Budget minus spent and reserved; None without a budget."""
+    """Budget minus spent and reserved; None without a budget. Negative if a price was higher than those before it."""
 
 
 class Budget:
-    """Keeps spent and reserved credits at or below *budget*; None means no limit.
+    """Keeps spent and reserved credits at or below *limit*; None means no limit.
 
-    A submit reserves the largest price seen for its model. Until one is known, submits go one at a time and reserve the
-    largest price of any model. The first submit reserves nothing, because no price is known.
+    A submit reserves the largest price seen for its model and size, or *max_price* if none was seen. Without either,
+    at most one such submit may be unsettled. So spending exceeds *limit* by at most one price, and after a price has
+    risen, by the rise of the submits in flight.
+
+    Args:
+        limit: Credits that may be spent.
+        max_price: Upper bound of a price that was not seen yet; None if unknown.
+        on_change: Called after each change.
     """
 
-    def __init__(self, budget: Decimal | None = None) -> None:
-        self._budget = budget
+    def __init__(
+        self,
+        limit: Decimal | None = None,
+        *,
+        max_price: Decimal | None = None,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._limit = limit
+        self._max_price = max_price
+        self._on_change = on_change
         self._spent = Decimal(0)
-        self._reserved_counts: Counter[str] = Counter()
-        self._price: dict[str, Decimal] = {}
+        self._prices: dict[PricedAs, Decimal] = {}
+        self._held: Counter[PricedAs] = Counter()
+        """Submits that may be charged, without an amount: those of `open`, and those nothing more is expected of."""
+        self.open: Final[set[Reservation]] = set()
+        """Reservations that are not decided."""
 
-    @classmethod
-    def from_attempts(cls, costs: Iterable[tuple[str, int, Decimal | None]], budget: Decimal | None = None) -> Self:
-        """Return the budget of a ledger.
+    def add_attempts(self, attempts: Iterable[AttemptCost]) -> None:
+        """Count *attempts* of earlier runs."""
+        for attempt in attempts:
+            priced_as = (attempt.model, attempt.image_size)
+            if attempt.consumed is not None:
+                self._settle(priced_as, attempt.consumed, is_success=attempt.is_success)
+            elif attempt.may_be_charged:
+                self._held[priced_as] += 1
 
-        *costs* has a tuple per attempt: model, number of submits that may still cost, and credits charged.
-        """
-        account = cls(budget)
-        for model, unsettled, consumed in costs:
-            account._reserved_counts[model] += unsettled
-            if consumed is not None:
-                account.reserve(model)
-                account.settle(model, consumed)
-        return account
+    def price(self, priced_as: PricedAs) -> Decimal | None:
+        """Return the price that a submit reserves, or None if it is not known."""
+        return self._prices.get(priced_as, self._max_price)
 
-    def can_reserve(self, model: str) -> bool:
-        """Return whether one more submit stays within the budget, whatever the outcome of earlier ones."""
-        if self._budget is None:
-            return True
-        if model not in self._price and (
-            self._reserved_counts[model] or (not self._price and self._reserved_counts.total())
-        ):
-            return False
-        return self._spent + self._reserved() + self._worst_case_price(model) <= self._budget
+    def try_reserve(self, priced_as: PricedAs) -> "Reservation | None":
+        """Reserve one more submit. Return None if it could exceed the budget, whatever the outcome of earlier ones."""
+        if self._limit is not None:
+            price, status = self.price(priced_as), self.status()
+            left = self._limit - status.spent - status.reserved
+            if (left <= 0 or status.unpriced) if price is None else price > left:
+                return None
+        self._held[priced_as] += 1
+        return Reservation(self, priced_as)
 
-    def reserve(self, model: str) -> None:
-        """Reserve the price of a submit that is about to be sent."""
-        self._reserved_counts[model] += 1
-
-    def settle(self, model: str, consumed: Decimal | None) -> None:
-        """Settle one submit that cost *consumed*. None means nothing."""
-        self._reserved_counts[model] -= 1
-        if consumed is not None:
-            self._spent += consumed
-            self._price[model] = max(consumed, self._price.get(model, consumed))
-
-    def max_price(self, model: str) -> Decimal | None:
-        """Return the largest price seen for *model*, or None."""
-        return self._price.get(model)
+    def reopen(self, priced_as: PricedAs) -> "Reservation":
+        """Return the reservation of a submit of an earlier run, whose outcome is still expected."""
+        reservation = Reservation(self, priced_as)
+        reservation.was_sent = True
+        return reservation
 
     def status(self) -> BudgetStatus:
         """Return the state of the budget."""
-        reserved = self._reserved()
-        left = None if self._budget is None else self._budget - self._spent - reserved
-        return BudgetStatus(spent=self._spent, reserved=reserved, remaining=left)
+        reserved, unpriced = Decimal(0), 0
+        for priced_as, count in self._held.items():
+            price = self.price(priced_as)
+            reserved += (price or 0) * count
+            unpriced += count if price is None else 0
+        remaining = None if self._limit is None else self._limit - self._spent - reserved
+        return BudgetStatus(spent=self._spent, reserved=reserved, unpriced=unpriced, remaining=remaining)
 
-    def _reserved(self) -> Decimal:
-        return sum(
-            (self._worst_case_price(model) * count for model, count in self._reserved_counts.items()), Decimal(0)
-        )
+    def _settle(self, priced_as: PricedAs, consumed: Decimal, *, is_success: bool) -> None:
+        self._spent += consumed
+        if is_success and consumed > 0:
+            self._prices[priced_as] = max(consumed, self._prices.get(priced_as, consumed))
 
-    def _worst_case_price(self, model: str) -> Decimal:
-        """Return the largest price seen for *model*, else for any model."""
-        return self._price.get(model, max(self._price.values(), default=Decimal(0)))
+
+class Reservation:
+    """The price of one submit, from before it is sent until it is known what was charged.
+
+    A context manager. Exactly one of `settle`, `release` and `hold` decides about it. If none has when the block ends,
+    a submit that was sent is held, and one that was not is released.
+    """
+
+    def __init__(self, budget: Budget, priced_as: PricedAs) -> None:
+        self._budget = budget
+        self._priced_as = priced_as
+        self.was_sent = False
+        """Whether the submit may have left."""
+        budget.open.add(self)
+
+    def settle(self, consumed: Decimal | None, *, is_success: bool) -> None:
+        """Replace the price by what the service says was charged. None is no statement: the submit is held."""
+        self._decide()
+        if consumed is not None:
+            self._budget._held[self._priced_as] -= 1  # noqa: SLF001 - one object in two parts
+            self._budget._settle(self._priced_as, consumed, is_success=is_success)  # noqa: SLF001 - the same
+        self._budget._on_change()  # noqa: SLF001 - the same
+
+    def release(self) -> None:
+        """Give the price back: nothing was charged."""
+        self._decide()
+        self._budget._held[self._priced_as] -= 1  # noqa: SLF001 - one object in two parts
+        self._budget._on_change()  # noqa: SLF001 - the same
+
+    def hold(self) -> None:
+        """Keep the price reserved for good: the submit may have been charged, and nothing more is expected."""
+        self._decide()
+        self._budget._on_change()  # noqa: SLF001 - one object in two parts
+
+    def _decide(self) -> None:
+        if self not in self._budget.open:
+            raise RuntimeError("reservation: expected one decision, got a second one")
+        self._budget.open.remove(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self in self._budget.open:
+            (self.hold if self.was_sent else self.release)()

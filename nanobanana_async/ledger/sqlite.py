@@ -5,34 +5,34 @@ WAL with synchronous=FULL: what a call has returned survives a power failure. Co
 
 import contextlib
 import json
-import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from decimal import Decimal
 from pathlib import Path
 from typing import Final, Generic, Self, TypeVar
 
 import anyio
 import anyio.to_thread
+import attrs
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.events import OneShotEvent
 from nanobanana_async.errors import LedgerError
 from nanobanana_async.ledger import schema
-from nanobanana_async.ledger.schema import BatchRow, LedgerRow, RowState
+from nanobanana_async.ledger.database import FILE_NAME, OpenDatabase, open_database
+from nanobanana_async.ledger.schema import AttemptCost, BatchRow, LedgerRow, RowState
 from nanobanana_async.models import SavedImage
+from nanobanana_async.protocols import AttemptEnd
 
 T = TypeVar("T")
 
 
-_FILE_NAME: Final = "ledger.db"
-_BUSY_TIMEOUT_S: Final = 0.5
 _CLOSE_POLL_S: Final = 0.005
 GROUP_COMMIT_S: Final = 0.025
 """How long a write waits for others to share its fsync. A row needs four of them and takes seconds."""
-_INTERRUPTED_REASON: Final = "the program ended before a response arrived"
+_OWN_ERRORS: Final = (sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError, sqlite3.IntegrityError)
+"""Errors of one write, not of the disk: a value that cannot be stored."""
 
 
 class _Write(Generic[T]):
@@ -47,52 +47,66 @@ class _Write(Generic[T]):
 
 
 class Ledger:
-    """The ledger of one batch folder. One process holds it at a time. The file lock ends with the process.
+    """The ledger of one batch folder. One process holds it at a time (see `ledger.lock`).
 
     After the first failed write, each further one raises `LedgerError` at once. After a failed fsync the contents of
     the disk are unknown, and a second fsync would succeed without meaning.
     """
 
-    def __init__(self, folder: Path, connection: sqlite3.Connection, group_commit_s: float) -> None:
+    def __init__(self, folder: Path, path: Path, opened: OpenDatabase, group_commit_s: float) -> None:
         self.folder: Final = folder
+        self._path = path
         self._group_commit_s = group_commit_s
-        self._db = connection
-        self._db.row_factory = sqlite3.Row
+        self._opened = opened
+        self._db = opened.connection
+        record = opened.record()
+        self._run = record.run
+        self.ledger_id: Final = record.ledger_id
+        """Identity of the ledger: random text."""
         self._mutex = threading.Lock()
         self._limiter = anyio.CapacityLimiter(1)
         self._is_writing = False
         self._opened_file_ids = self._file_ids()
         self._background = BackgroundTaskGroup()
+        self._background.call_when_stopped(self._wake_pending)
         self._pending_writes: list[_Write[object]] = []
         self._failure: str | None = None
         self._is_closed = False
-        self._background.on_stopped = self._wake_pending
 
     # --- open and close ---------------------------------------------------------------------------------------------
 
     @classmethod
     async def open(
-        cls, folder: Path, *, adopt: bool = False, create: bool = True, group_commit_s: float = GROUP_COMMIT_S
+        cls,
+        folder: Path,
+        *,
+        ledger_folder: Path | None = None,
+        adopt: bool = False,
+        create: bool = True,
+        group_commit_s: float = GROUP_COMMIT_S,
     ) -> Self:
         """Open the ledger of *folder*. Attempts of an interrupted run become unknown.
 
         Args:
             folder: The folder of the batch.
-            adopt: Whether to accept a copied or restored ledger as the original.
+            ledger_folder: Where the ledger is; None means *folder*.
+            adopt: Whether to accept a copied or restored ledger. Rows that it has lost become unknown.
             create: Whether to create the folder and the ledger if they are missing.
             group_commit_s: How long a write waits for others to share its fsync.
 
         Raises:
-            LedgerError: Another process holds it, or it is damaged, a copy, of a newer version, or missing.
+            LedgerError: Another process holds it, or it is damaged, a copy, restored, of a newer version, or missing.
             ValueError: *group_commit_s* is not between 0 and 1.
         """
         if not 0 <= group_commit_s <= 1:  # false for nan, too
             raise ValueError(f"group_commit_s: expected 0 to 1 second, got {group_commit_s:g}")
+        home = folder if ledger_folder is None else ledger_folder
         ledgers: list[Self] = []
         has_left = threading.Event()
 
         def work() -> None:
-            ledgers.append(cls(folder, _connect(folder, adopt=adopt, create=create), group_commit_s))
+            opened = open_database(folder, home, adopt=adopt, create=create)
+            ledgers.append(cls(folder, home / FILE_NAME, opened, group_commit_s))
             if has_left.is_set():
                 ledgers[0]._close()  # noqa: SLF001 - an instance of this class
 
@@ -123,30 +137,41 @@ class Ledger:
             if self._is_closed:
                 return
             self._is_closed = True
-            self._failure = self._failure or "the batch is closed"
-            try:
-                (self.folder / "ledger.pid").unlink(missing_ok=True)
+            is_intact, self._failure = self._failure is None, self._failure or "the batch is closed"
+            with contextlib.suppress(OSError, sqlite3.Error):  # committed data is on the disk, checkpoint or not
+                if is_intact:
+                    self._opened.lock.write(attrs.evolve(self._opened.record(), pid=None))
                 self._db.close()
-            except (OSError, sqlite3.Error):
-                pass  # committed data is on the disk; the next open repeats a failed checkpoint
+            self._opened.lock.close()
 
     # --- one row ----------------------------------------------------------------------------------------------------
 
     async def upsert_rows(self, rows: Iterable[BatchRow]) -> list[LedgerRow]:
         """Return the ledger row of each of *rows*. New ones are inserted as ready."""
-        rows = list(rows)
+        rows, stems = list(rows), self._opened.image_stems
         return await self._commit_write(
-            lambda db: [schema.to_ledger_row(schema.upsert_row(db, row), self.folder) for row in rows]
+            lambda db: [schema.to_ledger_row(schema.upsert_row(db, row, stems), self.folder) for row in rows]
+        )
+
+    async def row(self, key: str) -> LedgerRow:
+        """Return the row *key*."""
+        return await self._commit_write(
+            lambda db: schema.to_ledger_row(
+                db.execute(f"{schema.SELECT_ROWS} WHERE key = ?", (key,)).fetchone(), self.folder
+            )
         )
 
     async def begin_attempt(self, key: str, *, resubmit: bool = False, nonce: str | None = None) -> None:
-        """Record that a POST is about to be sent. With *resubmit* it is another POST of the current attempt.
+        """Record that a POST is about to be sent.
 
-        *nonce* identifies the callback of this submit.
+        With *resubmit* it may follow an attempt of this run that may have been charged. *nonce* identifies the callback
+        of this submit.
         """
-        await self._commit_write(
-            lambda db: schema.count_resubmit(db, key) if resubmit else schema.begin_attempt(db, key, nonce), key
-        )
+        await self._commit_write(lambda db: schema.begin_attempt(db, key, resubmit=resubmit, nonce=nonce), key)
+
+    async def end_attempt(self, key: str, end: AttemptEnd) -> None:
+        """Record the end of the current attempt of *key*."""
+        await self._commit_write(lambda db: schema.end_attempt(db, key, end), key)
 
     async def bind_by_nonce(self, nonce: str, task_id: str) -> None:
         """Record the task id of the submit with this *nonce*, if it is unknown."""
@@ -159,6 +184,10 @@ class Ledger:
     async def transition(self, key: str, state: RowState, **facts: str | float | None) -> None:
         """Set the state of the current attempt of *key*, and *facts* about it (columns of `attempts`)."""
         await self._commit_write(lambda db: schema.transition(db, key, state, facts), key)
+
+    async def resolve(self, key: str, state: RowState) -> None:
+        """Decide about the unknown row *key*: `REQUEUED` or `ABANDONED`."""
+        await self._commit_write(lambda db: schema.resolve(db, key, state), key)
 
     async def bind(self, key: str, task_id: str) -> None:
         """Record the task id of the unknown row *key*. Raises if another row has that task."""
@@ -181,14 +210,21 @@ class Ledger:
 
         return await self._commit_write(work)
 
-    async def attempt_costs(self) -> list[tuple[str, int, Decimal | None]]:
-        """Return model, number of submits that may still cost, and credits charged, for each attempt."""
+    async def attempt_costs(self) -> list[AttemptCost]:
+        """Return what each attempt of all runs says about money."""
+        return await self._commit_write(lambda db: list(map(schema.to_attempt_cost, db.execute(schema.SELECT_COSTS))))
 
-        def work(db: sqlite3.Connection) -> list[tuple[str, int, Decimal | None]]:
-            lines = db.execute("SELECT model, state, submit_count, consumed FROM attempts JOIN rows USING (key)")
-            return [schema.attempt_cost(line) for line in lines]
+    async def service(self) -> tuple[str, str] | None:
+        """Return base URL and account of the service that the ledger is about; None if it is new."""
+        return await self._commit_write(schema.service)
 
-        return await self._commit_write(work)
+    async def last_task_id(self) -> str | None:
+        """Return the id of the task that was submitted last; None if there is none."""
+        return await self._commit_write(schema.last_task_id)
+
+    async def set_service(self, base_url: str, account: str) -> None:
+        """Record the service that the ledger is about. *account* is a digest of the key."""
+        await self._commit_write(lambda db: schema.set_service(db, base_url, account))
 
     # --- the disk ---------------------------------------------------------------------------------------------------
 
@@ -199,7 +235,7 @@ class Ledger:
         """
         write = _Write(work)
         if not self._background.is_open:
-            raise LedgerError(f"{self.folder / _FILE_NAME}: the ledger is closed")
+            raise LedgerError(f"{self._path}: the ledger is closed")
         self._pending_writes.append(write)  # type: ignore[arg-type]  # the result type varies
         if not self._is_writing:
             self._is_writing = True
@@ -207,7 +243,7 @@ class Ledger:
         with anyio.CancelScope(shield=True):
             await write.done.wait()
         if write.error is not None or not write.is_done:
-            raise LedgerError(f"{self.folder / _FILE_NAME}: {write.error or 'the program ended before it was written'}")
+            raise LedgerError(f"{self._path}: {write.error or 'the program ended before it was written'}")
         if key is not None and not write.value:
             raise LedgerError(f"row {key}: not found, or its state does not allow this")
         return write.value  # type: ignore[return-value]  # `value` is set if `error` is None
@@ -235,63 +271,52 @@ class Ledger:
 
     def _commit(self, writes: list[_Write[object]]) -> None:
         with self._mutex:
-            if self._failure is None:
-                try:
-                    self._run_transaction(writes)
-                except Exception:  # noqa: BLE001 - one of them fails: find out which, and commit the others
-                    for write in writes:
-                        self._commit_alone(write)
+            try:
+                if self._failure is None and not self._run_transaction(writes):
+                    for write in writes:  # one of them cannot be stored: find out which, and commit the others
+                        self._run_transaction([write])
+            except (sqlite3.Error, OSError) as exc:
+                self._failure = f"cannot be written: {exc}. Nothing more is submitted."
             for write in writes:
-                write.error = write.error or self._failure
-                write.is_done = True
+                if not write.is_done:
+                    write.error = write.error or self._failure
+                    write.is_done = True
 
-    def _commit_alone(self, write: _Write[object]) -> None:
-        if self._failure is not None:
-            return
-        try:
-            self._run_transaction([write])
-        except (sqlite3.Error, OSError) as exc:
-            self._failure = f"cannot be written: {exc}. Nothing more is submitted."
-        except Exception as exc:  # noqa: BLE001 - the value cannot be stored
-            write.error = f"cannot store this: {exc}"
+    def _run_transaction(self, writes: list[_Write[object]]) -> bool:
+        """Commit *writes* together. Return False if one of them cannot be stored, and nothing was committed.
 
-    def _run_transaction(self, writes: list[_Write[object]]) -> None:
+        Raises:
+            sqlite3.Error, OSError: The disk failed. What was committed is unknown.
+        """
         if self._file_ids() != self._opened_file_ids:
             raise OSError("the file was removed or replaced")
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            for write in writes:
-                write.value = write.work(self._db)
-            self._db.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
-            raise
+        self._opened.lock.check(self._run)
+        db = self._db
+        db.execute("BEGIN IMMEDIATE")
+        changes = db.total_changes
+        for write in writes:
+            try:
+                write.value = write.work(db)
+            except Exception as exc:
+                with contextlib.suppress(sqlite3.Error):  # the error has rolled it back
+                    db.execute("ROLLBACK")
+                if isinstance(exc, sqlite3.Error) and not isinstance(exc, _OWN_ERRORS):
+                    raise
+                if len(writes) == 1:
+                    write.error = f"cannot store this: {exc}"
+                return False
+        has_changed = db.total_changes != changes
+        if has_changed:
+            db.execute("UPDATE meta SET value = value + 1 WHERE name = 'commits'")
+        db.execute("COMMIT")
+        if has_changed:
+            self._opened.lock.write(self._opened.record())
+        for write in writes:
+            write.is_done = True
+        return True
 
     def _file_ids(self) -> list[int | None]:
-        return [_inode(self.folder / name) for name in (_FILE_NAME, f"{_FILE_NAME}-wal")]
-
-
-def _connect(folder: Path, *, adopt: bool, create: bool) -> sqlite3.Connection:
-    """Open, lock and check the database of *folder*."""
-    path = folder / _FILE_NAME
-    try:
-        if create:
-            folder.mkdir(parents=True, exist_ok=True)
-        _create_private_file(path, create=create)
-        db = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-    except (OSError, sqlite3.Error) as exc:
-        raise LedgerError(f"{path}: cannot be opened: {getattr(exc, 'strerror', None) or exc}") from exc
-    try:
-        _initialize(db, path, adopt=adopt)
-        (folder / "ledger.pid").write_text(f"{os.getpid()}\n")
-    except (sqlite3.Error, OSError) as exc:
-        db.close()
-        raise _open_error(path, exc) from exc
-    except LedgerError:
-        db.close()
-        raise
-    return db
+        return [_inode(self._path.with_name(name)) for name in (FILE_NAME, f"{FILE_NAME}-wal")]
 
 
 def _inode(path: Path) -> int | None:
@@ -299,56 +324,3 @@ def _inode(path: Path) -> int | None:
         return path.stat().st_ino
     except FileNotFoundError:
         return None
-
-
-def _create_private_file(path: Path, *, create: bool) -> None:
-    """Create the file with mode 0600. An existing file is not opened: closing it would drop SQLite's lock."""
-    if not path.exists():
-        if not create:
-            raise LedgerError(f"{path}: not found. Pass the --out folder of a batch.")
-        os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
-
-
-def _initialize(db: sqlite3.Connection, path: Path, *, adopt: bool) -> None:
-    """Lock and check the file, create the tables if needed, and set interrupted attempts to unknown."""
-    db.execute("PRAGMA locking_mode=EXCLUSIVE")
-    db.execute("PRAGMA journal_mode=WAL")
-    db.execute("PRAGMA synchronous=FULL")
-    db.execute("PRAGMA fullfsync=ON")  # on macOS, fsync does not reach the disk without it
-    db.execute("BEGIN EXCLUSIVE")
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if version > schema.SCHEMA_VERSION:
-        raise LedgerError(f"{path}: written by a newer version, got schema {version}. Upgrade nanobanana-async.")
-    if (check := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-        raise LedgerError(f"{path}: is damaged ({check}). Restore it from a backup.")
-    instance = path.stat().st_ino
-    if version == 0:
-        if (path.parent / "manifest.jsonl").exists():
-            raise LedgerError(
-                f"{path}: missing or empty, but {path.parent} contains a batch that would be charged again. "
-                "Restore the file, or use another folder."
-            )
-        for statement in schema.SCHEMA.split(";"):
-            db.execute(statement)
-        db.execute("INSERT INTO meta VALUES ('instance', ?)", (instance,))
-        db.execute(f"PRAGMA user_version={schema.SCHEMA_VERSION}")
-    known = db.execute("SELECT value FROM meta WHERE name = 'instance'").fetchone()[0]
-    if known != instance and not adopt:
-        raise LedgerError(
-            f"{path}: is a copy of another ledger. Running both could charge rows twice. If you no longer use the "
-            f"original, run: nanobanana batch resolve --out {path.parent} --adopt"
-        )
-    db.execute("UPDATE meta SET value = ? WHERE name = 'instance'", (instance,))
-    db.execute("UPDATE attempts SET state = 'unknown', reason = ? WHERE state = 'submitting'", (_INTERRUPTED_REASON,))
-    db.execute("COMMIT")
-
-
-def _open_error(path: Path, exc: Exception) -> LedgerError:
-    if getattr(exc, "sqlite_errorcode", None) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        try:
-            pid = int((path.parent / "ledger.pid").read_text())
-        except (OSError, ValueError):
-            pid = None
-        holder = "another process" if pid is None else f"process {pid}"
-        return LedgerError(f"{path}: in use by {holder}. Wait until it has finished.", pid=pid)
-    return LedgerError(f"{path}: cannot be used: {getattr(exc, 'strerror', None) or exc}")

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from random import Random
-from typing import Final, cast
+from typing import Final, Literal, cast
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
 import attrs
-from attrs.validators import and_, ge, gt, le
+from attrs.validators import and_, ge, gt, in_, le
 
 _EPOCH: Final = datetime(2026, 1, 1, tzinfo=UTC)
 _NGINX_404: Final = b"<html><head><title>404 Not Found</title></head><body><center>nginx</center></body></html>"
@@ -50,10 +50,26 @@ class SimulatorProfile:
     """Rate of submits that get a 429 with Retry-After: 1."""
     lost_responses: float = _rate()
     """Rate of submits that are charged and get a gateway's 502."""
+    charged_errors: float = _rate()
+    """Rate of submits that are charged and get the service's own 500."""
+    charged_timeouts: float = _rate()
+    """Rate of submits that are charged and get a gateway's 408."""
+    captive_portals: float = _rate()
+    """Rate of submits that get a redirect to a login page and are not charged."""
+    unstated_charges: float = _rate()
+    """Rate of tasks with an image whose `consumed` is null."""
     price: Decimal = Decimal("0.5")
+    size_prices: Mapping[str, Decimal] = attrs.field(factory=dict[str, Decimal])
+    """Price by `image_size`; `price` for others."""
+    failed_charge: Literal["null", "missing", "zero", "price"] = attrs.field(
+        default="null", validator=in_(("null", "missing", "zero", "price"))
+    )
+    """`consumed` of tasks without an image. They are charged, except with `"zero"`, which gives the credits back."""
     balance: Decimal = Decimal(100_000)
     keys: frozenset[str] = frozenset({"dk-test"})
     """API keys that are accepted."""
+    accounts: Mapping[str, str] = attrs.field(factory=dict[str, str])
+    """Account by key, whose tasks only its own keys can query. Keys that are not listed share one."""
 
     @classmethod
     def from_faults(cls, text: str, **settings: object) -> "SimulatorProfile":
@@ -62,12 +78,12 @@ class SimulatorProfile:
         Raises:
             ValueError: A name is unknown, or a rate is not a number in [0, 1].
         """
-        known = ("failed_tasks", "text_only", "inline_images", "server_errors", "rate_limited", "lost_responses")
+        known = (*_ERRORS, "failed_tasks", "text_only", "inline_images", "unstated_charges")
         rates: dict[str, float] = {}
         for part in filter(None, (item.strip() for item in text.split(","))):
             name, _, value = part.partition("=")
             if name not in known:
-                raise ValueError(f"faults: expected one of {', '.join(known)}, got {name!r}")
+                raise ValueError(f"faults: expected one of {', '.join(sorted(known))}, got {name!r}")
             rates[name] = float(value or 1)
         return cls(**rates, **settings)  # type: ignore[arg-type]  # both are float fields
 
@@ -112,6 +128,10 @@ class SimulatedTask:
     result_kind: str
     """`"image"`, `"inline"`, `"text"` or `"failed"`."""
     callback_url: str | None
+    price: Decimal
+    consumed: str | None
+    """What the service states when it is final; None for null."""
+    account: str
 
     @property
     def final_s(self) -> float:
@@ -160,13 +180,14 @@ class SimulatedService:
         self.requests.append(f"{method} {parts.path}")
         if method == "GET" and parts.path.startswith("/files/"):
             return self._file(parts.path, headers)
-        known = headers.get("authorization", "").removeprefix("Bearer ") in self.profile.keys
+        key = headers.get("authorization", "").removeprefix("Bearer ")
+        known, account = key in self.profile.keys, self.profile.accounts.get(key, "")
         match method, parts.path:
             case "POST", "/api/image/gen":
-                return self._submit(body) if known else _error_response(401, 1, "Invalid API key")
+                return self._submit(body, account) if known else _error_response(401, 1, "Invalid API key")
             case "GET", "/api/task/query" if known:
-                match = parse_qs(parts.query).get("task_id", [""])[0]
-                return self._query(match, f"{parts.scheme}://{parts.netloc}")
+                task_id = parse_qs(parts.query).get("task_id", [""])[0]
+                return self._query(task_id, account, f"{parts.scheme}://{parts.netloc}")
             case "GET", "/api/user" if known:
                 return _json_response(200, {"code": 0, "message": "ok", "data": {"credit": str(self.balance)}})
             case "GET", "/api/task/query" | "/api/user":
@@ -177,11 +198,10 @@ class SimulatedService:
     def callback_body(self, task: SimulatedTask, files_url: str) -> bytes:
         """Return the body of a callback: the fields of the task without envelope, in final states only."""
         state = self._state(task, files_url)
-        return json.dumps(
-            {key: state[key] for key in ("result", "status", "task_id", "consumed", "status_reason")}
-        ).encode()
+        keys = ("result", "status", "task_id", "consumed", "status_reason")
+        return json.dumps({key: state[key] for key in keys if key in state}).encode()
 
-    def _submit(self, body: bytes) -> SimulatedResponse:
+    def _submit(self, body: bytes, account: str) -> SimulatedResponse:
         # Draw every random number for every submit, so that changing one rate does not shift the others.
         error_draw, kind_draw, spread = self._rng.random(), self._rng.random(), self._rng.gauss(0.0, 1.0)
         task_id = f"ta{UUID(int=self._rng.getrandbits(128), version=4)}"
@@ -192,27 +212,48 @@ class SimulatedService:
             return _error_response(400, 1, "invalid JSON")
         if problem := _request_error(request):
             return _error_response(400, 1, problem)
-        if error_draw < profile.rate_limited:
-            return attrs.evolve(_error_response(429, 1, "too many requests"), headers={"retry-after": "1"})
-        if error_draw < profile.rate_limited + profile.server_errors:
-            return _error_response(500, 1, "internal error")
-        if self.balance < profile.price:
+        error = self._draw_error(error_draw)
+        if error is not None and error not in _CHARGED_ERRORS:
+            return _ERRORS[error]
+        price = profile.size_prices.get(str(request.get("image_size")), profile.price)
+        if self.balance < price:
             return _error_response(402, 1, "insufficient credit")
+        kind = self._draw_result_kind(kind_draw)
         task = SimulatedTask(
             task_id=task_id,
             image=_image_spec(request),
             accepted_s=self._now_s(),
             latency_s=profile.median_s * math.exp(profile.sigma * spread),
-            result_kind=self._draw_result_kind(kind_draw),
+            result_kind=kind,
             callback_url=request.get("callback_url"),
+            price=price,
+            consumed=self._draw_consumed(kind, price),
+            account=account,
         )
         self.tasks[task_id] = task
-        charge = Charge(task_id=task_id, prompt=task.image.prompt, credits=profile.price, at_s=task.accepted_s)
+        is_free = kind in ("failed", "text") and profile.failed_charge == "zero"
+        cost = Decimal(0) if is_free else price
+        charge = Charge(task_id=task_id, prompt=task.image.prompt, credits=cost, at_s=task.accepted_s)
         self.charges.append(charge)
         self._spent += charge.credits
-        is_lost = 0 <= error_draw - profile.rate_limited - profile.server_errors < profile.lost_responses
-        accepted = _json_response(200, {"code": 0, "message": "ok", "data": {"task_id": task_id}})
-        return SimulatedResponse(status=502, body=_NGINX_502, media_type="text/html") if is_lost else accepted
+        if error is not None:
+            return _ERRORS[error]
+        return _json_response(200, {"code": 0, "message": "ok", "data": {"task_id": task_id}})
+
+    def _draw_error(self, draw: float) -> str | None:
+        """Return the name of the rate that *draw* falls into, or None."""
+        for name in _ERRORS:
+            rate: float = getattr(self.profile, name)
+            if draw < rate:
+                return name
+            draw -= rate
+        return None
+
+    def _draw_consumed(self, kind: str, price: Decimal) -> str | None:
+        if kind in ("image", "inline"):
+            is_unstated = self.profile.unstated_charges and self._rng.random() < self.profile.unstated_charges
+            return None if is_unstated else f"{price:.6f}"
+        return {"zero": "0.000000", "price": f"{price:.6f}"}.get(self.profile.failed_charge)
 
     def _draw_result_kind(self, draw: float) -> str:
         for name, rate in (
@@ -225,9 +266,9 @@ class SimulatedService:
             draw -= rate
         return "image"
 
-    def _query(self, task_id: str, files_url: str) -> SimulatedResponse:
+    def _query(self, task_id: str, account: str, files_url: str) -> SimulatedResponse:
         task = self.tasks.get(task_id)
-        if task is None or self._now_s() - task.accepted_s < self.profile.visibility_delay_s:
+        if task is None or task.account != account or self._now_s() - task.accepted_s < self.profile.visibility_delay_s:
             return _error_response(404, 1, "task not found")
         return _json_response(200, {"code": 0, "message": "ok", "data": self._state(task, files_url)})
 
@@ -236,14 +277,17 @@ class SimulatedService:
         result: list[dict[str, str]] | None = None
         if status == "success":
             result = [self._item(task, files_url)]
-        return {
+        state: dict[str, object] = {
             "task_id": task.task_id,
             "status": status,
             "result": result,
-            "consumed": f"{self.profile.price:.6f}" if result else None,
+            "consumed": None if result is None and status != "failed" else task.consumed,
             "created_at": (_EPOCH + timedelta(seconds=task.accepted_s)).isoformat(),
             "status_reason": {"message": "the prompt was rejected" if status == "failed" else None},
         }
+        if task.result_kind in ("failed", "text") and self.profile.failed_charge == "missing":
+            del state["consumed"]
+        return state
 
     def _item(self, task: SimulatedTask, files_url: str) -> dict[str, str]:
         if task.result_kind == "text":
@@ -299,3 +343,17 @@ def _json_response(status: int, document: object) -> SimulatedResponse:
 
 def _error_response(status: int, code: int, detail: str) -> SimulatedResponse:
     return _json_response(status, {"code": code, "message": "failed", "detail": detail})
+
+
+_ERRORS: Final[Mapping[str, SimulatedResponse]] = {
+    "rate_limited": attrs.evolve(_error_response(429, 1, "too many requests"), headers={"retry-after": "1"}),
+    "server_errors": _error_response(500, 1, "internal error"),
+    "lost_responses": SimulatedResponse(status=502, body=_NGINX_502, media_type="text/html"),
+    "charged_errors": _error_response(500, 1, "internal error"),
+    "charged_timeouts": SimulatedResponse(status=408, body=b"", media_type="text/html"),
+    "captive_portals": SimulatedResponse(
+        status=302, body=b"", media_type="text/html", headers={"location": "https://login.portal.example/"}
+    ),
+}
+"""Responses by the name of their rate, in the order in which they are drawn."""
+_CHARGED_ERRORS: Final = ("lost_responses", "charged_errors", "charged_timeouts")

@@ -1,8 +1,12 @@
 """When to poll an unfinished task, and what its statuses and 404s mean. Pure."""
 
+import enum
+import math
 from collections.abc import Mapping, Sequence
 from random import Random
 from typing import Final
+
+import attrs
 
 from nanobanana_async.models import TaskStatus
 from nanobanana_async.policies import PollPolicy
@@ -38,9 +42,49 @@ def latest_status(known: TaskStatus, seen: TaskStatus) -> TaskStatus:
     return max(known, seen, key=_STATUS_ORDER.__getitem__)
 
 
-def is_lost(missing_polls: int, missing_s: float) -> bool:
-    """Return whether a task is lost after *missing_polls* 404s over *missing_s* seconds beyond the grace time."""
-    return missing_polls >= LOST_AFTER_POLLS and missing_s >= LOST_AFTER_S
+class Lost(enum.Enum):
+    """The service no longer knows the task."""
+
+    LOST = "lost"
+
+
+@attrs.frozen
+class Presence:
+    """Whether the service knows a task."""
+
+    last_found_s: float = -math.inf
+    """When the service last returned it."""
+    missing_since_s: float = math.inf
+    """Time of the first unexpected 404 in a series; infinity if there is none."""
+    missing_polls: int = 0
+
+    def after_404(self, now_s: float, submitted_at_s: float) -> "Presence | Lost":
+        """Return the presence after a 404. A new task, or one just seen, may be invisible for a while."""
+        if now_s - max(submitted_at_s, self.last_found_s) <= NOT_FOUND_GRACE_S:
+            return self
+        since_s, polls = min(self.missing_since_s, now_s), self.missing_polls + 1
+        if polls >= LOST_AFTER_POLLS and now_s - since_s >= LOST_AFTER_S:
+            return Lost.LOST
+        return Presence(self.last_found_s, since_s, polls)
+
+
+NEVER_FOUND: Final = Presence()
+
+
+@attrs.frozen
+class PollHistory:
+    """The polls of one task so far."""
+
+    count: int = 0
+    sent_s: float = -math.inf
+    """When the last one was sent."""
+    consecutive_errors: int = 0
+    """Consecutive polls without a response."""
+    last_error: str = ""
+    """Text of the last error. An exception object would keep its response alive."""
+
+
+NO_POLLS: Final = PollHistory()
 
 
 class PollSchedule:

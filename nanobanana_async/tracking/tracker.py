@@ -13,28 +13,36 @@ from functools import partial
 from typing import Final, Protocol
 
 import anyio
+import attrs
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.delay_queue import DelayQueue
 from nanobanana_async._concurrency.events import OneShotEvent
+from nanobanana_async._concurrency.slots import Slot
 from nanobanana_async.errors import (
     AuthenticationError,
     InvalidRequest,
     NanoBananaError,
+    TaskLost,
     TaskNotFound,
     TaskTimeout,
     TransportError,
 )
 from nanobanana_async.models import Task, TaskStatus
-from nanobanana_async.tracking.schedule import DEFAULT_AGE_S, NOT_FOUND_GRACE_S, PollSchedule, is_lost, latest_status
+from nanobanana_async.tracking.schedule import (
+    DEFAULT_AGE_S,
+    Lost,
+    PollSchedule,
+    Presence,
+    latest_status,
+)
 from nanobanana_async.tracking.state import (
-    NO_TASK,
     SubmitInfo,
     TaskCache,
+    TaskState,
     TrackedTask,
     TrackerStatistics,
     Waiter,
-    lost_task_error,
     with_task_id,
 )
 
@@ -56,16 +64,12 @@ class PollSource(Protocol):
         """Polls that may be sent per second at present."""
         ...
 
-    async def acquire_poll_slot(self) -> None:
-        """Return when one more poll may be sent. The caller then holds a slot."""
-        ...
-
-    def release_poll_slot(self) -> None:
-        """Give back a slot that was not used."""
+    async def acquire_poll_slot(self) -> Slot:
+        """Return a slot once one more poll may be sent."""
         ...
 
     async def poll(self, task_id: str) -> Task:
-        """Query once. Gives the slot back."""
+        """Query once."""
         ...
 
 
@@ -81,6 +85,7 @@ class TaskTracker:
         self._schedule = schedule
         self._background = background
         self._tasks: dict[str, TrackedTask] = {}
+        """Tasks with waiters."""
         self.cache: Final = TaskCache()
         grain_s = min(_TIMER_SLACK_S, schedule.policy.min_interval_s / 2)
         self._poll_queue: DelayQueue[TrackedTask] = DelayQueue(grain_s)
@@ -102,78 +107,79 @@ class TaskTracker:
         Raises:
             TaskTimeout: *timeout_s* passed, or the client was closed. `exc.task` is the last snapshot.
             TaskNotFound: The service does not know the task.
+            TaskLost: The service no longer knows the task.
             AuthenticationError: The service rejected the key. This ends every wait.
             InvalidRequest: The service rejected the task id.
         """
         await self._background.ensure_started()
-        if (final := self.cache.finished.get(task_id)) is not None:
+        if (final := self.cache.finished(task_id)) is not None:
             return final
         deadline_s = anyio.current_time() + timeout_s
-        waiter = self.track(task_id, submit_info)
+        tracked, waiter = self.track(task_id, submit_info)
         try:
-            while waiter.task.snapshot is None or not waiter.task.snapshot.is_final:
-                await self._arm(waiter, deadline_s, timeout_s).wait()
-            return waiter.task.snapshot
+            while tracked.snapshot is None or not tracked.snapshot.is_final:
+                await self._arm(tracked, waiter, deadline_s, timeout_s).wait()
+            return tracked.snapshot
         finally:
-            self.remove_waiter(waiter)
+            self.remove_waiter(tracked, waiter)
 
     async def updates(
         self, task_id: str, *, timeout_s: float, submit_info: SubmitInfo = SubmitInfo()
     ) -> AsyncGenerator[Task]:
         """Yield a snapshot at each change of status, ending with the final one. Raises as `wait` does."""
         await self._background.ensure_started()
-        if (final := self.cache.finished.get(task_id)) is not None:
+        if (final := self.cache.finished(task_id)) is not None:
             yield final
             return
         deadline_s = anyio.current_time() + timeout_s
-        waiter = self.track(task_id, submit_info)
-        tracked, shown = waiter.task, None
+        tracked, waiter = self.track(task_id, submit_info)
+        shown = None
         try:
             while shown is None or not shown.is_final:
                 if tracked.snapshot is None or tracked.snapshot.status is shown:
-                    await self._arm(waiter, deadline_s, timeout_s).wait()
+                    await self._arm(tracked, waiter, deadline_s, timeout_s).wait()
                 else:
                     shown = tracked.snapshot.status
                     yield tracked.snapshot
         finally:
-            self.remove_waiter(waiter)
+            self.remove_waiter(tracked, waiter)
 
-    def track(self, task_id: str, submit_info: SubmitInfo = SubmitInfo()) -> Waiter:
+    def track(self, task_id: str, submit_info: SubmitInfo = SubmitInfo()) -> tuple[TrackedTask, Waiter]:
         """Poll *task_id* until it is final, or until `remove_waiter`. The background tasks must be started."""
-        submit_info = (
-            submit_info if submit_info.submitted_at_s is not None else self.cache.submits.get(task_id) or submit_info
-        )
+        if submit_info.submitted_at_s is None:
+            submit_info = self.cache.submits.get(task_id) or submit_info
         tracked = self._tasks.get(task_id)
         if tracked is None:
-            tracked = self._tasks[task_id] = self.cache.suspended.pop(task_id) or self._create(task_id, submit_info)
-            if not tracked.polls:
+            tracked = self._tasks[task_id] = self._recall(task_id)
+            if submit_info.submitted_at_s is not None:
+                tracked.submit = submit_info
+            if tracked.state is not TaskState.POLLING:
                 self._schedule_poll(tracked)
-            elif not tracked.poll_in_flight:
-                self._poll_queue.schedule(tracked, tracked.later_s)
             if not self._running:
                 self._running = True
                 self._background.start_soon(self._run)
-        tracked.set_submit_info(submit_info)
-        waiter = Waiter(tracked)
-        tracked.add_waiter(waiter)
-        return waiter
+        waiter = Waiter()
+        tracked.waiters.append(waiter)
+        return tracked, waiter
 
-    def _create(self, task_id: str, submit_info: SubmitInfo) -> TrackedTask:
-        tracked = TrackedTask(task_id, None, anyio.current_time() - DEFAULT_AGE_S, submitted_here=False)
-        tracked.set_submit_info(submit_info)
-        if self.cache.heard.pop(task_id):
-            tracked.request_confirmation(anyio.current_time())
-        return tracked
+    def _recall(self, task_id: str) -> TrackedTask:
+        """Return the suspended task, or a new one."""
+        tracked = self.cache.tasks.pop(task_id)
+        if tracked is not None and tracked.state is not TaskState.FINISHED:
+            return tracked
+        guess_s = anyio.current_time() - DEFAULT_AGE_S
+        return TrackedTask(task_id, SubmitInfo(submitted_at_s=guess_s, is_estimate=True))
 
-    def remove_waiter(self, waiter: Waiter) -> None:
+    def remove_waiter(self, tracked: TrackedTask, waiter: Waiter) -> None:
         """Remove *waiter*. The last one ends the polling."""
         self._timeout_queue.remove(waiter)
-        tracked, waiter.task = waiter.task, NO_TASK  # the delay queue may keep a reference for a while
-        tracked.remove_waiter(waiter)
-        if tracked.waiters is None and self._tasks.get(tracked.task_id) is tracked:
-            tracked.later_s = tracked.due_s
+        if waiter in tracked.waiters:  # all are removed when the task is finished
+            tracked.waiters.remove(waiter)
+        if not tracked.waiters and self._tasks.get(tracked.task_id) is tracked:
             self._untrack(tracked)
-            self.cache.suspended.add(tracked.task_id, tracked)
+            if tracked.state is TaskState.SCHEDULED:
+                tracked.state = TaskState.SUSPENDED
+            self.cache.tasks.add(tracked.task_id, tracked)
 
     def notify(self, task_id: str) -> None:
         """Poll *task_id* soon, because a callback reported a change.
@@ -181,15 +187,17 @@ class TaskTracker:
         Callbacks are not authenticated, so they trigger at most one poll per task in ten seconds, and none without
         waiters.
         """
-        tracked = self._tasks.get(task_id) or self.cache.suspended.get(task_id)
-        if tracked is None and self.cache.submits.get(task_id) is not None:
-            self.cache.heard.add(task_id, value=True)
-        if tracked is None or not tracked.request_confirmation(anyio.current_time()):
+        tracked = self._tasks.get(task_id) or self.cache.tasks.get(task_id)
+        if tracked is None:
+            if (submit := self.cache.submits.get(task_id)) is None:
+                return
+            tracked = TrackedTask(task_id, submit)
+            self.cache.tasks.add(task_id, tracked)
+        if tracked.state is TaskState.FINISHED or not tracked.request_confirmation(anyio.current_time()):
             return
         self._missed_callbacks = 0
-        tracked.later_s = tracked.confirm_at_s
-        if tracked.confirm_at_s < tracked.due_s < math.inf:  # with a poll in flight, `_schedule_poll` handles it
-            self._poll_queue.schedule(tracked, tracked.confirm_at_s)
+        if tracked.state is TaskState.SCHEDULED and tracked.confirm_at_s < tracked.due_s:
+            self._poll_queue.schedule(tracked, tracked.confirm_at_s)  # after a poll in flight, `_next_poll_s` sees it
 
     def statistics(self) -> TrackerStatistics:
         """Return a snapshot of the tracker. O(tracked tasks)."""
@@ -220,9 +228,8 @@ class TaskTracker:
 
     # --- waiters ----------------------------------------------------------------------------------------------------
 
-    def _arm(self, waiter: Waiter, deadline_s: float, timeout_s: float) -> OneShotEvent:
+    def _arm(self, tracked: TrackedTask, waiter: Waiter, deadline_s: float, timeout_s: float) -> OneShotEvent:
         """Return an event that is set at the next change. Raise the error that ended tracking, or TaskTimeout."""
-        tracked = waiter.task
         if tracked.error is not None:
             raise copy.copy(tracked.error)  # a copy per waiter: a shared one would collect all their tracebacks
         if anyio.current_time() < deadline_s:
@@ -230,9 +237,9 @@ class TaskTracker:
                 self._timeout_queue.schedule(waiter, deadline_s)
             waiter.event = OneShotEvent()
             return waiter.event
-        pending = "waiting for its callback" if tracked.has_callback else "without a status"
+        pending = "waiting for its callback" if tracked.submit.has_callback else "without a status"
         status = pending if tracked.snapshot is None else tracked.snapshot.status
-        error = tracked.last_error and f" (last poll failed: {tracked.last_error})"
+        error = tracked.history.last_error and f" (last poll failed: {tracked.history.last_error})"
         raise TaskTimeout(
             f"task {tracked.task_id} still {status} after {timeout_s:.3g} s{error}. "
             "It keeps running; you can wait on it again.",
@@ -248,8 +255,7 @@ class TaskTracker:
 
     def _untrack(self, tracked: TrackedTask) -> None:
         self._poll_queue.remove(tracked)
-        self._demand_per_s -= tracked.demand_per_s
-        tracked.demand_per_s = 0.0
+        self._set_demand(tracked, 0.0)
         if self._tasks.get(tracked.task_id) is tracked:
             del self._tasks[tracked.task_id]
         if not self._tasks:
@@ -257,46 +263,52 @@ class TaskTracker:
 
     def _finish(self, tracked: TrackedTask, error: NanoBananaError | None = None) -> None:
         """Stop tracking: the task is final, or *error* is raised in every waiter."""
-        tracked.error = error
+        tracked.state, tracked.error = TaskState.FINISHED, error
         self._untrack(tracked)
-        self.cache.suspended.pop(tracked.task_id)
+        self.cache.tasks.pop(tracked.task_id)
+        if error is None and tracked.snapshot is not None and not tracked.snapshot.has_inline_image:
+            self.cache.tasks.add(tracked.task_id, tracked)
         tracked.wake_all()
+        tracked.waiters.clear()
 
     # --- the scheduler ----------------------------------------------------------------------------------------------
 
     def _pressure(self) -> float:
         return max(1.0, self._demand_per_s / self._source.polls_per_s)
 
+    def _set_demand(self, tracked: TrackedTask, polls_per_s: float) -> None:
+        self._demand_per_s += polls_per_s - tracked.demand_per_s
+        tracked.demand_per_s = polls_per_s
+
     def _schedule_poll(self, tracked: TrackedTask, *, failures: int = 0) -> None:
         """Schedule the next poll, after *failures* consecutive polls without a response."""
-        now_s = anyio.current_time()
         if self._tasks.get(tracked.task_id) is not tracked:  # all waiters left during the poll
-            tracked.later_s = now_s + self._schedule.policy.min_interval_s
+            tracked.state = TaskState.SUSPENDED
             return
-        due_s = now_s + self._next_poll_in_s(tracked, now_s, failures)
-        if tracked.confirm_at_s > tracked.last_poll_s:
-            due_s = min(due_s, max(now_s, tracked.confirm_at_s))
-        self._poll_queue.schedule(tracked, due_s)
+        now_s = anyio.current_time()
+        is_next = tracked.state is TaskState.POLLING or not tracked.history.count
+        from_s = now_s if is_next else tracked.history.sent_s
+        due_s = from_s + (self._schedule.backoff_s(failures) if failures else self._interval_s(tracked, from_s))
+        if tracked.confirm_at_s > tracked.history.sent_s:
+            due_s = min(due_s, tracked.confirm_at_s)
+        tracked.state = TaskState.SCHEDULED
+        self._poll_queue.schedule(tracked, max(now_s, due_s))
 
-    def _next_poll_in_s(self, tracked: TrackedTask, now_s: float, failures: int) -> float:
-        if failures:
-            return self._schedule.backoff_s(failures)
-        if not tracked.polls and not tracked.submitted_here:
+    def _interval_s(self, tracked: TrackedTask, from_s: float) -> float:
+        """Return the seconds from *from_s* to the next poll."""
+        schedule, polls, submit = self._schedule, tracked.history.count, tracked.submit
+        if not polls and submit.is_estimate:
             return 0.0  # it may have finished long ago
-        schedule = self._schedule
         if tracked.snapshot is not None and tracked.snapshot.status is TaskStatus.UNRECOGNIZED:
             return schedule.jittered_s(schedule.policy.max_interval_s)
-        age_s = now_s - tracked.submitted_at_s
-        if tracked.has_callback and self._missed_callbacks < _DISTRUST_CALLBACKS_AFTER:
-            return schedule.jittered_s(
-                max(0.0, _CALLBACK_INTERVAL_FACTOR * schedule.policy.max_interval_s - (0 if tracked.polls else age_s))
-            )
-        interval_s = schedule.next_poll_in_s(tracked.model, age_s, tracked.polls)
-        self._demand_per_s -= tracked.demand_per_s
-        tracked.demand_per_s = 1 / max(interval_s, schedule.policy.min_interval_s)
-        self._demand_per_s += tracked.demand_per_s
+        age_s = tracked.age_s(from_s)
+        if submit.has_callback and self._missed_callbacks < _DISTRUST_CALLBACKS_AFTER:
+            wait_s = _CALLBACK_INTERVAL_FACTOR * schedule.policy.max_interval_s - (0 if polls else age_s)
+            return schedule.jittered_s(max(0.0, wait_s))
+        interval_s = schedule.next_poll_in_s(submit.model, age_s, polls)
+        self._set_demand(tracked, 1 / max(interval_s, schedule.policy.min_interval_s))
         if (pressure := self._pressure()) > 1:
-            interval_s = schedule.next_poll_in_s(tracked.model, age_s, tracked.polls, pressure)
+            interval_s = schedule.next_poll_in_s(submit.model, age_s, polls, pressure)
         return schedule.jittered_s(interval_s)
 
     async def _run(self) -> None:
@@ -315,22 +327,24 @@ class TaskTracker:
         while True:
             await self._poll_queue.wait_due()
             # Acquire the slot before the task is chosen: due tasks wait in the heap, not as coroutines.
-            await self._source.acquire_poll_slot()
-            now_s = anyio.current_time()
-            if self._poll_queue.next_due_s() > now_s:
-                self._source.release_poll_slot()  # the due task was removed during the wait for the slot
-                continue
-            tracked = self._poll_queue.pop()
-            tracked.last_poll_s = now_s
-            tracked.poll_in_flight = True
-            tracked.polls += 1
-            self._polls += 1
-            self._in_flight += 1
-            self._background.start_soon(partial(self._poll, tracked))
+            slot = await self._source.acquire_poll_slot()
+            if self._poll_queue.next_due_s() <= anyio.current_time():
+                self._begin_poll(self._poll_queue.pop(), slot)
+            else:
+                slot.release()  # the due task was removed during the wait for the slot
 
-    async def _poll(self, tracked: TrackedTask) -> None:
+    def _begin_poll(self, tracked: TrackedTask, slot: Slot) -> None:
+        count = tracked.history.count + 1
+        tracked.history = attrs.evolve(tracked.history, count=count, sent_s=anyio.current_time())
+        tracked.state = TaskState.POLLING
+        self._polls += 1
+        self._in_flight += 1
+        self._background.start_soon(partial(self._poll, tracked, slot))
+
+    async def _poll(self, tracked: TrackedTask, slot: Slot) -> None:
         try:
-            task = await self._source.poll(tracked.task_id)
+            with slot:
+                task = await self._source.poll(tracked.task_id)
         except AuthenticationError as exc:
             for other in list(self._tasks.values()):
                 self._finish(other, with_task_id(exc, other.task_id))
@@ -350,60 +364,62 @@ class TaskTracker:
         else:
             self._on_snapshot(tracked, task)
         finally:
-            tracked.poll_in_flight = False
             self._in_flight -= 1
 
     def _on_poll_error(self, tracked: TrackedTask, exc: NanoBananaError) -> None:
         """Back off after a failed poll, by the larger number of consecutive failures, of this task or of all tasks."""
         self._consecutive_errors += 1
-        tracked.consecutive_errors += 1
+        errors = tracked.history.consecutive_errors + 1
         # Once per outage. Without a warning, an outage looks like a slow image.
         if self._consecutive_errors == _WARN_AFTER_ERRORS:
             _log.warning("%d consecutive polls failed; polling continues: %s", self._consecutive_errors, exc)
-        tracked.last_error = str(exc)
-        self._schedule_poll(tracked, failures=max(self._consecutive_errors, tracked.consecutive_errors))
+        tracked.history = attrs.evolve(tracked.history, consecutive_errors=errors, last_error=str(exc))
+        self._schedule_poll(tracked, failures=max(self._consecutive_errors, errors))
 
     def _on_snapshot(self, tracked: TrackedTask, task: Task) -> None:
-        now_s = anyio.current_time()
+        now_s, submit = anyio.current_time(), tracked.submit
         self._consecutive_errors = 0
-        tracked.last_found_s, tracked.missing_since_s, tracked.missing_polls = now_s, math.inf, 0
-        tracked.consecutive_errors, tracked.last_error = 0, ""
-        if tracked.submitted_here and tracked.model is not None:
-            age_s = now_s - tracked.submitted_at_s
-            self._schedule.observe(tracked.model, tracked.last_unfinished_age_s, age_s, done=task.is_final)
-            tracked.last_unfinished_age_s = age_s
-        task = (
-            self.cache.finished.get(task.task_id) or task
-        )  # the first final status stays, whatever the service reports later
+        if submit.model is not None and not submit.is_estimate:
+            since_s = max(0.0, tracked.age_s(tracked.presence.last_found_s))
+            self._schedule.observe(submit.model, since_s, tracked.age_s(now_s), done=task.is_final)
+        tracked.presence = Presence(last_found_s=now_s)
+        tracked.history = attrs.evolve(tracked.history, consecutive_errors=0, last_error="")
         known = tracked.snapshot
+        # The first final status stays, whatever the service reports later.
+        task = self.cache.finished(task.task_id) or task
         if known is None or latest_status(known.status, task.status) is task.status:
             tracked.snapshot = task
         else:
             _log.debug("task %s went from %s to %s; ignored", task.task_id, known.status, task.status)
         if task.is_final:
-            if tracked.has_callback and tracked.confirm_at_s == -math.inf:
+            if submit.has_callback and tracked.confirm_at_s == -math.inf:
                 self._missed_callbacks += 1
-            self.cache.add_finished(task)
             self._finish(tracked)
             return
         if task.status is TaskStatus.UNRECOGNIZED and not self._warned_unrecognized:
             self._warned_unrecognized = True
             _log.warning("task %s has an unrecognized status; treated as running", task.task_id)
         self._schedule_poll(tracked)
-        if known is None or tracked.snapshot is not known:
+        if tracked.snapshot is not known:
             tracked.wake_all()
 
     def _on_not_found(self, tracked: TrackedTask, exc: TaskNotFound) -> None:
         """Handle a 404. A new task may be invisible for a while. A foreign id that was never seen does not exist."""
-        now_s = anyio.current_time()
-        if not tracked.submitted_here and tracked.snapshot is None:
+        if tracked.submit.is_estimate and tracked.snapshot is None:
             self._finish(tracked, exc)
             return
-        if now_s - max(tracked.submitted_at_s, tracked.last_found_s) > NOT_FOUND_GRACE_S:
-            tracked.missing_since_s = min(tracked.missing_since_s, now_s)
-            tracked.missing_polls += 1
-            if is_lost(tracked.missing_polls, now_s - tracked.missing_since_s):
-                self._finish(tracked, lost_task_error(tracked, exc))
-                return
-        tracked.last_error = str(exc)
+        presence = tracked.presence.after_404(anyio.current_time(), tracked.submit.submitted_at_s or 0.0)
+        if isinstance(presence, Lost):
+            self._finish(tracked, _lost(tracked, exc))
+            return
+        tracked.presence = presence
+        tracked.history = attrs.evolve(tracked.history, last_error=str(exc))
         self._schedule_poll(tracked)
+
+
+def _lost(tracked: TrackedTask, exc: TaskNotFound) -> TaskLost:
+    """Return the error for the waiters of a task that the service has lost."""
+    last = "never visible" if tracked.snapshot is None else f"last status {tracked.snapshot.status}"
+    was = "existed" if tracked.submit.is_estimate else "was accepted and may have been charged"
+    what = f"task {tracked.task_id} {was}, but the service no longer knows it ({last}): {exc}"
+    return TaskLost(what, task=tracked.snapshot, task_id=tracked.task_id)

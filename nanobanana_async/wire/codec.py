@@ -127,13 +127,14 @@ def to_api_error(response: WireResponse, envelope: Envelope, *, task_id: str | N
     kind = _error_type(response.status, envelope)
     code = "" if envelope.code is None else f", code {envelope.code}"
     subject = f"task {task_id}: " if task_id else ""
-    is_other_server = response.status in (404, 405) and not envelope.is_service_json
-    advice = " Check the base URL." if is_other_server else _ADVICE.get(kind, "")
+    is_other_server = 400 <= response.status < 500 and kind is InvalidRequest and not envelope.is_service_json
+    advice = _OTHER_SERVER_ADVICE if is_other_server else _ADVICE.get(kind, "")
     detail = f"{envelope.message or 'rejected'}{_redirect_note(response)}"
     message = f"{subject}{detail} (HTTP {response.status}{code}).{advice}"
     return kind(message, status=response.status, code=envelope.code, task_id=task_id)
 
 
+_OTHER_SERVER_ADVICE: Final = " The response is not from the service. Check the base URL and the network."
 _ADVICE: Final[dict[type, str]] = {
     AuthenticationError: " Check the API key.",
     InsufficientCredits: " Top up the account.",
@@ -145,10 +146,10 @@ def _error_type(status: int, envelope: Envelope) -> type[ApiError]:
         return AuthenticationError
     if status == 429:
         return RateLimited
-    if status == 402 or (envelope.is_service_json and not envelope.ok and _lacks_credit(envelope)):
-        return InsufficientCredits
-    if status >= 500 or status in (408, 425):
+    if status >= 500 or status in (408, 421, 425):
         return ServiceUnavailable
+    if status == 402 or (envelope.is_service_json and not envelope.ok and _says_empty_account(envelope.message)):
+        return InsufficientCredits
     return TaskNotFound if status == 404 and envelope.is_service_json else InvalidRequest
 
 
@@ -160,14 +161,27 @@ def _redirect_note(response: WireResponse) -> str:
     return f" (redirected to {found[1] if found else 'another path'}, not followed). Check the base URL"
 
 
-def _lacks_credit(envelope: Envelope) -> bool:
-    """Return whether the message says that the account is empty.
+_MEANS: Final = r"(?:credits?|balance|funds|quota)"
+_EMPTY_ACCOUNT: Final = re.compile(
+    rf"insufficient[ _-]+(?:\w+[ _-]+)?{_MEANS}\b"
+    rf"|not enough (?:\w+ )?{_MEANS}\b"
+    rf"|(?:out of|ran out of|run out of|exceeded your|exhausted your) (?:\w+ )?{_MEANS}\b"
+    rf"|(?<!white )\b{_MEANS}(?: balance)? (?:is |are |has been |have been )?"
+    r"(?:too low|insufficient|not enough|not sufficient|exhausted|used up|depleted|exceeded)\b"
+    rf"|\bno (?:more )?{_MEANS} (?:left|remaining|available)\b"
+    rf"|n[o']t have (?:a |any |enough |sufficient )?(?:\w+ )?{_MEANS}\b"
+    r"|余额不足|额度不足|积分不足|点数不足",
+    re.IGNORECASE,
+)
+"""Whole phrases, because single words such as "balance" occur in prompts and in rejections of prompts.
 
-    No status is documented for it. Source of the words: the messages that other clients look for.
-    """
+No status is documented for an empty account. Source: the messages of this and similar services in public clients.
+"""
+
+
+def _says_empty_account(message: str) -> bool:
     # An error may quote a prompt about a credit card. The apostrophes of "doesn't" and "it's" are not quotes.
-    message = re.sub(r"(?<!\w)'[^']*'(?!\w)|\"[^\"]*\"", "", envelope.message)
-    return re.search(r"insufficient|not enough|credit(?! card)|balance|quota", message, re.IGNORECASE) is not None
+    return _EMPTY_ACCOUNT.search(re.sub(r"(?<!\w)'[^']*'(?!\w)|\"[^\"]*\"", "", message)) is not None
 
 
 # --- responses of the operations ---------------------------------------------------------------------------------

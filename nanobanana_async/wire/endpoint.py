@@ -1,5 +1,6 @@
 """Base URL, API key and headers, validated once so that the key cannot leak or fail later."""
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -74,6 +75,10 @@ class Endpoint:
             "Accept-Encoding": "identity",
             "User-Agent": USER_AGENT,
         }
+
+    def key_digest(self, salt: str) -> str:
+        """Return 16 hex digits of a hash of *salt* and the key."""
+        return hashlib.sha256(f"{salt} {self._key.value}".encode()).hexdigest()[:16]
 
     def redact_response(self, response: WireResponse) -> WireResponse:
         """Return *response* with the key removed. Some servers quote it, and errors quote their words."""

@@ -51,7 +51,7 @@ class Result:
         """Whether accepted is one charge, rejected none, and unknown none or one, plus declared resubmits."""
         lowest, highest = {
             "accepted": (1, 1),
-            "rejected": (0, self.possible_duplicates + 1 if self.possible_duplicates else 0),
+            "rejected": (0, 0),
             "not sent": (0, 0),
             "unknown": (0, 1),
         }.get(self.verdict, (0, -1))
@@ -126,7 +126,7 @@ async def try_post(server: FaultServer, fault: Fault) -> Result:
         except SubmissionUnknown as exc:
             verdict, possible_duplicates, message = "unknown", exc.possible_duplicates, str(exc)
         except ApiError as exc:
-            verdict, possible_duplicates, message = "rejected", exc.possible_duplicates, str(exc)
+            verdict, message = "rejected", str(exc)
         except Exception as exc:  # noqa: BLE001 - the result of the trial
             verdict, message = type(exc).__name__, str(exc)
         else:

@@ -61,6 +61,26 @@ class RecordingTransport:
         """Close nothing."""
 
 
+class OwnRecord:
+    """Record the attempts of one request elsewhere."""
+
+    is_doubted = False
+
+    async def begin_attempt(self, nonce: str | None) -> None:
+        """Record nothing."""
+
+    async def end_attempt(self, end: nb.AttemptEnd) -> None:
+        """Look at the verdict."""
+        assert_type(end.verdict, nb.Verdict)
+        assert_type(end.task_id, str | None)
+
+
+async def records(client: nb.NanoBananaClient) -> None:
+    """Submit with a record of one's own."""
+    record: nb.SubmitRecord = OwnRecord()
+    assert_type(await client.submit("a fox", record=record), nb.TaskHandle)
+
+
 def configure() -> nb.NanoBananaClient:
     """Set every policy."""
     return nb.NanoBananaClient(
@@ -93,7 +113,7 @@ async def requests(client: nb.NanoBananaClient, source: nb.ImageSource, **option
             case nb.Failed(error=error):
                 assert_type(error, nb.NanoBananaError)
             case nb.Unknown(error=error):
-                assert_type(error, nb.SubmissionUnknown)
+                assert_type(error, nb.SubmissionUnknown | nb.TaskLost)
 
 
 def stores() -> list[nb.ImageStore]:
@@ -134,10 +154,19 @@ def hierarchy() -> dict[type[nb.NanoBananaError], tuple[type[nb.NanoBananaError]
             nb.RateLimited,
             nb.ServiceUnavailable,
         ),
-        nb.TaskError: (nb.TaskFailed, nb.TaskTimeout, nb.NoImage),
+        nb.TaskError: (nb.TaskFailed, nb.TaskLost, nb.TaskTimeout, nb.NoImage),
+        TimeoutError: (nb.TaskTimeout,),
         nb.TransportError: (nb.NotSent, nb.SubmissionUnknown, nb.ProtocolError),
         nb.ConfigurationError: (nb.InvalidBatchFile,),
-        nb.NanoBananaError: (nb.BudgetExceeded, nb.ImageError, nb.LedgerError, nb.TaskNotFound),
+        nb.NanoBananaError: (
+            nb.BudgetExceeded,
+            nb.ClientClosed,
+            nb.ImageError,
+            nb.KeyConflict,
+            nb.LedgerError,
+            nb.TaskNotFound,
+            nb.WrongEventLoop,
+        ),
     }
 
 

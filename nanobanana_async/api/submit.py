@@ -1,0 +1,306 @@
+"""The submit loop: slot, attempt record, POST, classification, and a resubmit as far as the policy allows.
+
+One submit passes five gates: a slot, the rate limiter, the breaker, the state of the client, and the record of the
+attempt. Once the attempt is recorded, it runs in a shielded task, and its caller may be cancelled.
+"""
+
+import logging
+import math
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Final, TypeAlias
+
+import anyio
+import attrs
+
+from nanobanana_async._concurrency.background import BackgroundTaskGroup, ShieldedWorkCancelled
+from nanobanana_async._concurrency.slots import Slot, SlotPool
+from nanobanana_async.api.flow_control import FlowControl
+from nanobanana_async.api.operations import authorized, run_maybe_in_thread
+from nanobanana_async.api.rate_limit import retry_after_s
+from nanobanana_async.api.retry import CircuitBreaker
+from nanobanana_async.errors import ApiError, NanoBananaError, NotSent
+from nanobanana_async.models import GenerationRequest
+from nanobanana_async.policies import Timeouts
+from nanobanana_async.protocols import (
+    AttemptEnd,
+    ExchangeError,
+    Phase,
+    RequestKind,
+    SubmitRecord,
+    Transport,
+    Verdict,
+    WireRequest,
+    WireResponse,
+)
+from nanobanana_async.wire import codec
+from nanobanana_async.wire.classify import RetryRule, Rule, SubmitExchange, classify, describe, refusal, submit_error
+from nanobanana_async.wire.endpoint import Endpoint
+
+PrepareRequest: TypeAlias = Callable[[GenerationRequest], Awaitable[GenerationRequest]]
+
+_log: Final = logging.getLogger("nanobanana_async")
+
+_NO_SLOT_MESSAGE: Final = "timed out waiting for a submit slot; nothing was sent"
+
+
+@attrs.frozen
+class AcceptedSubmit:
+    """A submit that was accepted."""
+
+    task_id: str
+    possible_duplicates: int
+    """Number of earlier submits of the same call that may have been charged."""
+
+
+class NoRecord:
+    """A `SubmitRecord` that stores nothing."""
+
+    is_doubted = False
+
+    async def begin_attempt(self, nonce: str | None) -> None:
+        """See `SubmitRecord.begin_attempt`."""
+
+    async def end_attempt(self, end: AttemptEnd) -> None:
+        """See `SubmitRecord.end_attempt`."""
+
+
+NO_RECORD: Final = NoRecord()
+
+
+@attrs.define(eq=False)
+class _Submit:
+    """The state of one call of `SubmitLoop.submit`."""
+
+    request: GenerationRequest
+    wire: WireRequest
+    slot: Slot
+    record: SubmitRecord
+    nonce: str | None
+    deadline_s: float
+    """When the caller gives up."""
+    exchange_deadline_s: float = math.inf
+    """When the exchanges of all attempts end, counted from the first one."""
+    is_doubted: bool = False
+    """Whether an earlier attempt got a response that does not prove whether it was charged."""
+    possible_charges: int = 0
+    """Attempts that may have been charged without a task id."""
+
+
+@attrs.frozen
+class _Attempt:
+    """One POST that has ended."""
+
+    rule: Rule
+    end: AttemptEnd
+    refusal: ApiError | None = None
+    """The rejection that every submit would get, of the key or of the account; None otherwise."""
+
+
+class SubmitLoop:
+    """Submits requests, at most `Limits.max_submits` at once.
+
+    Args:
+        transport: Sends the POSTs.
+        background: Runs them.
+        endpoint: Base URL and key.
+        flow: Rate limiter and retries.
+        timeouts: `submit_s` bounds the attempts of one call together.
+        max_submits: Number of slots.
+        prepare: Turns the images of a request into strings. It is called with a slot, so waiting calls hold no images.
+        on_orphan: Called for each task that was accepted after its caller was cancelled; None only logs it.
+    """
+
+    def __init__(  # noqa: PLR0913 - created by the client only
+        self,
+        transport: Transport,
+        background: BackgroundTaskGroup,
+        endpoint: Endpoint,
+        flow: FlowControl,
+        timeouts: Timeouts,
+        *,
+        max_submits: int,
+        prepare: PrepareRequest,
+        on_orphan: Callable[[AcceptedSubmit, GenerationRequest], None] | None = None,
+    ) -> None:
+        self._transport = transport
+        self._background = background
+        self._endpoint = endpoint
+        self._flow = flow
+        self._timeouts = timeouts
+        self._slots = SlotPool(max_submits, background.start_soon)
+        self._breaker = CircuitBreaker()
+        self._prepare = prepare
+        self._on_orphan = on_orphan
+
+    async def submit(
+        self,
+        request: GenerationRequest,
+        *,
+        deadline_s: float,
+        record: SubmitRecord = NO_RECORD,
+        nonce: str | None = None,
+    ) -> AcceptedSubmit:
+        """Submit *request* and return its task id. *nonce* identifies its callback, for the *record*.
+
+        *deadline_s*, on the event loop's clock, bounds the wait. If the caller is cancelled or times out during a POST,
+        the POST runs to its end in the background, and the task id is recorded and logged.
+
+        Raises:
+            NotSent: Nothing was charged: no connection, or no slot by *deadline_s*.
+            SubmissionUnknown: At least one POST may have been charged, and no task id is known.
+            ApiError: The service rejected the request. Nothing was charged.
+            ConfigurationError: The service cannot be reached in this way.
+        """
+        await self._background.ensure_started()
+        try:
+            slot = await self._slots.acquire(deadline_s)
+        except TimeoutError:
+            raise NotSent(_NO_SLOT_MESSAGE) from None
+        with slot:
+            wire = await self._encode(request)
+            submit = _Submit(request, wire, slot, record, nonce, deadline_s, is_doubted=record.is_doubted)
+            return await self._attempt_until_settled(submit)
+
+    async def _encode(self, request: GenerationRequest) -> WireRequest:
+        ready = await self._prepare(request)
+        size_bytes = sum(len(image) for image in ready.images if isinstance(image, str))
+        return await run_maybe_in_thread(size_bytes, partial(codec.encode_submit, self._endpoint.base_url, ready))
+
+    async def _attempt_until_settled(self, submit: _Submit) -> AcceptedSubmit:
+        attempts = 0
+        error: NanoBananaError = NotSent(_NO_SLOT_MESSAGE)
+        while await self._may_send(submit, attempts, error):
+            attempts += 1
+            try:
+                attempt = await self._attempt_shielded(submit)
+            except NotSent as exc:  # the record refuses a further attempt
+                _log.info("submit: %s", exc)
+                raise (exc if attempts == 1 else error) from None
+            if attempt.end.task_id is not None:
+                return AcceptedSubmit(attempt.end.task_id, submit.possible_charges)
+            error = attempt.end.error or error
+            if not self._may_retry(attempt.rule, attempts):
+                break
+            _log.info("submit: attempt %d ended as %r; retrying", attempts, attempt.rule.name)
+        raise error
+
+    async def _may_send(self, submit: _Submit, attempts: int, error: NanoBananaError) -> bool:
+        """Wait for the next attempt. Return False if *error*, the last outcome, is to be raised instead."""
+        if not attempts:
+            return await self._pass_gates(submit.deadline_s)
+        deadline_s = min(submit.deadline_s, submit.exchange_deadline_s)
+        try:
+            return await self._flow.back_off(attempts, deadline_s) and await self._pass_gates(deadline_s)
+        except NanoBananaError:
+            return False  # closed or rejected, but an earlier attempt may have been charged
+        except BaseException:
+            _log.warning("submit was cancelled between two attempts; the last one ended with: %s", error)
+            raise
+
+    async def _pass_gates(self, deadline_s: float) -> bool:
+        """Wait for the rate limiter. Return False if the deadline came first."""
+        with anyio.CancelScope(deadline=deadline_s):
+            await self._flow.acquire(RequestKind.SUBMIT)
+            if anyio.current_time() >= deadline_s:
+                return False
+            self._background.check_open()
+            self._breaker.check()
+            return True
+        return False
+
+    def _may_retry(self, rule: Rule, attempts: int) -> bool:
+        match rule.retry:
+            case RetryRule.NO:
+                return False
+            case RetryRule.SAFE | RetryRule.AFTER_WAIT:
+                allowed = True
+            case RetryRule.ONCE:
+                allowed = self._flow.retry.resubmit != "never"
+            case _:
+                allowed = self._flow.retry.allows_resubmit(rule.retry.value)
+        return allowed and self._flow.may_retry(attempts)
+
+    # --- one attempt ------------------------------------------------------------------------------------------------
+
+    async def _attempt_shielded(self, submit: _Submit) -> _Attempt:
+        """Send once, in a task that runs to its end even if the caller is cancelled.
+
+        No checkpoint separates the record of the attempt from its shield.
+        """
+        await submit.record.begin_attempt(submit.nonce)
+        submit.exchange_deadline_s = min(submit.exchange_deadline_s, anyio.current_time() + self._timeouts.submit_s)
+        attempt = partial(self._attempt, submit, submit.slot.share())
+        with anyio.CancelScope(deadline=submit.deadline_s):
+            try:
+                return await self._background.shield(attempt, on_abandoned=partial(self._on_abandoned, submit))
+            except ShieldedWorkCancelled:
+                failure = ExchangeError("the client was closed during the exchange", phase=Phase.SEND)
+                return self._judge(submit, SubmitExchange(failure=failure))
+        reason = "the caller timed out before the response. The exchange continues, and its task id will be logged"
+        return self._judge(submit, SubmitExchange(failure=ExchangeError(reason, phase=Phase.SEND)))
+
+    async def _attempt(self, submit: _Submit, slot: Slot) -> _Attempt:
+        with slot:
+            sent_s = anyio.current_time()
+            exchange = await self._exchange(submit.wire, submit.exchange_deadline_s - sent_s)
+        self._flow.observe(exchange.response, sent_s)
+        attempt = self._judge(submit, exchange)
+        self._update_breaker(attempt)
+        await submit.record.end_attempt(attempt.end)
+        return attempt
+
+    async def _exchange(self, wire: WireRequest, timeout_s: float) -> SubmitExchange:
+        response: WireResponse | None
+        failure = None
+        try:
+            response = await self._transport.send(authorized(wire, self._endpoint), timeout_s=timeout_s)
+        except ExchangeError as exc:
+            response, failure = exc.response, self._endpoint.redact_error(exc)
+        except anyio.get_cancelled_exc_class():
+            _log.warning("submit was interrupted by closing the client; it may have been charged")
+            raise
+        if response is None:
+            return SubmitExchange(failure=failure)
+        response = self._endpoint.redact_response(response)
+        return SubmitExchange(response=response, envelope=codec.decode_envelope(response), failure=failure)
+
+    def _judge(self, submit: _Submit, exchange: SubmitExchange) -> _Attempt:
+        """Classify *exchange*, the end of one attempt, and count what it may have been charged."""
+        rule = classify(attrs.evolve(exchange, is_doubted=submit.is_doubted))
+        submit.is_doubted = submit.is_doubted or rule.is_doubtful
+        if rule.verdict is Verdict.ACCEPTED:
+            task_id = exchange.envelope.task_id
+            if exchange.failure is not None or not exchange.envelope.ok:
+                _log.warning("task %s was accepted with an unusual response: %s", task_id, describe(exchange))
+            if submit.possible_charges:
+                _log.warning("task %s: possible duplicates: %d", task_id, submit.possible_charges)
+            return _Attempt(rule, AttemptEnd(verdict=rule.verdict, rule=rule.name, task_id=task_id))
+        if rule.verdict is Verdict.UNKNOWN:
+            submit.possible_charges += 1
+        error = submit_error(exchange, submit.possible_charges, self._endpoint.base_url)
+        if isinstance(error, ApiError) and exchange.response is not None:
+            error.retry_after_s = retry_after_s(exchange.response.headers)
+        end = AttemptEnd(verdict=rule.verdict, rule=rule.name, is_doubtful=rule.is_doubtful, error=error)
+        return _Attempt(rule, end, refusal(exchange))
+
+    def _update_breaker(self, attempt: _Attempt) -> None:
+        """Open the breaker on a rejection that every submit would get. Close it when a submit is accepted."""
+        if attempt.rule.verdict is Verdict.ACCEPTED:
+            self._breaker.reset()
+        elif attempt.refusal is not None:
+            self._breaker.trip(attempt.refusal)
+
+    def _on_abandoned(self, submit: _Submit, attempt: _Attempt) -> None:
+        """Log the result of a submit whose caller was cancelled, because the log is the last place for its task id."""
+        if attempt.rule.verdict is Verdict.UNKNOWN:
+            _log.warning("abandoned submit may have been charged: %s", attempt.end.error)
+        task_id = attempt.end.task_id
+        if task_id is None:
+            return
+        _log.warning("task %s was accepted after its caller was cancelled", task_id)
+        if self._on_orphan is not None:
+            try:
+                self._on_orphan(AcceptedSubmit(task_id, submit.possible_charges), submit.request)
+            except Exception:  # noqa: BLE001 - user code; this task must continue
+                _log.exception("on_orphan failed for task %s", task_id)

@@ -1,0 +1,139 @@
+"""`RowRunner`: one row from its entry in the ledger to its outcome."""
+
+import time
+
+import anyio.to_thread
+
+from nanobanana_async.batch.resume import files_exist, previous_outcome, task_from_row, to_datetime
+from nanobanana_async.batch.run_state import RunState, RunStopped
+from nanobanana_async.batch.submitter import RowRecord, Submitter
+from nanobanana_async.client import NanoBananaClient
+from nanobanana_async.errors import AuthenticationError, ImageError, LedgerError, NanoBananaError, TaskLost
+from nanobanana_async.handle import TaskHandle, no_image_error
+from nanobanana_async.ledger.schema import BatchRow, LedgerRow, RowState
+from nanobanana_async.ledger.sqlite import Ledger
+from nanobanana_async.models import SavedImage, Task
+from nanobanana_async.outcomes import Outcome, Succeeded, Unknown, outcome_from_error
+from nanobanana_async.protocols import ImageStore
+
+_HAS_IMAGE = (RowState.SUCCEEDED, RowState.SAVED)
+
+
+class RowRunner:
+    """Runs rows of one batch. The options are those of `Batch.run`."""
+
+    def __init__(
+        self,
+        client: NanoBananaClient,
+        ledger: Ledger,
+        run_state: RunState,
+        submitter: Submitter,
+        image_store: ImageStore,
+    ) -> None:
+        self._client = client
+        self._ledger = ledger
+        self._run_state = run_state
+        self._submitter = submitter
+        self._image_store = image_store
+
+    async def run(
+        self, row: BatchRow, entry: LedgerRow, *, retry_failed: bool, timeout_s: float | None
+    ) -> Outcome | None:
+        """Return the outcome of the row; None if the run stopped before it had one."""
+        try:
+            if entry.state is RowState.UNKNOWN and entry.task_id is not None:
+                entry = await self._look_again(entry)
+            if (outcome := previous_outcome(row, entry, retry_failed=retry_failed)) is not None:
+                return outcome
+            if entry.state is RowState.SAVED and await anyio.to_thread.run_sync(files_exist, entry):
+                task = task_from_row(entry)
+                return Succeeded(key=row.key, request=row.request, task=task, files=entry.files, replayed=True)
+            with self._submitter.record(row, entry) as record:
+                return await self._submit_and_complete(record, entry, timeout_s)
+        except RunStopped:
+            return None
+        except AuthenticationError as exc:
+            self._run_state.stop(exc)
+            return None
+        except LedgerError:  # ends the whole run, because no outcome can be recorded
+            raise
+        except (NanoBananaError, ValueError) as exc:
+            return outcome_from_error(exc, key=row.key, request=row.request)
+
+    async def _look_again(self, entry: LedgerRow) -> LedgerRow:
+        """Query an unknown row that has an id. It may have been looked for in the wrong account."""
+        try:
+            await self._client.task(entry.task_id or "").query()
+        except NanoBananaError:
+            return entry
+        await self._ledger.transition(entry.key, RowState.SUBMITTED)
+        return await self._ledger.row(entry.key)
+
+    async def _submit_and_complete(self, record: RowRecord, entry: LedgerRow, timeout_s: float | None) -> Outcome:
+        is_new = entry.state.is_submittable
+        if is_new:
+            handle = await self._submitter.submit(record)
+        else:
+            handle = self._client.task(entry.task_id or "", submitted_at=to_datetime(entry.submitted_at))
+            if entry.consumed is None:
+                record.reopen()
+        self._run_state.in_flight += 1
+        try:
+            task = await self._wait(record, handle, timeout_s, has_image=entry.state in _HAS_IMAGE)
+            files = await self._save_images(entry.file_stem, task, handle.task_id)
+            await self._ledger.record_saved(entry.key, files)
+        except TaskLost as exc:
+            return Unknown(key=entry.key, request=record.row.request, error=exc)
+        except NanoBananaError as exc:
+            exc.task_id = exc.task_id or handle.task_id
+            raise
+        finally:
+            self._run_state.in_flight -= 1
+            self._run_state.notify_all()
+        return Succeeded(key=entry.key, request=record.row.request, task=task, files=files)
+
+    async def _wait(self, record: RowRecord, handle: TaskHandle, timeout_s: float | None, *, has_image: bool) -> Task:
+        """Wait for the task and record its end. Return it if it has an image."""
+        try:
+            task = await handle.wait(timeout_s=timeout_s)
+        except TaskLost as exc:
+            if not has_image:  # charged and lost: the user has to decide
+                await self._ledger.transition(record.row.key, RowState.UNKNOWN, reason=str(exc))
+            raise
+        if not has_image:
+            await self._record_final(record, task)
+        elif record.reservation is not None:
+            record.reservation.settle(task.consumed, is_success=True)
+        if not task.images:
+            raise no_image_error(task)
+        return task
+
+    async def _record_final(self, record: RowRecord, task: Task) -> None:
+        state = RowState.SUCCEEDED if task.images else RowState.FAILED
+        consumed = None if task.consumed is None else f"{task.consumed:f}"
+        reason = None if task.images else (task.reason or " ".join(task.texts) or "the service gave no reason")
+        await self._ledger.transition(record.row.key, state, ended_at=time.time(), consumed=consumed, reason=reason)
+        if record.reservation is not None:
+            record.reservation.settle(task.consumed, is_success=bool(task.images))
+
+    async def _save_images(self, stem: str, task: Task, task_id: str) -> tuple[SavedImage, ...]:
+        self._run_state.saving += 1
+        try:
+            try:
+                return await self._store_images(stem, task)
+            except ImageError as exc:
+                if isinstance(exc.__cause__, OSError):  # the disk: every other image would fail, too
+                    self._run_state.stop(exc)
+                    raise RunStopped from None
+                fresh = await self._client.task(task_id).query()  # the URL may have expired
+                if not fresh.images:
+                    raise
+                return await self._store_images(stem, fresh)
+        finally:
+            self._run_state.saving -= 1
+            self._run_state.notify_all()
+
+    async def _store_images(self, stem: str, task: Task) -> tuple[SavedImage, ...]:
+        names = [stem, *(f"{stem}.{number}" for number in range(2, len(task.images) + 1))]
+        pairs = zip(names, task.images, strict=True)
+        return tuple([await self._client.store(image, self._image_store, name) for name, image in pairs])
