@@ -49,7 +49,9 @@ async def batch_of(
     simulator: Simulator, folder: Path, intercept: Intercept | None = None, **options: object
 ) -> AsyncIterator[Batch]:
     """Open a batch with a client of its own, whose options are those of `Simulator.client`."""
-    batch_options = {name: options.pop(name) for name in ("budget", "image_store", "callback") if name in options}
+    batch_options = {
+        name: options.pop(name) for name in ("budget", "max_price", "image_store", "callback") if name in options
+    }
     async with (
         client_of(simulator, intercept, **options) as client,
         Batch.open(folder, client, group_commit_s=0, **batch_options) as batch,  # type: ignore[arg-type]

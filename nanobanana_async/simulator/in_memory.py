@@ -46,15 +46,17 @@ class Simulator:
         polling: PollPolicy = FAST_POLLING,
         timeouts: Timeouts = Timeouts(),
         wrap: Callable[[Transport], Transport] | None = None,
+        api_key: str | None = None,
     ) -> NanoBananaClient:
         """Return a client of this service with poll intervals that fit `FAST_PROFILE`.
 
+        *api_key* is one of the keys that the profile accepts; None uses the first.
         *wrap* gets the simulator and returns the transport of the client, which may change, fail or count requests.
         """
         transport = self if wrap is None else wrap(self)
         if transport is None:  # the client would use the network
             raise TypeError("wrap: expected a function that returns a Transport, got None from it")
-        key = min(self.service.profile.keys)
+        key = api_key or min(self.service.profile.keys)
         return NanoBananaClient(
             key, limits=limits, retry=retry, polling=polling, timeouts=timeouts, transport=transport
         )

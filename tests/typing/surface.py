@@ -144,7 +144,7 @@ def errors(error: nb.TaskError, unknown: nb.SubmissionUnknown, api: nb.ApiError)
     assert_type(api.retry_after_s, float | None)
 
 
-def hierarchy() -> dict[type[nb.NanoBananaError], tuple[type[nb.NanoBananaError], ...]]:
+def hierarchy() -> dict[type[Exception], tuple[type[nb.NanoBananaError], ...]]:
     """Return the errors by the class that catches them."""
     return {
         nb.ApiError: (
