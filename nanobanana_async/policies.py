@@ -30,8 +30,9 @@ class RetryPolicy:
     """When a submit that may have been charged is sent again.
 
     `"never"`: not at all. `"api-5xx"`: after the service's own JSON error with a 5xx status, as its documentation
-    advises. `"any-5xx"`: after any 5xx, also from a gateway. `"always"`: also after timeouts and lost connections.
-    Requests that did not reach the service are retried under every level.
+    advises, and once after a 408, 421 or 425 without such a body. `"any-5xx"`: after any 5xx, also from a gateway.
+    `"always"`: also after timeouts and lost connections. Requests that did not reach the service are retried under
+    every level.
     """
 
     def backoff_s(self, attempts: int, rng: Random) -> float:

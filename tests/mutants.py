@@ -51,8 +51,8 @@ MUTANTS: Final = (
     Mutant(
         "M3: a charge that is not stated counts as nothing",
         "ledger/budget.py",
-        "        if consumed is not None:\n            self._budget._held",
-        "        consumed = consumed or Decimal(0)\n        if True:\n            self._budget._held",
+        "        self._decide(consumed, is_held=consumed is None, is_success=is_success)\n",
+        "        self._decide(consumed, is_held=False, is_success=is_success)\n",
         "test_money_properties.py",
     ),
     Mutant(
@@ -304,8 +304,8 @@ MUTANTS: Final = (
     Mutant(
         "the budget is reserved too late",
         "ledger/budget.py",
-        "        self._held[priced_as] += 1\n        return Reservation",
-        "        return Reservation",
+        "        self._held[priced_as] += 1\n        return self._open",
+        "        return self._open",
         "test_batch.py::test_the_budget_holds_and_may_be_raised_later",
     ),
     Mutant(

@@ -95,7 +95,7 @@ def test_m7_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "meddle",
+    "tamper",
     [
         pytest.param(lambda folder: (folder / "ledger.lock").unlink(), id="removed"),
         pytest.param(lambda folder: replaced(folder / "ledger.lock"), id="replaced"),
@@ -103,12 +103,12 @@ def test_m7_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     ],
 )
 async def test_m7_every_transaction_checks_that_the_run_still_holds_the_ledger(
-    tmp_path: Path, meddle: Callable[[Path], object]
+    tmp_path: Path, tamper: Callable[[Path], object]
 ) -> None:
     """M7: a run that was pushed aside writes and submits nothing more."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
-        meddle(tmp_path)
+        tamper(tmp_path)
         _, cause = await run_until_stopped(batch)
     assert isinstance(cause, LedgerError)
     assert simulator.charges == []

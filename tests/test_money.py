@@ -121,7 +121,7 @@ async def test_m3_without_a_price_the_run_asks_for_an_upper_bound(tmp_path: Path
 
 
 @pytest.mark.parametrize("status", [408, 421, 425])
-async def test_m4_a_408_after_the_charge_is_sent_again_once_and_told(tmp_path: Path, status: int) -> None:
+async def test_m4_a_408_after_the_charge_is_sent_again_once_and_counted(tmp_path: Path, status: int) -> None:
     """M4: it is never called "nothing was charged", and a second one leaves the row unknown."""
     simulator = Simulator(attrs.evolve(FAST_PROFILE, charged_timeouts=1.0))
     unprocessed = response(status, body=b"")

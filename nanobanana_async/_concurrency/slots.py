@@ -55,7 +55,7 @@ class SlotPool:
         """
         if self.free:
             self.free -= 1
-            return Slot(self)
+            return Slot(self._release)
         if anyio.current_time() >= deadline_s:
             raise TimeoutError
         waiter = _Waiter()
@@ -76,7 +76,7 @@ class SlotPool:
             self._deadlines.remove(waiter)
         if not waiter.acquired:
             raise TimeoutError
-        return Slot(self)
+        return Slot(self._release)
 
     def _release(self) -> None:
         """Give a slot to the next waiter, or back to the pool."""
@@ -100,8 +100,8 @@ class SlotPool:
 class Slot:
     """One slot of a pool. It is free again once each of its holders has released it."""
 
-    def __init__(self, pool: SlotPool) -> None:
-        self._pool = pool
+    def __init__(self, give_back: Callable[[], None]) -> None:
+        self._give_back = give_back
         self._holders = 1
 
     def share(self) -> Self:
@@ -113,7 +113,7 @@ class Slot:
         """Release it for one holder."""
         self._holders -= 1
         if not self._holders:
-            self._pool._release()  # noqa: SLF001 - only a slot releases
+            self._give_back()
 
     def __enter__(self) -> Self:
         return self

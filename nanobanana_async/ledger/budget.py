@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from decimal import Decimal
 from types import TracebackType
-from typing import Final, Self, TypeAlias
+from typing import Final, Protocol, Self, TypeAlias
 
 import attrs
 
@@ -83,13 +83,11 @@ class Budget:
             if (left <= 0 or status.unpriced) if price is None else price > left:
                 return None
         self._held[priced_as] += 1
-        return Reservation(self, priced_as)
+        return self._open(priced_as)
 
     def reopen(self, priced_as: PricedAs) -> "Reservation":
         """Return the reservation of a submit of an earlier run, whose outcome is still expected."""
-        reservation = Reservation(self, priced_as)
-        reservation.was_sent = True
-        return reservation
+        return self._open(priced_as, was_sent=True)
 
     def status(self) -> BudgetStatus:
         """Return the state of the budget."""
@@ -101,10 +99,31 @@ class Budget:
         remaining = None if self._limit is None else self._limit - self._spent - reserved
         return BudgetStatus(spent=self._spent, reserved=reserved, unpriced=unpriced, remaining=remaining)
 
+    def _open(self, priced_as: PricedAs, *, was_sent: bool = False) -> "Reservation":
+        reservation = Reservation(priced_as, self._end, was_sent=was_sent)
+        self.open.add(reservation)
+        return reservation
+
+    def _end(self, reservation: "Reservation", consumed: Decimal | None, *, is_held: bool, is_success: bool) -> None:
+        if reservation not in self.open:
+            raise RuntimeError("reservation: expected one decision, got a second one")
+        self.open.remove(reservation)
+        if not is_held:
+            self._held[reservation.priced_as] -= 1
+        if consumed is not None:
+            self._settle(reservation.priced_as, consumed, is_success=is_success)
+        self._on_change()
+
     def _settle(self, priced_as: PricedAs, consumed: Decimal, *, is_success: bool) -> None:
         self._spent += consumed
         if is_success and consumed > 0:
             self._prices[priced_as] = max(consumed, self._prices.get(priced_as, consumed))
+
+
+class _End(Protocol):
+    def __call__(
+        self, reservation: "Reservation", consumed: Decimal | None, *, is_held: bool, is_success: bool
+    ) -> None: ...
 
 
 class Reservation:
@@ -114,36 +133,28 @@ class Reservation:
     a submit that was sent is held, and one that was not is released.
     """
 
-    def __init__(self, budget: Budget, priced_as: PricedAs) -> None:
-        self._budget = budget
-        self._priced_as = priced_as
-        self.was_sent = False
+    def __init__(self, priced_as: PricedAs, end: _End, *, was_sent: bool) -> None:
+        self.priced_as: Final = priced_as
+        self._end = end
+        self.was_sent = was_sent
         """Whether the submit may have left."""
-        budget.open.add(self)
+        self.is_decided = False
 
     def settle(self, consumed: Decimal | None, *, is_success: bool) -> None:
         """Replace the price by what the service says was charged. None is no statement: the submit is held."""
-        self._decide()
-        if consumed is not None:
-            self._budget._held[self._priced_as] -= 1  # noqa: SLF001 - one object in two parts
-            self._budget._settle(self._priced_as, consumed, is_success=is_success)  # noqa: SLF001 - the same
-        self._budget._on_change()  # noqa: SLF001 - the same
+        self._decide(consumed, is_held=consumed is None, is_success=is_success)
 
     def release(self) -> None:
         """Give the price back: nothing was charged."""
-        self._decide()
-        self._budget._held[self._priced_as] -= 1  # noqa: SLF001 - one object in two parts
-        self._budget._on_change()  # noqa: SLF001 - the same
+        self._decide(None, is_held=False)
 
     def hold(self) -> None:
         """Keep the price reserved for good: the submit may have been charged, and nothing more is expected."""
-        self._decide()
-        self._budget._on_change()  # noqa: SLF001 - one object in two parts
+        self._decide(None, is_held=True)
 
-    def _decide(self) -> None:
-        if self not in self._budget.open:
-            raise RuntimeError("reservation: expected one decision, got a second one")
-        self._budget.open.remove(self)
+    def _decide(self, consumed: Decimal | None, *, is_held: bool, is_success: bool = False) -> None:
+        self._end(self, consumed, is_held=is_held, is_success=is_success)
+        self.is_decided = True
 
     def __enter__(self) -> Self:
         return self
@@ -151,5 +162,5 @@ class Reservation:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self in self._budget.open:
-            (self.hold if self.was_sent else self.release)()
+        if not self.is_decided:
+            self._decide(None, is_held=self.was_sent)

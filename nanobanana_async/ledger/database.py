@@ -11,7 +11,7 @@ import secrets
 import sqlite3
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import attrs
 
@@ -196,8 +196,8 @@ class _Opening:
                     known = json.loads(text)
                 except ValueError:
                     continue  # not written by this package
-                if isinstance(known, dict) and self._lacks(known):
-                    yield known
+                if isinstance(known, dict) and self._lacks(fields := cast("dict[str, object]", known)):
+                    yield fields
 
     def _lacks(self, known: Mapping[str, object]) -> bool:
         state, attempt = known.get("state"), known.get("attempt")

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import platform
+import sys
 import time
 import weakref
 from pathlib import Path
@@ -18,11 +19,10 @@ import attrs
 
 from nanobanana_async.errors import LedgerError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+if sys.platform == "win32":
     import msvcrt
+else:
+    import fcntl
 
 _OTHER_MACHINE_GRACE_S: Final = 60.0
 """How long a lock that another machine wrote is respected, because locks may not reach across machines."""
@@ -127,11 +127,11 @@ def _open(path: Path) -> int:
 
 def _try_lock(descriptor: int) -> bool:
     try:
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
+        if sys.platform == "win32":
             os.lseek(descriptor, _LOCKED_AT, os.SEEK_SET)
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True

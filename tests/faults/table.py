@@ -233,7 +233,10 @@ FAULTS: Final = (
     Fault("F21", "UTF-16", wrapped(lambda good: good.decode().encode("utf-16")), "accepted"),
     Fault("F21", "bad UTF-8", wrapped(lambda good: good.replace(b"ok", b"\xff\xfe")), "accepted"),
     Fault("F21", "duplicate keys", wrapped(lambda good: b'{"code":1,' + good[1:]), "accepted"),
-    Fault("-", "service's own 500, charged", envelope("500 Oops", 1), "rejected"),
-    Fault("-", "service's own 500, not charged", envelope("500 Oops", 1), "rejected", charges=False),
+    Fault("-", "408 after the charge", says(HTML, status="408 Late"), "unknown"),
+    Fault("-", "408 with the service's JSON", envelope("408 Late", 1), "unknown"),
+    Fault("-", "firewall's 403 page", says(HTML, status="403 No"), "rejected", "refused", charges=False),
+    Fault("-", "service's own 500, charged", envelope("500 Oops", 1), "unknown"),
+    Fault("-", "service's own 500, not charged", envelope("500 Oops", 1), "unknown", charges=False),
     Fault("-", "redirect", MOVED, "rejected", "refused", charges=False),
 )  # fmt: skip
