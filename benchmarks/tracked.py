@@ -3,8 +3,8 @@
     python -m benchmarks.tracked [--tracked 1000 10000 100000 1000000]
 
 One tracker, in a process of its own for each number, tracks tasks that were just submitted, in virtual time over an
-in-memory source. Memory is the growth of the process per task after garbage collection, including the id. Then a minute
-passes in which polls become due; CPU is per poll and per tracked task.
+in-memory source. Memory is what Python allocates per task (tracemalloc), with its id and one waiter that waits. Then
+a minute passes in which polls become due; CPU is per poll and per tracked task.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import gc
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Final
 
@@ -20,9 +21,10 @@ import anyio
 
 from nanobanana_async import PollPolicy, Task, TaskStatus
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
+from nanobanana_async._concurrency.events import OneShotEvent
 from nanobanana_async._concurrency.slots import Slot, SlotPool
 from nanobanana_async.tracking.schedule import PollSchedule
-from nanobanana_async.tracking.state import SubmitInfo
+from nanobanana_async.tracking.state import SubmitInfo, Waiter
 from nanobanana_async.tracking.tracker import TaskTracker
 from tests.virtual_time import VirtualLoop
 
@@ -49,10 +51,29 @@ class Source:
         return Task(task_id=task_id, status=TaskStatus.IN_PROGRESS)
 
 
-def resident_bytes() -> int:
-    """Return the resident memory of the process, as Linux reports it."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
+def track(tracked: int, tracker: TaskTracker) -> list[Waiter]:
+    """Track that many tasks, and return their waiters."""
+    now_s = anyio.current_time()
+    return [
+        tracker.track(f"ta{number:08d}-1234-1234-1234-123456789abc", SubmitInfo(submitted_at_s=now_s, model="m"))[1]
+        for number in range(tracked)
+    ]
+
+
+async def allocate(tracked: int, tracker: TaskTracker) -> float:
+    """Return the bytes per task that is tracked and has a waiting waiter."""
+    loop = asyncio.get_running_loop()
+    gc.collect()
+    tracemalloc.start()
+    waiters = track(tracked, tracker)
+    for waiter in waiters:
+        waiter.event = OneShotEvent()
+        waiter.event._waiter = loop.create_future()
+    gc.collect()
+    size = tracemalloc.get_traced_memory()[0] / tracked
+    tracemalloc.stop()
+    tracker.close()
+    return size
 
 
 async def measure(tracked: int) -> None:
@@ -60,15 +81,12 @@ async def measure(tracked: int) -> None:
     background = BackgroundTaskGroup()
     await background.ensure_started()
     tracker = TaskTracker(Source(background), PollSchedule(PollPolicy()), background)
+    size = await allocate(tracked, tracker)
+    tracker = TaskTracker(Source(background), PollSchedule(PollPolicy()), background)
     gc.collect()
-    before = resident_bytes()
     cpu_s = time.process_time()
-    now_s = anyio.current_time()
-    for number in range(tracked):
-        tracker.track(f"ta{number:08d}-1234-1234-1234-123456789abc", SubmitInfo(submitted_at_s=now_s, model="m"))
+    track(tracked, tracker)
     track_us = (time.process_time() - cpu_s) / tracked * 1e6
-    gc.collect()
-    size = (resident_bytes() - before) / tracked
     cpu_s = time.process_time()
     await anyio.sleep(MINUTE_S)
     cpu_s = time.process_time() - cpu_s

@@ -17,6 +17,7 @@ from nanobanana_async import (
     GenerationRequest,
     InsufficientCredits,
     InvalidRequest,
+    LedgerError,
     Limits,
     NanoBananaError,
     NotSent,
@@ -35,8 +36,9 @@ from nanobanana_async import (
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async.api.flow_control import FlowControl
 from nanobanana_async.api.operations import ServiceApi
-from nanobanana_async.api.submit import AcceptedSubmit, SubmitLoop
+from nanobanana_async.api.submit import NO_RECORD, AcceptedSubmit, SubmitLoop
 from nanobanana_async.policies import ResubmitLevel
+from nanobanana_async.protocols import AttemptEnd, SubmitRecord, Verdict
 from nanobanana_async.transport.checked import CheckedTransport
 from nanobanana_async.wire.endpoint import ApiKey, Endpoint
 from tests.fakes import ScriptedTransport, Step, accepted, finished, lost, rejected, response, script, submits
@@ -57,9 +59,9 @@ class Service:
     balance: Callable[[], Awaitable[Decimal]]
     loop: SubmitLoop
 
-    async def submit(self, *, deadline_s: float = math.inf) -> AcceptedSubmit:
+    async def submit(self, *, deadline_s: float = math.inf, record: SubmitRecord = NO_RECORD) -> AcceptedSubmit:
         """Submit one request."""
-        return await self.loop.submit(FOX, deadline_s=deadline_s)
+        return await self.loop.submit(FOX, deadline_s=deadline_s, record=record)
 
 
 def service_over(
@@ -527,3 +529,90 @@ async def test_closing_between_two_attempts_raises_the_last_error() -> None:
         await anyio.sleep(5)
         await api.background.aclose(drain_s=1)
     assert errors == [SubmissionUnknown]
+
+
+# --- the record of a submit -----------------------------------------------------------------------------------------
+
+
+@attrs.define
+class ListRecord:
+    """A record in memory that may fail, or take a while, at one step."""
+
+    steps: list[str] = attrs.field(factory=list)
+    is_doubted: bool = False
+    fails_at: str = ""
+    takes_s: float = 0.0
+
+    async def begin_attempt(self, nonce: str | None) -> None:
+        """Record the beginning."""
+        await self._record("begin")
+
+    async def end_attempt(self, end: AttemptEnd) -> None:
+        """Record the verdict."""
+        await self._record(end.verdict.value)
+
+    async def _record(self, step: str) -> None:
+        await anyio.sleep(self.takes_s)
+        self.steps.append(step)
+        if step == self.fails_at:
+            raise LedgerError(step)
+
+
+async def test_each_post_is_recorded_before_it_leaves_and_after_it_has_ended() -> None:
+    """A resubmit is a record of its own."""
+    record = ListRecord()
+    transport = script(lost(Phase.CONNECT), rejected(500), accepted())
+    async with running(transport) as api:
+        await api.submit(record=record)
+    assert record.steps == ["begin", "not charged", "begin", "unknown", "begin", "accepted"]
+    assert submits(transport.requests) == 3
+
+
+@pytest.mark.parametrize(("step", "posts"), [("begin", 0), ("accepted", 1)])
+async def test_what_a_record_raises_ends_the_call_and_gives_the_slot_back(step: str, posts: int) -> None:
+    """If the beginning cannot be recorded, nothing is sent."""
+    transport = script(accepted())
+    async with running(transport, limits=Limits(max_submits=1)) as api:
+        for _ in range(3):
+            with pytest.raises(LedgerError, match=step):
+                await api.submit(record=ListRecord(fails_at=step))
+        assert submits(transport.requests) == 3 * posts
+        assert (await api.submit()).task_id == "ta-1"
+
+
+async def test_a_cancelled_caller_leaves_a_complete_record() -> None:
+    """Its POST runs to its end, and so does the record of it."""
+    record = ListRecord()
+    async with running(script(slow_response(5))) as api:
+        with anyio.move_on_after(1):
+            await api.submit(record=record)
+        assert record.steps == ["begin"]
+        await anyio.sleep(10)
+    assert record.steps == ["begin", "accepted"]
+
+
+async def test_a_client_that_is_closed_while_an_attempt_is_recorded_sends_nothing() -> None:
+    """The record ends with what is proven: nothing was charged."""
+    record, transport = ListRecord(takes_s=1.0), script(accepted())
+    api = service_over(transport)
+
+    async def caller() -> None:
+        with pytest.raises(NotSent):
+            await api.submit(record=record)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(caller)
+        await anyio.sleep(0.5)
+        await api.background.aclose(drain_s=1)
+    assert record.steps == ["begin", Verdict.NOT_CHARGED.value]
+    assert submits(transport.requests) == 0
+
+
+async def test_a_request_that_was_doubted_before_is_not_excused_again() -> None:
+    """M4, M9: once per key over all attempts, in any run."""
+    for step in (response(408, body=b""), response(302, body=b"", location="https://b.example")):
+        transport = script(step)
+        async with running(transport) as api:
+            with pytest.raises(SubmissionUnknown):
+                await api.submit(record=ListRecord(is_doubted=True))
+        assert submits(transport.requests) == 1

@@ -19,7 +19,7 @@ from nanobanana_async.api.flow_control import FlowControl
 from nanobanana_async.api.operations import authorized, run_maybe_in_thread
 from nanobanana_async.api.rate_limit import retry_after_s
 from nanobanana_async.api.retry import CircuitBreaker
-from nanobanana_async.errors import ApiError, NanoBananaError, NotSent
+from nanobanana_async.errors import ApiError, ClientClosed, NanoBananaError, NotSent
 from nanobanana_async.models import GenerationRequest
 from nanobanana_async.policies import Timeouts
 from nanobanana_async.protocols import (
@@ -230,10 +230,16 @@ class SubmitLoop:
         """
         await submit.record.begin_attempt(submit.nonce)
         submit.exchange_deadline_s = min(submit.exchange_deadline_s, anyio.current_time() + self._timeouts.submit_s)
-        attempt = partial(self._attempt, submit, submit.slot.share())
+        held = submit.slot.share()
+        attempt = partial(self._attempt, submit, held)
         with anyio.CancelScope(deadline=submit.deadline_s):
             try:
                 return await self._background.shield(attempt, on_abandoned=partial(self._on_abandoned, submit))
+            except ClientClosed as exc:  # while the attempt was recorded: nothing was sent
+                held.release()
+                never = self._judge(submit, SubmitExchange(failure=ExchangeError(str(exc), phase=Phase.CONNECT)))
+                await submit.record.end_attempt(never.end)
+                return never
             except ShieldedWorkCancelled:
                 failure = ExchangeError("the client was closed during the exchange", phase=Phase.SEND)
                 return self._judge(submit, SubmitExchange(failure=failure))

@@ -76,6 +76,11 @@ class RunState:
         await self._changed.wait()
         self.raise_if_stopped()
 
+    @property
+    def has_download_queue(self) -> bool:
+        """Whether more images wait than are saved at once, so that submits wait."""
+        return self.saving > self._max_downloads
+
     async def reserve(self, priced_as: PricedAs) -> Reservation:
         """Wait until one more submit is allowed by outage, downloads and budget, and reserve its price.
 
@@ -86,7 +91,7 @@ class RunState:
                 await self.wait_change()
         while True:
             self.raise_if_stopped()
-            if self.saving <= self._max_downloads:
+            if not self.has_download_queue:
                 if (reservation := self.budget.try_reserve(priced_as)) is not None:
                     return reservation
                 if not self.budget.open:

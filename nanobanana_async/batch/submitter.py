@@ -29,7 +29,7 @@ _log: Final = logging.getLogger("nanobanana_async")
 
 
 class _Deferred(Exception):
-    """The service went down while the row waited for a slot. It is submitted later."""
+    """The service went down, or downloads fell behind, while the row waited for a slot. It is submitted later."""
 
 
 class RowRecord:
@@ -89,7 +89,8 @@ class RowRecord:
             self.reservation.hold()
             self.reservation = another
         self._run_state.raise_if_stopped()
-        if self._run_state.outage.is_probing and not self.is_probe and not is_resubmit:
+        is_blocked = self._run_state.outage.is_probing and not self.is_probe
+        if not is_resubmit and (is_blocked or self._run_state.has_download_queue):
             raise _Deferred
         await self._ledger.begin_attempt(self.row.key, resubmit=self._is_unknown, nonce=nonce)
         self.reservation.was_sent = True
@@ -141,13 +142,14 @@ class Submitter:
         """
         handle = None
         while handle is None:
-            if self._run_state.outage.is_probing:
-                async with self._probe_lock:
-                    record.is_probe = self._run_state.outage.is_probing  # after the wait for the lock
-                    handle = await self._submit_once(record)
-                    record.is_probe = False
-            else:
+            if not self._run_state.outage.is_probing:
                 handle = await self._submit_once(record)
+                continue
+            async with self._probe_lock:
+                record.is_probe = self._run_state.outage.is_probing  # still, after the wait for the lock
+                if record.is_probe:
+                    handle = await self._submit_once(record)
+            record.is_probe = False
         return handle
 
     async def _submit_once(self, record: RowRecord) -> TaskHandle | None:
