@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import os
 import warnings
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
@@ -23,11 +22,11 @@ from nanobanana_async.api.flow_control import FlowControl
 from nanobanana_async.api.operations import ServiceApi
 from nanobanana_async.api.submit import NO_RECORD, AcceptedSubmit, SubmitLoop
 from nanobanana_async.errors import ImageError, NanoBananaError, SubmissionUnknown
-from nanobanana_async.handle import TaskHandle
+from nanobanana_async.handle import TaskHandle, recover_by_callback
 from nanobanana_async.images.download import Downloader
 from nanobanana_async.images.files import FileImageStore
 from nanobanana_async.images.formats import SUFFIXES
-from nanobanana_async.images.references import encode_references
+from nanobanana_async.images.references import encode_images
 from nanobanana_async.models import (
     GeneratedImage,
     GenerationRequest,
@@ -41,7 +40,6 @@ from nanobanana_async.protocols import (
     AttemptEnd,
     CallbackSource,
     ImageStore,
-    PendingCallback,
     SubmitRecord,
     Transport,
     Verdict,
@@ -55,8 +53,6 @@ from nanobanana_async.transport.httpx import HttpxTransport
 from nanobanana_async.wire.endpoint import ApiKey, Endpoint
 
 _log: Final = logging.getLogger("nanobanana_async")
-
-_CONFIRM_INTERVAL_S: Final = 10.0
 
 
 class NanoBananaClient:
@@ -104,6 +100,7 @@ class NanoBananaClient:
         active = CheckedTransport(self._owned_transport or transport)  # type: ignore[arg-type]  # one of the two is set
         flow = FlowControl(limits, retry)
         self._api = ServiceApi(active, self._background, self._endpoint, flow, timeouts, max_polls=limits.max_polls)
+        # It holds no reference to the client, which is then collected as soon as it is dropped.
         self._submits = SubmitLoop(
             active,
             self._background,
@@ -111,7 +108,7 @@ class NanoBananaClient:
             flow,
             timeouts,
             max_submits=limits.max_submits,
-            prepare=partial(_encode_images, limits.max_reference_bytes),  # not a method: no cycle keeps the client
+            prepare=partial(encode_images, max_bytes=limits.max_reference_bytes),
             on_orphan=None if on_orphan is None else lambda done, request: on_orphan(self._handle_for(done, request)),
         )
         self._tracker = TaskTracker(self._api, PollSchedule(polling), self._background)
@@ -244,7 +241,10 @@ class NanoBananaClient:
         try:
             handle = await self._submit(prompt, options, deadline_s=deadline_s, record=record, nonce=pending.nonce)
         except SubmissionUnknown as exc:
-            found = await self._recover(pending)
+            known = self._tracker.cache.submits
+            found = await recover_by_callback(
+                pending, self.task, lambda task_id: known.get(task_id) is not None, self.timeouts.recovery_s
+            )
             if found is None:
                 raise
             await record.end_attempt(AttemptEnd(verdict=Verdict.ACCEPTED, rule="callback", task_id=found.task_id))
@@ -253,28 +253,6 @@ class NanoBananaClient:
         if pending.bind(handle.task_id):
             self.notify(handle.task_id)
         return handle
-
-    async def _recover(self, callback: PendingCallback) -> TaskHandle | None:
-        """Wait for the callback of a submit whose response was lost, and return its task.
-
-        Returns None after `Timeouts.recovery_s`. The task id in a callback is accepted if the service knows the task
-        and no other submit of this client created it. The query is repeated every ten seconds, because a new task may
-        be invisible at first.
-        """
-        claimed: str | None = None
-        with anyio.move_on_after(self.timeouts.recovery_s):
-            while True:
-                with anyio.move_on_after(math.inf if claimed is None else _CONFIRM_INTERVAL_S):
-                    claimed = await callback.wait_task_id()
-                if not claimed or self._tracker.cache.submits.get(claimed) is not None:
-                    continue
-                handle = self.task(claimed)
-                with contextlib.suppress(NanoBananaError):
-                    await handle.query()
-                    return handle
-        if claimed is not None:
-            _log.warning("task %s was named by a callback, and the service does not know it", claimed)
-        return None
 
     def notify(self, task_id: str) -> None:
         """Poll *task_id* soon, because a callback or another worker reported a change.
@@ -427,8 +405,3 @@ class NanoBananaClient:
             submitted_at=submitted_at,
             possible_duplicates=possible_duplicates,
         )
-
-
-async def _encode_images(max_bytes: int, request: GenerationRequest) -> GenerationRequest:
-    images = await encode_references(request.images, max_bytes=max_bytes)
-    return request if images == request.images else attrs.evolve(request, images=images)

@@ -1,7 +1,9 @@
 """`TaskHandle`: one task, for the application that waits for it."""
 
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine
+import logging
+import math
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from datetime import datetime
 from typing import Final
 
@@ -9,11 +11,16 @@ import anyio
 
 from nanobanana_async._text import format_credits
 from nanobanana_async.api.operations import ServiceApi
-from nanobanana_async.errors import NoImage, TaskError, TaskFailed, TaskNotFound
+from nanobanana_async.errors import NanoBananaError, NoImage, TaskError, TaskFailed, TaskNotFound
 from nanobanana_async.models import Task, TaskStatus
+from nanobanana_async.protocols import PendingCallback
 from nanobanana_async.tracking.schedule import NOT_FOUND_GRACE_S
 from nanobanana_async.tracking.state import SubmitInfo
 from nanobanana_async.tracking.tracker import TaskTracker
+
+_log: Final = logging.getLogger("nanobanana_async")
+
+_CONFIRM_INTERVAL_S: Final = 10.0
 
 
 class TaskHandle:
@@ -113,6 +120,33 @@ class TaskHandle:
         if task.is_final:
             self._final = self._final or task  # the first final status stays, whatever the service reports later
         return self._final or task
+
+
+async def recover_by_callback(
+    callback: PendingCallback,
+    make_handle: Callable[[str], TaskHandle],
+    is_taken: Callable[[str], bool],
+    timeout_s: float,
+) -> TaskHandle | None:
+    """Wait for the callback of a submit whose response was lost, and return its task.
+
+    Returns None after *timeout_s*. The task id in a callback is accepted if the service knows the task, and no other
+    submit has it (*is_taken*). The query is repeated every ten seconds, because a new task may be invisible at first.
+    """
+    claimed: str | None = None
+    with anyio.move_on_after(timeout_s):
+        while True:
+            with anyio.move_on_after(math.inf if claimed is None else _CONFIRM_INTERVAL_S):
+                claimed = await callback.wait_task_id()
+            if not claimed or is_taken(claimed):
+                continue
+            handle = make_handle(claimed)
+            with contextlib.suppress(NanoBananaError):
+                await handle.query()
+                return handle
+    if claimed is not None:
+        _log.warning("task %s was named by a callback, and the service does not know it", claimed)
+    return None
 
 
 def no_image_error(task: Task) -> TaskError:

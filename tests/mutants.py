@@ -366,9 +366,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a task id invented by a callback is accepted",
-        "client.py",
-        "                    await handle.query()\n                    return handle\n",
-        "                    return handle\n",
+        "handle.py",
+        "                await handle.query()\n                return handle\n",
+        "                return handle\n",
         "test_callbacks.py::test_a_submit_whose_response_was_lost_is_recovered_by_its_callback",
     ),
     Mutant(

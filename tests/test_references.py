@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from nanobanana_async import ImageError
-from nanobanana_async.images.references import encode_references
+from nanobanana_async import GenerationRequest, ImageError
+from nanobanana_async.images.references import encode_images
 from nanobanana_async.models import ImageSource
 from tests.fakes import PNG
 
@@ -26,29 +26,36 @@ def encoded(kind: str) -> bytes:
     return file.getvalue()
 
 
+async def encoded_images(images: tuple[ImageSource, ...]) -> tuple[ImageSource, ...]:
+    """Return the images of a request as they are sent."""
+    return (await encode_images(GenerationRequest("a fox", images=images), max_bytes=MIB)).images
+
+
 async def test_urls_and_data_uris_are_sent_unchanged() -> None:
     """The service downloads or decodes them."""
     images: tuple[ImageSource, ...] = ("https://a.example/1.png", PNG_URI)
-    assert await encode_references(images, max_bytes=MIB) == images
+    assert await encoded_images(images) == images
 
 
 async def test_files_and_bytes_become_data_uris(tmp_path: Path) -> None:
     """The order is kept."""
     path = tmp_path / "fox.txt"
     path.write_bytes(PNG)
-    assert await encode_references((path, PNG), max_bytes=MIB) == (PNG_URI, PNG_URI)
+    assert await encoded_images((path, PNG)) == (PNG_URI, PNG_URI)
 
 
 async def test_a_pil_image_is_sent_as_png() -> None:
     """PNG is lossless for any source format."""
-    (uri,) = await encode_references((Image.new("RGB", (3, 2), "red"),), max_bytes=MIB)
+    (uri,) = await encoded_images((Image.new("RGB", (3, 2), "red"),))
+    assert isinstance(uri, str)
     assert Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).size == (3, 2)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
 async def test_the_type_is_detected_from_the_bytes(kind: str) -> None:
     """File names may be wrong."""
-    (uri,) = await encode_references((encoded(kind),), max_bytes=MIB)
+    (uri,) = await encoded_images((encoded(kind),))
+    assert isinstance(uri, str)
     assert uri.startswith(f"data:image/{kind.lower()};base64,")
 
 
@@ -70,7 +77,7 @@ async def test_an_unusable_file_is_named_in_the_error(
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ImageError, match=says) as caught:
-        await encode_references((path,), max_bytes=MIB)
+        await encoded_images((path,))
     assert str(path) in str(caught.value)
 
 
@@ -78,10 +85,10 @@ async def test_a_pipe_is_rejected_without_blocking(tmp_path: Path) -> None:
     """Opening a pipe would wait for a writer."""
     os.mkfifo(tmp_path / "fox.png")
     with pytest.raises(ImageError, match="expected a regular file"):
-        await encode_references((tmp_path / "fox.png",), max_bytes=MIB)
+        await encoded_images((tmp_path / "fox.png",))
 
 
 async def test_a_data_uri_has_the_same_limit() -> None:
     """The size limit applies to the decoded image."""
     with pytest.raises(ImageError, match="the data URI"):
-        await encode_references((PNG_URI + "A" * 2 * MIB,), max_bytes=MIB)
+        await encoded_images((PNG_URI + "A" * 2 * MIB,))

@@ -11,7 +11,8 @@ from nanobanana_async import PollPolicy, Task, TaskStatus
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.slots import Slot, SlotPool
 from nanobanana_async.tracking.schedule import PollSchedule
-from nanobanana_async.tracking.tracker import PollSource, TaskTracker
+from nanobanana_async.tracking.state import PollSource
+from nanobanana_async.tracking.tracker import TaskTracker
 
 
 def task(status: TaskStatus | str, task_id: str = "ta-1") -> Task:

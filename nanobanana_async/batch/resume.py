@@ -27,16 +27,16 @@ async def check_service(ledger: Ledger, client: NanoBananaClient, *, new_account
         ConfigurationError: It does not.
     """
     found, account = await ledger.service(), client.account_digest(ledger.ledger_id)
-    if found == (client.base_url, account):
-        return
-    if found is not None and found[0] != client.base_url:
+    if found is not None and found.base_url != client.base_url:
         raise ConfigurationError(
-            f"base_url: this batch was charged at {found[0]}, got {client.base_url}. Use another folder, or set "
-            f"DEFAPI_BASE_URL={found[0]}"
+            f"base_url: this batch was charged at {found.base_url}, got {client.base_url}. Use another folder, or set "
+            f"DEFAPI_BASE_URL={found.base_url}"
         )
-    if found is not None and not new_account and (task_id := await ledger.last_task_id()) is not None:
+    if found is not None and found.account == account:
+        return
+    if found is not None and found.last_task_id is not None and not new_account:
         try:
-            await client.task(task_id).query()
+            await client.task(found.last_task_id).query()
         except TaskNotFound as exc:
             raise ConfigurationError(
                 f"api_key: belongs to another account than the one that was charged for this batch ({exc}). Set the "

@@ -3,6 +3,7 @@
 import time
 
 import anyio.to_thread
+import attrs
 
 from nanobanana_async.batch.resume import files_exist, previous_outcome, task_from_row, to_datetime
 from nanobanana_async.batch.run_state import RunState, RunStopped
@@ -67,7 +68,7 @@ class RowRunner:
         except NanoBananaError:
             return entry
         await self._ledger.transition(entry.key, RowState.SUBMITTED)
-        return await self._ledger.row(entry.key)
+        return attrs.evolve(entry, state=RowState.SUBMITTED)
 
     async def _submit_and_complete(self, record: RowRecord, entry: LedgerRow, timeout_s: float | None) -> Outcome:
         is_new = entry.state.is_submittable

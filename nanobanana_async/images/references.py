@@ -7,19 +7,21 @@ import stat
 from pathlib import Path
 
 import anyio.to_thread
+import attrs
 
 from nanobanana_async.errors import ImageError
 from nanobanana_async.images.formats import SNIFF_BYTES, sniff
-from nanobanana_async.models import ImageSource, SupportsSave
+from nanobanana_async.models import GenerationRequest, ImageSource, SupportsSave
 
 
-async def encode_references(images: tuple[ImageSource, ...], *, max_bytes: int) -> tuple[str, ...]:
-    """Return one URL or data URI for each of *images*. Files are read and encoded in threads.
+async def encode_images(request: GenerationRequest, *, max_bytes: int) -> GenerationRequest:
+    """Return *request* with its images as URLs and data URIs. Files are read and encoded in threads.
 
     Raises:
         ImageError: A file cannot be read, is not a PNG, JPEG, WebP or GIF, or exceeds *max_bytes*.
     """
-    return tuple([await _encode_reference(image, max_bytes) for image in images])
+    images = tuple([await _encode_reference(image, max_bytes) for image in request.images])
+    return request if images == request.images else attrs.evolve(request, images=images)
 
 
 async def _encode_reference(image: ImageSource, max_bytes: int) -> str:

@@ -319,18 +319,22 @@ def is_unresolved(db: sqlite3.Connection, nonce: str) -> bool:
     return found.fetchone() is not None
 
 
-def service(db: sqlite3.Connection) -> tuple[str, str] | None:
-    """Return base URL and account of the service; None if they are not recorded."""
+@attrs.frozen
+class ServiceIdentity:
+    """The service and the account that a ledger is about."""
+
+    base_url: str
+    account: str
+    """A digest of the key."""
+    last_task_id: str | None
+    """The task that was submitted last; None if there is none."""
+
+
+def service(db: sqlite3.Connection) -> ServiceIdentity | None:
+    """Return the service that the ledger is about; None if it is not recorded."""
     meta = dict(db.execute("SELECT name, value FROM meta WHERE name IN ('base_url', 'account')").fetchall())
-    return (meta["base_url"], meta["account"]) if meta else None
-
-
-def last_task_id(db: sqlite3.Connection) -> str | None:
-    """Return the id of the task that was submitted last; None if there is none."""
-    found = db.execute(
-        "SELECT task_id FROM attempts WHERE task_id IS NOT NULL ORDER BY submitted_at DESC LIMIT 1"
-    ).fetchone()
-    return None if found is None else str(found[0])
+    last = db.execute("SELECT task_id FROM attempts WHERE task_id IS NOT NULL ORDER BY submitted_at DESC LIMIT 1")
+    return ServiceIdentity(**meta, last_task_id=next((line[0] for line in last), None)) if meta else None
 
 
 def set_service(db: sqlite3.Connection, base_url: str, account: str) -> None:

@@ -153,14 +153,6 @@ class Ledger:
             lambda db: [schema.to_ledger_row(schema.upsert_row(db, row, stems), self.folder) for row in rows]
         )
 
-    async def row(self, key: str) -> LedgerRow:
-        """Return the row *key*."""
-        return await self._commit_write(
-            lambda db: schema.to_ledger_row(
-                db.execute(f"{schema.SELECT_ROWS} WHERE key = ?", (key,)).fetchone(), self.folder
-            )
-        )
-
     async def begin_attempt(self, key: str, *, resubmit: bool = False, nonce: str | None = None) -> None:
         """Record that a POST is about to be sent.
 
@@ -214,13 +206,9 @@ class Ledger:
         """Return what each attempt of all runs says about money."""
         return await self._commit_write(lambda db: list(map(schema.to_attempt_cost, db.execute(schema.SELECT_COSTS))))
 
-    async def service(self) -> tuple[str, str] | None:
-        """Return base URL and account of the service that the ledger is about; None if it is new."""
+    async def service(self) -> schema.ServiceIdentity | None:
+        """Return the service that the ledger is about; None if it is new."""
         return await self._commit_write(schema.service)
-
-    async def last_task_id(self) -> str | None:
-        """Return the id of the task that was submitted last; None if there is none."""
-        return await self._commit_write(schema.last_task_id)
 
     async def set_service(self, base_url: str, account: str) -> None:
         """Record the service that the ledger is about. *account* is a digest of the key."""

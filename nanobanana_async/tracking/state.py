@@ -4,18 +4,36 @@ import copy
 import enum
 import math
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, Protocol
 
 import attrs
 
 from nanobanana_async._concurrency.events import OneShotEvent
 from nanobanana_async._concurrency.fifo_cache import FifoCache
-from nanobanana_async.errors import NanoBananaError
+from nanobanana_async._concurrency.slots import Slot
+from nanobanana_async.errors import NanoBananaError, TaskLost, TaskNotFound
 from nanobanana_async.models import Task
 from nanobanana_async.tracking.schedule import NEVER_FOUND, NO_POLLS, PollHistory, Presence
 
 CONFIRM_INTERVAL_S: Final = 10.0
 """Minimum time between two polls that callbacks trigger, because callbacks are not authenticated."""
+
+
+class PollSource(Protocol):
+    """Sends the tracker's polls."""
+
+    @property
+    def polls_per_s(self) -> float:
+        """Polls that may be sent per second at present."""
+        ...
+
+    async def acquire_poll_slot(self) -> Slot:
+        """Return a slot once one more poll may be sent."""
+        ...
+
+    async def poll(self, task_id: str) -> Task:
+        """Query once."""
+        ...
 
 
 class TaskState(enum.Enum):
@@ -102,6 +120,14 @@ def with_task_id(exc: NanoBananaError, task_id: str) -> NanoBananaError:
     mine.args = (str(exc).replace(exc.task_id or task_id, task_id),)
     mine.task_id = task_id
     return mine
+
+
+def lost_task_error(tracked: TrackedTask, exc: TaskNotFound) -> TaskLost:
+    """Return the error for the waiters of a task that the service has lost."""
+    last = "never visible" if tracked.snapshot is None else f"last status {tracked.snapshot.status}"
+    was = "existed" if tracked.submit.is_estimate else "was accepted and may have been charged"
+    what = f"task {tracked.task_id} {was}, but the service no longer knows it ({last}): {exc}"
+    return TaskLost(what, task=tracked.snapshot, task_id=tracked.task_id)
 
 
 class TaskCache:

@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator
 from functools import partial
-from typing import Final, Protocol
+from typing import Final
 
 import anyio
 import attrs
@@ -23,7 +23,6 @@ from nanobanana_async.errors import (
     AuthenticationError,
     InvalidRequest,
     NanoBananaError,
-    TaskLost,
     TaskNotFound,
     TaskTimeout,
     TransportError,
@@ -37,12 +36,14 @@ from nanobanana_async.tracking.schedule import (
     latest_status,
 )
 from nanobanana_async.tracking.state import (
+    PollSource,
     SubmitInfo,
     TaskCache,
     TaskState,
     TrackedTask,
     TrackerStatistics,
     Waiter,
+    lost_task_error,
     with_task_id,
 )
 
@@ -54,23 +55,6 @@ _CALLBACK_INTERVAL_FACTOR: Final = 4
 """Poll interval of a task with a pending callback, in multiples of `PollPolicy.max_interval_s`."""
 _DISTRUST_CALLBACKS_AFTER: Final = 3
 """Consecutive missed callbacks after which polling no longer relies on them, until one arrives."""
-
-
-class PollSource(Protocol):
-    """Sends the tracker's polls."""
-
-    @property
-    def polls_per_s(self) -> float:
-        """Polls that may be sent per second at present."""
-        ...
-
-    async def acquire_poll_slot(self) -> Slot:
-        """Return a slot once one more poll may be sent."""
-        ...
-
-    async def poll(self, task_id: str) -> Task:
-        """Query once."""
-        ...
 
 
 class TaskTracker:
@@ -410,16 +394,8 @@ class TaskTracker:
             return
         presence = tracked.presence.after_404(anyio.current_time(), tracked.submit.submitted_at_s or 0.0)
         if isinstance(presence, Lost):
-            self._finish(tracked, _lost(tracked, exc))
+            self._finish(tracked, lost_task_error(tracked, exc))
             return
         tracked.presence = presence
         tracked.history = attrs.evolve(tracked.history, last_error=str(exc))
         self._schedule_poll(tracked)
-
-
-def _lost(tracked: TrackedTask, exc: TaskNotFound) -> TaskLost:
-    """Return the error for the waiters of a task that the service has lost."""
-    last = "never visible" if tracked.snapshot is None else f"last status {tracked.snapshot.status}"
-    was = "existed" if tracked.submit.is_estimate else "was accepted and may have been charged"
-    what = f"task {tracked.task_id} {was}, but the service no longer knows it ({last}): {exc}"
-    return TaskLost(what, task=tracked.snapshot, task_id=tracked.task_id)

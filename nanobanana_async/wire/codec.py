@@ -30,6 +30,7 @@ from nanobanana_async.errors import (
 from nanobanana_async.models import CallbackPayload, GeneratedImage, GenerationRequest, JsonValue, Task, TaskStatus
 from nanobanana_async.protocols import RequestKind, WireRequest, WireResponse
 from nanobanana_async.wire.body import decode_data_uri, decompress, parse_json
+from nanobanana_async.wire.refusals import says_empty_account
 
 SUBMIT_PATH: Final = "/api/image/gen"
 QUERY_PATH: Final = "/api/task/query"
@@ -148,7 +149,7 @@ def _error_type(status: int, envelope: Envelope) -> type[ApiError]:
         return RateLimited
     if status >= 500 or status in (408, 421, 425):
         return ServiceUnavailable
-    if status == 402 or (envelope.is_service_json and not envelope.ok and _says_empty_account(envelope.message)):
+    if status == 402 or (envelope.is_service_json and not envelope.ok and says_empty_account(envelope.message)):
         return InsufficientCredits
     return TaskNotFound if status == 404 and envelope.is_service_json else InvalidRequest
 
@@ -159,29 +160,6 @@ def _redirect_note(response: WireResponse) -> str:
         return ""
     found = re.match(r"(?:https?:)?//([A-Za-z0-9.:\[\]-]{1,100})", response.headers.get("location", ""))
     return f" (redirected to {found[1] if found else 'another path'}, not followed). Check the base URL"
-
-
-_MEANS: Final = r"(?:credits?|balance|funds|quota)"
-_EMPTY_ACCOUNT: Final = re.compile(
-    rf"insufficient[ _-]+(?:\w+[ _-]+)?{_MEANS}\b"
-    rf"|not enough (?:\w+ )?{_MEANS}\b"
-    rf"|(?:out of|ran out of|run out of|exceeded your|exhausted your) (?:\w+ )?{_MEANS}\b"
-    rf"|(?<!white )\b{_MEANS}(?: balance)? (?:is |are |has been |have been )?"
-    r"(?:too low|insufficient|not enough|not sufficient|exhausted|used up|depleted|exceeded)\b"
-    rf"|\bno (?:more )?{_MEANS} (?:left|remaining|available)\b"
-    rf"|n[o']t have (?:a |any |enough |sufficient )?(?:\w+ )?{_MEANS}\b"
-    r"|余额不足|额度不足|积分不足|点数不足",
-    re.IGNORECASE,
-)
-"""Whole phrases, because single words such as "balance" occur in prompts and in rejections of prompts.
-
-No status is documented for an empty account. Source: the messages of this and similar services in public clients.
-"""
-
-
-def _says_empty_account(message: str) -> bool:
-    # An error may quote a prompt about a credit card. The apostrophes of "doesn't" and "it's" are not quotes.
-    return _EMPTY_ACCOUNT.search(re.sub(r"(?<!\w)'[^']*'(?!\w)|\"[^\"]*\"", "", message)) is not None
 
 
 # --- responses of the operations ---------------------------------------------------------------------------------
