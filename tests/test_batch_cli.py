@@ -122,6 +122,25 @@ def test_a_second_process_is_refused(scenario: CliScenario) -> None:
     assert len(scenario.server.charges) == 4
 
 
+def test_the_summary_tells_held_charges_duplicates_and_the_balance(scenario: CliScenario) -> None:
+    """B4, B5, M6: what may have been charged is counted, and the account tells whether it was."""
+    scenario.server.service.profile = attrs.evolve(FAST_PROFILE, failed_tasks=1.0)
+    failed = scenario.batch("--budget", "9")
+    assert failed.code == 3
+    assert "0 of 4 saved, 1 failed, 3 remaining; 0 credits spent, price of 1 not yet known" in failed.err
+    assert "the balance fell by" in failed.err
+    scenario.server.service.profile = FAST_PROFILE
+    again = scenario.batch("--budget", "9", "--max-price", "0.5", "--retry-failed", "--json")
+    assert again.code == 0
+    lines = [json.loads(line) for line in (scenario.folder / "run" / "manifest.jsonl").read_text().splitlines()]
+    assert sum(line["possible_duplicates"] for line in lines) == len(scenario.server.charges) - 4
+    summary = scenario.batch("--budget", "9").err.splitlines()
+    charged = len(scenario.server.charges) * Decimal("0.5")
+    held, duplicates = charged - 2, len(scenario.server.charges) - 4
+    assert summary[0].startswith(f"4 of 4 saved; 2 credits spent, up to {held.normalize():f} more may be charged")
+    assert f"{duplicates} possible duplicate" in summary[0]
+
+
 def _respond_never(peer: socket.socket, _: bytes) -> None:
     peer.recv(1)
 

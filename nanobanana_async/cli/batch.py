@@ -37,7 +37,7 @@ from nanobanana_async.cli.runtime import (
     run,
     task_record,
 )
-from nanobanana_async.cli.summary import BatchSummary
+from nanobanana_async.cli.summary import Account, BatchSummary
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NanoBananaError
 from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown
@@ -140,24 +140,26 @@ def run_batch(  # noqa: PLR0913 - one parameter per option
                 out, client, budget=budget, max_price=max_price, ledger_folder=ledger, new_account=new_account
             )
             async with opened as batch:
-                summary.balance_before = await _balance(client)
+                summary.before = await _account(client, batch)
                 outcomes = batch.run(rows, max_in_flight=max_in_flight, retry_failed=retry_failed, timeout_s=timeout_s)
                 reporter = _ProgressReporter(batch, client, len(rows), max_in_flight, as_json=as_json)
-                code = await reporter.run(outcomes)
-                summary.balance_after = await _balance(client)
+                try:
+                    await reporter.run(outcomes, context)
+                finally:
+                    summary.after = await _account(client, batch)
                 if (batch.progress().budget.remaining or 0) < 0:  # a price has risen
-                    code = max(code, EXIT_FAILED)
+                    context.code = max(context.code, EXIT_FAILED)
         if not as_json:
             print_result(out / report.GALLERY_NAME)
-        return code
+        return context.code
 
     run(work, as_json=as_json)
 
 
-async def _balance(client: NanoBananaClient) -> Decimal | None:
-    """Return the credits left; None if the service does not say at once."""
+async def _account(client: NanoBananaClient, batch: Batch) -> Account | None:
+    """Return the state of the account; None if the service does not say at once."""
     with anyio.move_on_after(_BALANCE_TIMEOUT_S), contextlib.suppress(NanoBananaError):
-        return await client.balance()
+        return Account(await client.balance(), batch.progress().budget.spent)
     return None
 
 
@@ -187,9 +189,8 @@ class _ProgressReporter:
         self._started_s = anyio.current_time()
         self._reported = 0
 
-    async def run(self, outcomes: AsyncGenerator[Outcome]) -> int:
-        """Report each of *outcomes*, and return the exit code of the run."""
-        code = EXIT_OK
+    async def run(self, outcomes: AsyncGenerator[Outcome], context: CommandContext) -> None:
+        """Report each of *outcomes*, and set the exit code of *context*."""
         if not self._as_json:  # with JSON there is no bar that a log line could break
             logging.getLogger("nanobanana_async").addHandler(_WarningHandler(self._report_warning))
         with self._bar:
@@ -197,13 +198,12 @@ class _ProgressReporter:
                 group.start_soon(self._refresh)
                 try:
                     async for outcome in outcomes:
-                        code = max(code, _exit_code(outcome))
+                        context.code = max(context.code, _exit_code(outcome))
                         self._report(outcome)
                 except anyio.get_cancelled_exc_class():
                     self._bar.print_line("stopping: waiting for submits in flight (press Ctrl-C again to exit now)")
                     raise
             self._show()
-        return code
 
     def _report(self, outcome: Outcome) -> None:
         if self._as_json:

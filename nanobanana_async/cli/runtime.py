@@ -38,6 +38,8 @@ class CommandContext:
 
     unsaved_tasks: dict[str, tuple[str, str]] = attrs.field(factory=dict[str, tuple[str, str]])
     """Prompt and output path by task id, of tasks that are charged and not saved."""
+    code: int = EXIT_OK
+    """Exit code of what has ended so far."""
     received_signal: int | None = None
     """The signal that ended the command; None if there was none."""
     force_exit: bool = False
@@ -65,7 +67,7 @@ def run(work: Callable[[CommandContext], Awaitable[int]], *, as_json: bool = Fal
     except KeyboardInterrupt:  # on Windows, which has no signal handlers here
         code = 128 + signal.SIGINT
     except (NanoBananaError, ValueError, OSError) as exc:
-        code = print_error(exc, as_json=as_json)
+        code = max(context.code, print_error(exc, as_json=as_json))
     except RuntimeError:
         if not context.force_exit:
             raise

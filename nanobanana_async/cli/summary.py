@@ -32,9 +32,10 @@ class BatchSummary:
     budget: Decimal | None
     max_price: Decimal | None
     retries_failed: bool
-    balance_before: Decimal | None = None
-    """Credits in the account when the run began; None if the service did not say."""
-    balance_after: Decimal | None = None
+    before: "Account | None" = None
+    """The account when the run began; None if the service did not say."""
+    after: "Account | None" = None
+    """The account when it had ended."""
 
     async def print(self) -> None:
         """Print it.
@@ -77,7 +78,7 @@ class BatchSummary:
     def _hints(self, counts: "_Counts", status: BudgetStatus) -> Iterator[str]:
         folder = f"--out {shlex.quote(str(self.out))}"
         folder += f" --ledger {shlex.quote(str(self.ledger))}" if self.ledger is not None else ""
-        if (line := self._balance(status, counts)) is not None:
+        if (line := self._balance(counts)) is not None:
             yield line
         if counts.unlisted:
             yield f"{counts.unlisted} {_plural('row', counts.unlisted)} of earlier runs not in the file"
@@ -90,17 +91,28 @@ class BatchSummary:
             if status.remaining is not None and status.remaining <= 0:
                 yield "The budget is used up. Pass a larger --budget."
 
-    def _balance(self, status: BudgetStatus, counts: "_Counts") -> str | None:
-        """Return whether the account accounts for the unknown rows; None if it is not known, or there are none."""
-        if self.balance_before is None or self.balance_after is None or not (counts.unknown or counts.held):
+    def _balance(self, counts: "_Counts") -> str | None:
+        """Return whether the account accounts for what may have been charged; None if it is not known."""
+        if self.before is None or self.after is None or not (counts.unknown or counts.held):
             return None
-        gone = self.balance_before - self.balance_after
+        gone = self.before.credits - self.after.credits
+        stated = self.after.spent - self.before.spent
+        if gone == stated:
+            return f"the balance fell by the {format_credits(stated)} credits that the service has stated in this run"
         return (
-            f"the balance went from {format_credits(self.balance_before)} to {format_credits(self.balance_after)} "
-            f"during this run, {format_credits(gone)} credits. All runs have spent {format_credits(status.spent)} "
-            "that the service has stated. The rest, if nothing else used the account, is for rows that may have been "
-            "charged."
+            f"the balance fell by {format_credits(gone)} credits in this run, of which the service has stated "
+            f"{format_credits(stated)}. If nothing else used the account, the rest was charged without an image."
         )
+
+
+@attrs.frozen
+class Account:
+    """The account at one moment."""
+
+    credits: Decimal
+    """Credits left."""
+    spent: Decimal
+    """Credits that the service has stated as charged for the batch."""
 
 
 @attrs.define
