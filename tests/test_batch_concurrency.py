@@ -15,6 +15,7 @@ import anyio
 import pytest
 
 from nanobanana_async import (
+    AttemptEnd,
     Batch,
     BudgetExceeded,
     CallbackReceiver,
@@ -22,6 +23,7 @@ from nanobanana_async import (
     GenerationRequest,
     LedgerError,
     RowState,
+    SavedImage,
     Succeeded,
     Timeouts,
     Transport,
@@ -326,3 +328,44 @@ async def test_a_blank_task_id_cannot_be_bound(tmp_path: Path) -> None:
         (record,) = await batch.unknown_rows()
         with pytest.raises(ValueError, match="task_id"):
             await batch.bind(record.key, " ")
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_store_that_cancels_itself_does_not_end_a_run_in_silence(tmp_path: Path) -> None:
+    """A future that other code has cancelled looks like a cancellation of the row."""
+
+    class Cancelled:
+        async def put(self, name: str, data: bytes) -> SavedImage:
+            future = asyncio.get_running_loop().create_future()
+            future.cancel()
+            await future
+            raise AssertionError
+
+    simulator = Simulator(FAST_PROFILE)
+    async with batch_of(simulator, tmp_path, image_store=Cancelled()) as batch:
+        with pytest.raises(RuntimeError, match="cancelled internally"):
+            await run(batch)
+    async with batch_of(simulator, tmp_path) as batch:
+        assert kinds(await run(batch)) == ["Succeeded"] * len(FOXES)
+    assert len(simulator.charges) == len(FOXES)
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_record_that_cancels_itself_ends_its_own_call_only() -> None:
+    """The background tasks of the client continue."""
+
+    class Cancelled:
+        is_doubted = False
+
+        async def begin_attempt(self, nonce: str | None) -> None:
+            """Record nothing."""
+
+        async def end_attempt(self, end: AttemptEnd) -> None:
+            future = asyncio.get_running_loop().create_future()
+            future.cancel()
+            await future
+
+    async with Simulator(FAST_PROFILE).client() as client:
+        with pytest.raises(RuntimeError, match="cancelled internally"):
+            await client.submit("a fox", record=Cancelled())
+        assert (await client.generate("a hare")).images

@@ -12,6 +12,7 @@ import attrs
 import pytest
 
 from nanobanana_async import (
+    AuthenticationError,
     GeneratedImage,
     NanoBananaClient,
     PollPolicy,
@@ -140,3 +141,27 @@ def test_an_invalid_latency_model_is_rejected_by_name(numbers: object) -> None:
     """A file edited by hand or truncated is an error."""
     with pytest.raises(ValueError, match=r"latency_models: .* for 'm'"):
         NanoBananaClient("dk-test", polling=PollPolicy(latency_models={"m": numbers}))  # type: ignore[dict-item]
+
+
+async def test_a_rejected_key_ends_also_a_poll_that_has_no_waiter() -> None:
+    """A later wait polls again."""
+    answers: list[Task | Exception] = [AuthenticationError("no"), task("success")]
+    service = FakePollSource(lambda *_: answers.pop(0), delay_s=1.0)
+    async with tracking(service) as tracker:
+        with anyio.move_on_after(0.5):
+            await tracker.wait("ta-1", timeout_s=60)
+        await anyio.sleep(5)
+        assert (await tracker.wait("ta-1", timeout_s=60)).is_final
+
+
+async def test_a_poll_that_outlives_its_waiter_is_never_doubled() -> None:
+    """The caches are bounded, and a poll in flight is remembered until it ends."""
+    service = FakePollSource(lambda task_id, _: task("in_progress", task_id), delay_s=5.0, slots=2000)
+    async with tracking(service) as tracker:
+        with anyio.move_on_after(1):
+            await tracker.wait("ta-1", timeout_s=60)
+        for number in range(1100):
+            tracker.remove_waiter(*tracker.track(f"other-{number}"))
+        with anyio.move_on_after(2):
+            await tracker.wait("ta-1", timeout_s=60)
+        assert [task_id for _, task_id in service.polls].count("ta-1") == 1

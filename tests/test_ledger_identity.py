@@ -14,11 +14,12 @@ from typing import Any
 import anyio
 import pytest
 
-from nanobanana_async import LedgerError, RowState
+from nanobanana_async import LedgerError, Phase, RowState
 from nanobanana_async.ledger.lock import LedgerLock
 from nanobanana_async.ledger.sqlite import Ledger
 from nanobanana_async.simulator import FAST_PROFILE, Simulator
-from tests.batches import FOXES, batch_of, kinds, rows_of, run, run_until_stopped
+from tests.batches import FOXES, batch_of, kinds, nth_post, rows_of, run, run_until_stopped
+from tests.fakes import lost
 
 pytestmark = pytest.mark.anyio
 
@@ -59,7 +60,7 @@ async def test_m7_a_file_system_without_locks_is_refused(tmp_path: Path, monkeyp
     ledger = await Ledger.open(tmp_path / "share", ledger_folder=tmp_path / "local")
     await ledger.aclose()
     assert (tmp_path / "local" / "ledger.db").exists()
-    assert list((tmp_path / "share").iterdir()) == []
+    assert [path.name for path in (tmp_path / "share").iterdir()] == ["ledger.location"]
 
 
 async def test_m7_a_lock_of_another_machine_is_respected_for_a_minute(tmp_path: Path) -> None:
@@ -132,8 +133,8 @@ def restore(folder: Path, backup: bytes) -> None:
         file.write(backup)
 
 
-@pytest.mark.parametrize("lost", ["nothing else", "the lock", "the manifest", "both"])
-async def test_m8_a_ledger_restored_from_a_backup_stops_the_run(tmp_path: Path, lost: str) -> None:
+@pytest.mark.parametrize("lost_files", ["nothing else", "the lock", "the manifest", "both"])
+async def test_m8_a_ledger_restored_from_a_backup_stops_the_run(tmp_path: Path, lost_files: str) -> None:
     """M8: the lock file, the manifest or the images know more. What was lost becomes unknown, or is bound."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
@@ -143,7 +144,7 @@ async def test_m8_a_ledger_restored_from_a_backup_stops_the_run(tmp_path: Path, 
         await run(batch)
     restore(tmp_path, backup)
     for name, kinds_of_loss in (("ledger.lock", ("the lock", "both")), ("manifest.jsonl", ("the manifest", "both"))):
-        if lost in kinds_of_loss:
+        if lost_files in kinds_of_loss:
             (tmp_path / name).unlink()
     with pytest.raises(LedgerError, match=r"Running it could charge rows twice.*resolve adopt --out"):
         await Ledger.open(tmp_path)
@@ -154,8 +155,8 @@ async def test_m8_a_ledger_restored_from_a_backup_stops_the_run(tmp_path: Path, 
     assert set(kinds(outcomes)) <= {"Succeeded", "Unknown"}
 
 
-async def test_m8_after_an_adoption_new_rows_are_unknown_until_the_lost_ones_are_decided(tmp_path: Path) -> None:
-    """M8: nothing tells which rows were lost, so none is charged again without a decision."""
+async def test_m8_after_an_adoption_new_rows_are_unknown(tmp_path: Path) -> None:
+    """M8: nothing tells which rows were lost, so none is charged again without a decision about it."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         await run(batch, FOXES[:4])
@@ -168,12 +169,100 @@ async def test_m8_after_an_adoption_new_rows_are_unknown_until_the_lost_ones_are
         image.unlink()
     await (await Ledger.open(tmp_path, adopt=True)).aclose()
     async with batch_of(simulator, tmp_path) as batch:
-        assert kinds(await run(batch)).count("Unknown") == 8
+        assert kinds(await run(batch, FOXES[:6])).count("Unknown") == 2
         for row in await batch.unknown_rows():
             await batch.abandon(row.key)
-    assert len(simulator.charges) == len(FOXES)
     async with batch_of(simulator, tmp_path) as batch:
-        assert kinds(await run(batch, ["a hare"])) == ["Succeeded"]
+        assert kinds(await run(batch)).count("Unknown") == 6
+    assert len(simulator.charges) == len(FOXES)
+
+
+@pytest.mark.parametrize("lost_lock", [False, True])
+async def test_m8_rows_that_were_rejected_before_a_backup_are_unknown_after_it(
+    tmp_path: Path, *, lost_lock: bool
+) -> None:
+    """M8: such a row may have been charged since, whether or not the lock file is left to tell."""
+    simulator = Simulator(FAST_PROFILE)
+    async with batch_of(simulator, tmp_path, nth_post(lambda _: lost(Phase.CONNECT))) as batch:
+        await run_until_stopped(batch, ["fox"])
+    backup, manifest = (tmp_path / "ledger.db").read_bytes(), (tmp_path / "manifest.jsonl").read_bytes()
+    async with batch_of(simulator, tmp_path) as batch:
+        await run(batch, ["fox"])
+    restore(tmp_path, backup)
+    (tmp_path / "manifest.jsonl").write_bytes(manifest)
+    (tmp_path / "0001-fox.png").unlink()
+    if lost_lock:
+        (tmp_path / "ledger.lock").unlink()
+    with pytest.raises(LedgerError):
+        await Ledger.open(tmp_path)
+    await (await Ledger.open(tmp_path, adopt=True)).aclose()
+    async with batch_of(simulator, tmp_path) as batch:
+        assert kinds(await run(batch, ["fox"])) == ["Unknown"]
+    assert len(simulator.charges) == 1
+
+
+async def test_m8_one_adoption_is_enough_whatever_the_manifest_has(tmp_path: Path) -> None:
+    """M8: the manifest may know several attempts of a row that the ledger does not, and lines of another program."""
+    await finished_batch(tmp_path, ["fox"])
+    manifest = tmp_path / "manifest.jsonl"
+    (line,) = (json.loads(text) for text in manifest.read_text().splitlines())
+    known = [{**line, "key": "other", "attempt": 3, "task_id": None, "state": "unknown"}]
+    odd = [
+        {**line, "key": None},
+        {**line, "attempt": 10**30},
+        {**line, "key": "\udce9"},
+        {**line, "prompt": ""},
+        [1],
+        7,
+    ]
+    lines = [json.dumps(value) for value in [line, *known, *odd, [1], 7]]
+    manifest.write_bytes("\n".join([*lines, "[" * 200_000, ""]).encode() + b"\xff\xfe\n")
+    with pytest.raises(LedgerError, match=r"lacks rows that manifest\.jsonl contains"):
+        await Ledger.open(tmp_path)
+    await (await Ledger.open(tmp_path, adopt=True)).aclose()
+    ledger = await Ledger.open(tmp_path)
+    rows = await ledger.query_rows(list)
+    await ledger.aclose()
+    assert [(row.state, row.attempt) for row in rows] == [(RowState.SAVED, 1), (RowState.UNKNOWN, 3)]
+
+
+@pytest.mark.parametrize(
+    "content", ['{"commits": "7"}', '{"run": null}', '{"run": -1}', "[" * 5000, "", "\0" * 9, '{"x": 1}']
+)
+async def test_m8_a_lock_file_that_cannot_be_read_is_one_that_is_missing(tmp_path: Path, content: str) -> None:
+    """M8: the ledger is refused until it is adopted."""
+    await finished_batch(tmp_path, ["fox"])
+    (tmp_path / "ledger.lock").write_text(content)
+    with pytest.raises(LedgerError, match="is a copy of another ledger"):
+        await Ledger.open(tmp_path)
+    await (await Ledger.open(tmp_path, adopt=True)).aclose()
+    await (await Ledger.open(tmp_path)).aclose()
+
+
+@pytest.mark.parametrize(
+    "sql", ["DELETE FROM meta WHERE name = 'run'", "UPDATE meta SET value = 'x' WHERE name = 'commits'"]
+)
+async def test_m8_values_of_another_program_are_damage(tmp_path: Path, sql: str) -> None:
+    """M8: an error says so, and no traceback."""
+    await finished_batch(tmp_path, ["fox"])
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as database:
+        database.execute(sql)
+        database.commit()
+    with pytest.raises(LedgerError, match=r"is damaged|cannot be used"):
+        await Ledger.open(tmp_path)
+
+
+async def test_m7_one_folder_has_one_ledger(tmp_path: Path) -> None:
+    """M7: a second ledger elsewhere would charge the rows of the first one again."""
+    out, away = tmp_path / "out", tmp_path / "away"
+    await (await Ledger.open(out, ledger_folder=away)).aclose()
+    for other in (None, tmp_path / "elsewhere"):
+        with pytest.raises(LedgerError, match=r"its ledger is in .*away, got .* Pass --ledger"):
+            await Ledger.open(out, ledger_folder=other)
+    await (await Ledger.open(out, ledger_folder=away)).aclose()
+    await (await Ledger.open(tmp_path / "plain")).aclose()
+    with pytest.raises(LedgerError, match="its ledger is in"):
+        await Ledger.open(tmp_path / "plain", ledger_folder=away)
 
 
 @pytest.mark.parametrize("spoil", ["removed", "a bit flipped"])

@@ -152,6 +152,7 @@ class LedgerMachine(RuleBasedStateMachine):
         tail = b"\xa5" * (len(log) - kept) if garbled else b""
         (rescued / "ledger.db").write_bytes((self.folder / "ledger.db").read_bytes())
         (rescued / "ledger.db-wal").write_bytes(log[:kept] + tail)
+        shutil.copy(self.folder / "ledger.lock", rescued)
         self.do(self.ledger.aclose())
         self.folder, before = rescued, dict(self.known)
         self.ledger = self.do(Ledger.open(rescued, adopt=True, group_commit_s=0))

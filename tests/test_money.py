@@ -17,6 +17,7 @@ from nanobanana_async import (
     ConfigurationError,
     Failed,
     GenerationRequest,
+    ImageError,
     InsufficientCredits,
     InvalidRequest,
     NanoBananaClient,
@@ -24,12 +25,14 @@ from nanobanana_async import (
     Outcome,
     RateLimited,
     RowState,
+    SavedImage,
     SubmissionUnknown,
     Succeeded,
     Unknown,
     WireRequest,
     WireResponse,
 )
+from nanobanana_async.batch.rows import RowKeys
 from nanobanana_async.simulator import FAST_PROFILE, Simulator, SimulatorProfile
 from tests.batches import FOXES, batch_of, kinds, nth_post, rows_of, run
 from tests.fakes import rejected, response
@@ -289,3 +292,76 @@ async def test_a_429_is_never_a_possible_charge(tmp_path: Path) -> None:
     async with batch_of(simulator, tmp_path) as batch:
         (row,) = await rows_of(batch)
     assert row.possible_charges == 0
+
+
+async def test_unpriced_charges_of_an_earlier_run_stop_the_next_one(tmp_path: Path) -> None:
+    """M3: with an upper bound several were let through. Without it, more than one of unknown price blocks all."""
+    simulator = Simulator(attrs.evolve(SIZES, failed_tasks=1.0))
+    async with batch_of(simulator, tmp_path, budget=Decimal(10), max_price=Decimal("1.2")) as batch:
+        await run_anyhow(batch, sized("4k", 8))
+    cheap = Simulator(SIZES, seed=1)
+    async with batch_of(cheap, tmp_path, budget=Decimal(10)) as batch:
+        _, cause = await run_anyhow(batch, sized("1k", 100))
+    assert isinstance(cause, BudgetExceeded)
+    assert spent(simulator) + spent(cheap) <= Decimal(10)
+
+
+async def test_a_charge_keeps_its_price_when_its_row_is_edited(tmp_path: Path) -> None:
+    """M2: a failed row with a key may get another size, and its earlier attempt was still of the first one."""
+    large, small = (
+        [RowKeys().row(GenerationRequest("fox", image_size=size), key=f"{number}") for number in range(7)]
+        for size in ("4k", "1k")
+    )
+    simulator = Simulator(SIZES)
+    async with batch_of(simulator, tmp_path, budget=Decimal(10)) as batch:
+        await run_anyhow(batch, [*sized("1k", 1), *sized("4k", 1)])
+    fails = Simulator(attrs.evolve(SIZES, failed_tasks=1.0), seed=1)
+    async with batch_of(fails, tmp_path, budget=Decimal(10)) as batch:
+        await run_anyhow(batch, large)
+        before = batch.progress().budget
+    async with batch_of(simulator, tmp_path, budget=Decimal(10)) as batch:
+        outcomes = batch.run(small, retry_failed=True)
+        with pytest.raises(BudgetExceeded):
+            _ = [outcome async for outcome in outcomes]
+        assert batch.progress().budget.reserved >= before.reserved == Decimal("8.4")
+    assert spent(simulator) + spent(fails) <= Decimal(10)
+
+
+@pytest.mark.parametrize("last", [rejected(400), rejected(429, retry_after="1")])
+async def test_a_row_with_a_possible_charge_is_never_put_off(tmp_path: Path, last: WireResponse) -> None:
+    """M6: a 429 after the service's own 500 does not begin a new count, also while other rows fail."""
+    simulator = Simulator(FAST_PROFILE)
+    answers = {1: rejected(500), 2: rejected(429, retry_after="1"), 3: last}
+    posts: list[int] = []
+
+    def respond(number: int) -> WireResponse | None:
+        posts.append(number)
+        return answers.get(number)
+
+    intercept = nth_post(respond)
+    async with batch_of(simulator, tmp_path, intercept) as batch:
+        outcomes, _ = await run_anyhow(batch, ["fox", "hare"])
+        rows = {row.prompt: row for row in await rows_of(batch)}
+    (unknown,) = (outcome for outcome in outcomes if isinstance(outcome, Unknown))
+    assert rows[unknown.request.prompt].possible_charges == 1
+    assert len(posts) <= 5
+
+
+@pytest.mark.parametrize("error", [ValueError("bad bucket"), RuntimeError("boom"), KeyError("k")])
+async def test_a_store_that_fails_says_that_the_image_is_charged(tmp_path: Path, error: Exception) -> None:
+    """Whatever a store raises, the outcome has the task id, and the next run stores the image."""
+    simulator = Simulator(FAST_PROFILE)
+
+    class Broken:
+        async def put(self, name: str, data: bytes) -> SavedImage:
+            raise error
+
+    async with batch_of(simulator, tmp_path, image_store=Broken()) as batch:
+        (outcome,), cause = await run_anyhow(batch, ["fox"])
+    assert cause is None
+    assert isinstance(outcome, Failed)
+    assert isinstance(outcome.error, ImageError)
+    assert (outcome.error.task_id, outcome.may_be_charged) == (simulator.charges[0].task_id, True)
+    async with batch_of(simulator, tmp_path) as batch:
+        assert kinds(await run(batch, ["fox"])) == ["Succeeded"]
+    assert len(simulator.charges) == 1

@@ -13,7 +13,7 @@ import anyio
 import anyio.lowlevel
 from anyio.abc import TaskGroup
 
-from nanobanana_async._concurrency.events import trio_lowlevel
+from nanobanana_async._concurrency.events import is_cancelled, trio_lowlevel
 from nanobanana_async.errors import ClientClosed, WrongEventLoop
 
 T = TypeVar("T")
@@ -177,6 +177,10 @@ class BackgroundTaskGroup:
         try:
             result.value = await work()
             result.error = None
+        except (anyio.get_cancelled_exc_class(), GeneratorExit) as exc:
+            if is_cancelled():
+                raise
+            result.error = RuntimeError(f"cancelled internally: {exc!r}")  # by a future that other code has cancelled
         except Exception as exc:  # noqa: BLE001 - raised again in the caller's task
             result.error = exc
         finally:

@@ -1,8 +1,11 @@
 """`OneShotEvent`: a one-time event for one waiting task, small enough for a million waiters."""
 
 import asyncio
+import math
 import sys
 from typing import TYPE_CHECKING, Any
+
+import anyio
 
 if TYPE_CHECKING:
     import trio
@@ -11,6 +14,17 @@ if TYPE_CHECKING:
 def trio_lowlevel() -> Any | None:  # noqa: ANN401 - a module that may not be installed
     """Return `trio.lowlevel` if trio is fully imported. Another thread may be importing it now."""
     return getattr(sys.modules.get("trio"), "lowlevel", None)
+
+
+def is_cancelled() -> bool:
+    """Return whether this task is being cancelled. A cancelled future inside other code looks the same."""
+    if anyio.current_effective_deadline() == -math.inf:
+        return True
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # not on asyncio; on trio this cannot happen
+        return True
+    return task is None or task.cancelling() > 0
 
 
 class OneShotEvent:

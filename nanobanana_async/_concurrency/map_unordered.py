@@ -8,6 +8,7 @@ import anyio
 from anyio.abc import TaskGroup
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
+from nanobanana_async._concurrency.events import is_cancelled
 from nanobanana_async.errors import ClientClosed
 
 R = TypeVar("R")
@@ -96,7 +97,12 @@ class _MapState(Generic[R, O]):
                 await self.slots.acquire()
 
     async def _run_one(self, item: R) -> None:
-        outcome = await self._work(item)
+        try:
+            outcome = await self._work(item)
+        except anyio.get_cancelled_exc_class() as exc:
+            if is_cancelled():
+                raise
+            raise RuntimeError(f"cancelled internally: {exc!r}") from None  # by a future that other code has cancelled
         if outcome is None:
             self.slots.release()
             return

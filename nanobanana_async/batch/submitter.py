@@ -79,22 +79,28 @@ class RowRecord:
     async def begin_attempt(self, nonce: str | None) -> None:
         """See `SubmitRecord.begin_attempt`."""
         assert self.reservation is not None  # noqa: S101 - reserved before the submit
-        is_resubmit = self.reservation.was_sent
-        if is_resubmit:  # the attempt before may have been charged, so this one needs a price of its own
-            another = None
-            if self._run_state.stop_reason is None:
-                another = self._run_state.budget.try_reserve(self.priced_as)
-            if another is None:
-                raise NotSent("not resubmitted: the run has stopped, or another submit could exceed the budget")
-            self.reservation.hold()
-            self.reservation = another
-        self._run_state.raise_if_stopped()
-        is_blocked = self._run_state.outage.is_probing and not self.is_probe
-        if not is_resubmit and (is_blocked or self._run_state.has_download_queue):
-            raise _Deferred
+        if self._is_unknown:  # the row ends with this submit, whose earlier attempt may have been charged
+            self._reserve_again()
+        else:
+            self._run_state.raise_if_stopped()
+            is_blocked = self._run_state.outage.is_probing and not self.is_probe
+            if is_blocked or self._run_state.has_download_queue:
+                raise _Deferred
         await self._ledger.begin_attempt(self.row.key, resubmit=self._is_unknown, nonce=nonce)
         self.reservation.was_sent = True
         self.scope.shield = True
+
+    def _reserve_again(self) -> None:
+        """Reserve a price for a further attempt, beside that of the one that may have been charged."""
+        if self.reservation is None or self._run_state.stop_reason is not None:
+            raise NotSent("not resubmitted: the run has stopped")
+        if not self.reservation.was_sent:
+            return  # the attempt before was not charged
+        another = self._run_state.budget.try_reserve(self.priced_as)
+        if another is None:
+            raise NotSent("not resubmitted: another submit could exceed the budget")
+        self.reservation.hold()
+        self.reservation = another
 
     async def end_attempt(self, end: AttemptEnd) -> None:
         """See `SubmitRecord.end_attempt`."""

@@ -45,6 +45,7 @@ from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown
 _REFRESH_INTERVAL_S: Final = 0.5
 _PLAIN_INTERVAL_S: Final = 10.0
 _BALANCE_TIMEOUT_S: Final = 2.0
+_MAX_DIGITS: Final = 15
 _MAX_REPORTED: Final = 20
 """Number of failures that are printed as they happen."""
 _FIRST_MEDIAN_S: Final = 20.0
@@ -66,8 +67,8 @@ class _Credits(click.ParamType[Decimal]):
             amount = Decimal(value)
         except InvalidOperation:
             self.fail(f"expected a number, got {value!r}.", param, ctx)
-        if not amount.is_finite() or amount <= 0:
-            self.fail(f"expected more than 0, got {value}.", param, ctx)
+        if not amount.is_finite() or amount <= 0 or abs(amount.adjusted()) > _MAX_DIGITS:
+            self.fail(f"expected more than 0, and at most {_MAX_DIGITS} digits, got {value:.20}.", param, ctx)
         return amount
 
 

@@ -152,7 +152,7 @@ async def _unknown_keys(ledger: Ledger, keys: tuple[str, ...]) -> tuple[str, ...
             f"key: expected that of an unknown row, got {min(unlisted)!r}. To list the keys, run: nanobanana batch "
             f"resolve --out {ledger.folder}"
         )
-    return keys or tuple(known)
+    return tuple(dict.fromkeys(keys)) or tuple(known)
 
 
 async def _show(ledger: Ledger, *, as_json: bool) -> None:

@@ -17,7 +17,15 @@ import attrs
 import click
 
 from nanobanana_async._text import sanitize_line
-from nanobanana_async.errors import InvalidBatchFile, NanoBananaError, NoImage, SubmissionUnknown, TaskFailed, TaskLost
+from nanobanana_async.errors import (
+    InvalidBatchFile,
+    NanoBananaError,
+    NoImage,
+    SubmissionUnknown,
+    TaskFailed,
+    TaskLost,
+    TaskTimeout,
+)
 from nanobanana_async.models import Task
 
 EXIT_OK: Final = 0
@@ -141,7 +149,7 @@ def exit_code(exc: Exception | None) -> int:
         return EXIT_OK
     if isinstance(exc, TaskFailed | NoImage):
         return EXIT_UNKNOWN if exc.task is None or exc.task.consumed is None else EXIT_FAILED
-    return EXIT_UNKNOWN if isinstance(exc, SubmissionUnknown | TaskLost) else EXIT_FAILED
+    return EXIT_UNKNOWN if isinstance(exc, SubmissionUnknown | TaskLost | TaskTimeout) else EXIT_FAILED
 
 
 def error_record(exc: Exception) -> dict[str, object]:

@@ -10,7 +10,7 @@ from urllib.parse import urljoin
 import anyio
 
 from nanobanana_async._concurrency.byte_budget import ByteBudget, ByteLease
-from nanobanana_async.errors import ImageError
+from nanobanana_async.errors import ImageError, NanoBananaError
 from nanobanana_async.images.formats import ImageFormat, sniff
 from nanobanana_async.models import GeneratedImage, SavedImage, url_problem
 from nanobanana_async.policies import Limits, RetryPolicy, Timeouts
@@ -71,13 +71,17 @@ class Downloader:
         """Put the image into *store*, as *name* plus the suffix of its true type, or as *name* with *keep_suffix*.
 
         Raises:
-            ImageError: The download failed as in `download`, or the store raised OSError.
+            ImageError: The download failed as in `download`, or the store did. `__cause__` is its OSError, if any.
         """
         async with self._opened(image) as (data, image_format):
             try:
                 return await store.put(name if keep_suffix else name + image_format.suffix, data)
             except OSError as exc:
                 raise ImageError(f"{exc.filename or name}: cannot be written: {exc.strerror or exc}") from exc
+            except NanoBananaError:
+                raise
+            except Exception as exc:  # a user's store may raise anything
+                raise ImageError(f"{name}: the image store failed: {type(exc).__name__}: {exc}") from exc
 
     @asynccontextmanager
     async def _opened(self, image: GeneratedImage) -> AsyncGenerator[tuple[bytes, ImageFormat]]:

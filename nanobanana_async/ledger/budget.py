@@ -36,8 +36,8 @@ class Budget:
     """Keeps spent and reserved credits at or below *limit*; None means no limit.
 
     A submit reserves the largest price seen for its model and size, or *max_price* if none was seen. Without either,
-    at most one such submit may be unsettled. So spending exceeds *limit* by at most one price, and after a price has
-    risen, by the rise of the submits in flight.
+    at most one such submit may be unsettled. With more of them, from earlier runs, nothing is sent. So spending exceeds
+    *limit* by at most one price, and after a price has risen, by the rise of the submits in flight.
 
     Args:
         limit: Credits that may be spent.
@@ -80,7 +80,7 @@ class Budget:
         if self._limit is not None:
             price, status = self.price(priced_as), self.status()
             left = self._limit - status.spent - status.reserved
-            if (left <= 0 or status.unpriced) if price is None else price > left:
+            if status.unpriced > 1 or ((left <= 0 or status.unpriced) if price is None else price > left):
                 return None
         self._held[priced_as] += 1
         return self._open(priced_as)

@@ -9,9 +9,9 @@ import json
 import os
 import secrets
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, cast
+from typing import Any, Final, Self, cast
 
 import attrs
 
@@ -23,6 +23,9 @@ from nanobanana_async.ledger.schema import RowState
 FILE_NAME: Final = "ledger.db"
 LOCK_NAME: Final = "ledger.lock"
 MANIFEST_NAME: Final = "manifest.jsonl"
+LOCATION_NAME: Final = "ledger.location"
+"""In the folder of the images: where the ledger is, if it is elsewhere."""
+_MAX_ATTEMPTS: Final = 1000
 _BUSY_TIMEOUT_S: Final = 0.5
 _INTERRUPTED_REASON: Final = "the program ended before a response arrived"
 _INTERRUPT_ATTEMPTS: Final = "UPDATE attempts SET state = 'unknown', reason = ? WHERE state = 'submitting'"
@@ -61,6 +64,7 @@ def open_database(folder: Path, ledger_folder: Path, *, adopt: bool, create: boo
         if create:
             for needed in (folder, ledger_folder):
                 needed.mkdir(parents=True, exist_ok=True)
+            _check_location(folder, ledger_folder)
         elif not path.exists():
             raise LedgerError(f"{path}: not found. Pass the --out folder of a batch.")
         lock = LedgerLock(ledger_folder / LOCK_NAME)
@@ -81,8 +85,28 @@ def open_database(folder: Path, ledger_folder: Path, *, adopt: bool, create: boo
         lock.close()
         if isinstance(exc, sqlite3.Error | OSError):
             raise _open_error(path, exc) from exc
+        if isinstance(exc, LookupError | ValueError | TypeError):  # values that this package does not write
+            raise LedgerError(f"{path}: is damaged ({type(exc).__name__}: {exc}). Restore it from a backup.") from exc
         raise
     return opened
+
+
+def _check_location(folder: Path, ledger_folder: Path) -> None:
+    """Bind *folder* to the folder of its ledger. A second ledger for one folder would charge its rows again.
+
+    Raises:
+        LedgerError: The ledger of *folder* is elsewhere.
+    """
+    marker, here = folder / LOCATION_NAME, ledger_folder.resolve()
+    if marker.exists():
+        known = marker.read_text(encoding="utf-8", errors="replace").strip()
+    else:
+        known = str(folder.resolve()) if (folder / FILE_NAME).exists() else ""
+    if known and Path(known) != here:
+        raise LedgerError(f"{folder}: its ledger is in {known}, got {here}. Pass --ledger {known}.")
+    if not known and here != folder.resolve():
+        with marker.open("x", encoding="utf-8") as file:
+            file.write(f"{here}\n")
 
 
 def _open_error(path: Path, exc: Exception) -> LedgerError:
@@ -163,7 +187,7 @@ class _Opening:
             return f"lacks its last {lost} writes. It was restored from a backup, or {FILE_NAME}-wal is damaged"
         if any(True for _ in self._rows_known_elsewhere()):
             return f"lacks rows that {MANIFEST_NAME} contains. It was restored from a backup"
-        if stem := next((stem for _, stem in self._ready_rows() if stem.lower() in self._image_stems), None):
+        if stem := next((stem for _, stem in self._submittable_rows() if stem.lower() in self._image_stems), None):
             return f"has no submit of {stem}, whose image exists. It was restored from a backup"
         return None
 
@@ -172,8 +196,10 @@ class _Opening:
         db, meta = self._db, _meta(self._db)
         for known in list(self._rows_known_elsewhere()):
             self._record_elsewhere(known)
-        lost = self._found.ledger_id == meta["ledger_id"] and self._found.attempts > int(_meta(db)["attempts"])
-        for key, stem in list(self._ready_rows()):
+        # A lock file that is missing or about another ledger does not say what was lost.
+        is_same = self._found.ledger_id == meta["ledger_id"]
+        lost = not is_same or self._found.attempts > int(_meta(db)["attempts"])
+        for key, stem in list(self._submittable_rows()):
             if lost or stem.lower() in self._image_stems:
                 schema.add_restored_attempt(db, key, RowState.UNKNOWN)
         # Rows that are not in the ledger may have been submitted, too.
@@ -183,47 +209,77 @@ class _Opening:
         db.execute("UPDATE meta SET value = max(value, ?) WHERE name = 'commits'", (self._found.commits,))
         db.execute("UPDATE meta SET value = max(value, ?) WHERE name = 'run'", (self._found.run,))
 
-    def _ready_rows(self) -> Iterator[tuple[str, str]]:
-        """Yield key and file stem of the rows without an attempt."""
-        for line in self._db.execute("SELECT key, file_stem FROM rows WHERE attempt = 0"):
-            yield line["key"], line["file_stem"]
+    def _submittable_rows(self) -> Iterator[tuple[str, str]]:
+        """Yield key and file stem of the rows that a run could submit."""
+        for line in self._db.execute(schema.SELECT_ROWS):
+            if RowState(line["state"]).is_submittable:
+                yield line["key"], line["file_stem"]
 
-    def _rows_known_elsewhere(self) -> Iterator[Mapping[str, object]]:
+    def _rows_known_elsewhere(self) -> Iterator["_ManifestLine"]:
         """Yield the lines of the manifest about submits that the ledger does not have."""
-        with contextlib.suppress(FileNotFoundError), (self._folder / MANIFEST_NAME).open(encoding="utf-8") as lines:
+        manifest = self._folder / MANIFEST_NAME
+        with contextlib.suppress(FileNotFoundError), manifest.open(encoding="utf-8", errors="replace") as lines:
             for text in lines:
                 try:
-                    known = json.loads(text)
-                except ValueError:
+                    known = _ManifestLine.parse(text)
+                except (LookupError, ValueError, TypeError, RecursionError):
                     continue  # not written by this package
-                if isinstance(known, dict) and self._lacks(fields := cast("dict[str, object]", known)):
-                    yield fields
+                if self._lacks(known):
+                    yield known
 
-    def _lacks(self, known: Mapping[str, object]) -> bool:
-        state, attempt = known.get("state"), known.get("attempt")
-        if state in (RowState.READY, RowState.REJECTED) or not isinstance(attempt, int):
+    def _lacks(self, known: "_ManifestLine") -> bool:
+        if known.state in (RowState.READY, RowState.REJECTED):
             return False
-        mine = self._db.execute(f"{schema.SELECT_ROWS} WHERE key = ?", (known.get("key"),)).fetchone()
-        if mine is None or mine["attempt"] < attempt:
+        mine = self._db.execute(f"{schema.SELECT_ROWS} WHERE key = ?", (known.key,)).fetchone()
+        if mine is None or mine["attempt"] < known.attempt:
             return True
-        return bool(mine["attempt"] == attempt and known.get("task_id") and mine["task_id"] is None)
+        return bool(mine["attempt"] == known.attempt and known.task_id and mine["task_id"] is None)
 
-    def _record_elsewhere(self, known: Mapping[str, object]) -> None:
-        key, db = str(known["key"]), self._db
+    def _record_elsewhere(self, known: "_ManifestLine") -> None:
+        db = self._db
         number = db.execute("SELECT coalesce(max(number), 0) + 1 FROM rows").fetchone()[0]
+        stem = f"{number:04}-restored"
         db.execute(
             "INSERT OR IGNORE INTO rows (key, number, file_stem, fingerprint, prompt, model, image_size)"
             " VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
-                key,
+                known.key,
                 number,
-                f"{number:04}-restored",
-                known.get("fingerprint"),
-                known.get("prompt"),
-                known.get("model"),
-                known.get("image_size"),
+                stem,
+                known.fingerprint,
+                known.prompt,
+                known.model,
+                known.image_size,
             ),
         )
-        task_id = known.get("task_id")
-        state = RowState.UNKNOWN if task_id is None else RowState.SUBMITTED
-        schema.add_restored_attempt(db, key, state, None if task_id is None else str(task_id))
+        missing = known.attempt - db.execute("SELECT attempt FROM rows WHERE key = ?", (known.key,)).fetchone()[0]
+        for _ in range(missing - 1):
+            schema.add_restored_attempt(db, known.key, RowState.UNKNOWN)
+        state = RowState.UNKNOWN if known.task_id is None else RowState.SUBMITTED
+        schema.add_restored_attempt(db, known.key, state, known.task_id)
+
+
+_text = attrs.validators.and_(attrs.validators.instance_of(str), attrs.validators.min_len(1))
+
+
+@attrs.frozen(kw_only=True)
+class _ManifestLine:
+    """What the manifest says of one row."""
+
+    key: str = attrs.field(validator=_text)
+    state: str
+    attempt: int = attrs.field(validator=[attrs.validators.instance_of(int), attrs.validators.le(_MAX_ATTEMPTS)])
+    fingerprint: str = attrs.field(validator=_text)
+    prompt: str = attrs.field(validator=_text)
+    model: str = attrs.field(validator=_text)
+    image_size: str | None = attrs.field(validator=attrs.validators.optional(_text))
+    task_id: str | None = attrs.field(validator=attrs.validators.optional(_text))
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return a line of the manifest. Raises various exceptions if it is not one."""
+        document = cast("dict[str, Any]", json.loads(text))
+        line = cls(**{name: document[name] for name in attrs.fields_dict(cls)})
+        for value in (line.key, line.prompt, line.model, line.task_id or ""):
+            value.encode()  # a lone surrogate cannot be stored
+        return line

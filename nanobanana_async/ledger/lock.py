@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 import attrs
+from attrs.validators import and_, ge, instance_of, lt, optional
 
 from nanobanana_async.errors import LedgerError
 
@@ -37,22 +38,25 @@ def _machine() -> str:
     return platform.node()
 
 
+_is_count: Final = and_(instance_of(int), ge(0), lt(2**62))
+
+
 @attrs.frozen(kw_only=True)
 class LockRecord:
     """What the lock file says of the ledger beside it."""
 
-    ledger_id: str = ""
+    ledger_id: str = attrs.field(default="", validator=instance_of(str))
     """Identity of the ledger; "" in a new file."""
-    run: int = 0
+    run: int = attrs.field(default=0, validator=_is_count)
     """Number of times that the ledger was opened."""
-    commits: int = 0
+    commits: int = attrs.field(default=0, validator=_is_count)
     """Number of transactions that were committed."""
-    attempts: int = 0
+    attempts: int = attrs.field(default=0, validator=_is_count)
     """Number of attempts in the ledger."""
-    pid: int | None = None
+    pid: int | None = attrs.field(default=None, validator=optional(_is_count))
     """The process that holds the ledger; None if it was closed."""
-    host: str = ""
-    machine: str = ""
+    host: str = attrs.field(default="", validator=instance_of(str))
+    machine: str = attrs.field(default="", validator=instance_of(str))
     """Identity of the running system, which a restart changes."""
 
 
@@ -140,7 +144,7 @@ def _try_lock(descriptor: int) -> bool:
 def _read(descriptor: int) -> LockRecord:
     """Return the record; an empty one if the file is new or cannot be decoded."""
     os.lseek(descriptor, 0, os.SEEK_SET)
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
         return LockRecord(**json.loads(os.read(descriptor, _MAX_BYTES)))
     return LockRecord()
 

@@ -90,14 +90,15 @@ CREATE TABLE rows (
 ) WITHOUT ROWID;
 CREATE TABLE attempts (
     key TEXT NOT NULL, attempt INTEGER NOT NULL, state TEXT NOT NULL, may_be_charged INTEGER NOT NULL DEFAULT 1,
-    is_doubtful INTEGER NOT NULL DEFAULT 0, rule TEXT, nonce TEXT, task_id TEXT,
+    is_doubtful INTEGER NOT NULL DEFAULT 0, rule TEXT, nonce TEXT, task_id TEXT, model TEXT NOT NULL, image_size TEXT,
     intended_at REAL NOT NULL, submitted_at REAL, ended_at REAL, saved_at REAL,
     consumed TEXT, reason TEXT, files TEXT NOT NULL DEFAULT '[]', PRIMARY KEY (key, attempt)
 ) WITHOUT ROWID;
 """
 # One attempt is one POST. An attempt whose charge the service has stated as zero was not charged.
 SELECT_ROWS: Final = """
-SELECT key, number, file_stem, fingerprint, prompt, model, image_size, attempt, coalesce(state, 'ready') AS state,
+SELECT key, number, file_stem, fingerprint, prompt, rows.model, rows.image_size, attempt,
+    coalesce(state, 'ready') AS state,
     task_id, intended_at, submitted_at, ended_at, saved_at, consumed, reason, coalesce(files, '[]') AS files,
     (SELECT count(*) FROM attempts AS every WHERE every.key = rows.key AND every.may_be_charged
         AND (every.consumed IS NULL OR CAST(every.consumed AS REAL) > 0)) AS possible_charges,
@@ -107,8 +108,7 @@ SELECT key, number, file_stem, fingerprint, prompt, model, image_size, attempt, 
 FROM rows LEFT JOIN attempts USING (key, attempt)
 """
 SELECT_COSTS: Final = """
-SELECT model, image_size, may_be_charged, consumed, state IN ('succeeded', 'saved') AS is_success
-FROM attempts JOIN rows USING (key)
+SELECT model, image_size, may_be_charged, consumed, state IN ('succeeded', 'saved') AS is_success FROM attempts
 """
 _CURRENT_ATTEMPT: Final = "(key, attempt) = (SELECT key, attempt FROM rows WHERE key = ?)"
 
@@ -182,7 +182,6 @@ def upsert_row(db: sqlite3.Connection, row: BatchRow, image_stems: frozenset[str
         db.execute(f"INSERT INTO rows ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", (row.key, number, stem, *content))
         if is_restored:
             add_restored_attempt(db, row.key, RowState.UNKNOWN)
-            db.execute("UPDATE meta SET value = 2 WHERE name = 'lost' AND value")
     elif found["fingerprint"] != row.fingerprint and found["state"] in _EDITABLE_STATES:
         update = "UPDATE rows SET fingerprint = ?, prompt = ?, model = ?, image_size = ? WHERE key = ?"
         db.execute(update, (*content, row.key))
@@ -205,8 +204,8 @@ def add_restored_attempt(db: sqlite3.Connection, key: str, state: RowState, task
     db.execute("UPDATE rows SET attempt = attempt + 1 WHERE key = ?", (key,))
     db.execute("UPDATE meta SET value = value + 1 WHERE name = 'attempts'")
     db.execute(
-        "INSERT INTO attempts (key, attempt, state, task_id, intended_at, reason)"
-        " SELECT key, attempt, ?, ?, ?, ? FROM rows WHERE key = ?",
+        "INSERT INTO attempts (key, attempt, model, image_size, state, task_id, intended_at, reason)"
+        " SELECT key, attempt, model, image_size, ?, ?, ?, ? FROM rows WHERE key = ?",
         (state, task_id, time.time(), _RESTORED_REASON, key),
     )
 
@@ -244,8 +243,9 @@ def begin_attempt(db: sqlite3.Connection, key: str, *, resubmit: bool, nonce: st
     attempt = row["attempt"] + 1
     db.execute("UPDATE rows SET attempt = ? WHERE key = ?", (attempt, key))
     db.execute(
-        "INSERT INTO attempts (key, attempt, state, intended_at, nonce) VALUES (?, ?, ?, ?, ?)",
-        (key, attempt, RowState.SUBMITTING, time.time(), nonce),
+        "INSERT INTO attempts (key, attempt, model, image_size, state, intended_at, nonce)"
+        " SELECT key, attempt, model, image_size, ?, ?, ? FROM rows WHERE key = ?",
+        (RowState.SUBMITTING, time.time(), nonce, key),
     )
     db.execute("UPDATE meta SET value = value + 1 WHERE name = 'attempts'")
     return True
@@ -277,16 +277,6 @@ def transition(db: sqlite3.Connection, key: str, state: RowState, facts: Mapping
         (state, *values, key, *before),
     )
     return done.rowcount > 0
-
-
-def resolve(db: sqlite3.Connection, key: str, state: RowState) -> bool:
-    """Decide about an unknown row. Once all are decided, no more rows were lost before the ledger was adopted."""
-    is_done = transition(db, key, state, {})
-    db.execute(
-        "DELETE FROM meta WHERE name = 'lost' AND value > 1"
-        " AND NOT EXISTS (SELECT 1 FROM attempts JOIN rows USING (key, attempt) WHERE state = 'unknown')"
-    )
-    return is_done
 
 
 def bind_task(db: sqlite3.Connection, key: str, task_id: str) -> bool:

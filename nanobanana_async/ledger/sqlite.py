@@ -179,7 +179,7 @@ class Ledger:
 
     async def resolve(self, key: str, state: RowState) -> None:
         """Decide about the unknown row *key*: `REQUEUED` or `ABANDONED`."""
-        await self._commit_write(lambda db: schema.resolve(db, key, state), key)
+        await self.transition(key, state)
 
     async def bind(self, key: str, task_id: str) -> None:
         """Record the task id of the unknown row *key*. Raises if another row has that task."""

@@ -70,6 +70,8 @@ class TaskTracker:
         self._background = background
         self._tasks: dict[str, TrackedTask] = {}
         """Tasks with waiters."""
+        self._unwatched: dict[str, TrackedTask] = {}
+        """Tasks whose last waiter left during a poll, until the poll has ended."""
         self.cache: Final = TaskCache()
         grain_s = min(_TIMER_SLACK_S, schedule.policy.min_interval_s / 2)
         self._poll_queue: DelayQueue[TrackedTask] = DelayQueue(grain_s)
@@ -148,7 +150,7 @@ class TaskTracker:
 
     def _recall(self, task_id: str) -> TrackedTask:
         """Return the suspended task, or a new one."""
-        tracked = self.cache.tasks.pop(task_id)
+        tracked = self._unwatched.pop(task_id, None) or self.cache.tasks.pop(task_id)
         if tracked is not None and tracked.state is not TaskState.FINISHED:
             return tracked
         guess_s = anyio.current_time() - DEFAULT_AGE_S
@@ -161,9 +163,14 @@ class TaskTracker:
             tracked.waiters.remove(waiter)
         if not tracked.waiters and self._tasks.get(tracked.task_id) is tracked:
             self._untrack(tracked)
-            if tracked.state is TaskState.SCHEDULED:
-                tracked.state = TaskState.SUSPENDED
-            self.cache.tasks.add(tracked.task_id, tracked)
+            if tracked.state is TaskState.POLLING:
+                self._unwatched[tracked.task_id] = tracked
+            else:
+                self._suspend(tracked)
+
+    def _suspend(self, tracked: TrackedTask) -> None:
+        tracked.state = TaskState.SUSPENDED
+        self.cache.tasks.add(tracked.task_id, tracked)
 
     def notify(self, task_id: str) -> None:
         """Poll *task_id* soon, because a callback reported a change.
@@ -171,7 +178,7 @@ class TaskTracker:
         Callbacks are not authenticated, so they trigger at most one poll per task in ten seconds, and none without
         waiters.
         """
-        tracked = self._tasks.get(task_id) or self.cache.tasks.get(task_id)
+        tracked = self._tasks.get(task_id) or self._unwatched.get(task_id) or self.cache.tasks.get(task_id)
         if tracked is None:
             if (submit := self.cache.submits.get(task_id)) is None:
                 return
@@ -249,6 +256,7 @@ class TaskTracker:
         """Stop tracking: the task is final, or *error* is raised in every waiter."""
         tracked.state, tracked.error = TaskState.FINISHED, error
         self._untrack(tracked)
+        self._unwatched.pop(tracked.task_id, None)
         self.cache.tasks.pop(tracked.task_id)
         if error is None and tracked.snapshot is not None and not tracked.snapshot.has_inline_image:
             self.cache.tasks.add(tracked.task_id, tracked)
@@ -267,7 +275,8 @@ class TaskTracker:
     def _schedule_poll(self, tracked: TrackedTask, *, failures: int = 0) -> None:
         """Schedule the next poll, after *failures* consecutive polls without a response."""
         if self._tasks.get(tracked.task_id) is not tracked:  # all waiters left during the poll
-            tracked.state = TaskState.SUSPENDED
+            del self._unwatched[tracked.task_id]
+            self._suspend(tracked)
             return
         now_s = anyio.current_time()
         is_next = tracked.state is TaskState.POLLING or not tracked.history.count
@@ -330,7 +339,7 @@ class TaskTracker:
             with slot:
                 task = await self._source.poll(tracked.task_id)
         except AuthenticationError as exc:
-            for other in list(self._tasks.values()):
+            for other in [tracked, *self._tasks.values()]:
                 self._finish(other, with_task_id(exc, other.task_id))
         except TaskNotFound as exc:
             self._on_not_found(tracked, exc)

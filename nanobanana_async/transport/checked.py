@@ -1,11 +1,10 @@
 """`CheckedTransport`: a transport that ends in time and returns what it should, whatever the wrapped one does."""
 
-import asyncio
-import math
 from typing import Final
 
 import anyio
 
+from nanobanana_async._concurrency.events import is_cancelled
 from nanobanana_async.protocols import ExchangeError, Phase, Transport, WireRequest, WireResponse
 
 _GRACE_S: Final = 0.5
@@ -30,7 +29,7 @@ class CheckedTransport:
             except ExchangeError:
                 raise
             except anyio.get_cancelled_exc_class():
-                if _is_cancelled():
+                if is_cancelled():
                     raise
                 reason = "it was cancelled internally"
             except Exception as exc:  # noqa: BLE001 - a user's transport may raise anything
@@ -45,17 +44,6 @@ class CheckedTransport:
     async def aclose(self) -> None:
         """Close the wrapped transport."""
         await self._transport.aclose()
-
-
-def _is_cancelled() -> bool:
-    """Return whether this task is being cancelled. A cancelled future inside a transport looks the same."""
-    if anyio.current_effective_deadline() == -math.inf:
-        return True
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:  # not on asyncio; on trio this cannot happen
-        return True
-    return task is None or task.cancelling() > 0
 
 
 def _describe(exc: Exception) -> str:
