@@ -21,7 +21,8 @@ from nanobanana_async.simulator import FAST_PROFILE, Simulator
 from tests.batches import FOXES, batch_of, kinds, nth_post, rows_of, run, run_until_stopped
 from tests.fakes import lost
 
-pytestmark = pytest.mark.anyio
+# Files and locks, which know nothing of event loops.
+pytestmark = [pytest.mark.anyio, pytest.mark.parametrize("anyio_backend", ["asyncio"])]
 
 
 async def finished_batch(folder: Path, rows: list[str] = FOXES) -> Simulator:
@@ -79,7 +80,7 @@ async def test_m7_a_lock_of_another_machine_is_respected_for_a_minute(tmp_path: 
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-def test_m7_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+def test_m7_a_forked_child_does_not_keep_the_lock(tmp_path: Path, anyio_backend: str) -> None:
     """M7: a worker process that outlives its parent does not block the folder."""
     lock = LedgerLock(tmp_path / "ledger.lock")
     ready_read, ready_write = os.pipe()
@@ -256,10 +257,11 @@ async def test_m7_one_folder_has_one_ledger(tmp_path: Path) -> None:
     """M7: a second ledger elsewhere would charge the rows of the first one again."""
     out, away = tmp_path / "out", tmp_path / "away"
     await (await Ledger.open(out, ledger_folder=away)).aclose()
-    for other in (None, tmp_path / "elsewhere"):
-        with pytest.raises(LedgerError, match=r"its ledger is in .*away, got .* Pass --ledger"):
-            await Ledger.open(out, ledger_folder=other)
-    await (await Ledger.open(out, ledger_folder=away)).aclose()
+    with pytest.raises(LedgerError, match=r"its ledger is in .*away, got .* Pass --ledger"):
+        await Ledger.open(out, ledger_folder=tmp_path / "elsewhere")
+    for known in (away, None):
+        await (await Ledger.open(out, ledger_folder=known, create=False)).aclose()
+    assert not (out / "ledger.db").exists()
     await (await Ledger.open(tmp_path / "plain")).aclose()
     with pytest.raises(LedgerError, match="its ledger is in"):
         await Ledger.open(tmp_path / "plain", ledger_folder=away)

@@ -193,7 +193,7 @@ class LedgerMachine(RuleBasedStateMachine):
 FOLLOWS = dict(schema.ALLOWED_FROM)
 SUBMITTABLE = (RowState.READY, RowState.REJECTED, RowState.REQUEUED, RowState.FAILED)
 QUICK = settings(
-    max_examples=25,
+    max_examples=12,
     stateful_step_count=25,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -95,8 +95,8 @@ class Batch:
                 a time.
             image_store: Stores the images; None writes them to *folder*.
             callback: A `CallbackReceiver`, as for `client.submit`. A callback also resolves an unknown row, in any run.
-            ledger_folder: Folder of the ledger; None means *folder*. Use it if *folder* is on a file system without
-                locks.
+            ledger_folder: Folder of the ledger; None means where it was before, at first *folder*. For a *folder* on a
+                file system without locks.
             group_commit_s: How long a ledger write waits for others to share its fsync, 0 to 1 second. A row has four
                 writes. A row whose writes were waiting when the process was killed may become unknown.
             new_account: Whether the key may belong to another account than in earlier runs. Charged tasks of the other

@@ -131,7 +131,7 @@ def run_batch(  # noqa: PLR0913 - one parameter per option
 
     async def work(context: CommandContext) -> int:
         rows = await anyio.to_thread.run_sync(lambda: read_rows(file, **defaults))
-        check_writable(out)
+        check_writable(out, is_folder=True)
         keys = {row.key for row in rows}
         summary = BatchSummary(out, ledger, command, keys, budget, max_price, retry_failed)
         async with NanoBananaClient(polling=poll_policy(poll_s)) as client:

@@ -123,13 +123,15 @@ def _show(job: Job, progress: JobProgressBar, *, as_json: bool) -> None:
             progress.print_result(str(file))
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, *, is_folder: bool = False) -> None:
     """Raise before anything is charged if images could not be saved to *path*.
+
+    A *path* with an image suffix is a file, unless *is_folder*.
 
     Raises:
         OSError: The folder cannot be written.
     """
-    folder = path.parent if path.suffix.lower() in SUFFIXES else path
+    folder = path.parent if path.suffix.lower() in SUFFIXES and not is_folder else path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -33,7 +33,7 @@ _TEST_KEY = "dk-test"
     "--faults",
     default="",
     metavar="NAME=RATE,...",
-    help="failed_tasks, text_only, inline_images, server_errors, rate_limited, lost_responses.",
+    help="Pairs such as failed_tasks=0.05. The guide of the simulator lists the names.",
 )
 @click.option(
     "--balance", default=100_000.0, show_default=True, type=click.FloatRange(min=0), help="Credits in the account."

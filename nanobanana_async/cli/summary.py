@@ -84,7 +84,7 @@ class BatchSummary:
             yield f"{counts.unlisted} {_plural('row', counts.unlisted)} of earlier runs not in the file"
         if counts.unknown:
             yield f"{counts.unknown} may have been charged. To resolve them, run: nanobanana batch resolve {folder}"
-        if counts.failed and not self.retries_failed:
+        if counts.states[RowState.FAILED] and not self.retries_failed:
             yield "To submit failed rows again, add --retry-failed. Each may be charged again."
         if self._remaining(counts):
             yield f"To resume, run: {self.command}"
@@ -97,11 +97,13 @@ class BatchSummary:
             return None
         gone = self.before.credits - self.after.credits
         stated = self.after.spent - self.before.spent
+        if gone == stated == 0:
+            return None
         if gone == stated:
             return f"the balance fell by the {format_credits(stated)} credits that the service has stated in this run"
         return (
             f"the balance fell by {format_credits(gone)} credits in this run, of which the service has stated "
-            f"{format_credits(stated)}. If nothing else used the account, the rest was charged without an image."
+            f"{format_credits(stated)}. If nothing else used the account, the rest was charged without a statement."
         )
 
 

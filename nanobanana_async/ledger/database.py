@@ -62,9 +62,7 @@ def open_database(folder: Path, ledger_folder: Path, *, adopt: bool, create: boo
     path = ledger_folder / FILE_NAME
     try:
         if create:
-            for needed in (folder, ledger_folder):
-                needed.mkdir(parents=True, exist_ok=True)
-            _check_location(folder, ledger_folder)
+            _create_folders(folder, ledger_folder)
         elif not path.exists():
             raise LedgerError(f"{path}: not found. Pass the --out folder of a batch.")
         lock = LedgerLock(ledger_folder / LOCK_NAME)
@@ -91,22 +89,27 @@ def open_database(folder: Path, ledger_folder: Path, *, adopt: bool, create: boo
     return opened
 
 
-def _check_location(folder: Path, ledger_folder: Path) -> None:
-    """Bind *folder* to the folder of its ledger. A second ledger for one folder would charge its rows again.
+def _create_folders(folder: Path, ledger_folder: Path) -> None:
+    for needed in (folder, ledger_folder):
+        needed.mkdir(parents=True, exist_ok=True)
+    if ledger_folder.resolve() != folder.resolve():
+        (folder / LOCATION_NAME).write_text(f"{ledger_folder.resolve()}\n", encoding="utf-8")
+
+
+def ledger_location(folder: Path, wanted: Path | None) -> Path:
+    """Return the folder of the ledger of *folder*: *wanted*, else where it is known to be, else *folder*.
 
     Raises:
-        LedgerError: The ledger of *folder* is elsewhere.
+        LedgerError: The ledger is in another folder than *wanted*. A second one would charge its rows again.
     """
-    marker, here = folder / LOCATION_NAME, ledger_folder.resolve()
-    if marker.exists():
-        known = marker.read_text(encoding="utf-8", errors="replace").strip()
-    else:
-        known = str(folder.resolve()) if (folder / FILE_NAME).exists() else ""
-    if known and Path(known) != here:
-        raise LedgerError(f"{folder}: its ledger is in {known}, got {here}. Pass --ledger {known}.")
-    if not known and here != folder.resolve():
-        with marker.open("x", encoding="utf-8") as file:
-            file.write(f"{here}\n")
+    known = None
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        known = Path((folder / LOCATION_NAME).read_text(encoding="utf-8", errors="replace").strip())
+    if known is None and (folder / FILE_NAME).exists():
+        known = folder.resolve()
+    if known is not None and wanted is not None and wanted.resolve() != known:
+        raise LedgerError(f"{folder}: its ledger is in {known}, got {wanted}. Pass --ledger {known}.")
+    return wanted or known or folder
 
 
 def _open_error(path: Path, exc: Exception) -> LedgerError:
@@ -152,8 +155,8 @@ class _Opening:
             self._adopt()
         elif problem := self._problem():
             raise self._error(
-                f"{problem}. Running it could charge rows twice. If no other process uses it, run: nanobanana batch "
-                f"resolve adopt --out {self._folder}"
+                f"{problem}. Running it could charge rows twice. If no other copy was run since, or will be, run: "
+                f"nanobanana batch resolve adopt --out {self._folder}"
             )
         db.execute("UPDATE meta SET value = value + 1 WHERE name IN ('run', 'commits')")
         db.execute(_INTERRUPT_ATTEMPTS, (_INTERRUPTED_REASON,))

@@ -20,7 +20,7 @@ from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.events import OneShotEvent
 from nanobanana_async.errors import LedgerError
 from nanobanana_async.ledger import schema
-from nanobanana_async.ledger.database import FILE_NAME, OpenDatabase, open_database
+from nanobanana_async.ledger.database import FILE_NAME, OpenDatabase, ledger_location, open_database
 from nanobanana_async.ledger.schema import AttemptCost, BatchRow, LedgerRow, RowState
 from nanobanana_async.models import SavedImage
 from nanobanana_async.protocols import AttemptEnd
@@ -89,7 +89,7 @@ class Ledger:
 
         Args:
             folder: The folder of the batch.
-            ledger_folder: Where the ledger is; None means *folder*.
+            ledger_folder: Where the ledger is; None means where it was before, at first *folder*.
             adopt: Whether to accept a copied or restored ledger. Rows that it has lost become unknown.
             create: Whether to create the folder and the ledger if they are missing.
             group_commit_s: How long a write waits for others to share its fsync.
@@ -100,7 +100,7 @@ class Ledger:
         """
         if not 0 <= group_commit_s <= 1:  # false for nan, too
             raise ValueError(f"group_commit_s: expected 0 to 1 second, got {group_commit_s:g}")
-        home = folder if ledger_folder is None else ledger_folder
+        home = ledger_location(folder, ledger_folder)
         ledgers: list[Self] = []
         has_left = threading.Event()
 
@@ -291,7 +291,7 @@ class Ledger:
                 if isinstance(exc, sqlite3.Error) and not isinstance(exc, _OWN_ERRORS):
                     raise
                 if len(writes) == 1:
-                    write.error = f"cannot store this: {exc}"
+                    write.error = str(exc) if type(exc) is ValueError else f"cannot store this: {exc}"
                 return False
         has_changed = db.total_changes != changes
         if has_changed:
