@@ -27,23 +27,10 @@ from nanobanana_async.images.download import Downloader
 from nanobanana_async.images.files import FileImageStore
 from nanobanana_async.images.formats import SUFFIXES
 from nanobanana_async.images.references import encode_images
-from nanobanana_async.models import (
-    GeneratedImage,
-    GenerationRequest,
-    RequestOptions,
-    SavedImage,
-    Task,
-)
+from nanobanana_async.models import GeneratedImage, GenerationRequest, RequestOptions, SavedImage, Task
 from nanobanana_async.outcomes import Outcome, Succeeded, log_unconsumed, outcome_from_error
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
-from nanobanana_async.protocols import (
-    AttemptEnd,
-    CallbackSource,
-    ImageStore,
-    SubmitRecord,
-    Transport,
-    Verdict,
-)
+from nanobanana_async.protocols import AttemptEnd, CallbackSource, ImageStore, SubmitRecord, Transport, Verdict
 from nanobanana_async.tracking.schedule import PollSchedule
 from nanobanana_async.tracking.state import SubmitInfo, TrackerStatistics
 from nanobanana_async.tracking.tracker import TaskTracker
@@ -131,11 +118,7 @@ class NanoBananaClient:
         return self._endpoint.key_digest(salt)
 
     async def generate(
-        self,
-        prompt: str | GenerationRequest,
-        *,
-        timeout_s: float | None = None,
-        **options: Unpack[RequestOptions],
+        self, prompt: str | GenerationRequest, *, timeout_s: float | None = None, **options: Unpack[RequestOptions]
     ) -> Task:
         """Submit a request, wait, and return the finished task, which has at least one image.
 

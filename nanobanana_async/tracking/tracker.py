@@ -28,13 +28,7 @@ from nanobanana_async.errors import (
     TransportError,
 )
 from nanobanana_async.models import Task, TaskStatus
-from nanobanana_async.tracking.schedule import (
-    DEFAULT_AGE_S,
-    Lost,
-    PollSchedule,
-    Presence,
-    latest_status,
-)
+from nanobanana_async.tracking.schedule import DEFAULT_AGE_S, Lost, PollSchedule, Presence, latest_status
 from nanobanana_async.tracking.state import (
     PollSource,
     SubmitInfo,
@@ -211,10 +205,7 @@ class TaskTracker:
     def close(self) -> None:
         """End every wait. The tasks keep running at the service."""
         for tracked in list(self._tasks.values()):
-            reason = (
-                f"client: was closed while waiting for task {tracked.task_id}. "
-                "It keeps running; you can wait on it again."
-            )
+            reason = f"client: was closed while waiting for task {tracked.task_id}. It keeps running; wait on it again."
             self._finish(tracked, TaskTimeout(reason, task=tracked.snapshot, task_id=tracked.task_id))
 
     # --- waiters ----------------------------------------------------------------------------------------------------
@@ -397,7 +388,7 @@ class TaskTracker:
             tracked.wake_all()
 
     def _on_not_found(self, tracked: TrackedTask, exc: TaskNotFound) -> None:
-        """Handle a 404. A new task may be invisible for a while. A foreign id that was never seen does not exist."""
+        """Handle a 404. A foreign id that was never seen does not exist."""
         if tracked.submit.is_estimate and tracked.snapshot is None:
             self._finish(tracked, exc)
             return
