@@ -165,3 +165,25 @@ async def test_a_poll_that_outlives_its_waiter_is_never_doubled() -> None:
         with anyio.move_on_after(2):
             await tracker.wait("ta-1", timeout_s=60)
         assert [task_id for _, task_id in service.polls].count("ta-1") == 1
+
+
+async def test_a_poll_that_outlives_the_end_of_its_task_stops_nothing() -> None:
+    """A rejected key ends all tasks, also those whose poll is in flight."""
+    answers = {"ta-1": [AuthenticationError("no")], "ta-2": [task("in_progress", "ta-2"), task("success", "ta-2")]}
+
+    async def wait(task_id: str) -> None:
+        with pytest.raises(AuthenticationError):
+            await tracker.wait(task_id, timeout_s=60)
+
+    class Uneven(FakePollSource):
+        async def poll(self, task_id: str) -> Task:
+            self.delay_s = 1.0 if task_id == "ta-1" else 5.0
+            return await super().poll(task_id)
+
+    service = Uneven(lambda task_id, _: answers[task_id].pop(0))
+    async with tracking(service) as tracker:
+        async with anyio.create_task_group() as group:
+            group.start_soon(wait, "ta-1")
+            group.start_soon(wait, "ta-2")
+        await anyio.sleep(10)
+        assert (await tracker.wait("ta-2", timeout_s=60)).is_final

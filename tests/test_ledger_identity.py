@@ -262,6 +262,9 @@ async def test_m7_one_folder_has_one_ledger(tmp_path: Path) -> None:
     for known in (away, None):
         await (await Ledger.open(out, ledger_folder=known, create=False)).aclose()
     assert not (out / "ledger.db").exists()
+    (out / "ledger.location").write_text("")
+    with pytest.raises(LedgerError, match=r"ledger\.location: expected the path"):
+        await Ledger.open(out)
     await (await Ledger.open(tmp_path / "plain")).aclose()
     with pytest.raises(LedgerError, match="its ledger is in"):
         await Ledger.open(tmp_path / "plain", ledger_folder=away)

@@ -105,6 +105,10 @@ def ledger_location(folder: Path, wanted: Path | None) -> Path:
     known = None
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         known = Path((folder / LOCATION_NAME).read_text(encoding="utf-8", errors="replace").strip())
+        if not known.is_absolute():
+            raise LedgerError(
+                f"{folder / LOCATION_NAME}: expected the path of the ledger's folder, got {str(known)!r:.80}"
+            )
     if known is None and (folder / FILE_NAME).exists():
         known = folder.resolve()
     if known is not None and wanted is not None and wanted.resolve() != known:

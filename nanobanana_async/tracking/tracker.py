@@ -266,8 +266,8 @@ class TaskTracker:
     def _schedule_poll(self, tracked: TrackedTask, *, failures: int = 0) -> None:
         """Schedule the next poll, after *failures* consecutive polls without a response."""
         if self._tasks.get(tracked.task_id) is not tracked:  # all waiters left during the poll
-            del self._unwatched[tracked.task_id]
-            self._suspend(tracked)
+            if self._unwatched.pop(tracked.task_id, None) is not None:
+                self._suspend(tracked)
             return
         now_s = anyio.current_time()
         is_next = tracked.state is TaskState.POLLING or not tracked.history.count
