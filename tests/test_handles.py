@@ -169,7 +169,10 @@ async def test_a_poll_that_outlives_its_waiter_is_never_doubled() -> None:
 
 async def test_a_poll_that_outlives_the_end_of_its_task_stops_nothing() -> None:
     """A rejected key ends all tasks, also those whose poll is in flight."""
-    answers = {"ta-1": [AuthenticationError("no")], "ta-2": [task("in_progress", "ta-2"), task("success", "ta-2")]}
+    answers: dict[str, list[Task | Exception]] = {
+        "ta-1": [AuthenticationError("no")],
+        "ta-2": [task("in_progress", "ta-2"), task("success", "ta-2")],
+    }
 
     async def wait(task_id: str) -> None:
         with pytest.raises(AuthenticationError):

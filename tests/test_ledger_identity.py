@@ -340,6 +340,13 @@ async def test_m8_an_interrupted_run_needs_no_adoption(tmp_path: Path) -> None:
         assert all(row.state is RowState.SAVED for row in await rows_of(batch))
 
 
+async def test_m8_a_kill_right_after_the_first_opening_needs_no_adoption(tmp_path: Path) -> None:
+    """Without an attempt, nothing can be lost."""
+    await (await Ledger.open(tmp_path)).aclose()
+    (tmp_path / "ledger.lock").write_text("")
+    await (await Ledger.open(tmp_path)).aclose()
+
+
 # --- the disk ---------------------------------------------------------------------------------------------------------
 
 

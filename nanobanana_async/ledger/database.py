@@ -187,7 +187,9 @@ class _Opening:
     def _problem(self) -> str | None:
         """Return why the ledger cannot be trusted, or None."""
         meta = _meta(self._db)
-        if meta["instance"] != self._inode() or meta["ledger_id"] != self._found.ledger_id:
+        # A process that was killed right after it had created the ledger leaves an empty lock file.
+        is_new = not self._found.ledger_id and not meta["attempts"]
+        if meta["instance"] != self._inode() or (meta["ledger_id"] != self._found.ledger_id and not is_new):
             return "is a copy of another ledger"
         if self._found.commits > int(meta["commits"]):
             lost = self._found.commits - int(meta["commits"])
