@@ -8,10 +8,10 @@ from typing import Final
 
 from nanobanana_async._text import format_credits
 from nanobanana_async.batch import gallery
+from nanobanana_async.ledger.database import MANIFEST_NAME
 from nanobanana_async.ledger.schema import LedgerRow, RowState
 
 GALLERY_NAME: Final = "index.html"
-MANIFEST_NAME: Final = "manifest.jsonl"
 
 _STATUS_LABELS: Final = {RowState.SAVED: "succeeded", RowState.FAILED: "failed", RowState.UNKNOWN: "unknown"}
 

@@ -40,6 +40,7 @@ from nanobanana_async.cli.runtime import (
 from nanobanana_async.cli.summary import Account, BatchSummary
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NanoBananaError
+from nanobanana_async.ledger.database import MANIFEST_NAME
 from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown
 
 _REFRESH_INTERVAL_S: Final = 0.5
@@ -217,7 +218,7 @@ class _ProgressReporter:
         if self._reported <= _MAX_REPORTED:
             self._bar.print_line(line)
         elif self._reported == _MAX_REPORTED + 1:
-            self._bar.print_line(f"see {report.MANIFEST_NAME} for further failures")
+            self._bar.print_line(f"see {MANIFEST_NAME} for further failures")
 
     def _report_warning(self, record: logging.LogRecord) -> None:
         line = sanitize_line(record.getMessage())

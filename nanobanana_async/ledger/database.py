@@ -43,7 +43,9 @@ class OpenDatabase:
 
     def record(self) -> LockRecord:
         """Return what the lock file has to say about the ledger now."""
-        meta = _meta(self.connection)
+        # By name: after an adoption, meta also has the names of all images, and this runs with each commit.
+        names = "name IN ('ledger_id', 'run', 'commits', 'attempts')"
+        meta = dict(self.connection.execute(f"SELECT name, value FROM meta WHERE {names}").fetchall())
         return LockRecord(
             ledger_id=str(meta["ledger_id"]),
             run=int(meta["run"]),
