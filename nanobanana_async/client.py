@@ -83,8 +83,10 @@ class NanoBananaClient:
         self._endpoint = Endpoint.resolve(key, base_url)
         self.limits: Final = limits
         self.timeouts: Final = timeouts
-        self._owned_transport = HttpxTransport(connect_s=timeouts.connect_s) if transport is None else None
-        active = CheckedTransport(self._owned_transport or transport)  # type: ignore[arg-type]  # one of the two is set
+        if transport is None:
+            transport = HttpxTransport(connect_s=timeouts.connect_s)
+            self._background.close_when_stopped(transport.aclose)
+        active = CheckedTransport(transport)
         flow = FlowControl(limits, retry)
         self._api = ServiceApi(active, self._background, self._endpoint, flow, timeouts, max_polls=limits.max_polls)
         # It holds no reference to the client, which is then collected as soon as it is dropped.
@@ -319,17 +321,14 @@ class NanoBananaClient:
     async def aclose(self) -> None:
         """End every wait, let submits in flight finish within `Timeouts.submit_s`, and close what the client opened.
 
-        Call it from any task of the client's event loop. A second call has no effect.
+        Call it from any task of the client's event loop. A second call has no effect, nor has one after the event loop
+        has ended.
         """
-        self._background.check_owner()
-        self._tracker.close()
-        bound_s = self.timeouts.submit_s + self.timeouts.close_s
-        with anyio.move_on_after(bound_s, shield=True):
-            try:
-                await self._background.aclose(drain_s=self.timeouts.submit_s)
-            finally:
-                if self._owned_transport is not None:
-                    await self._owned_transport.aclose()
+        if self._background.is_open:
+            self._background.check_owner()
+            self._tracker.close()
+        with anyio.move_on_after(self.timeouts.submit_s + self.timeouts.close_s, shield=True):
+            await self._background.aclose(drain_s=self.timeouts.submit_s)
 
     async def __aenter__(self) -> Self:
         self._background.check_open()
@@ -342,6 +341,7 @@ class NanoBananaClient:
 
     def __del__(self) -> None:
         if self._background.is_open:
+            self._background.abandon(drain_s=self.timeouts.submit_s)
             warnings.warn(
                 f"unclosed {self!r}: use 'async with' or 'await client.aclose()'",
                 ResourceWarning,

@@ -5,7 +5,9 @@ different tasks.
 """
 
 import asyncio
+import contextvars
 import os
+import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Final, Generic, TypeVar
 
@@ -19,6 +21,8 @@ from nanobanana_async.errors import ClientClosed, WrongEventLoop
 T = TypeVar("T")
 
 
+CLOSE_TIMEOUT_S: Final = 10.0
+"""Longest time that closing the resources of a group takes."""
 _CLOSED_MESSAGE: Final = "client: is closed, or its event loop has ended. Create a new client."
 
 
@@ -39,7 +43,8 @@ class _ShieldedResult(Generic[T]):
 class BackgroundTaskGroup:
     """A task group that runs from first use to `aclose`, bound to the event loop of that first use.
 
-    Every method raises `ClientClosed` after `aclose`, and `WrongEventLoop` on another event loop and in a forked child.
+    Every method raises `ClientClosed` after `aclose`, and `WrongEventLoop` on another event loop, in another thread and
+    in a forked child.
     """
 
     def __init__(self) -> None:
@@ -53,12 +58,15 @@ class BackgroundTaskGroup:
         self._drain_s = 0.0
         self._closing = False
         self._root: asyncio.Task[None] | None = None
+        self._call_soon: Callable[[Callable[[], None]], object] = _call_now
+        """Calls a function on the group's event loop, from any thread."""
         self._callbacks: list[Callable[[], None]] = []
+        self._resources: list[Callable[[], Awaitable[None]]] = []
 
     @property
     def is_open(self) -> bool:
         """Whether background work was started and not stopped."""
-        return self._owner is not None and not self._closing
+        return self._owner is not None and not self._closing and not self._has_ended()
 
     def check_open(self) -> None:
         """Raise `ClientClosed` if the group is closed."""
@@ -68,6 +76,10 @@ class BackgroundTaskGroup:
     def call_when_stopped(self, callback: Callable[[], None]) -> None:
         """Call *callback* when background work has ended, also if the event loop ended it."""
         self._callbacks.append(callback)
+
+    def close_when_stopped(self, aclose: Callable[[], Awaitable[None]]) -> None:
+        """Await *aclose* when background work has ended, at most `CLOSE_TIMEOUT_S` for all of them."""
+        self._resources.append(aclose)
 
     async def ensure_started(self) -> None:
         """Start the group on first use. Raise `WrongEventLoop` in another event loop or process."""
@@ -80,7 +92,13 @@ class BackgroundTaskGroup:
         await self._ready.wait()
 
     def start_soon(self, work: Callable[[], Coroutine[object, object, None]]) -> None:
-        """Run *work* in the background, after `ensure_started`. It must not raise. Closing the group cancels it."""
+        """Run *work* in the background, after `ensure_started`. It must not raise. Closing the group cancels it.
+
+        It runs in an empty context, so that it keeps no context variable of the caller alive.
+        """
+        contextvars.Context().run(self._start_soon, work)
+
+    def _start_soon(self, work: Callable[[], Coroutine[object, object, None]]) -> None:
         if self._tasks is None:
             raise ClientClosed(_CLOSED_MESSAGE)
         self._tasks.start_soon(work)
@@ -88,15 +106,15 @@ class BackgroundTaskGroup:
     async def shield(self, work: Callable[[], Awaitable[T]], *, on_abandoned: Callable[[T], None]) -> T:
         """Return the result of *work*, which runs to its end even if the caller is cancelled.
 
-        *work* starts without a checkpoint, so it always runs once this is called. If the caller is cancelled, the
-        result is passed to *on_abandoned* instead.
+        *work* starts without a checkpoint, so it always runs once this is called, in a copy of the caller's context. If
+        the caller is cancelled, the result is passed to *on_abandoned* instead.
 
         Raises:
             ShieldedWorkCancelled: The group was closed, and *work* did not end within the drain time.
         """
         result: _ShieldedResult[T] = _ShieldedResult()
         self._shielded += 1
-        self.start_soon(lambda: self._run_shielded(work, result, on_abandoned))
+        self._start_soon(lambda: self._run_shielded(work, result, on_abandoned))
         try:
             await result.done.wait()
         except BaseException:
@@ -111,8 +129,12 @@ class BackgroundTaskGroup:
     async def aclose(self, *, drain_s: float) -> None:
         """Refuse new work, give shielded calls *drain_s* seconds to finish, and cancel the rest.
 
-        A second call has no effect. Cancelling ends the wait, not the clean-up.
+        A second call has no effect, nor has one after the event loop has ended. Cancelling ends the wait, not the
+        clean-up.
         """
+        if self._has_ended():
+            self._closing = True
+            return
         self.check_owner()
         self.request_stop(drain_s=drain_s)
         if self._owner is not None:
@@ -125,25 +147,48 @@ class BackgroundTaskGroup:
             self._drain_s = drain_s
             self._stop.set()
 
-    @staticmethod
-    def _current_owner() -> tuple[int, object]:
-        return os.getpid(), anyio.lowlevel.current_token()
+    def abandon(self, *, drain_s: float) -> None:
+        """Start closing, from any thread. For a finalizer: it never raises."""
+        if self._owner is not None and self._owner[0] == os.getpid():
+            try:
+                self._call_soon(lambda: self.request_stop(drain_s=drain_s))
+            except RuntimeError:  # the event loop has ended
+                _running.discard(self)
 
     def check_owner(self) -> None:
-        """Raise `WrongEventLoop` in another event loop or process than the one of first use."""
+        """Raise `WrongEventLoop` in another event loop, thread or process than the one of first use."""
         if self._owner is None:
             return
         if self._owner[0] != os.getpid():
             raise WrongEventLoop("client: was created before a fork. Create one client per process.")
-        if self._owner != self._current_owner():
+        try:
+            is_owner = self._owner == self._current_owner()
+        except RuntimeError:
+            raise WrongEventLoop(
+                "client: called from a thread without its event loop. Call it there, for example with "
+                "loop.call_soon_threadsafe or anyio.from_thread.run_sync."
+            ) from None
+        if not is_owner:
             raise WrongEventLoop("client: is bound to another event loop. Create one client per event loop.")
 
+    @staticmethod
+    def _current_owner() -> tuple[int, object]:
+        return os.getpid(), anyio.lowlevel.current_token()
+
+    def _has_ended(self) -> bool:
+        """Return whether the work has stopped, or the event loop was closed without stopping it."""
+        return self._done.is_set() or (self._root is not None and self._root.get_loop().is_closed())
+
     def _start(self) -> None:
+        _running.add(self)
         lowlevel = trio_lowlevel()
         if lowlevel is not None and lowlevel.in_trio_run():
+            self._call_soon = lowlevel.current_trio_token().run_sync_soon
             lowlevel.spawn_system_task(self._run, name="nanobanana_async")
         else:
-            self._root = asyncio.get_running_loop().create_task(self._run(), name="nanobanana_async")
+            loop = asyncio.get_running_loop()
+            self._call_soon = loop.call_soon_threadsafe
+            self._root = loop.create_task(self._run(), name="nanobanana_async", context=contextvars.Context())
             self._root.add_done_callback(
                 lambda _: self._mark_stopped()
             )  # also if the task is cancelled before its first step
@@ -159,13 +204,22 @@ class BackgroundTaskGroup:
                         await self._drained.wait()
                 tasks.cancel_scope.cancel()
         finally:
+            self._tasks = None
+            if not isinstance(sys.exception(), GeneratorExit):  # the event loop has ended: nothing can be awaited
+                await self._close_resources()
             self._mark_stopped()
+
+    async def _close_resources(self) -> None:
+        with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
+            for aclose in self._resources:
+                await aclose()
 
     def _mark_stopped(self) -> None:
         """Set the state to stopped and tell the owner, also if the event loop ended the work or never began it."""
         if not self._done.is_set():
             self._closing = True
             self._tasks = None
+            _running.discard(self)
             for callback in self._callbacks:
                 callback()
             self._ready.set()
@@ -190,3 +244,11 @@ class BackgroundTaskGroup:
             result.done.set()
         if result.abandoned and result.error is None:
             on_abandoned(result.value)  # type: ignore[arg-type]  # `value` is set if `error` is None
+
+
+def _call_now(function: Callable[[], None]) -> None:
+    function()
+
+
+_running: Final[set[BackgroundTaskGroup]] = set()
+"""Groups that run. Event loops keep weak references to tasks only, so a dropped owner would take its group along."""
