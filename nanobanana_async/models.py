@@ -2,7 +2,7 @@
 
 import enum
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -221,3 +221,47 @@ class CallbackPayload:
     status: TaskStatus
     raw: Mapping[str, JsonValue] = attrs.field(factory=dict[str, JsonValue], repr=False, eq=False)
     """The whole object that was posted."""
+
+
+@attrs.frozen(kw_only=True)
+class Eta:
+    """Time left until a task is final, in seconds."""
+
+    median_s: float
+    p90_s: float
+
+
+@attrs.frozen(kw_only=True)
+class Spending:
+    """What submits were charged, and what they may have been charged, in credits."""
+
+    spent: Decimal
+    """Credits that the service reported as charged."""
+    reserved: Decimal
+    """Largest amount that unfinished tasks may cost, at known prices."""
+    unknown: Decimal
+    """Largest amount of submits that may have been charged without a statement of the service, at known prices."""
+    unpriced: int
+    """Submits that are in neither of the two, because no price is known for them."""
+
+
+@attrs.frozen(kw_only=True)
+class UnresolvedAttempt:
+    """A submit of a single task that may have been charged, and whose task id is not known."""
+
+    owner: str | None
+    note: JsonValue
+    """What the application has passed as `note`."""
+    prompt: str
+    """Empty if the ledger stores no prompts."""
+    model: str
+    image_size: str | None
+    submitted_at: datetime
+    reason: str
+    possible_charges: int
+    """POSTs that may have been charged."""
+    acknowledge: Callable[[], Awaitable[None]] = attrs.field(repr=False, eq=False)
+
+    async def ack(self) -> None:
+        """Record that the application knows of it, so that it is not yielded again. A second call has no effect."""
+        await self.acknowledge()

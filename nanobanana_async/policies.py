@@ -1,11 +1,12 @@
 """Frozen policies and their arithmetic. All times are seconds. No I/O and no clock."""
 
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from random import Random
 from typing import Final, Literal, Self, TypeAlias
 
 import attrs
-from attrs.validators import ge, gt, in_, le, lt
+from attrs.validators import ge, gt, in_, le, lt, optional
 
 ResubmitLevel: TypeAlias = Literal["never", "api-5xx", "any-5xx", "always"]
 
@@ -135,6 +136,35 @@ class Limits:
     """Images that are downloaded and not yet stored, together. A larger one is downloaded alone."""
     max_reference_bytes: int = attrs.field(default=10 * 2**20, validator=ge(1))
     """Largest reference image that is sent. Other clients of the service use 10 MB."""
+
+
+def _check_credits(_: object, field: "attrs.Attribute[Decimal | None]", value: Decimal | None) -> None:
+    if not isinstance(value, Decimal | None):
+        raise TypeError(f"{field.name}: expected Decimal, got {value!r}")
+    if value is not None and not (value.is_finite() and value > 0):
+        raise ValueError(f"{field.name}: expected more than 0 credits, got {value}")
+
+
+@attrs.frozen(kw_only=True)
+class OwnerLimits:
+    """What each owner of submits may use, such as one user of a bot. None means no limit."""
+
+    max_in_flight: int | None = attrs.field(default=None, validator=optional(ge(1)))
+    """Tasks of one owner that are submitted and not final, in this process. Further submits wait.
+
+    A task counts until it is final, for at most `Timeouts.task_s`. The client polls it also if nothing waits for it.
+    """
+    per_minute: int | None = attrs.field(default=None, validator=optional(ge(1)))
+    """Submits of one owner in any 60 seconds, in this process. Further submits wait."""
+    budget: Decimal | None = attrs.field(default=None, validator=_check_credits)
+    """Credits that one owner may spend, in all processes that share the ledger. Needs a ledger.
+
+    A submit that could exceed it raises `BudgetExceeded`. Submits in flight, and those that may have been charged,
+    count at the largest price seen for their model and image size.
+    """
+    max_price: Decimal | None = attrs.field(default=None, validator=_check_credits)
+    """Upper bound of a price that was not seen yet. Without it, an owner with a budget has one submit of unknown price.
+    """
 
 
 @attrs.frozen(kw_only=True)

@@ -1,14 +1,16 @@
 """The seams of the package: what an application may implement itself."""
 
 import enum
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from datetime import datetime
 from typing import Protocol, runtime_checkable
 
 import attrs
 from attrs.validators import instance_of
 
 from nanobanana_async.errors import NanoBananaError
-from nanobanana_async.models import SavedImage
+from nanobanana_async.models import GenerationRequest, JsonValue, SavedImage, Spending, Task, UnresolvedAttempt
+from nanobanana_async.policies import OwnerLimits
 
 
 class RequestKind(enum.Enum):
@@ -158,6 +160,94 @@ class SubmitRecord(Protocol):
 
         Shielded from a cancellation of the caller.
         """
+        ...
+
+
+class LedgerEntry(SubmitRecord, Protocol):
+    """The record of one single task, from before its submit to its acknowledgement."""
+
+    @property
+    def key(self) -> str:
+        """Identifier of the entry: random text."""
+        ...
+
+    @property
+    def owner(self) -> str | None:
+        """Whom the task is for; None if the application has not said."""
+        ...
+
+    @property
+    def note(self) -> JsonValue:
+        """What the application has passed as `note`."""
+        ...
+
+    @property
+    def task_id(self) -> str | None:
+        """The task, once it is accepted."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """Model of the request."""
+        ...
+
+    @property
+    def submitted_at(self) -> datetime | None:
+        """When the submit was accepted."""
+        ...
+
+    @property
+    def possible_duplicates(self) -> int:
+        """POSTs beyond the first that may have been charged."""
+        ...
+
+    @property
+    def snapshot(self) -> Task | None:
+        """The final task, as far as the ledger stores it; None if no end is recorded."""
+        ...
+
+    async def acknowledge(self) -> None:
+        """Return once it is durable that the application has used the result. A second call has no effect."""
+        ...
+
+
+class TaskLedger(Protocol):
+    """A durable record of single tasks, such as `SqliteLedger`."""
+
+    async def open(self) -> bool:
+        """Open the ledger. Return False if it was open."""
+        ...
+
+    async def aclose(self) -> None:
+        """Write what is pending, and close the ledger. A second call has no effect."""
+        ...
+
+    def new_entry(
+        self, request: GenerationRequest, *, owner: str | None, note: JsonValue, limits: OwnerLimits
+    ) -> LedgerEntry:
+        """Return the entry of a request that is about to be submitted. Nothing is written yet.
+
+        Its `begin_attempt` raises `BudgetExceeded` if the submit could exceed `limits.budget`.
+        """
+        ...
+
+    def observe(self, task: Task) -> None:
+        """Record the end of *task* if it is final and an entry of this process. Returns at once."""
+        ...
+
+    def unacknowledged(self, *, follow: bool) -> AsyncGenerator[LedgerEntry]:
+        """Yield the entries of accepted tasks that are not acknowledged, oldest first.
+
+        With *follow*, go on with those that are taken over from processes that have ended, and never return.
+        """
+        ...
+
+    async def unresolved(self) -> list[UnresolvedAttempt]:
+        """Return the submits that may have been charged, whose task id is not known, and that are not acknowledged."""
+        ...
+
+    async def spending(self, owner: str | None, since: datetime | None) -> Spending:
+        """Return what *owner* has spent since a time; all owners if None, since the beginning if None."""
         ...
 
 

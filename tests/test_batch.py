@@ -33,6 +33,7 @@ from nanobanana_async import (
     SavedImage,
     SubmissionUnknown,
     Succeeded,
+    Task,
     TaskFailed,
     Timeouts,
     Unknown,
@@ -447,6 +448,7 @@ async def test_a_ledger_that_cannot_be_written_stops_the_run(
     async with batch_of(simulator, tmp_path) as batch:
         ledger = batch._ledger  # noqa: SLF001 - writes fail at a known step, which a full disk cannot do
         move, begin, end_attempt = ledger.transition, ledger.begin_attempt, ledger.end_attempt
+        record_final = ledger.record_final
 
         def fail_at(step: str) -> None:
             if step == broken and len(simulator.charges) >= 4:
@@ -464,6 +466,11 @@ async def test_a_ledger_that_cannot_be_written_stops_the_run(
             fail_at("submitted")
             await end_attempt(key, end)
 
+        async def failing_final(key: str, task: Task) -> None:
+            fail_at("succeeded")
+            await record_final(key, task)
+
+        ledger.record_final = failing_final  # type: ignore[method-assign]
         ledger.transition, ledger.begin_attempt = failing_move, failing_begin  # type: ignore[method-assign]
         ledger.end_attempt = failing_end  # type: ignore[method-assign]
         _, cause = await run_until_stopped(batch, max_in_flight=2)

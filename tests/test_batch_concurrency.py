@@ -32,7 +32,7 @@ from nanobanana_async import (
     WireResponse,
 )
 from nanobanana_async.batch.rows import RowKeys
-from nanobanana_async.ledger.sqlite import Ledger
+from nanobanana_async.ledger.batch_ledger import BatchLedger
 from nanobanana_async.simulator import FAST_PROFILE, Simulator, SimulatorProfile
 from tests.batches import FOXES, batch_of, kinds, nth_post, run, run_until_stopped
 from tests.fakes import PNG, InterceptingTransport, lost, rejected
@@ -141,10 +141,10 @@ async def test_a_missing_ledger_beside_a_manifest_is_an_error(tmp_path: Path) ->
         await run(batch)
     (tmp_path / "ledger.db").unlink()
     with pytest.raises(LedgerError, match="would be charged again"):
-        await Ledger.open(tmp_path)
+        await BatchLedger.open(tmp_path)
     (tmp_path / "ledger.db").touch()
     with pytest.raises(LedgerError, match="would be charged again"):
-        await Ledger.open(tmp_path)
+        await BatchLedger.open(tmp_path)
 
 
 async def test_a_ledger_that_is_removed_stops_the_run(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ async def test_a_cancelled_close_still_ends(tmp_path: Path, *, again: bool) -> N
                 await asyncio.sleep(0)
                 closing.cancel()
             await asyncio.gather(closing, return_exceptions=True)
-            await (await Ledger.open(tmp_path)).aclose()
+            await (await BatchLedger.open(tmp_path)).aclose()
             await opening.__aexit__(None, None, None)
     with anyio.fail_after(5):
         while asyncio.all_tasks() != others:
@@ -252,7 +252,9 @@ def test_a_loop_that_ends_before_the_first_step_ends(tmp_path: Path, what: str, 
             if what == "client":
                 call = (await stack.enter_async_context(Simulator(FAST_PROFILE).client())).balance
             else:
-                call = (await stack.enter_async_context(contextlib.aclosing(await Ledger.open(tmp_path)))).attempt_costs
+                call = (
+                    await stack.enter_async_context(contextlib.aclosing(await BatchLedger.open(tmp_path)))
+                ).attempt_costs
             ready.set()
             for _ in range(steps):
                 await asyncio.sleep(0)

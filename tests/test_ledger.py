@@ -34,7 +34,7 @@ from nanobanana_async import (
     Verdict,
 )
 from nanobanana_async.batch.rows import RowKeys
-from nanobanana_async.ledger.sqlite import Ledger
+from nanobanana_async.ledger.batch_ledger import BatchLedger
 
 pytestmark = pytest.mark.anyio
 
@@ -53,9 +53,9 @@ def no_collection() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def opened(folder: Path, group_commit_s: float = 0, *, adopt: bool = False) -> AsyncIterator[Ledger]:
+async def opened(folder: Path, group_commit_s: float = 0, *, adopt: bool = False) -> AsyncIterator[BatchLedger]:
     """Open a ledger during the block."""
-    ledger = await Ledger.open(folder, group_commit_s=group_commit_s, adopt=adopt)
+    ledger = await BatchLedger.open(folder, group_commit_s=group_commit_s, adopt=adopt)
     try:
         yield ledger
     finally:
@@ -76,7 +76,7 @@ ERRORS: dict[Verdict, NanoBananaError] = {
 }
 
 
-async def record_of(ledger: Ledger, key: str = "k") -> LedgerRow:
+async def record_of(ledger: BatchLedger, key: str = "k") -> LedgerRow:
     """Return one ledger row."""
     return next(record for record in await ledger.query_rows(list) if record.key == key)
 
@@ -251,16 +251,16 @@ async def test_the_file_is_private_and_every_commit_is_synced(tmp_path: Path) ->
 async def test_many_writers_share_a_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hundred concurrent rows need a few fsyncs."""
     commits = 0
-    commit = Ledger._commit
+    commit = BatchLedger._commit
 
-    def counted(self: Ledger, orders: list[object]) -> None:
+    def counted(self: BatchLedger, orders: list[object]) -> None:
         nonlocal commits
         commits += 1
         commit(self, orders)  # type: ignore[arg-type]
 
     async with opened(tmp_path) as ledger:
         await ledger.upsert_rows([row(str(number)) for number in range(100)])
-        monkeypatch.setattr(Ledger, "_commit", counted)
+        monkeypatch.setattr(BatchLedger, "_commit", counted)
         async with anyio.create_task_group() as group:
             for number in range(100):
                 group.start_soon(ledger.begin_attempt, str(number))
@@ -283,9 +283,9 @@ async def test_cancelling_does_not_interrupt_a_write(tmp_path: Path) -> None:
 _HOLD = """
 import sys, time, anyio
 from pathlib import Path
-from nanobanana_async.ledger.sqlite import Ledger
+from nanobanana_async.ledger.batch_ledger import BatchLedger
 async def main():
-    ledger = await Ledger.open(Path(sys.argv[1]))
+    ledger = await BatchLedger.open(Path(sys.argv[1]))
     print("open", flush=True)
     time.sleep(60)
 anyio.run(main)
@@ -302,7 +302,7 @@ async def test_a_second_process_is_refused_with_the_pid_of_the_first(tmp_path: P
         with pytest.raises(
             LedgerError, match=f"in use by process {holder.pid} on .*Wait until it has finished"
         ) as caught:
-            await Ledger.open(tmp_path)
+            await BatchLedger.open(tmp_path)
         assert time.monotonic() - began_s < 1
         assert caught.value.pid == holder.pid
         holder.kill()
@@ -316,7 +316,7 @@ async def test_the_same_process_cannot_open_it_twice(tmp_path: Path) -> None:
     async with opened(tmp_path):
         for _ in range(2):
             with pytest.raises(LedgerError, match=f"in use by process {os.getpid()}"):
-                await Ledger.open(tmp_path)
+                await BatchLedger.open(tmp_path)
 
 
 @pytest.mark.usefixtures("no_collection")
@@ -324,7 +324,7 @@ async def test_the_same_process_cannot_open_it_twice(tmp_path: Path) -> None:
 async def test_a_cancelled_open_leaves_the_folder_free(tmp_path: Path) -> None:
     """`task.cancel()` does not wait for the opening thread, whose ledger must not keep the lock."""
     for number in range(40):
-        opening = asyncio.create_task(Ledger.open(tmp_path))
+        opening = asyncio.create_task(BatchLedger.open(tmp_path))
         await asyncio.sleep(number * 0.0005)
         opening.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -332,7 +332,7 @@ async def test_a_cancelled_open_leaves_the_folder_free(tmp_path: Path) -> None:
         with anyio.fail_after(5):
             while True:
                 with contextlib.suppress(LedgerError):
-                    await (await Ledger.open(tmp_path)).aclose()
+                    await (await BatchLedger.open(tmp_path)).aclose()
                     break
 
 
@@ -342,7 +342,7 @@ async def test_a_copy_is_rejected_until_it_is_adopted(tmp_path: Path) -> None:
         await ledger.upsert_rows([row()])
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     with pytest.raises(LedgerError, match=r"is a copy.*resolve adopt"):
-        await Ledger.open(tmp_path / "b")
+        await BatchLedger.open(tmp_path / "b")
     async with opened(tmp_path / "b", adopt=True) as ledger:
         assert (await record_of(ledger)).state is RowState.READY
     async with opened(tmp_path / "b"):
@@ -377,7 +377,7 @@ async def test_a_ledger_that_cannot_be_trusted_is_not_opened(tmp_path: Path, spo
         await ledger.upsert_rows([row(str(number)) for number in range(200)])
     spoil(tmp_path / "ledger.db")  # type: ignore[operator]
     with pytest.raises(LedgerError, match=says):
-        await Ledger.open(tmp_path)
+        await BatchLedger.open(tmp_path)
 
 
 async def test_an_empty_file_is_a_new_ledger(tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ async def test_an_empty_file_is_a_new_ledger(tmp_path: Path) -> None:
 async def test_a_missing_ledger_is_not_created_by_resolve(tmp_path: Path) -> None:
     """A mistyped folder is an error."""
     with pytest.raises(LedgerError, match="not found"):
-        await Ledger.open(tmp_path / "typo", create=False)
+        await BatchLedger.open(tmp_path / "typo", create=False)
     assert not (tmp_path / "typo").exists()
 
 
@@ -398,7 +398,7 @@ async def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> No
     """A file in place of the folder is treated like a read-only folder."""
     (tmp_path / "file").touch()
     with pytest.raises(LedgerError, match="cannot be opened"):
-        await Ledger.open(tmp_path / "file" / "run")
+        await BatchLedger.open(tmp_path / "file" / "run")
 
 
 async def test_after_a_failed_write_every_write_fails(tmp_path: Path) -> None:
@@ -429,5 +429,5 @@ async def test_a_reason_that_is_not_valid_text_is_stored(tmp_path: Path) -> None
 async def test_a_wait_for_a_group_commit_is_at_most_one_second(tmp_path: Path, group_commit_s: float) -> None:
     """A longer wait would block every row of a batch."""
     with pytest.raises(ValueError, match="group_commit_s: expected 0 to 1 second, got"):
-        await Ledger.open(tmp_path, group_commit_s=group_commit_s)
+        await BatchLedger.open(tmp_path, group_commit_s=group_commit_s)
     assert list(tmp_path.iterdir()) == []

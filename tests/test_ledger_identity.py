@@ -15,8 +15,8 @@ import anyio
 import pytest
 
 from nanobanana_async import LedgerError, Phase, RowState
+from nanobanana_async.ledger.batch_ledger import BatchLedger
 from nanobanana_async.ledger.lock import LedgerLock
-from nanobanana_async.ledger.sqlite import Ledger
 from nanobanana_async.simulator import FAST_PROFILE, Simulator
 from tests.batches import FOXES, batch_of, kinds, nth_post, rows_of, run, run_until_stopped
 from tests.fakes import lost
@@ -43,8 +43,9 @@ async def test_m7_closing_another_descriptor_of_the_ledger_lets_no_second_run_in
         shutil.copy(tmp_path / "ledger.db", tmp_path / "backup.db")
         (tmp_path / "ledger.lock").read_bytes()
         code = (
-            "import sys, anyio\nfrom pathlib import Path\nfrom nanobanana_async.ledger.sqlite import Ledger\n"
-            "anyio.run(Ledger.open, Path(sys.argv[1]))"
+            "import sys, anyio\nfrom pathlib import Path\n"
+            "from nanobanana_async.ledger.batch_ledger import BatchLedger\n"
+            "anyio.run(BatchLedger.open, Path(sys.argv[1]))"
         )
         refused = await anyio.run_process([sys.executable, "-c", code, str(tmp_path)], check=False)
         assert f"in use by process {os.getpid()}" in refused.stderr.decode()
@@ -57,8 +58,8 @@ async def test_m7_a_file_system_without_locks_is_refused(tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr("nanobanana_async.ledger.lock.fcntl.flock", lambda *_: None)
         with pytest.raises(LedgerError, match=r"does not lock files.*pass --ledger DIR"):
-            await Ledger.open(tmp_path)
-    ledger = await Ledger.open(tmp_path / "share", ledger_folder=tmp_path / "local")
+            await BatchLedger.open(tmp_path)
+    ledger = await BatchLedger.open(tmp_path / "share", ledger_folder=tmp_path / "local")
     await ledger.aclose()
     assert (tmp_path / "local" / "ledger.db").exists()
     assert [path.name for path in (tmp_path / "share").iterdir()] == ["ledger.location"]
@@ -66,17 +67,17 @@ async def test_m7_a_file_system_without_locks_is_refused(tmp_path: Path, monkeyp
 
 async def test_m7_a_lock_of_another_machine_is_respected_for_a_minute(tmp_path: Path) -> None:
     """M7: a lock may not reach across machines. A ledger that was closed is free at once."""
-    await (await Ledger.open(tmp_path)).aclose()
+    await (await BatchLedger.open(tmp_path)).aclose()
     lock = tmp_path / "ledger.lock"
     record = json.loads(lock.read_text())
     assert record["pid"] is None
     lock.write_text(json.dumps({**record, "pid": 7, "host": "elsewhere", "machine": "other"}))
     with pytest.raises(LedgerError, match=r"in use by process 7 on elsewhere, or was \d s ago") as caught:
-        await Ledger.open(tmp_path)
+        await BatchLedger.open(tmp_path)
     assert caught.value.pid == 7
     minutes_ago_s = time.time() - 61
     os.utime(lock, (minutes_ago_s, minutes_ago_s))
-    await (await Ledger.open(tmp_path)).aclose()
+    await (await BatchLedger.open(tmp_path)).aclose()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
@@ -148,8 +149,8 @@ async def test_m8_a_ledger_restored_from_a_backup_stops_the_run(tmp_path: Path, 
         if lost_files in kinds_of_loss:
             (tmp_path / name).unlink()
     with pytest.raises(LedgerError, match=r"Running it could charge rows twice.*resolve adopt --out"):
-        await Ledger.open(tmp_path)
-    await (await Ledger.open(tmp_path, adopt=True)).aclose()
+        await BatchLedger.open(tmp_path)
+    await (await BatchLedger.open(tmp_path, adopt=True)).aclose()
     async with batch_of(simulator, tmp_path) as batch:
         outcomes = await run(batch)
     assert len(simulator.charges) == len(FOXES)
@@ -168,7 +169,7 @@ async def test_m8_after_an_adoption_new_rows_are_unknown(tmp_path: Path) -> None
     (tmp_path / "manifest.jsonl").unlink()
     for image in tmp_path.glob("*.png"):
         image.unlink()
-    await (await Ledger.open(tmp_path, adopt=True)).aclose()
+    await (await BatchLedger.open(tmp_path, adopt=True)).aclose()
     async with batch_of(simulator, tmp_path) as batch:
         assert kinds(await run(batch, FOXES[:6])).count("Unknown") == 2
         for row in await batch.unknown_rows():
@@ -195,8 +196,8 @@ async def test_m8_rows_that_were_rejected_before_a_backup_are_unknown_after_it(
     if lost_lock:
         (tmp_path / "ledger.lock").unlink()
     with pytest.raises(LedgerError):
-        await Ledger.open(tmp_path)
-    await (await Ledger.open(tmp_path, adopt=True)).aclose()
+        await BatchLedger.open(tmp_path)
+    await (await BatchLedger.open(tmp_path, adopt=True)).aclose()
     async with batch_of(simulator, tmp_path) as batch:
         assert kinds(await run(batch, ["fox"])) == ["Unknown"]
     assert len(simulator.charges) == 1
@@ -219,9 +220,9 @@ async def test_m8_one_adoption_is_enough_whatever_the_manifest_has(tmp_path: Pat
     lines = [json.dumps(value) for value in [line, *known, *odd, [1], 7]]
     manifest.write_bytes("\n".join([*lines, "[" * 200_000, ""]).encode() + b"\xff\xfe\n")
     with pytest.raises(LedgerError, match=r"lacks rows that manifest\.jsonl contains"):
-        await Ledger.open(tmp_path)
-    await (await Ledger.open(tmp_path, adopt=True)).aclose()
-    ledger = await Ledger.open(tmp_path)
+        await BatchLedger.open(tmp_path)
+    await (await BatchLedger.open(tmp_path, adopt=True)).aclose()
+    ledger = await BatchLedger.open(tmp_path)
     rows = await ledger.query_rows(list)
     await ledger.aclose()
     assert [(row.state, row.attempt) for row in rows] == [(RowState.SAVED, 1), (RowState.UNKNOWN, 3)]
@@ -235,9 +236,9 @@ async def test_m8_a_lock_file_that_cannot_be_read_is_one_that_is_missing(tmp_pat
     await finished_batch(tmp_path, ["fox"])
     (tmp_path / "ledger.lock").write_text(content)
     with pytest.raises(LedgerError, match="is a copy of another ledger"):
-        await Ledger.open(tmp_path)
-    await (await Ledger.open(tmp_path, adopt=True)).aclose()
-    await (await Ledger.open(tmp_path)).aclose()
+        await BatchLedger.open(tmp_path)
+    await (await BatchLedger.open(tmp_path, adopt=True)).aclose()
+    await (await BatchLedger.open(tmp_path)).aclose()
 
 
 @pytest.mark.parametrize(
@@ -250,24 +251,24 @@ async def test_m8_values_of_another_program_are_damage(tmp_path: Path, sql: str)
         database.execute(sql)
         database.commit()
     with pytest.raises(LedgerError, match=r"is damaged|cannot be used"):
-        await Ledger.open(tmp_path)
+        await BatchLedger.open(tmp_path)
 
 
 async def test_m7_one_folder_has_one_ledger(tmp_path: Path) -> None:
     """M7: a second ledger elsewhere would charge the rows of the first one again."""
     out, away = tmp_path / "out", tmp_path / "away"
-    await (await Ledger.open(out, ledger_folder=away)).aclose()
+    await (await BatchLedger.open(out, ledger_folder=away)).aclose()
     with pytest.raises(LedgerError, match=r"its ledger is in .*away, got .* Pass --ledger"):
-        await Ledger.open(out, ledger_folder=tmp_path / "elsewhere")
+        await BatchLedger.open(out, ledger_folder=tmp_path / "elsewhere")
     for known in (away, None):
-        await (await Ledger.open(out, ledger_folder=known, create=False)).aclose()
+        await (await BatchLedger.open(out, ledger_folder=known, create=False)).aclose()
     assert not (out / "ledger.db").exists()
     (out / "ledger.location").write_text("")
     with pytest.raises(LedgerError, match=r"ledger\.location: expected the path"):
-        await Ledger.open(out)
-    await (await Ledger.open(tmp_path / "plain")).aclose()
+        await BatchLedger.open(out)
+    await (await BatchLedger.open(tmp_path / "plain")).aclose()
     with pytest.raises(LedgerError, match="its ledger is in"):
-        await Ledger.open(tmp_path / "plain", ledger_folder=away)
+        await BatchLedger.open(tmp_path / "plain", ledger_folder=away)
 
 
 @pytest.mark.parametrize("spoil", ["removed", "a bit flipped"])
@@ -295,7 +296,7 @@ async def test_m8_a_damaged_write_ahead_log_stops_the_run(tmp_path: Path, spoil:
         data[len(data) // 2] ^= 1
         wal.write_bytes(data)
     with pytest.raises(LedgerError, match=r"lacks its last \d+ writes|missing or empty"):
-        await Ledger.open(folder)
+        await BatchLedger.open(folder)
     assert len(simulator.charges) == len(FOXES)
 
 
@@ -313,7 +314,7 @@ async def test_m8_a_copy_is_refused(tmp_path: Path, how: str) -> None:
         else:
             shutil.copy(tmp_path / "run" / "ledger.db", copy)
     with pytest.raises(LedgerError, match="is a copy of another ledger"):
-        await Ledger.open(copy)
+        await BatchLedger.open(copy)
 
 
 async def test_m8_an_image_without_a_submit_stops_the_run(tmp_path: Path) -> None:
@@ -330,7 +331,7 @@ async def test_m8_an_image_without_a_submit_stops_the_run(tmp_path: Path) -> Non
 
 async def test_m8_an_interrupted_run_needs_no_adoption(tmp_path: Path) -> None:
     """Nothing is lost by a kill, so nothing has to be decided but the rows in flight."""
-    ledger = await Ledger.open(tmp_path)
+    ledger = await BatchLedger.open(tmp_path)
     ledger._db.close()  # noqa: SLF001 - as after a kill, which writes and releases nothing in order
     ledger._opened.lock.close()  # noqa: SLF001 - the kernel does this
     with contextlib.suppress(sqlite3.Error):
@@ -342,9 +343,9 @@ async def test_m8_an_interrupted_run_needs_no_adoption(tmp_path: Path) -> None:
 
 async def test_m8_a_kill_right_after_the_first_opening_needs_no_adoption(tmp_path: Path) -> None:
     """Without an attempt, nothing can be lost."""
-    await (await Ledger.open(tmp_path)).aclose()
+    await (await BatchLedger.open(tmp_path)).aclose()
     (tmp_path / "ledger.lock").write_text("")
-    await (await Ledger.open(tmp_path)).aclose()
+    await (await BatchLedger.open(tmp_path)).aclose()
 
 
 # --- the disk ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 from nanobanana_async import BatchRow, GenerationRequest, LedgerError, LedgerRow, RowState, SavedImage
 from nanobanana_async.batch.rows import RowKeys
 from nanobanana_async.ledger import database, schema
-from nanobanana_async.ledger.sqlite import Ledger
+from nanobanana_async.ledger.batch_ledger import BatchLedger
 
 KEYS = ("a", "b", "c")
 
@@ -59,7 +59,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         """Insert all rows."""
-        self.ledger = self.do(Ledger.open(self.folder, group_commit_s=0))
+        self.ledger = self.do(BatchLedger.open(self.folder, group_commit_s=0))
         self.do(self.ledger.upsert_rows(map(row, KEYS)))
 
     def do(self, work: Coroutine[Any, Any, Any]) -> Any:  # noqa: ANN401 - any result
@@ -155,7 +155,7 @@ class LedgerMachine(RuleBasedStateMachine):
         shutil.copy(self.folder / "ledger.lock", rescued)
         self.do(self.ledger.aclose())
         self.folder, before = rescued, dict(self.known)
-        self.ledger = self.do(Ledger.open(rescued, adopt=True, group_commit_s=0))
+        self.ledger = self.do(BatchLedger.open(rescued, adopt=True, group_commit_s=0))
         self.posted.clear()
         after = self.records()
         for name, state in before.items():
@@ -206,13 +206,13 @@ Machine.settings = QUICK
 
 
 def _acknowledged_before_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    def commit(self: Ledger, orders: list[Any]) -> None:
+    def commit(self: BatchLedger, orders: list[Any]) -> None:
         if not self._db.in_transaction:
             self._db.execute("BEGIN IMMEDIATE")
         for order in orders:
             order.value, order.is_done = order.work(self._db), True
 
-    monkeypatch.setattr(Ledger, "_commit", commit)
+    monkeypatch.setattr(BatchLedger, "_commit", commit)
 
 
 def _intents_survive_a_restart(monkeypatch: pytest.MonkeyPatch) -> None:

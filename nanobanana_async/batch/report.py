@@ -8,7 +8,7 @@ from typing import Final
 
 from nanobanana_async._text import format_credits
 from nanobanana_async.batch import gallery
-from nanobanana_async.ledger.database import MANIFEST_NAME
+from nanobanana_async.ledger.restored import MANIFEST_NAME
 from nanobanana_async.ledger.schema import LedgerRow, RowState
 
 GALLERY_NAME: Final = "index.html"

@@ -12,13 +12,13 @@ from nanobanana_async.errors import (
     TaskNotFound,
 )
 from nanobanana_async.handle import no_image_error
+from nanobanana_async.ledger.batch_ledger import BatchLedger
 from nanobanana_async.ledger.schema import BatchRow, LedgerRow, RowState
-from nanobanana_async.ledger.sqlite import Ledger
 from nanobanana_async.models import Task, TaskStatus
 from nanobanana_async.outcomes import Failed, Outcome, Unknown
 
 
-async def check_service(ledger: Ledger, client: NanoBananaClient, *, new_account: bool) -> None:
+async def check_service(ledger: BatchLedger, client: NanoBananaClient, *, new_account: bool) -> None:
     """Check that *client* uses the service and the account that the ledger is about, and record a new account.
 
     Charged tasks cannot be found elsewhere. A key that differs is usually a rotated one: a query of a known task tells.

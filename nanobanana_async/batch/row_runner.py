@@ -1,7 +1,5 @@
 """`RowRunner`: one row from its entry in the ledger to its outcome."""
 
-import time
-
 import anyio.to_thread
 import attrs
 
@@ -11,8 +9,8 @@ from nanobanana_async.batch.submitter import RowRecord, Submitter
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import AuthenticationError, ImageError, LedgerError, NanoBananaError, TaskLost
 from nanobanana_async.handle import TaskHandle, no_image_error
+from nanobanana_async.ledger.batch_ledger import BatchLedger
 from nanobanana_async.ledger.schema import BatchRow, LedgerRow, RowState
-from nanobanana_async.ledger.sqlite import Ledger
 from nanobanana_async.models import SavedImage, Task
 from nanobanana_async.outcomes import Outcome, Succeeded, Unknown, outcome_from_error
 from nanobanana_async.protocols import ImageStore
@@ -26,7 +24,7 @@ class RowRunner:
     def __init__(
         self,
         client: NanoBananaClient,
-        ledger: Ledger,
+        ledger: BatchLedger,
         run_state: RunState,
         submitter: Submitter,
         image_store: ImageStore,
@@ -102,20 +100,12 @@ class RowRunner:
                 await self._ledger.transition(record.row.key, RowState.UNKNOWN, reason=str(exc))
             raise
         if not has_image:
-            await self._record_final(record, task)
-        elif record.reservation is not None:
-            record.reservation.settle(task.consumed, is_success=True)
+            await self._ledger.record_final(record.row.key, task)
+        if record.reservation is not None:
+            record.reservation.settle(task.consumed, is_success=bool(task.images))
         if not task.images:
             raise no_image_error(task)
         return task
-
-    async def _record_final(self, record: RowRecord, task: Task) -> None:
-        state = RowState.SUCCEEDED if task.images else RowState.FAILED
-        consumed = None if task.consumed is None else f"{task.consumed:f}"
-        reason = None if task.images else (task.reason or " ".join(task.texts) or "the service gave no reason")
-        await self._ledger.transition(record.row.key, state, ended_at=time.time(), consumed=consumed, reason=reason)
-        if record.reservation is not None:
-            record.reservation.settle(task.consumed, is_success=bool(task.images))
 
     async def _save_images(self, stem: str, task: Task, task_id: str) -> tuple[SavedImage, ...]:
         self._run_state.saving += 1

@@ -5,7 +5,6 @@ from decimal import Decimal
 import anyio
 import attrs
 
-from nanobanana_async._text import format_credits
 from nanobanana_async.batch.outage import OutageBackoff
 from nanobanana_async.errors import BudgetExceeded, NanoBananaError, RateLimited
 from nanobanana_async.ledger.budget import Budget, BudgetStatus, PricedAs, Reservation
@@ -95,7 +94,7 @@ class RunState:
                 if (reservation := self.budget.try_reserve(priced_as)) is not None:
                     return reservation
                 if not self.budget.open:
-                    self.stop(BudgetExceeded(self._budget_message(priced_as)))
+                    self.stop(BudgetExceeded(self.budget.refusal(priced_as, "--max-price CREDITS")))
             await self.wait_change()
 
     def record_success(self) -> None:
@@ -111,16 +110,3 @@ class RunState:
         self.last_error = str(exc) if self.outage.is_probing else None
         if self.outage.should_give_up(now_s, rate_limited=isinstance(exc, RateLimited)):
             self.stop(exc)
-
-    def _budget_message(self, priced_as: PricedAs) -> str:
-        status, price = self.budget.status(), self.budget.price(priced_as)
-        spent = f"{format_credits(status.spent)} credits spent"
-        spent += f", {format_credits(status.reserved)} reserved" if status.reserved else ""
-        if price is not None or not status.unpriced:
-            left = "nothing is left" if price is None else f"one more may cost {format_credits(price)}"
-            return f"budget: another submit could exceed it: {spent}, and {left}"
-        name = priced_as[0] if priced_as[1] is None else f"{priced_as[0]} at {priced_as[1]}"
-        return (
-            f"budget: the price of {name} is not known, and a submit of unknown price may have been charged: {spent}. "
-            "To go on, state the largest price of an image: pass --max-price CREDITS."
-        )

@@ -24,8 +24,9 @@ from nanobanana_async.batch.submitter import Submitter
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import ClientClosed, ConfigurationError, KeyConflict, LedgerError, NanoBananaError
 from nanobanana_async.images.files import FileImageStore, remove_partial_files
+from nanobanana_async.ledger.batch_ledger import BatchLedger
 from nanobanana_async.ledger.schema import BatchRow, LedgerRow, RowState
-from nanobanana_async.ledger.sqlite import GROUP_COMMIT_S, Ledger
+from nanobanana_async.ledger.sqlite import GROUP_COMMIT_S
 from nanobanana_async.models import GenerationRequest
 from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown
 from nanobanana_async.protocols import CallbackSource, ImageStore
@@ -47,7 +48,7 @@ class Batch:
 
     def __init__(
         self,
-        ledger: Ledger,
+        ledger: BatchLedger,
         client: NanoBananaClient,
         run_state: RunState,
         image_store: ImageStore,
@@ -110,7 +111,7 @@ class Batch:
             if amount is not None and not (amount.is_finite() and amount > 0):
                 raise ConfigurationError(f"{name}: expected more than 0 credits, got {amount}")
         home = None if ledger_folder is None else Path(ledger_folder)
-        ledger = await Ledger.open(Path(folder), ledger_folder=home, group_commit_s=group_commit_s)
+        ledger = await BatchLedger.open(Path(folder), ledger_folder=home, group_commit_s=group_commit_s)
         try:
             await check_service(ledger, client, new_account=new_account)
             await anyio.to_thread.run_sync(remove_partial_files, ledger.folder)

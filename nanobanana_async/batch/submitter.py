@@ -20,9 +20,9 @@ from nanobanana_async.errors import (
     SubmissionUnknown,
 )
 from nanobanana_async.handle import TaskHandle
+from nanobanana_async.ledger.batch_ledger import BatchLedger
 from nanobanana_async.ledger.budget import PricedAs, Reservation
 from nanobanana_async.ledger.schema import BatchRow, LedgerRow
-from nanobanana_async.ledger.sqlite import Ledger
 from nanobanana_async.protocols import AttemptEnd, CallbackSource, Verdict
 
 _log: Final = logging.getLogger("nanobanana_async")
@@ -35,7 +35,7 @@ class _Deferred(Exception):
 class RowRecord:
     """The `SubmitRecord` of one row: ledger and money. A context manager that ends with the row."""
 
-    def __init__(self, row: BatchRow, entry: LedgerRow, ledger: Ledger, run_state: RunState) -> None:
+    def __init__(self, row: BatchRow, entry: LedgerRow, ledger: BatchLedger, run_state: RunState) -> None:
         self.row: Final = row
         self.priced_as: Final[PricedAs] = (row.request.model, row.request.image_size)
         self.is_doubted = entry.is_doubted
@@ -123,7 +123,7 @@ class Submitter:
     """Submits rows, one at a time while the service has errors."""
 
     def __init__(
-        self, ledger: Ledger, client: NanoBananaClient, run_state: RunState, callback: CallbackSource | None
+        self, ledger: BatchLedger, client: NanoBananaClient, run_state: RunState, callback: CallbackSource | None
     ) -> None:
         self._ledger = ledger
         self._client = client

@@ -40,7 +40,7 @@ from nanobanana_async.cli.runtime import (
 from nanobanana_async.cli.summary import Account, BatchSummary
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NanoBananaError
-from nanobanana_async.ledger.database import MANIFEST_NAME
+from nanobanana_async.ledger.restored import MANIFEST_NAME
 from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown
 
 _REFRESH_INTERVAL_S: Final = 0.5

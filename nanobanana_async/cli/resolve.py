@@ -13,9 +13,9 @@ from nanobanana_async._text import format_credits, sanitize_line
 from nanobanana_async.cli.runtime import EXIT_OK, CommandContext, json_option, print_json, print_result, run
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import ConfigurationError
+from nanobanana_async.ledger.batch_ledger import BatchLedger
 from nanobanana_async.ledger.budget import Budget
 from nanobanana_async.ledger.schema import LedgerRow, RowState
-from nanobanana_async.ledger.sqlite import Ledger
 from nanobanana_async.wire.endpoint import KEY_VARIABLES
 
 _TASK_ID = r"[\w.:-]{16,200}"
@@ -56,7 +56,7 @@ def list_rows(out: Path, ledger: Path | None, *, as_json: bool) -> None:
     """List the rows and their largest cost."""
 
     async def work(_: CommandContext) -> int:
-        async with aclosing(await Ledger.open(out, ledger_folder=ledger, create=False)) as opened:
+        async with aclosing(await BatchLedger.open(out, ledger_folder=ledger, create=False)) as opened:
             await _show(opened, as_json=as_json)
         return EXIT_OK
 
@@ -100,7 +100,7 @@ def bind(key: str, task_id: str, out: Path, ledger: Path | None) -> None:
         if any(map(os.getenv, KEY_VARIABLES)):
             async with NanoBananaClient() as client:
                 await client.task(task_id).query()
-        async with aclosing(await Ledger.open(out, ledger_folder=ledger, create=False)) as opened:
+        async with aclosing(await BatchLedger.open(out, ledger_folder=ledger, create=False)) as opened:
             await _unknown_keys(opened, (key,))
             await opened.bind(key, task_id)
         click.echo("1 changed. To apply it, run the batch again.", err=True)
@@ -117,7 +117,7 @@ def adopt(out: Path, ledger: Path | None, *, as_json: bool) -> None:
     """Accept a copied or restored ledger. Rows that it has lost become unknown."""
 
     async def work(_: CommandContext) -> int:
-        async with aclosing(await Ledger.open(out, ledger_folder=ledger, create=False, adopt=True)) as opened:
+        async with aclosing(await BatchLedger.open(out, ledger_folder=ledger, create=False, adopt=True)) as opened:
             click.echo("ledger adopted. To resume, run the batch again.", err=True)
             await _show(opened, as_json=as_json)
         return EXIT_OK
@@ -130,7 +130,7 @@ def _decide(state: RowState, keys: tuple[str, ...], out: Path, ledger: Path | No
         raise click.UsageError("expected KEYs or --all. To list the keys, run: nanobanana batch resolve --out DIR")
 
     async def work(_: CommandContext) -> int:
-        async with aclosing(await Ledger.open(out, ledger_folder=ledger, create=False)) as opened:
+        async with aclosing(await BatchLedger.open(out, ledger_folder=ledger, create=False)) as opened:
             chosen = await _unknown_keys(opened, keys)
             for key in chosen:
                 await opened.resolve(key, state)
@@ -140,7 +140,7 @@ def _decide(state: RowState, keys: tuple[str, ...], out: Path, ledger: Path | No
     run(work)
 
 
-async def _unknown_keys(ledger: Ledger, keys: tuple[str, ...]) -> tuple[str, ...]:
+async def _unknown_keys(ledger: BatchLedger, keys: tuple[str, ...]) -> tuple[str, ...]:
     """Return *keys*, or those of all unknown rows if there are none.
 
     Raises:
@@ -155,7 +155,7 @@ async def _unknown_keys(ledger: Ledger, keys: tuple[str, ...]) -> tuple[str, ...
     return tuple(dict.fromkeys(keys)) or tuple(known)
 
 
-async def _show(ledger: Ledger, *, as_json: bool) -> None:
+async def _show(ledger: BatchLedger, *, as_json: bool) -> None:
     unknown: list[LedgerRow] = await ledger.query_rows(list, RowState.UNKNOWN)
     budget = Budget()
     budget.add_attempts(await ledger.attempt_costs())

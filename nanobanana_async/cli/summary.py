@@ -12,9 +12,9 @@ import attrs
 import click
 
 from nanobanana_async._text import format_credits
+from nanobanana_async.ledger.batch_ledger import BatchLedger
 from nanobanana_async.ledger.budget import Budget, BudgetStatus
 from nanobanana_async.ledger.schema import LedgerRow, RowState
-from nanobanana_async.ledger.sqlite import Ledger
 
 _FAILED = (RowState.FAILED, RowState.ABANDONED)
 
@@ -44,7 +44,7 @@ class BatchSummary:
             LedgerError: The ledger cannot be read.
         """
         budget = Budget(self.budget, max_price=self.max_price)
-        async with aclosing(await Ledger.open(self.out, ledger_folder=self.ledger, create=False)) as ledger:
+        async with aclosing(await BatchLedger.open(self.out, ledger_folder=self.ledger, create=False)) as ledger:
             counts = await ledger.query_rows(partial(_count, self.keys))
             budget.add_attempts(await ledger.attempt_costs())
         click.echo(f"{', '.join(self._rows(counts))}; {self._money(counts, budget.status())}", err=True)

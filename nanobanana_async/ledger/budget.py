@@ -12,6 +12,7 @@ from typing import Final, Protocol, Self, TypeAlias
 
 import attrs
 
+from nanobanana_async._text import format_credits
 from nanobanana_async.ledger.schema import AttemptCost
 
 PricedAs: TypeAlias = tuple[str, str | None]
@@ -67,9 +68,16 @@ class Budget:
         for attempt in attempts:
             priced_as = (attempt.model, attempt.image_size)
             if attempt.consumed is not None:
-                self._settle(priced_as, attempt.consumed, is_success=attempt.is_success)
+                self._spent += attempt.consumed * attempt.count
+                if attempt.is_success:
+                    self.learn_price(priced_as, attempt.consumed)
             elif attempt.may_be_charged:
-                self._held[priced_as] += 1
+                self._held[priced_as] += attempt.count
+
+    def learn_price(self, priced_as: PricedAs, consumed: Decimal) -> None:
+        """Learn a price from what a task with an image was charged. Zero is no price."""
+        if consumed > 0:
+            self._prices[priced_as] = max(consumed, self._prices.get(priced_as, consumed))
 
     def price(self, priced_as: PricedAs) -> Decimal | None:
         """Return the price that a submit reserves, or None if it is not known."""
@@ -99,6 +107,20 @@ class Budget:
         remaining = None if self._limit is None else self._limit - self._spent - reserved
         return BudgetStatus(spent=self._spent, reserved=reserved, unpriced=unpriced, remaining=remaining)
 
+    def refusal(self, priced_as: PricedAs, advice: str) -> str:
+        """Return why another submit is refused. *advice* says how to state the largest price."""
+        status, price = self.status(), self.price(priced_as)
+        spent = f"{format_credits(status.spent)} credits spent"
+        spent += f", {format_credits(status.reserved)} reserved" if status.reserved else ""
+        if price is not None or not status.unpriced:
+            left = "nothing is left" if price is None else f"one more may cost {format_credits(price)}"
+            return f"budget: another submit could exceed it: {spent}, and {left}"
+        name = priced_as[0] if priced_as[1] is None else f"{priced_as[0]} at {priced_as[1]}"
+        return (
+            f"budget: the price of {name} is not known, and a submit of unknown price may have been charged: {spent}. "
+            f"To go on, state the largest price of an image: pass {advice}."
+        )
+
     def _open(self, priced_as: PricedAs, *, was_sent: bool = False) -> "Reservation":
         reservation = Reservation(priced_as, self._end, was_sent=was_sent)
         self.open.add(reservation)
@@ -111,13 +133,10 @@ class Budget:
         if not is_held:
             self._held[reservation.priced_as] -= 1
         if consumed is not None:
-            self._settle(reservation.priced_as, consumed, is_success=is_success)
+            self._spent += consumed
+            if is_success:
+                self.learn_price(reservation.priced_as, consumed)
         self._on_change()
-
-    def _settle(self, priced_as: PricedAs, consumed: Decimal, *, is_success: bool) -> None:
-        self._spent += consumed
-        if is_success and consumed > 0:
-            self._prices[priced_as] = max(consumed, self._prices.get(priced_as, consumed))
 
 
 class _End(Protocol):

@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 import weakref
+from collections.abc import Generator
 from pathlib import Path
 from typing import Final
 
@@ -28,6 +29,9 @@ else:
 _OTHER_MACHINE_GRACE_S: Final = 60.0
 """How long a lock that another machine wrote is respected, because locks may not reach across machines."""
 _MAX_BYTES: Final = 4096
+_EXCLUSIVE_TIMEOUT_S: Final = 10.0
+_EXCLUSIVE_POLL_S: Final = 0.0005
+"""Interval between two attempts to get a lock that other processes hold for a commit, about 1 ms."""
 _LOCKED_AT: Final = 2**30
 """Byte that is locked on Windows, where a locked range cannot be read. No record is that long."""
 
@@ -58,6 +62,10 @@ class LockRecord:
     host: str = attrs.field(default="", validator=instance_of(str))
     machine: str = attrs.field(default="", validator=instance_of(str))
     """Identity of the running system, which a restart changes."""
+
+
+class LockHeld(LedgerError):
+    """Another process holds the ledger, or did a moment ago on another machine."""
 
 
 class LedgerLock:
@@ -101,7 +109,7 @@ class LedgerLock:
         record = _read(self._descriptor)
         if not _try_lock(self._descriptor):
             holder = "another process" if record.pid is None else f"process {record.pid} on {record.host}"
-            raise LedgerError(f"{self._path}: in use by {holder}. Wait until it has finished.", pid=record.pid)
+            raise LockHeld(f"{self._path}: in use by {holder}. Wait until it has finished.", pid=record.pid)
         second = _open(self._path)
         try:
             if _try_lock(second):
@@ -113,7 +121,7 @@ class LedgerLock:
             os.close(second)
         age_s = time.time() - os.fstat(self._descriptor).st_mtime
         if record.pid is not None and record.machine != _machine() and 0 <= age_s < _OTHER_MACHINE_GRACE_S:
-            raise LedgerError(
+            raise LockHeld(
                 f"{self._path}: in use by process {record.pid} on {record.host}, or was {age_s:.0f} s ago. If that "
                 f"machine has stopped, try again in {_OTHER_MACHINE_GRACE_S:.0f} s.",
                 pid=record.pid,
@@ -127,6 +135,27 @@ def _open(path: Path) -> int:
         return os.open(path, flags, 0o600)
     except OSError as exc:
         raise LedgerError(f"{path}: cannot be opened: {exc.strerror}") from exc
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Generator[None]:
+    """Hold *path*, a lock file between processes, during the block. Blocking.
+
+    Raises:
+        LedgerError: It cannot be opened, or another process has held it for `_EXCLUSIVE_TIMEOUT_S`.
+    """
+    descriptor = _open(path)
+    _exclusive_descriptors.add(descriptor)
+    try:
+        waited_since_s = time.monotonic()
+        while not _try_lock(descriptor):
+            if time.monotonic() - waited_since_s > _EXCLUSIVE_TIMEOUT_S:
+                raise LockHeld(f"{path}: held by another process for {_EXCLUSIVE_TIMEOUT_S:.0f} s")
+            time.sleep(_EXCLUSIVE_POLL_S)
+        yield
+    finally:
+        _exclusive_descriptors.discard(descriptor)
+        os.close(descriptor)
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -149,12 +178,16 @@ def _read(descriptor: int) -> LockRecord:
     return LockRecord()
 
 
+_exclusive_descriptors: Final[set[int]] = set()
 _open_locks: Final[weakref.WeakSet[LedgerLock]] = weakref.WeakSet()
 
 
 def _close_in_child() -> None:
     for lock in list(_open_locks):
         lock.close()
+    for descriptor in _exclusive_descriptors:
+        os.close(descriptor)
+    _exclusive_descriptors.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,19 +1,16 @@
 """The tables of a ledger, the states of a row, and the allowed transitions. SQL on a given connection."""
 
 import enum
-import json
 import sqlite3
 import time
 from collections.abc import Mapping
 from decimal import Decimal
-from pathlib import Path
 from typing import Final, TypeAlias
 
 import attrs
 
-from nanobanana_async._text import slugify
 from nanobanana_async.errors import SubmissionUnknown
-from nanobanana_async.models import GenerationRequest, SavedImage
+from nanobanana_async.models import GenerationRequest, SavedImage, Task
 from nanobanana_async.protocols import AttemptEnd, Verdict
 
 
@@ -86,16 +83,21 @@ CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE rows (
     key TEXT PRIMARY KEY, number INTEGER NOT NULL UNIQUE, file_stem TEXT NOT NULL UNIQUE COLLATE NOCASE,
     fingerprint TEXT NOT NULL, prompt TEXT NOT NULL, model TEXT NOT NULL, image_size TEXT,
-    attempt INTEGER NOT NULL DEFAULT 0
+    attempt INTEGER NOT NULL DEFAULT 0, owner TEXT, note TEXT, acknowledged_at REAL
 ) WITHOUT ROWID;
+CREATE INDEX rows_owner ON rows (owner) WHERE owner IS NOT NULL;
 CREATE TABLE attempts (
     key TEXT NOT NULL, attempt INTEGER NOT NULL, state TEXT NOT NULL, may_be_charged INTEGER NOT NULL DEFAULT 1,
     is_doubtful INTEGER NOT NULL DEFAULT 0, rule TEXT, nonce TEXT, task_id TEXT, model TEXT NOT NULL, image_size TEXT,
     intended_at REAL NOT NULL, submitted_at REAL, ended_at REAL, saved_at REAL,
     consumed TEXT, reason TEXT, files TEXT NOT NULL DEFAULT '[]', PRIMARY KEY (key, attempt)
 ) WITHOUT ROWID;
+CREATE INDEX attempts_task ON attempts (task_id) WHERE task_id IS NOT NULL;
+CREATE TABLE pruned (owner TEXT NOT NULL, day INTEGER NOT NULL, spent TEXT NOT NULL, PRIMARY KEY (owner, day))
+WITHOUT ROWID;
 """
-# One attempt is one POST. An attempt whose charge the service has stated as zero was not charged.
+# `owner`, `note`, `acknowledged_at` and the table `pruned` are for single tasks (`ledger.tasks`), the other columns of
+# `rows` for both. One attempt is one POST. An attempt whose charge the service has stated as zero was not charged.
 SELECT_ROWS: Final = """
 SELECT key, number, file_stem, fingerprint, prompt, rows.model, rows.image_size, attempt,
     coalesce(state, 'ready') AS state,
@@ -109,6 +111,10 @@ FROM rows LEFT JOIN attempts USING (key, attempt)
 """
 SELECT_COSTS: Final = """
 SELECT model, image_size, may_be_charged, consumed, state IN ('succeeded', 'saved') AS is_success FROM attempts
+"""
+_SELECT_CURRENT: Final = """
+SELECT attempt, coalesce(state, 'ready') AS state, task_id FROM rows LEFT JOIN attempts USING (key, attempt)
+WHERE key = ?
 """
 _CURRENT_ATTEMPT: Final = "(key, attempt) = (SELECT key, attempt FROM rows WHERE key = ?)"
 
@@ -161,70 +167,22 @@ class AttemptCost:
     consumed: Decimal | None
     is_success: bool
     """Whether the task has an image, so that its price is the price of its model and size."""
+    count: int = 1
+    """Number of attempts that this is true of."""
+    is_open: bool = False
+    """Whether an end is still expected."""
 
 
-def upsert_row(db: sqlite3.Connection, row: BatchRow, image_stems: frozenset[str]) -> sqlite3.Row:
-    """Insert *row* as ready, or update it if no charge is pending. Return its line.
-
-    A new row whose image exists (*image_stems*) was charged before the ledger was lost. It is inserted as unknown if
-    the ledger has been adopted since.
-
-    Raises:
-        ValueError: The image of a new row exists, and the ledger was not adopted.
-    """
-    found = _find_row(db, row.key)
-    content = (row.fingerprint, row.request.prompt, row.request.model, row.request.image_size)
-    if found is None:
-        number = db.execute("SELECT coalesce(max(number), 0) + 1 FROM rows").fetchone()[0]
-        columns = "key, number, file_stem, fingerprint, prompt, model, image_size"
-        stem = _stem(db, row, number)
-        is_restored = _is_restored(db, stem, image_stems)
-        db.execute(f"INSERT INTO rows ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", (row.key, number, stem, *content))
-        if is_restored:
-            add_restored_attempt(db, row.key, RowState.UNKNOWN)
-    elif found["fingerprint"] != row.fingerprint and found["state"] in _EDITABLE_STATES:
-        update = "UPDATE rows SET fingerprint = ?, prompt = ?, model = ?, image_size = ? WHERE key = ?"
-        db.execute(update, (*content, row.key))
-    else:
-        return found
-    entered: sqlite3.Row = db.execute(f"{SELECT_ROWS} WHERE key = ?", (row.key,)).fetchone()
-    return entered
-
-
-def _is_restored(db: sqlite3.Connection, stem: str, image_stems: frozenset[str]) -> bool:
-    """Return whether a new row may have been submitted before the ledger was restored and adopted."""
-    meta = dict(db.execute("SELECT name, value FROM meta WHERE name IN ('adopted', 'lost')").fetchall())
-    if stem.lower() in image_stems and stem.lower() not in json.loads(meta.get("adopted", "[]")):
-        raise ValueError(f"the image {stem} exists, and the ledger has no submit of it. Use another folder")
-    return bool(meta.get("lost")) or stem.lower() in image_stems
-
-
-def add_restored_attempt(db: sqlite3.Connection, key: str, state: RowState, task_id: str | None = None) -> None:
-    """Add an attempt that was made, and whose record was lost."""
-    db.execute("UPDATE rows SET attempt = attempt + 1 WHERE key = ?", (key,))
-    db.execute("UPDATE meta SET value = value + 1 WHERE name = 'attempts'")
-    db.execute(
-        "INSERT INTO attempts (key, attempt, model, image_size, state, task_id, intended_at, reason)"
-        " SELECT key, attempt, model, image_size, ?, ?, ?, ? FROM rows WHERE key = ?",
-        (state, task_id, time.time(), _RESTORED_REASON, key),
-    )
-
-
-_RESTORED_REASON: Final = "the ledger was restored, and the row may have been submitted after the backup"
-_EDITABLE_STATES: Final = (RowState.READY, RowState.REJECTED, RowState.FAILED)
-"""States in which a row with a key of its own may get another prompt, because no charge is pending."""
-
-
-def _find_row(db: sqlite3.Connection, key: str) -> sqlite3.Row | None:
+def find_row(db: sqlite3.Connection, key: str) -> sqlite3.Row | None:
+    """Return the line of *key*, or None."""
     found: sqlite3.Row | None = db.execute(f"{SELECT_ROWS} WHERE key = ?", (key,)).fetchone()
     return found
 
 
-def _stem(db: sqlite3.Connection, row: BatchRow, number: int) -> str:
-    stem = slugify(f"{number:04}-{row.request.prompt.lower()}", limit=45) if row.name is None else slugify(row.name)
-    while db.execute("SELECT 1 FROM rows WHERE file_stem = ?", (stem,)).fetchone():
-        stem = f"{stem}-{number}"
-    return stem
+def _find_attempt(db: sqlite3.Connection, key: str) -> sqlite3.Row | None:
+    """Return number, state and task id of the last attempt of *key*; None if there is no such row."""
+    found: sqlite3.Row | None = db.execute(_SELECT_CURRENT, (key,)).fetchone()
+    return found
 
 
 def begin_attempt(db: sqlite3.Connection, key: str, *, resubmit: bool, nonce: str | None) -> bool:
@@ -232,7 +190,7 @@ def begin_attempt(db: sqlite3.Connection, key: str, *, resubmit: bool, nonce: st
 
     With *resubmit* it may follow an attempt of this run that may have been charged.
     """
-    row = _find_row(db, key)
+    row = _find_attempt(db, key)
     if row is None:
         return False
     state = RowState(row["state"])
@@ -256,7 +214,7 @@ def end_attempt(db: sqlite3.Connection, key: str, end: AttemptEnd) -> bool:
     now, reason = time.time(), None if end.error is None else str(end.error)
     about: dict[str, _Value] = {"rule": end.rule, "is_doubtful": end.is_doubtful}
     if end.verdict is Verdict.ACCEPTED:
-        row = _find_row(db, key)
+        row = _find_attempt(db, key)
         if row is not None and row["task_id"] == end.task_id:
             return True  # a callback was faster
         return transition(db, key, RowState.SUBMITTED, {**about, "task_id": end.task_id, "submitted_at": now})
@@ -265,6 +223,14 @@ def end_attempt(db: sqlite3.Connection, key: str, end: AttemptEnd) -> bool:
         return transition(db, key, RowState.UNKNOWN, {**about, "reason": reason})
     state = RowState.FAILED if end.verdict is Verdict.REJECTED else RowState.REJECTED
     return transition(db, key, state, {**about, "reason": reason, "ended_at": now})
+
+
+def record_final(db: sqlite3.Connection, key: str, task: Task) -> bool:
+    """Record the end of the task of *key*. Return False if its state does not allow it."""
+    state = RowState.SUCCEEDED if task.images else RowState.FAILED
+    consumed = None if task.consumed is None else f"{task.consumed:f}"
+    reason = None if task.images else (task.reason or " ".join(task.texts) or "the service gave no reason")
+    return transition(db, key, state, {"ended_at": time.time(), "consumed": consumed, "reason": reason})
 
 
 def transition(db: sqlite3.Connection, key: str, state: RowState, facts: Mapping[str, _Value]) -> bool:
@@ -309,29 +275,6 @@ def is_unresolved(db: sqlite3.Connection, nonce: str) -> bool:
     return found.fetchone() is not None
 
 
-@attrs.frozen
-class ServiceIdentity:
-    """The service and the account that a ledger is about."""
-
-    base_url: str
-    account: str
-    """A digest of the key."""
-    last_task_id: str | None
-    """The task that was submitted last; None if there is none."""
-
-
-def service(db: sqlite3.Connection) -> ServiceIdentity | None:
-    """Return the service that the ledger is about; None if it is not recorded."""
-    meta = dict(db.execute("SELECT name, value FROM meta WHERE name IN ('base_url', 'account')").fetchall())
-    last = db.execute("SELECT task_id FROM attempts WHERE task_id IS NOT NULL ORDER BY submitted_at DESC LIMIT 1")
-    return ServiceIdentity(**meta, last_task_id=next((line[0] for line in last), None)) if meta else None
-
-
-def set_service(db: sqlite3.Connection, base_url: str, account: str) -> None:
-    """Record base URL and account of the service."""
-    db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", [("base_url", base_url), ("account", account)])
-
-
 def _storable(value: _Value) -> _Value:
     """Return *value* in a form that SQLite stores: a path in an error may contain bytes that are not text."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
@@ -346,13 +289,3 @@ def to_attempt_cost(line: sqlite3.Row) -> AttemptCost:
         consumed=None if line["consumed"] is None else Decimal(line["consumed"]),
         is_success=bool(line["is_success"]),
     )
-
-
-def to_ledger_row(line: sqlite3.Row, folder: Path) -> LedgerRow:
-    """Return a line of `SELECT_ROWS` as a `LedgerRow`."""
-    fields = dict(line)
-    files = tuple(
-        SavedImage(path=folder / name, sha256=digest, size_bytes=size)
-        for name, digest, size in json.loads(fields.pop("files"))
-    )
-    return LedgerRow(**fields, files=files)

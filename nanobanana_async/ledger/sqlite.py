@@ -1,16 +1,14 @@
-"""`Ledger`: the durable record of a batch. Attempt, task id, end and file are each durable before the next step.
+"""`LedgerFile`: one file of a ledger, its lock and its writer.
 
 WAL with synchronous=FULL: what a call has returned survives a power failure. Concurrent calls share one fsync.
 """
 
 import contextlib
-import json
 import sqlite3
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Final, Generic, Self, TypeVar
+from typing import Final, Generic, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -19,12 +17,9 @@ import attrs
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.events import OneShotEvent
 from nanobanana_async.errors import LedgerError
-from nanobanana_async.ledger import schema
-from nanobanana_async.ledger.database import FILE_NAME, OpenDatabase, ledger_location, open_database
-from nanobanana_async.ledger.schema import AttemptCost, BatchRow, LedgerRow, RowState
-from nanobanana_async.models import SavedImage
-from nanobanana_async.protocols import AttemptEnd
+from nanobanana_async.ledger.database import OpenDatabase, inode
 
+F = TypeVar("F", bound="LedgerFile")
 T = TypeVar("T")
 
 
@@ -38,24 +33,24 @@ _OWN_ERRORS: Final = (sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.
 class _Write(Generic[T]):
     """One pending write, executed in a shared transaction."""
 
-    def __init__(self, work: Callable[[sqlite3.Connection], T]) -> None:
+    def __init__(self, work: Callable[[sqlite3.Connection], T], *, is_checked: bool) -> None:
         self.work = work
+        self.is_checked = is_checked
         self.done = OneShotEvent()
         self.is_done = False
         self.value: T | None = None
         self.error: str | None = None
 
 
-class Ledger:
-    """The ledger of one batch folder. One process holds it at a time (see `ledger.lock`).
+class LedgerFile:
+    """One file of a ledger, with its writer. One process holds it at a time (see `ledger.lock`).
 
     After the first failed write, each further one raises `LedgerError` at once. After a failed fsync the contents of
     the disk are unknown, and a second fsync would succeed without meaning.
     """
 
-    def __init__(self, folder: Path, path: Path, opened: OpenDatabase, group_commit_s: float) -> None:
-        self.folder: Final = folder
-        self._path = path
+    def __init__(self, path: Path, opened: OpenDatabase, group_commit_s: float) -> None:
+        self.path: Final = path
         self._group_commit_s = group_commit_s
         self._opened = opened
         self._db = opened.connection
@@ -75,50 +70,29 @@ class Ledger:
 
     # --- open and close ---------------------------------------------------------------------------------------------
 
-    @classmethod
-    async def open(
-        cls,
-        folder: Path,
-        *,
-        ledger_folder: Path | None = None,
-        adopt: bool = False,
-        create: bool = True,
-        group_commit_s: float = GROUP_COMMIT_S,
-    ) -> Self:
-        """Open the ledger of *folder*. Attempts of an interrupted run become unknown.
+    @staticmethod
+    async def _open(open_file: Callable[[], F]) -> F:
+        """Return the instance that *open_file*, which blocks, has opened in a thread.
 
-        Args:
-            folder: The folder of the batch.
-            ledger_folder: Where the ledger is; None means where it was before, at first *folder*.
-            adopt: Whether to accept a copied or restored ledger. Rows that it has lost become unknown.
-            create: Whether to create the folder and the ledger if they are missing.
-            group_commit_s: How long a write waits for others to share its fsync.
-
-        Raises:
-            LedgerError: Another process holds it, or it is damaged, a copy, restored, of a newer version, or missing.
-            ValueError: *group_commit_s* is not between 0 and 1.
+        `task.cancel()` does not wait for the thread, whose file would never be closed: it is closed then.
         """
-        if not 0 <= group_commit_s <= 1:  # false for nan, too
-            raise ValueError(f"group_commit_s: expected 0 to 1 second, got {group_commit_s:g}")
-        home = ledger_location(folder, ledger_folder)
-        ledgers: list[Self] = []
+        files: list[F] = []
         has_left = threading.Event()
 
         def work() -> None:
-            opened = open_database(folder, home, adopt=adopt, create=create)
-            ledgers.append(cls(folder, home / FILE_NAME, opened, group_commit_s))
+            files.append(open_file())
             if has_left.is_set():
-                ledgers[0]._close()  # noqa: SLF001 - an instance of this class
+                files[0]._close()  # noqa: SLF001 - an instance of this class
 
         try:
             await anyio.to_thread.run_sync(work)
-            await ledgers[0]._background.ensure_started()  # noqa: SLF001 - an instance of this class
-        except BaseException:  # `task.cancel()` does not wait for the thread, whose ledger would never be closed
+            await files[0]._background.ensure_started()  # noqa: SLF001 - an instance of this class
+        except BaseException:
             has_left.set()
-            for ledger in ledgers:
-                await ledger.aclose()
+            for file in files:
+                await file.aclose()
             raise
-        return ledgers[0]
+        return files[0]
 
     async def aclose(self) -> None:
         """Close the ledger and release the lock."""
@@ -137,104 +111,43 @@ class Ledger:
             if self._is_closed:
                 return
             self._is_closed = True
-            is_intact, self._failure = self._failure is None, self._failure or "the batch is closed"
+            is_intact, self._failure = self._failure is None, self._failure or "the ledger is closed"
             with contextlib.suppress(OSError, sqlite3.Error):  # committed data is on the disk, checkpoint or not
                 if is_intact:
                     self._opened.lock.write(attrs.evolve(self._opened.record(), pid=None))
                 self._db.close()
             self._opened.lock.close()
 
-    # --- one row ----------------------------------------------------------------------------------------------------
-
-    async def upsert_rows(self, rows: Iterable[BatchRow]) -> list[LedgerRow]:
-        """Return the ledger row of each of *rows*. New ones are inserted as ready."""
-        rows, stems = list(rows), self._opened.image_stems
-        return await self._commit_write(
-            lambda db: [schema.to_ledger_row(schema.upsert_row(db, row, stems), self.folder) for row in rows]
-        )
-
-    async def begin_attempt(self, key: str, *, resubmit: bool = False, nonce: str | None = None) -> None:
-        """Record that a POST is about to be sent.
-
-        With *resubmit* it may follow an attempt of this run that may have been charged. *nonce* identifies the callback
-        of this submit.
-        """
-        await self._commit_write(lambda db: schema.begin_attempt(db, key, resubmit=resubmit, nonce=nonce), key)
-
-    async def end_attempt(self, key: str, end: AttemptEnd) -> None:
-        """Record the end of the current attempt of *key*."""
-        await self._commit_write(lambda db: schema.end_attempt(db, key, end), key)
-
-    async def bind_by_nonce(self, nonce: str, task_id: str) -> None:
-        """Record the task id of the submit with this *nonce*, if it is unknown."""
-        await self._commit_write(lambda db: schema.bind_by_nonce(db, nonce, task_id))
-
-    async def is_unresolved(self, nonce: str) -> bool:
-        """Return whether the outcome of the submit with this *nonce* is unknown."""
-        return await self._commit_write(lambda db: schema.is_unresolved(db, nonce))
-
-    async def transition(self, key: str, state: RowState, **facts: str | float | None) -> None:
-        """Set the state of the current attempt of *key*, and *facts* about it (columns of `attempts`)."""
-        await self._commit_write(lambda db: schema.transition(db, key, state, facts), key)
-
-    async def resolve(self, key: str, state: RowState) -> None:
-        """Decide about the unknown row *key*: `REQUEUED` or `ABANDONED`."""
-        await self.transition(key, state)
-
-    async def bind(self, key: str, task_id: str) -> None:
-        """Record the task id of the unknown row *key*. Raises if another row has that task."""
-        await self._commit_write(lambda db: schema.bind_task(db, key, task_id), key)
-
-    async def record_saved(self, key: str, files: Iterable[SavedImage]) -> None:
-        """Record that the images of *key* are saved."""
-        listed = json.dumps([[file.path.name, file.sha256, file.size_bytes] for file in files])
-        await self.transition(key, RowState.SAVED, files=listed, saved_at=time.time())
-
-    # --- all rows ---------------------------------------------------------------------------------------------------
-
-    async def query_rows(self, use: Callable[[Iterator[LedgerRow]], T], *states: RowState) -> T:
-        """Return the result of *use* on the rows in order, all or those in *states*. It runs in a thread."""
-        where = f" WHERE coalesce(state, 'ready') IN ({', '.join('?' * len(states))})" if states else ""
-
-        def work(db: sqlite3.Connection) -> T:
-            found = db.execute(f"{schema.SELECT_ROWS}{where} ORDER BY number", states)
-            return use(schema.to_ledger_row(line, self.folder) for line in found)
-
-        return await self._commit_write(work)
-
-    async def attempt_costs(self) -> list[AttemptCost]:
-        """Return what each attempt of all runs says about money."""
-        return await self._commit_write(lambda db: list(map(schema.to_attempt_cost, db.execute(schema.SELECT_COSTS))))
-
-    async def service(self) -> schema.ServiceIdentity | None:
-        """Return the service that the ledger is about; None if it is new."""
-        return await self._commit_write(schema.service)
-
-    async def set_service(self, base_url: str, account: str) -> None:
-        """Record the service that the ledger is about. *account* is a digest of the key."""
-        await self._commit_write(lambda db: schema.set_service(db, base_url, account))
-
     # --- the disk ---------------------------------------------------------------------------------------------------
 
-    async def _commit_write(self, work: Callable[[sqlite3.Connection], T], key: str | None = None) -> T:
-        """Return the result of *work* once it is on the disk.
+    async def commit(
+        self, work: Callable[[sqlite3.Connection], T], key: str | None = None, *, is_checked: bool = False
+    ) -> T:
+        """Return the result of *work* once it is on the disk. With *key*, a false result is an error about that row.
+
+        With *is_checked*, the transaction is guarded against other processes.
 
         Group commit: waits `group_commit_s`, then commits all pending writes in one transaction. Not cancellable.
         """
-        write = _Write(work)
+        write = self.enqueue(work, is_checked=is_checked)
+        with anyio.CancelScope(shield=True):
+            await write.done.wait()
+        if write.error is not None or not write.is_done:
+            raise LedgerError(f"{self.path}: {write.error or 'the program ended before it was written'}")
+        if key is not None and not write.value:
+            raise LedgerError(f"row {key}: not found, or its state does not allow this")
+        return write.value  # type: ignore[return-value]  # `value` is set if `error` is None
+
+    def enqueue(self, work: Callable[[sqlite3.Connection], T], *, is_checked: bool = False) -> "_Write[T]":
+        """Add *work* to the next transaction, and return without waiting for it. Closing the file waits."""
         if not self._background.is_open:
-            raise LedgerError(f"{self._path}: the ledger is closed")
+            raise LedgerError(f"{self.path}: the ledger is closed")
+        write = _Write(work, is_checked=is_checked)
         self._pending_writes.append(write)  # type: ignore[arg-type]  # the result type varies
         if not self._is_writing:
             self._is_writing = True
             self._background.start_soon(self._write_loop)
-        with anyio.CancelScope(shield=True):
-            await write.done.wait()
-        if write.error is not None or not write.is_done:
-            raise LedgerError(f"{self._path}: {write.error or 'the program ended before it was written'}")
-        if key is not None and not write.value:
-            raise LedgerError(f"row {key}: not found, or its state does not allow this")
-        return write.value  # type: ignore[return-value]  # `value` is set if `error` is None
+        return write
 
     async def _write_loop(self) -> None:
         """Commit pending writes until there are none. Runs in the background, so no caller can cancel it."""
@@ -260,15 +173,27 @@ class Ledger:
     def _commit(self, writes: list[_Write[object]]) -> None:
         with self._mutex:
             try:
-                if self._failure is None and not self._run_transaction(writes):
-                    for write in writes:  # one of them cannot be stored: find out which, and commit the others
-                        self._run_transaction([write])
+                if self._failure is None:
+                    with self._transaction_guard(is_checked=any(write.is_checked for write in writes)):
+                        self._run_transactions(writes)
+            except LedgerError as exc:  # of the guard
+                for write in writes:
+                    write.error = str(exc)
             except (sqlite3.Error, OSError) as exc:
                 self._failure = f"cannot be written: {exc}. Nothing more is submitted."
             for write in writes:
                 if not write.is_done:
                     write.error = write.error or self._failure
                     write.is_done = True
+
+    def _transaction_guard(self, *, is_checked: bool) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
+        """Return what encloses a transaction, here nothing."""
+        return contextlib.nullcontext()
+
+    def _run_transactions(self, writes: list[_Write[object]]) -> None:
+        if not self._run_transaction(writes):
+            for write in writes:  # one of them cannot be stored: find out which, and commit the others
+                self._run_transaction([write])
 
     def _run_transaction(self, writes: list[_Write[object]]) -> bool:
         """Commit *writes* together. Return False if one of them cannot be stored, and nothing was committed.
@@ -304,11 +229,10 @@ class Ledger:
         return True
 
     def _file_ids(self) -> list[int | None]:
-        return [_inode(self._path.with_name(name)) for name in (FILE_NAME, f"{FILE_NAME}-wal")]
+        return [inode(self.path), inode(self.path.with_name(f"{self.path.name}-wal"))]
 
 
-def _inode(path: Path) -> int | None:
-    try:
-        return path.stat().st_ino
-    except FileNotFoundError:
-        return None
+def check_group_commit_s(group_commit_s: float) -> None:
+    """Raise ValueError unless *group_commit_s* is 0 to 1 second."""
+    if not 0 <= group_commit_s <= 1:  # false for nan, too
+        raise ValueError(f"group_commit_s: expected 0 to 1 second, got {group_commit_s:g}")

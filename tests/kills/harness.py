@@ -12,8 +12,8 @@ from random import Random
 import anyio
 import attrs
 
+from nanobanana_async.ledger.batch_ledger import BatchLedger
 from nanobanana_async.ledger.schema import LedgerRow, RowState
-from nanobanana_async.ledger.sqlite import Ledger
 from nanobanana_async.simulator import SimulatorProfile
 from nanobanana_async.simulator.in_memory import tiny_png
 from nanobanana_async.simulator.server import SimulatorServer
@@ -144,7 +144,7 @@ def _is_whole(record: LedgerRow) -> bool:
 
 
 async def _records(folder: Path) -> list[LedgerRow]:
-    ledger = await Ledger.open(folder, create=False)
+    ledger = await BatchLedger.open(folder, create=False)
     try:
         return await ledger.query_rows(list)
     finally:

@@ -1,0 +1,105 @@
+"""The rows of a batch in the tables of `ledger.schema`. SQL on a given connection."""
+
+import json
+import sqlite3
+import time
+from pathlib import Path
+from typing import Final
+
+import attrs
+
+from nanobanana_async._text import slugify
+from nanobanana_async.ledger.schema import SELECT_ROWS, BatchRow, LedgerRow, RowState, find_row
+from nanobanana_async.models import SavedImage
+
+
+def upsert_row(db: sqlite3.Connection, row: BatchRow, image_stems: frozenset[str]) -> sqlite3.Row:
+    """Insert *row* as ready, or update it if no charge is pending. Return its line.
+
+    A new row whose image exists (*image_stems*) was charged before the ledger was lost. It is inserted as unknown if
+    the ledger has been adopted since.
+
+    Raises:
+        ValueError: The image of a new row exists, and the ledger was not adopted.
+    """
+    found = find_row(db, row.key)
+    content = (row.fingerprint, row.request.prompt, row.request.model, row.request.image_size)
+    if found is None:
+        number = db.execute("SELECT coalesce(max(number), 0) + 1 FROM rows").fetchone()[0]
+        columns = "key, number, file_stem, fingerprint, prompt, model, image_size"
+        stem = _stem(db, row, number)
+        is_restored = _is_restored(db, stem, image_stems)
+        db.execute(f"INSERT INTO rows ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", (row.key, number, stem, *content))
+        if is_restored:
+            add_restored_attempt(db, row.key, RowState.UNKNOWN)
+    elif found["fingerprint"] != row.fingerprint and found["state"] in _EDITABLE_STATES:
+        update = "UPDATE rows SET fingerprint = ?, prompt = ?, model = ?, image_size = ? WHERE key = ?"
+        db.execute(update, (*content, row.key))
+    else:
+        return found
+    entered: sqlite3.Row = db.execute(f"{SELECT_ROWS} WHERE key = ?", (row.key,)).fetchone()
+    return entered
+
+
+def _is_restored(db: sqlite3.Connection, stem: str, image_stems: frozenset[str]) -> bool:
+    """Return whether a new row may have been submitted before the ledger was restored and adopted."""
+    meta = dict(db.execute("SELECT name, value FROM meta WHERE name IN ('adopted', 'lost')").fetchall())
+    if stem.lower() in image_stems and stem.lower() not in json.loads(meta.get("adopted", "[]")):
+        raise ValueError(f"the image {stem} exists, and the ledger has no submit of it. Use another folder")
+    return bool(meta.get("lost")) or stem.lower() in image_stems
+
+
+def add_restored_attempt(db: sqlite3.Connection, key: str, state: RowState, task_id: str | None = None) -> None:
+    """Add an attempt that was made, and whose record was lost."""
+    db.execute("UPDATE rows SET attempt = attempt + 1 WHERE key = ?", (key,))
+    db.execute("UPDATE meta SET value = value + 1 WHERE name = 'attempts'")
+    db.execute(
+        "INSERT INTO attempts (key, attempt, model, image_size, state, task_id, intended_at, reason)"
+        " SELECT key, attempt, model, image_size, ?, ?, ?, ? FROM rows WHERE key = ?",
+        (state, task_id, time.time(), _RESTORED_REASON, key),
+    )
+
+
+_RESTORED_REASON: Final = "the ledger was restored, and the row may have been submitted after the backup"
+_EDITABLE_STATES: Final = (RowState.READY, RowState.REJECTED, RowState.FAILED)
+"""States in which a row with a key of its own may get another prompt, because no charge is pending."""
+
+
+def _stem(db: sqlite3.Connection, row: BatchRow, number: int) -> str:
+    stem = slugify(f"{number:04}-{row.request.prompt.lower()}", limit=45) if row.name is None else slugify(row.name)
+    while db.execute("SELECT 1 FROM rows WHERE file_stem = ?", (stem,)).fetchone():
+        stem = f"{stem}-{number}"
+    return stem
+
+
+@attrs.frozen
+class ServiceIdentity:
+    """The service and the account that a ledger is about."""
+
+    base_url: str
+    account: str
+    """A digest of the key."""
+    last_task_id: str | None
+    """The task that was submitted last; None if there is none."""
+
+
+def service(db: sqlite3.Connection) -> ServiceIdentity | None:
+    """Return the service that the ledger is about; None if it is not recorded."""
+    meta = dict(db.execute("SELECT name, value FROM meta WHERE name IN ('base_url', 'account')").fetchall())
+    last = db.execute("SELECT task_id FROM attempts WHERE task_id IS NOT NULL ORDER BY submitted_at DESC LIMIT 1")
+    return ServiceIdentity(**meta, last_task_id=next((line[0] for line in last), None)) if meta else None
+
+
+def set_service(db: sqlite3.Connection, base_url: str, account: str) -> None:
+    """Record base URL and account of the service."""
+    db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", [("base_url", base_url), ("account", account)])
+
+
+def to_ledger_row(line: sqlite3.Row, folder: Path) -> LedgerRow:
+    """Return a line of `SELECT_ROWS` as a `LedgerRow`."""
+    fields = dict(line)
+    files = tuple(
+        SavedImage(path=folder / name, sha256=digest, size_bytes=size)
+        for name, digest, size in json.loads(fields.pop("files"))
+    )
+    return LedgerRow(**fields, files=files)

@@ -1,0 +1,115 @@
+"""`TaskEntry`: the record of one single task, from before its submit to its acknowledgement."""
+
+import logging
+import sqlite3
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Final, Self
+
+from nanobanana_async.errors import BudgetExceeded, LedgerError, NotSent, SubmissionUnknown
+from nanobanana_async.ledger import schema, tasks
+from nanobanana_async.ledger.task_file import TaskFile
+from nanobanana_async.ledger.tasks import LedgerTask, NewTask
+from nanobanana_async.models import JsonValue, Task
+from nanobanana_async.protocols import AttemptEnd, Verdict
+
+_log: Final = logging.getLogger("nanobanana_async")
+
+
+class TaskEntry:
+    """One single task of a file that this process holds. A `LedgerEntry`."""
+
+    is_doubted = False
+    """See `SubmitRecord.is_doubted`. An entry belongs to one call of `submit`, which keeps it itself."""
+
+    def __init__(self, file: TaskFile, key: str, *, owner: str | None, note: JsonValue, model: str) -> None:
+        self.key: Final = key
+        self.owner: Final = owner
+        self.note: Final = note
+        self.model: Final = model
+        self.task_id: str | None = None
+        self.submitted_at: datetime | None = None
+        self.possible_duplicates = 0
+        self.snapshot: Task | None = None
+        self.is_acknowledged = False
+        self._file = file
+        self._new: NewTask | None = None
+        self._on_accepted: Callable[[TaskEntry], None] = lambda _: None
+        self._check_budget: Callable[[sqlite3.Connection], str | None] | None = None
+        self._is_unknown = False
+        """Whether an attempt may have been charged without a task id."""
+
+    @classmethod
+    def new(
+        cls,
+        file: TaskFile,
+        new: NewTask,
+        note: JsonValue,
+        *,
+        on_accepted: Callable[["TaskEntry"], None],
+        check_budget: Callable[[sqlite3.Connection], str | None] | None,
+    ) -> Self:
+        """Return the entry of a task that is about to be submitted.
+
+        *check_budget* says why an attempt is refused, or None. It runs in the transaction that records the attempt.
+        """
+        entry = cls(file, new.key, owner=new.owner, note=note, model=new.priced_as[0])
+        entry._new = new
+        entry._on_accepted = on_accepted
+        entry._check_budget = check_budget
+        return entry
+
+    @classmethod
+    def of(cls, file: TaskFile, task: LedgerTask) -> Self:
+        """Return the entry of a task in *file*."""
+        entry = cls(file, task.key, owner=task.owner, note=task.note, model=task.model)
+        entry.task_id = task.task_id
+        entry.submitted_at = None if task.submitted_at is None else datetime.fromtimestamp(task.submitted_at, UTC)
+        entry.possible_duplicates = max(0, task.possible_charges - 1)
+        entry.snapshot = task.snapshot
+        return entry
+
+    async def begin_attempt(self, nonce: str | None) -> None:
+        """See `SubmitRecord.begin_attempt`. Raises `BudgetExceeded` if the attempt could exceed the owner's budget."""
+        new, self._new = self._new, None
+
+        def work(db: sqlite3.Connection) -> str | None:
+            if self._check_budget is not None and (refusal := self._check_budget(db)) is not None:
+                return refusal
+            if new is not None:
+                tasks.insert_task(db, new, nonce)
+            elif not schema.begin_attempt(db, self.key, resubmit=self._is_unknown, nonce=nonce):
+                return "its state does not allow another attempt"
+            return None
+
+        refusal = await self._file.commit(work, is_checked=self._check_budget is not None)
+        if refusal is not None:
+            raise BudgetExceeded(refusal) if new is not None else NotSent(f"not resubmitted: {refusal}")
+
+    async def end_attempt(self, end: AttemptEnd) -> None:
+        """See `SubmitRecord.end_attempt`."""
+        self._is_unknown = isinstance(end.error, SubmissionUnknown)
+        if end.verdict is Verdict.UNKNOWN:
+            self.possible_duplicates += 1
+        if end.task_id is not None:
+            self.task_id, self.submitted_at = end.task_id, datetime.now(UTC)
+        try:
+            await self._file.commit(lambda db: schema.end_attempt(db, self.key, end), self.key)
+        except LedgerError as exc:
+            if end.task_id is not None:
+                _log.error("task %s is charged and not in the ledger: %s", end.task_id, exc)
+            raise
+        if end.task_id is not None:
+            self._on_accepted(self)
+
+    def record_final(self, task: Task) -> None:
+        """Record that the task is final. Returns at once."""
+        self.snapshot = task
+        if not self._file.is_released:
+            self._file.enqueue(lambda db: schema.record_final(db, self.key, task))
+
+    async def acknowledge(self) -> None:
+        """Return once it is durable that the application has used the result. A second call has no effect."""
+        if not self.is_acknowledged and not self._file.is_released:
+            await self._file.commit(lambda db: tasks.acknowledge(db, self.key))
+        self.is_acknowledged = True

@@ -1,0 +1,342 @@
+"""`SqliteLedger`: the durable record of single tasks, in a folder that several processes of one machine may share.
+
+Each process writes into a file of its own. Files whose process has ended are taken over, and held until their tasks are
+acknowledged. They are never merged.
+"""
+
+import contextlib
+import json
+import logging
+import secrets
+import sqlite3
+import time
+from collections.abc import AsyncGenerator, Callable
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from nanobanana_async._concurrency.background import BackgroundTaskGroup
+from nanobanana_async.errors import LedgerError
+from nanobanana_async.ledger import tasks
+from nanobanana_async.ledger.budget import Budget, PricedAs
+from nanobanana_async.ledger.entry import TaskEntry
+from nanobanana_async.ledger.lock import LockHeld
+from nanobanana_async.ledger.schema import AttemptCost
+from nanobanana_async.ledger.sqlite import check_group_commit_s
+from nanobanana_async.ledger.task_file import TaskFile, read_elsewhere, task_files
+from nanobanana_async.ledger.tasks import LedgerTask
+from nanobanana_async.models import GenerationRequest, JsonValue, Spending, Task, UnresolvedAttempt
+from nanobanana_async.policies import OwnerLimits
+
+T = TypeVar("T")
+
+_log: Final = logging.getLogger("nanobanana_async")
+
+TAKE_OVER_INTERVAL_S: Final = 30.0
+"""How often a process looks for files whose process has ended."""
+_GROUP_COMMIT_S: Final = 0.01
+_PRUNE_INTERVAL_S: Final = 86_400.0
+_MAX_NOTE_CHARS: Final = 65_536
+
+
+class SqliteLedger:
+    """A folder with the durable record of single tasks: pass it to `NanoBananaClient(ledger=...)`.
+
+    Several processes of one machine may share the folder, each with a client. A folder on a network file system that
+    several machines share is not supported. The files are readable by their user only, and contain no API key.
+
+    Use it with `async with`, or leave that to the client, which opens it on first use and closes what it has opened.
+
+    Args:
+        folder: The folder, created if missing.
+        store_requests: Whether to store the prompts.
+        keep_days: How long acknowledged tasks are kept. What they have cost is kept for good.
+        group_commit_s: How long a write waits for others to share its fsync, 0 to 1 second.
+
+    Raises:
+        ValueError: *keep_days* or *group_commit_s* cannot be used.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        store_requests: bool = True,
+        keep_days: float = 30.0,
+        group_commit_s: float = _GROUP_COMMIT_S,
+    ) -> None:
+        check_group_commit_s(group_commit_s)
+        if not 0 <= keep_days < 1e6:  # false for nan, too
+            raise ValueError(f"keep_days: expected 0 or more days, got {keep_days:g}")
+        self.folder: Final = Path(folder)
+        self._store_requests = store_requests
+        self._keep_s = keep_days * 86_400
+        self._group_commit_s = group_commit_s
+        self._files: list[TaskFile] = []
+        """Files that this process holds. It writes new tasks into the first."""
+        self._quiet: dict[Path, float] = {}
+        """Files in which nothing was left to acknowledge, with the modification time of their lock."""
+        self._entries: dict[str, TaskEntry] = {}
+        """Entries of tasks that are not final, by task id."""
+        self._opening = anyio.Lock()
+        self._background = BackgroundTaskGroup()
+        self._taken_over = anyio.Event()
+        self._pruned_at = 0.0
+
+    def __repr__(self) -> str:
+        return f"SqliteLedger({str(self.folder)!r})"
+
+    # --- open and close ---------------------------------------------------------------------------------------------
+
+    async def open(self) -> bool:
+        """Open the ledger: hold a file of its own, and those whose process has ended. Return False if it was open.
+
+        Raises:
+            LedgerError: The folder cannot be used, or one of its files is damaged.
+        """
+        await self._background.ensure_started()
+        async with self._opening:
+            if self._files:
+                return False
+            try:
+                self._files.append(await TaskFile.open_first(self.folder, self._group_commit_s))
+                await self._take_over()
+            except BaseException:
+                await self._close_files()
+                raise
+        self._background.start_soon(self._maintain)
+        return True
+
+    async def aclose(self) -> None:
+        """Write what is pending, and close the ledger. A second call has no effect."""
+        with anyio.CancelScope(shield=True):
+            await self._background.aclose(drain_s=0)
+            await self._close_files()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _close_files(self) -> None:
+        files, self._files = self._files, []
+        for file in files:
+            await file.aclose()
+
+    async def _maintain(self) -> None:
+        """Take over, release and prune files until the ledger is closed."""
+        while True:
+            await anyio.sleep(TAKE_OVER_INTERVAL_S)
+            try:
+                await self._take_over()
+            except LedgerError as exc:
+                _log.warning("ledger: %s", exc)
+
+    async def _take_over(self) -> None:
+        """Hold the files whose process has ended, and release those in which nothing is left to acknowledge."""
+        held = {file.path for file in self._files}
+        for path in await anyio.to_thread.run_sync(task_files, self.folder):
+            if path in held or self._is_quiet(path):
+                continue
+            try:
+                self._files.append(await TaskFile.open_file(path, self._group_commit_s))
+            except LockHeld:
+                continue
+            self._taken_over.set()
+            self._taken_over = anyio.Event()
+        if time.time() - self._pruned_at > _PRUNE_INTERVAL_S:
+            self._pruned_at = time.time()
+            before = self._pruned_at - self._keep_s
+            for file in self._files:
+                await file.commit(lambda db: tasks.prune(db, before))
+        for file in self._files[1:]:
+            if not await file.commit(tasks.expects_acknowledgement):
+                file.is_released = True
+                self._files.remove(file)
+                await file.aclose()
+                self._quiet[file.path] = _modified_at(file.path)
+
+    def _is_quiet(self, path: Path) -> bool:
+        return self._quiet.get(path) == _modified_at(path)
+
+    # --- entries ----------------------------------------------------------------------------------------------------
+
+    def new_entry(
+        self,
+        request: GenerationRequest,
+        *,
+        owner: str | None = None,
+        note: JsonValue = None,
+        limits: OwnerLimits = OwnerLimits(),
+    ) -> TaskEntry:
+        """Return the entry of a request that is about to be submitted. See `TaskLedger.new_entry`."""
+        if not self._files:
+            raise LedgerError(f"{self.folder}: the ledger is not open")
+        new = tasks.NewTask(
+            key=secrets.token_hex(8),
+            owner=_checked_owner(owner),
+            note=_to_json(note),
+            prompt=request.prompt if self._store_requests else "",
+            priced_as=(request.model, request.image_size),
+        )
+        check = None if limits.budget is None else self._budget_check(new, limits)
+        return TaskEntry.new(self._files[0], new, note, on_accepted=self._on_accepted, check_budget=check)
+
+    def _on_accepted(self, entry: TaskEntry) -> None:
+        if entry.task_id is not None:
+            self._entries[entry.task_id] = entry
+
+    def observe(self, task: Task) -> None:
+        """Record the end of *task* if it is final and an entry of this process. Returns at once."""
+        if task.is_final and (entry := self._entries.pop(task.task_id, None)) is not None:
+            try:
+                entry.record_final(task)
+            except LedgerError as exc:
+                _log.warning("the end of task %s was not recorded: %s", task.task_id, exc)
+
+    async def unacknowledged(self, *, follow: bool = False) -> AsyncGenerator[TaskEntry]:
+        """Yield the entries of accepted tasks that are not acknowledged, oldest first.
+
+        With *follow*, go on with those that are taken over from processes that have ended, and never return.
+        """
+        seen: set[TaskFile] = set()
+        while True:
+            taken_over = self._taken_over
+            for file in [file for file in self._files if file not in seen]:
+                seen.add(file)
+                if file.is_released:
+                    continue
+                for task in await file.commit(lambda db: tasks.select(db, tasks.UNACKNOWLEDGED)):
+                    entry = self._entries.get(task.task_id or "") or TaskEntry.of(file, task)
+                    if task.snapshot is None:
+                        self._on_accepted(entry)
+                    if not entry.is_acknowledged:
+                        yield entry
+            if not follow:
+                return
+            await taken_over.wait()
+
+    async def unresolved(self) -> list[UnresolvedAttempt]:
+        """Return the submits that may have been charged, whose task id is not known, and that are not acknowledged."""
+        found: list[UnresolvedAttempt] = []
+        for file in list(self._files):
+            listed = await file.commit(lambda db: tasks.select(db, tasks.UNRESOLVED))
+            found += [_to_unresolved(task, TaskEntry.of(file, task)) for task in listed]
+        return found
+
+    async def acknowledge(self, task_id: str) -> bool:
+        """Acknowledge the task with this id. Return False if no file that this process holds has it."""
+        for file in list(self._files):
+            if (task := await file.commit(lambda db: tasks.find_by_task_id(db, task_id))) is not None:
+                await TaskEntry.of(file, task).acknowledge()
+                return True
+        return False
+
+    # --- all processes ----------------------------------------------------------------------------------------------
+
+    async def all_tasks(self) -> list[LedgerTask]:
+        """Return all tasks of all processes that share the folder, in the order of their submits."""
+        found = await self._read_all(tasks.select)
+        return sorted((task for listed in found for task in listed), key=lambda task: task.intended_at)
+
+    async def spending(self, owner: str | None = None, since: datetime | None = None) -> Spending:
+        """Return what *owner* has spent since a time; all owners if None, since the beginning if None.
+
+        It sums over all processes that share the folder. A *since* without time zone is local time.
+        """
+        since_s = 0.0 if since is None else since.timestamp()
+        found = await self._read_all(lambda db: (tasks.costs(db, owner, since_s), list(tasks.prices(db))))
+        costs = [cost for listed, _ in found for cost in listed]
+        is_open, ended = Budget(), Budget()
+        for priced_as, price in (pair for _, listed in found for pair in listed):
+            is_open.learn_price(priced_as, price)
+            ended.learn_price(priced_as, price)
+        is_open.add_attempts(cost for cost in costs if cost.is_open)
+        ended.add_attempts(cost for cost in costs if not cost.is_open)
+        expected, known = is_open.status(), ended.status()
+        return Spending(
+            spent=known.spent + expected.spent,
+            reserved=expected.reserved,
+            unknown=known.reserved,
+            unpriced=known.unpriced + expected.unpriced,
+        )
+
+    async def _read_all(self, read: Callable[[sqlite3.Connection], T]) -> list[T]:
+        """Return the results of *read* on each file of the folder."""
+        async with self._opening:
+            await self._take_over()
+        held = list(self._files)
+        found = [await file.commit(read) for file in held]
+        paths = [file.path for file in held]
+        return found + await anyio.to_thread.run_sync(lambda: list(read_elsewhere(self.folder, paths, read)))
+
+    def _budget_check(self, new: tasks.NewTask, limits: OwnerLimits) -> Callable[[sqlite3.Connection], str | None]:
+        """Return a function that says why a submit is refused, or None. It runs in the transaction of its attempt."""
+
+        def check(db: sqlite3.Connection) -> str | None:
+            budget = Budget(limits.budget, max_price=limits.max_price)
+
+            def read(one: sqlite3.Connection) -> tuple[list[AttemptCost], list[tuple[PricedAs, Decimal]]]:
+                return tasks.costs(one, new.owner), list(tasks.prices(one))
+
+            with contextlib.ExitStack() as stack:
+                others = [stack.enter_context(file.reading()) for file in self._files[1:]]
+                found = [read(one) for one in (db, *others)]
+            found += read_elsewhere(self.folder, [file.path for file in self._files], read)
+            for costs, prices in found:
+                budget.add_attempts(costs)
+                for priced_as, price in prices:
+                    budget.learn_price(priced_as, price)
+            is_allowed = budget.try_reserve(new.priced_as) is not None
+            return None if is_allowed else budget.refusal(new.priced_as, "OwnerLimits(max_price=...)")
+
+        return check
+
+
+def _to_unresolved(task: LedgerTask, entry: TaskEntry) -> UnresolvedAttempt:
+    return UnresolvedAttempt(
+        owner=task.owner,
+        note=task.note,
+        prompt=task.prompt,
+        model=task.model,
+        image_size=task.image_size,
+        submitted_at=datetime.fromtimestamp(task.intended_at, UTC),
+        reason=task.reason or "",
+        possible_charges=task.possible_charges,
+        acknowledge=entry.acknowledge,
+    )
+
+
+def _checked_owner(owner: str | None) -> str | None:
+    if not isinstance(owner, str | None) or owner == "":
+        raise ValueError(f"owner: expected text, got {owner!r:.80}")
+    return owner
+
+
+def _to_json(note: JsonValue) -> str | None:
+    """Return *note* as JSON; None for None."""
+    if note is None:
+        return None
+    try:
+        text = json.dumps(note, ensure_ascii=True, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise ValueError(f"note: expected a JSON value, got {note!r:.80}: {exc}") from exc
+    if len(text) > _MAX_NOTE_CHARS:
+        raise ValueError(f"note: expected at most {_MAX_NOTE_CHARS} characters of JSON, got {len(text)}")
+    return text
+
+
+def _modified_at(path: Path) -> float:
+    try:
+        return path.with_suffix(".lock").stat().st_mtime
+    except FileNotFoundError:
+        return 0.0

@@ -1,0 +1,120 @@
+"""`TaskFile`: one file of single tasks. Other processes may read it while one process holds it."""
+
+import contextlib
+import logging
+import sqlite3
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Final, TypeVar
+
+from nanobanana_async.errors import LedgerError
+from nanobanana_async.ledger.database import accept_as_it_is, open_database
+from nanobanana_async.ledger.lock import LockHeld, LockRecord, exclusive
+from nanobanana_async.ledger.sqlite import LedgerFile
+
+T = TypeVar("T")
+
+_log: Final = logging.getLogger("nanobanana_async")
+
+_MAX_FILES: Final = 1000
+_BUSY_TIMEOUT_S: Final = 2.0
+_BUDGET_LOCK_NAME: Final = "budget.lock"
+
+
+class TaskFile(LedgerFile):
+    """One file of single tasks, which this process holds."""
+
+    is_released = False
+    """Whether it was closed because nothing was left to acknowledge."""
+
+    @staticmethod
+    async def open_file(path: Path, group_commit_s: float) -> "TaskFile":
+        """Open *path*. Attempts that were interrupted become unknown.
+
+        Raises:
+            LockHeld: Another process holds it.
+            LedgerError: It cannot be used.
+        """
+        return await TaskFile._open(lambda: TaskFile(path, open_database(path, _TaskChecks(path)), group_commit_s))
+
+    @staticmethod
+    async def open_first(folder: Path, group_commit_s: float) -> "TaskFile":
+        """Open the first file of *folder* that no process holds, or a new one. Raises as `open_file` does."""
+
+        def open_file() -> "TaskFile":
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as exc:
+                raise LedgerError(f"{folder}: cannot be created: {exc.strerror}") from exc
+            for number in range(1, _MAX_FILES + 1):
+                path = folder / f"tasks-{number:03}.db"
+                with contextlib.suppress(LockHeld):
+                    return TaskFile(path, open_database(path, _TaskChecks(path)), group_commit_s)
+            raise LedgerError(f"{folder}: {_MAX_FILES} processes use it. Use another folder.")
+
+        return await TaskFile._open(open_file)
+
+    @contextlib.contextmanager
+    def reading(self) -> Generator[sqlite3.Connection]:
+        """Yield the connection, for the thread that writes another file."""
+        with self._mutex:
+            yield self._db
+
+    @contextlib.contextmanager
+    def _transaction_guard(self, *, is_checked: bool) -> Generator[None]:
+        """Let one process at a time compare the spending of all of them with a budget, and commit an attempt."""
+        with exclusive(self.path.with_name(_BUDGET_LOCK_NAME)) if is_checked else contextlib.nullcontext():
+            yield
+
+
+class _TaskChecks:
+    """The `OpeningChecks` of a file of single tasks: no task is submitted twice from it, so a copy does no harm."""
+
+    is_shared: Final = True
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def check_new(self, found: LockRecord) -> None:
+        """See `OpeningChecks.check_new`."""
+        if found.attempts:
+            _log.warning("%s is missing or empty, and had %d attempts", self._path, found.attempts)
+
+    def check_existing(self, db: sqlite3.Connection, found: LockRecord) -> None:
+        """See `OpeningChecks.check_existing`."""
+        meta = dict(db.execute("SELECT name, value FROM meta WHERE name IN ('ledger_id', 'commits')").fetchall())
+        if meta["ledger_id"] == found.ledger_id and found.commits > int(meta["commits"]):
+            lost = found.commits - int(meta["commits"])
+            _log.warning("%s lacks its last %d writes: it was restored, or its -wal file is lost", self._path, lost)
+        accept_as_it_is(db, self._path, found)
+
+
+def task_files(folder: Path) -> list[Path]:
+    """Return the files of single tasks in *folder*, in the order of their numbers. Blocking."""
+    return sorted(folder.glob("tasks-*.db"))
+
+
+def read_elsewhere(folder: Path, held: Sequence[Path], read: Callable[[sqlite3.Connection], T]) -> Iterator[T]:
+    """Yield the result of *read* on each file of *folder* that is not *held* by this process. Blocking.
+
+    A read-only connection neither checkpoints nor removes the write-ahead log of the process that writes.
+
+    Raises:
+        ValueError: A file cannot be read.
+    """
+    for path in task_files(folder):
+        if path in held:
+            continue
+        with contextlib.closing(_connect_read_only(path)) as db:
+            try:
+                if db.execute("PRAGMA user_version").fetchone()[0] == 0:
+                    continue  # it is being created
+                yield read(db)
+            except sqlite3.Error as exc:
+                raise ValueError(f"{path} cannot be read: {exc}") from exc
+
+
+def _connect_read_only(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
+    db.row_factory = sqlite3.Row
+    return db
