@@ -140,12 +140,15 @@ class CallbackReceiver:
     async def deliver(self, path: str, body: bytes, *, content_encoding: str = "", may_forward: bool = False) -> bool:
         """Handle a callback from another framework or worker. True stands for a 2xx response, False for 404.
 
+        Raises `WrongEventLoop` on another event loop than that of the client.
+
         Args:
             path: The path it was posted to, or only the token.
             body: The body as received.
             content_encoding: Value of the `Content-Encoding` header.
             may_forward: Whether to call `forward` if the submit is not from this process.
         """
+        self._client.check_event_loop()
         nonce = self.verify(path)
         if nonce is None:
             return False

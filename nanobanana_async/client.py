@@ -2,10 +2,10 @@
 
 import contextlib
 import logging
+import math
 import os
-import warnings
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable
-from datetime import UTC, datetime
+from collections.abc import AsyncGenerator, Callable
+from datetime import datetime
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -13,30 +13,28 @@ from types import TracebackType
 from typing import Final, Self, Unpack
 
 import anyio
-import attrs
 
-from nanobanana_async._concurrency.background import BackgroundTaskGroup
-from nanobanana_async._concurrency.map_unordered import iter_any, map_unordered
 from nanobanana_async._text import slugify
-from nanobanana_async.api.flow_control import FlowControl
-from nanobanana_async.api.operations import ServiceApi
-from nanobanana_async.api.submit import NO_RECORD, AcceptedSubmit, SubmitLoop
-from nanobanana_async.errors import ImageError, NanoBananaError, SubmissionUnknown
-from nanobanana_async.handle import TaskHandle, recover_by_callback
-from nanobanana_async.images.download import Downloader
+from nanobanana_async.errors import ImageError, LedgerError, NanoBananaError
+from nanobanana_async.events import EventHook, Finished, Queued, StatusChanged, Submitted
+from nanobanana_async.handle import TaskHandle
 from nanobanana_async.images.files import FileImageStore
 from nanobanana_async.images.formats import SUFFIXES
-from nanobanana_async.images.references import encode_images
-from nanobanana_async.models import GeneratedImage, GenerationRequest, RequestOptions, SavedImage, Task
-from nanobanana_async.outcomes import Outcome, Succeeded, log_unconsumed, outcome_from_error
-from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
-from nanobanana_async.protocols import AttemptEnd, CallbackSource, ImageStore, SubmitRecord, Transport, Verdict
-from nanobanana_async.tracking.schedule import PollSchedule
-from nanobanana_async.tracking.state import SubmitInfo, TrackerStatistics
-from nanobanana_async.tracking.tracker import TaskTracker
-from nanobanana_async.transport.addresses import ServiceNetwork
-from nanobanana_async.transport.checked import CheckedTransport
-from nanobanana_async.transport.httpx import HttpxTransport
+from nanobanana_async.many import Requests, generate_many
+from nanobanana_async.models import (
+    GeneratedImage,
+    GenerationRequest,
+    SavedImage,
+    Spending,
+    Task,
+    UnresolvedAttempt,
+)
+from nanobanana_async.outcomes import Outcome
+from nanobanana_async.policies import Limits, OwnerLimits, PollPolicy, RetryPolicy, Timeouts
+from nanobanana_async.protocols import ImageStore, SubmitRecord, TaskLedger, Transport
+from nanobanana_async.session import Session, SessionOptions, SubmitOptions
+from nanobanana_async.stream import stream
+from nanobanana_async.tracking.state import TrackerStatistics
 from nanobanana_async.wire.endpoint import ApiKey, Endpoint
 
 _log: Final = logging.getLogger("nanobanana_async")
@@ -56,9 +54,13 @@ class NanoBananaClient:
         retry: Retry limits, and when a submit may be resubmitted.
         polling: When unfinished tasks are polled; learned by default.
         timeouts: Time limits of each operation.
+        ledger: A `SqliteLedger`, which records each task durably, for `resume`, `unresolved` and `spending`. The client
+            opens it on first use, and closes what it has opened. None records nothing.
+        owner_limits: What each owner of submits may use, or a function that returns it for an owner.
         transport: What sends the requests; None creates an `HttpxTransport`. A transport that you pass is not closed.
-        on_orphan: Called with the handle of a task that was accepted after its caller was cancelled or timed out. It
-            is the last chance to keep the id of a charged task, which is also logged as a warning.
+        on_orphan: Called with the handle of each charged task that no caller waits for any more: its caller was
+            cancelled, timed out before the service responded, or left `generate_many`. The id is also logged.
+        on_event: Called with each `Event` of the client. It must not block. What it raises is logged.
 
     Raises:
         ConfigurationError: There is no key, or the key or the URL cannot be used.
@@ -73,54 +75,42 @@ class NanoBananaClient:
         retry: RetryPolicy = RetryPolicy(),
         polling: PollPolicy = PollPolicy(),
         timeouts: Timeouts = Timeouts(),
+        ledger: TaskLedger | None = None,
+        owner_limits: OwnerLimits | Callable[[str], OwnerLimits] = OwnerLimits(),
         transport: Transport | None = None,
         on_orphan: Callable[[TaskHandle], None] | None = None,
+        on_event: EventHook | None = None,
     ) -> None:
-        # First, because `__del__` reads it.
-        self._background = BackgroundTaskGroup()
         key = None if api_key is None else ApiKey(api_key)
         del api_key  # keep the key out of tracebacks with local variables
-        self._endpoint = Endpoint.resolve(key, base_url)
         self.limits: Final = limits
         self.timeouts: Final = timeouts
-        if transport is None:
-            transport = HttpxTransport(connect_s=timeouts.connect_s)
-            self._background.close_when_stopped(transport.aclose)
-        active = CheckedTransport(transport)
-        flow = FlowControl(limits, retry)
-        self._api = ServiceApi(active, self._background, self._endpoint, flow, timeouts, max_polls=limits.max_polls)
-        # It holds no reference to the client, which is then collected as soon as it is dropped.
-        self._submits = SubmitLoop(
-            active,
-            self._background,
-            self._endpoint,
-            flow,
-            timeouts,
-            max_submits=limits.max_submits,
-            prepare=partial(encode_images, max_bytes=limits.max_reference_bytes),
-            on_orphan=None if on_orphan is None else lambda done, request: on_orphan(self._handle_for(done, request)),
-        )
-        self._tracker = TaskTracker(self._api, PollSchedule(polling), self._background)
-        self._background.call_when_stopped(self._tracker.close)
-        self._downloader = Downloader(
-            active,
+        options = SessionOptions(
             limits=limits,
             retry=retry,
+            polling=polling,
             timeouts=timeouts,
-            public_only=ServiceNetwork(self._endpoint.base_url).is_public,
+            owner_limits=owner_limits,
+            on_event=on_event,
+            on_orphan=on_orphan,
         )
+        self._session = Session(Endpoint.resolve(key, base_url), transport, ledger, options)
 
     @property
     def base_url(self) -> str:
         """Base URL of the service."""
-        return self._endpoint.base_url
+        return self._session.endpoint.base_url
 
     def account_digest(self, salt: str) -> str:
         """Return 16 hex digits that tell whether two clients have the same key. They say nothing else of it."""
-        return self._endpoint.key_digest(salt)
+        return self._session.endpoint.key_digest(salt)
 
     async def generate(
-        self, prompt: str | GenerationRequest, *, timeout_s: float | None = None, **options: Unpack[RequestOptions]
+        self,
+        prompt: str | GenerationRequest,
+        *,
+        timeout_s: float | None = None,
+        **options: Unpack[SubmitOptions],
     ) -> Task:
         """Submit a request, wait, and return the finished task, which has at least one image.
 
@@ -131,6 +121,7 @@ class NanoBananaClient:
             prompt: Text to generate from, or a `GenerationRequest` whose fields *options* replace.
             timeout_s: Seconds for the whole call; None uses `Timeouts.task_s`.
             **options: The fields of `GenerationRequest`: images, model, aspect_ratio, image_size, callback_url, extra.
+                Also owner, note and callback (see `SubmitOptions`).
 
         Raises:
             TaskFailed: The task ended as failed.
@@ -140,14 +131,15 @@ class NanoBananaClient:
             SubmissionUnknown: The submit may have been charged, but no response confirmed it.
             ApiError: The service responded with an error.
             ImageError: A reference image cannot be used.
+            BudgetExceeded: The owner's budget does not allow it; nothing was sent.
+            LedgerError: The ledger cannot be written. If the submit was sent, `exc.task_id` is set or it is logged.
         """
-        wait_s = self.timeouts.task_s if timeout_s is None else timeout_s
-        deadline_s = anyio.current_time() + wait_s
-        handle = await self._submit(prompt, options, deadline_s=deadline_s)
+        call = self._session.call(prompt, options, timeout_s)
+        handle = await self._session.submit(call)
         try:
-            return await handle.result(timeout_s=max(0.0, deadline_s - anyio.current_time()))
-        except anyio.get_cancelled_exc_class():
-            _log.warning("task %s: the caller was cancelled; the task keeps running", handle.task_id)
+            return await handle.result(timeout_s=max(0.0, call.deadline_s - anyio.current_time()))
+        except anyio.get_cancelled_exc_class() as exc:
+            self._session.leave_task(handle, exc)
             raise
         except NanoBananaError as exc:
             exc.task_id = exc.task_id or handle.task_id  # every error carries the id of the charged task
@@ -155,46 +147,31 @@ class NanoBananaClient:
 
     async def generate_many(
         self,
-        requests: Iterable[str | GenerationRequest] | AsyncIterable[str | GenerationRequest],
+        requests: Requests,
         *,
         max_in_flight: int = 200,
         timeout_s: float | None = None,
+        owner: str | None = None,
     ) -> AsyncGenerator[Outcome]:
         """Run all *requests* and yield one outcome each, in completion order.
 
         A failed request does not stop the others. At most *max_in_flight* requests are running or finished and not yet
         consumed, so a slow consumer slows the submits. If you stop early, no more requests are taken. Charged tasks
-        keep running, and their ids are logged. For runs that survive the process, see `Batch`.
+        keep running, and their ids are logged and passed to `on_orphan`. For runs that survive the process, see
+        `Batch`.
 
         Args:
             requests: Prompts or `GenerationRequest`s, from any iterable or async iterable.
             max_in_flight: Most requests at once.
             timeout_s: Seconds per request; None uses `Timeouts.task_s`.
+            owner: Whom the images are for (see `SubmitOptions`).
 
         Raises:
             ValueError: A request is invalid, for example an empty prompt. Running requests are yielded first.
             ClientClosed: The client was closed during the run.
         """
-        await self._background.ensure_started()
-
-        async def numbered() -> AsyncGenerator[tuple[str, GenerationRequest]]:
-            number = 0
-            async with contextlib.aclosing(iter_any(requests)) as source:
-                async for request in source:
-                    yield str(number), request if isinstance(request, GenerationRequest) else GenerationRequest(request)
-                    number += 1
-
-        async def generate_one(row: tuple[str, GenerationRequest]) -> Outcome:
-            key, request = row
-            try:
-                task = await self.generate(request, timeout_s=timeout_s)
-            except (NanoBananaError, ValueError) as exc:
-                return outcome_from_error(exc, key=key, request=request)
-            return Succeeded(key=key, request=request, task=task)
-
-        outcomes: AsyncGenerator[Outcome] = map_unordered(
-            self._background, numbered(), generate_one, max_in_flight=max_in_flight, on_unconsumed=log_unconsumed
-        )
+        generate = partial(self.generate, timeout_s=timeout_s, owner=owner)
+        outcomes = generate_many(self._session, requests, generate, max_in_flight=max_in_flight)
         async with contextlib.aclosing(outcomes):
             async for outcome in outcomes:
                 yield outcome
@@ -203,48 +180,64 @@ class NanoBananaClient:
         self,
         prompt: str | GenerationRequest,
         *,
-        callback: CallbackSource | None = None,
-        record: SubmitRecord = NO_RECORD,
-        **options: Unpack[RequestOptions],
+        record: SubmitRecord | None = None,
+        **options: Unpack[SubmitOptions],
     ) -> TaskHandle:
-        """Submit a request and return a handle once the task id is known.
+        """Submit a request and return a handle once the task id is known, and durable if there is a ledger.
 
-        Waits for a slot (`Limits`) for at most `Timeouts.task_s`. Cancelling and errors are those of `generate`.
+        Waits for its turn and a slot (`Limits`) for at most `Timeouts.task_s`. Cancelling and errors are those of
+        `generate`.
 
         Args:
             prompt: Text or request, as for `generate`.
-            callback: A `CallbackReceiver`. The service posts the final state to it, and polls are rare meanwhile. If
-                the response to the submit is lost, a callback within `Timeouts.recovery_s` provides the task id.
-            record: Records each POST before it leaves and after it has ended. What it raises ends the call.
-            **options: Fields of `GenerationRequest`, as for `generate`.
+            record: Records each POST before it leaves and after it has ended, instead of the ledger of the client.
+                What it raises ends the call.
+            **options: As for `generate`.
         """
-        deadline_s = anyio.current_time() + self.timeouts.task_s
-        if callback is None:
-            return await self._submit(prompt, options, deadline_s=deadline_s, record=record)
-        pending = callback.register()
-        options["callback_url"] = pending.url
-        try:
-            handle = await self._submit(prompt, options, deadline_s=deadline_s, record=record, nonce=pending.nonce)
-        except SubmissionUnknown as exc:
-            known = self._tracker.cache.submits
-            found = await recover_by_callback(
-                pending, self.task, lambda task_id: known.get(task_id) is not None, self.timeouts.recovery_s
-            )
-            if found is None:
-                raise
-            await record.end_attempt(AttemptEnd(verdict=Verdict.ACCEPTED, rule="callback", task_id=found.task_id))
-            _log.warning("task %s was recovered by its callback; its submit had failed: %s", found.task_id, exc)
-            handle = found
-        if pending.bind(handle.task_id):
-            self.notify(handle.task_id)
-        return handle
+        return await self._session.submit(self._session.call(prompt, options, record=record))
+
+    async def stream(
+        self,
+        prompt: str | GenerationRequest,
+        *,
+        timeout_s: float | None = None,
+        every_s: float | None = None,
+        **options: Unpack[SubmitOptions],
+    ) -> AsyncGenerator[Queued | Submitted | StatusChanged | Finished]:
+        """Submit a request and yield its events, from its place in line to its final task.
+
+        `Queued` comes first, and again when the place has changed, at most once per second. Then `Submitted` and
+        `StatusChanged`, and `Finished` as the last one, whether the task succeeded or failed. If you stop early, the
+        place in line is given up. A charged task keeps running. If its id was not yielded, it is passed to `on_orphan`.
+
+        Args:
+            prompt: Text or request, as for `generate`.
+            timeout_s: Seconds for the whole call; None uses `Timeouts.task_s`.
+            every_s: Repeat the last event after this time without a new one; None does not.
+            **options: As for `generate`.
+
+        Raises what `generate` raises, except `TaskFailed` and `NoImage`.
+        """
+        if every_s is not None and not every_s > 0:  # true for nan, too
+            raise ValueError(f"every_s: expected more than 0 seconds, got {every_s:g}")
+        call = self._session.call(prompt, options, timeout_s)
+        events = stream(self._session, call, every_s=math.inf if every_s is None else every_s)
+        async with contextlib.aclosing(events):
+            async for event in events:
+                yield event
 
     def notify(self, task_id: str) -> None:
         """Poll *task_id* soon, because a callback or another worker reported a change.
 
-        If the task has waiters, one query is sent, at most one per ten seconds. Other ids have no effect.
+        If the task has waiters, one query is sent, at most one per ten seconds. Other ids have no effect. Raises
+        `WrongEventLoop` in another thread.
         """
-        self._tracker.notify(task_id)
+        self.check_event_loop()
+        self._session.tracker.notify(task_id)
+
+    def check_event_loop(self) -> None:
+        """Raise `WrongEventLoop` on another event loop or in another thread than the one the client is bound to."""
+        self._session.background.check_owner()
 
     def task(self, task_id: str, *, submitted_at: datetime | None = None) -> TaskHandle:
         """Return a handle for a task submitted earlier, in this process or another. Sends nothing.
@@ -254,15 +247,44 @@ class NanoBananaClient:
         """
         if not task_id.strip():
             raise ValueError(f"task_id: expected text, got {task_id!r}")
-        submit_info = self._tracker.cache.submits.get(task_id.strip()) or SubmitInfo()
-        if submitted_at is not None:  # the wall clock may have been set back: no submit is in the future
-            age_s = max(0.0, (datetime.now(UTC) - submitted_at).total_seconds())
-            submit_info = SubmitInfo(submitted_at_s=anyio.current_time() - age_s)
-        return self._handle(task_id.strip(), submit_info, submitted_at)
+        return self._session.handle(task_id.strip(), submitted_at)
+
+    async def resume(self, *, follow: bool = False) -> AsyncGenerator[TaskHandle]:
+        """Yield a handle of each accepted task in the ledger that is not acknowledged, finished or not, oldest first.
+
+        Call it after a restart, and `handle.ack()` once the application has used a result. Several processes may share
+        the ledger: a task is yielded by the process that has submitted it, and after its end by one other process.
+
+        Args:
+            follow: Go on with the tasks of processes that end from now on, and never return.
+
+        Raises:
+            LedgerError: The client has no ledger, or it cannot be used.
+        """
+        ledger = await self._started_ledger()
+        async with contextlib.aclosing(ledger.unacknowledged(follow=follow)) as entries:
+            async for entry in entries:
+                yield self._session.handle(entry.task_id or "", entry.submitted_at, entry)
+
+    async def unresolved(self) -> AsyncGenerator[UnresolvedAttempt]:
+        """Yield each submit in the ledger that may have been charged, whose task id is not known, until `ack()`.
+
+        They are never resubmitted. Raises as `resume` does.
+        """
+        ledger = await self._started_ledger()
+        for attempt in await ledger.unresolved():
+            yield attempt
+
+    async def spending(self, owner: str | None = None, since: datetime | None = None) -> Spending:
+        """Return what *owner* has spent since a time, from the ledger, in all processes that share it.
+
+        *owner* None sums over all owners. *since* None means since the beginning. Raises as `resume` does.
+        """
+        return await (await self._started_ledger()).spending(owner, since)
 
     async def balance(self) -> Decimal:
         """Return the credits left in the account."""
-        return await self._api.balance()
+        return await self._session.api.balance()
 
     async def download(self, image: GeneratedImage) -> bytes:
         """Return the encoded image: PNG, JPEG, WebP or GIF.
@@ -270,8 +292,8 @@ class NanoBananaClient:
         Raises:
             ImageError: The download did not succeed within `Timeouts.download_s`, or the file is not an image.
         """
-        await self._background.ensure_started()
-        return await self._downloader.download(image)
+        await self._session.start()
+        return await self._session.downloader.download(image)
 
     async def save(self, task: Task, path: str | os.PathLike[str], *, name: str | None = None) -> list[Path]:
         """Write the images of *task* and return their paths in order; [] if it has none.
@@ -294,7 +316,9 @@ class NanoBananaClient:
         for number, image in enumerate(task.images, start=1):
             file_name = stem + (f"-{number}" if number > 1 else "") + suffix
             try:
-                saved = await self.store(image, FileImageStore(folder), file_name, keep_suffix=bool(suffix))
+                saved = await self.store(
+                    image, FileImageStore(folder), file_name, keep_suffix=bool(suffix), task_id=task.task_id
+                )
             except ImageError as exc:
                 exc.task_id = task.task_id
                 raise
@@ -302,21 +326,30 @@ class NanoBananaClient:
         return paths
 
     async def store(
-        self, image: GeneratedImage, store: ImageStore, name: str, *, keep_suffix: bool = False
+        self,
+        image: GeneratedImage,
+        store: ImageStore,
+        name: str,
+        *,
+        keep_suffix: bool = False,
+        task_id: str | None = None,
     ) -> SavedImage:
         """Download one image, check it, and put it into *store*. At most `Limits.max_downloads` run at once.
 
-        It is stored as *name* plus the suffix of its true type, or as *name* itself with *keep_suffix*.
+        It is stored as *name* plus the suffix of its true type, or as *name* itself with *keep_suffix*. *task_id* is
+        the task that the `Saved` event is about.
 
         Raises:
             ImageError: The download failed, or the store raised OSError.
         """
-        await self._background.ensure_started()
-        return await self._downloader.store(image, store, name, keep_suffix=keep_suffix)
+        await self._session.start()
+        saved = await self._session.downloader.store(image, store, name, keep_suffix=keep_suffix)
+        self._session.emit_saved(saved, task_id)
+        return saved
 
     def statistics(self) -> TrackerStatistics:
-        """Return a snapshot of the tracker: tracked tasks, learned latencies, polls. Sends nothing."""
-        return self._tracker.statistics()
+        """Return a snapshot of the tracker: tracked tasks, latencies, polls. No I/O. Any thread may call it."""
+        return self._session.tracker.statistics()
 
     async def aclose(self) -> None:
         """End every wait, let submits in flight finish within `Timeouts.submit_s`, and close what the client opened.
@@ -324,14 +357,10 @@ class NanoBananaClient:
         Call it from any task of the client's event loop. A second call has no effect, nor has one after the event loop
         has ended.
         """
-        if self._background.is_open:
-            self._background.check_owner()
-            self._tracker.close()
-        with anyio.move_on_after(self.timeouts.submit_s + self.timeouts.close_s, shield=True):
-            await self._background.aclose(drain_s=self.timeouts.submit_s)
+        await self._session.aclose()
 
     async def __aenter__(self) -> Self:
-        self._background.check_open()
+        self._session.background.check_open()
         return self
 
     async def __aexit__(
@@ -339,52 +368,12 @@ class NanoBananaClient:
     ) -> None:
         await self.aclose()
 
-    def __del__(self) -> None:
-        if self._background.is_open:
-            self._background.abandon(drain_s=self.timeouts.submit_s)
-            warnings.warn(
-                f"unclosed {self!r}: use 'async with' or 'await client.aclose()'",
-                ResourceWarning,
-                stacklevel=1,
-                source=self,
-            )
-
     def __repr__(self) -> str:
-        endpoint = getattr(self, "_endpoint", None)  # None in a traceback from within `__init__`
-        return f"NanoBananaClient(base_url={endpoint and endpoint.base_url!r})"
+        session = getattr(self, "_session", None)  # None in a traceback from within `__init__`
+        return f"NanoBananaClient(base_url={session and session.endpoint.base_url!r})"
 
-    async def _submit(
-        self,
-        prompt: str | GenerationRequest,
-        options: RequestOptions,
-        *,
-        deadline_s: float,
-        record: SubmitRecord = NO_RECORD,
-        nonce: str | None = None,
-    ) -> TaskHandle:
-        if isinstance(prompt, GenerationRequest):
-            request = attrs.evolve(prompt, **options)
-        else:
-            request = GenerationRequest(prompt, **options)
-        done = await self._submits.submit(request, deadline_s=deadline_s, record=record, nonce=nonce)
-        return self._handle_for(done, request, has_callback=nonce is not None)
-
-    def _handle_for(
-        self, done: AcceptedSubmit, request: GenerationRequest, *, has_callback: bool = False
-    ) -> TaskHandle:
-        submit_info = SubmitInfo(submitted_at_s=anyio.current_time(), model=request.model, has_callback=has_callback)
-        self._tracker.cache.submits.add(done.task_id, submit_info)
-        return self._handle(done.task_id, submit_info, datetime.now(UTC), done.possible_duplicates)
-
-    def _handle(
-        self, task_id: str, submit_info: SubmitInfo, submitted_at: datetime | None, possible_duplicates: int = 0
-    ) -> TaskHandle:
-        return TaskHandle(
-            self._api,
-            self._tracker,
-            task_id,
-            default_timeout_s=self.timeouts.task_s,
-            submit_info=submit_info,
-            submitted_at=submitted_at,
-            possible_duplicates=possible_duplicates,
-        )
+    async def _started_ledger(self) -> TaskLedger:
+        if self._session.ledger is None:
+            raise LedgerError("client: has no ledger. Pass ledger=SqliteLedger(folder).")
+        await self._session.start()
+        return self._session.ledger

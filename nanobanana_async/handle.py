@@ -5,15 +5,15 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from datetime import datetime
-from typing import Final
+from typing import Final, Protocol
 
 import anyio
 
 from nanobanana_async._text import format_credits
 from nanobanana_async.api.operations import ServiceApi
-from nanobanana_async.errors import NanoBananaError, NoImage, TaskError, TaskFailed, TaskNotFound
-from nanobanana_async.models import Task, TaskStatus
-from nanobanana_async.protocols import PendingCallback
+from nanobanana_async.errors import LedgerError, NanoBananaError, NoImage, TaskError, TaskFailed, TaskNotFound
+from nanobanana_async.models import JsonValue, Task, TaskStatus
+from nanobanana_async.protocols import LedgerEntry, PendingCallback, TaskLedger
 from nanobanana_async.tracking.schedule import NOT_FOUND_GRACE_S
 from nanobanana_async.tracking.state import SubmitInfo
 from nanobanana_async.tracking.tracker import TaskTracker
@@ -23,30 +23,79 @@ _log: Final = logging.getLogger("nanobanana_async")
 _CONFIRM_INTERVAL_S: Final = 10.0
 
 
+class HandleSource(Protocol):
+    """What all handles of one client share. A handle keeps it alive, and with it the background work."""
+
+    @property
+    def api(self) -> ServiceApi:
+        """Queries tasks."""
+        ...
+
+    @property
+    def tracker(self) -> TaskTracker:
+        """Waits for tasks."""
+        ...
+
+    @property
+    def default_timeout_s(self) -> float:
+        """Longest wait for a task."""
+        ...
+
+    @property
+    def ledger(self) -> TaskLedger | None:
+        """The durable record of single tasks; None without one."""
+        ...
+
+
 class TaskHandle:
     """One task at the service. It holds no resources and can be created again from its `task_id`."""
 
-    def __init__(  # noqa: PLR0913 - created by the client only
+    def __init__(
         self,
-        api: ServiceApi,
-        tracker: TaskTracker,
+        source: HandleSource,
         task_id: str,
         *,
-        default_timeout_s: float,
         submit_info: SubmitInfo = SubmitInfo(),
         submitted_at: datetime | None = None,
         possible_duplicates: int = 0,
+        entry: LedgerEntry | None = None,
     ) -> None:
-        self._api = api
-        self._tracker = tracker
-        self._default_timeout_s = default_timeout_s
+        self._source = source
         self._submit_info = submit_info
+        self._entry = entry
         self._final: Task | None = None
         self.task_id: Final = task_id
         self.submitted_at: Final = submitted_at
         """When the submit was accepted, by this machine's clock; None if it was submitted elsewhere."""
         self.possible_duplicates: Final = possible_duplicates
         """Number of resubmits under the retry policy. Each earlier submit may also have been charged."""
+        self.owner: Final = submit_info.owner
+        """Whom the task is for; None if the application has not said, or if the handle was made from the id alone."""
+        self.note: Final[JsonValue] = None if entry is None else entry.note
+        """What the application has passed as `note`; None without a ledger, or if the handle was made from the id."""
+
+    @property
+    def snapshot(self) -> Task | None:
+        """The final task, as far as this handle or the ledger knows it; None if it is not known to be final.
+
+        From the ledger it has no images. `result` queries the task again, which costs nothing.
+        """
+        return self._final or (None if self._entry is None else self._entry.snapshot)
+
+    async def ack(self) -> None:
+        """Record in the ledger that the application has used the result, so that `client.resume()` leaves it out.
+
+        Returns once that is durable. A second call has no effect.
+
+        Raises:
+            LedgerError: The client has no ledger, the task is not in it, or it cannot be written.
+        """
+        if self._entry is not None:
+            await self._entry.acknowledge()
+        elif self._source.ledger is None:
+            raise LedgerError(f"task {self.task_id}: the client has no ledger. Pass ledger=SqliteLedger(folder).")
+        elif not await self._source.ledger.acknowledge(self.task_id):
+            raise LedgerError(f"task {self.task_id}: not in the files of the ledger that this process holds")
 
     def __repr__(self) -> str:
         return f"TaskHandle({self.task_id!r})"
@@ -57,10 +106,10 @@ class TaskHandle:
         A task that this client submitted and the service does not show yet is returned as pending. Raises as `wait`
         does, and `TransportError` if no response arrived.
         """
-        if (final := self._final or self._tracker.cache.finished(self.task_id)) is not None:
+        if (final := self._final or self._source.tracker.cache.finished(self.task_id)) is not None:
             return self._remember(final)
         try:
-            task = await self._api.query(self.task_id)
+            task = await self._source.api.query(self.task_id)
         except TaskNotFound:
             since_s = self._submit_info.submitted_at_s
             if since_s is None or anyio.current_time() - since_s > NOT_FOUND_GRACE_S:
@@ -102,7 +151,7 @@ class TaskHandle:
         if self._final is not None:
             yield self._final
             return
-        updates = self._tracker.updates(
+        updates = self._source.tracker.updates(
             self.task_id, timeout_s=self._timeout_s(timeout_s), submit_info=self._submit_info
         )
         async with contextlib.aclosing(updates):
@@ -111,10 +160,12 @@ class TaskHandle:
 
     def _await_final(self, timeout_s: float | None) -> Coroutine[object, object, Task]:
         # Not async: one frame per waiter is measurable with ten thousand waiters.
-        return self._tracker.wait(self.task_id, timeout_s=self._timeout_s(timeout_s), submit_info=self._submit_info)
+        return self._source.tracker.wait(
+            self.task_id, timeout_s=self._timeout_s(timeout_s), submit_info=self._submit_info
+        )
 
     def _timeout_s(self, timeout_s: float | None) -> float:
-        return self._default_timeout_s if timeout_s is None else timeout_s
+        return self._source.default_timeout_s if timeout_s is None else timeout_s
 
     def _remember(self, task: Task) -> Task:
         if task.is_final:

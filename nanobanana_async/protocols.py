@@ -223,7 +223,7 @@ class TaskLedger(Protocol):
         ...
 
     def new_entry(
-        self, request: GenerationRequest, *, owner: str | None, note: JsonValue, limits: OwnerLimits
+        self, request: GenerationRequest, *, key: str, owner: str | None, note: JsonValue, limits: OwnerLimits
     ) -> LedgerEntry:
         """Return the entry of a request that is about to be submitted. Nothing is written yet.
 
@@ -244,6 +244,10 @@ class TaskLedger(Protocol):
 
     async def unresolved(self) -> list[UnresolvedAttempt]:
         """Return the submits that may have been charged, whose task id is not known, and that are not acknowledged."""
+        ...
+
+    async def acknowledge(self, task_id: str) -> bool:
+        """Acknowledge a task by its id. Return False if it is not an entry that this process holds."""
         ...
 
     async def spending(self, owner: str | None, since: datetime | None) -> Spending:

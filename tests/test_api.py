@@ -34,6 +34,7 @@ from nanobanana_async import (
     WireResponse,
 )
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
+from nanobanana_async._concurrency.slots import SlotPool
 from nanobanana_async.api.flow_control import FlowControl
 from nanobanana_async.api.operations import ServiceApi
 from nanobanana_async.api.submit import NO_RECORD, AcceptedSubmit, SubmitLoop
@@ -70,7 +71,6 @@ def service_over(
     limits: Limits = Limits(),
     retry: RetryPolicy = RetryPolicy(),
     timeouts: Timeouts = Timeouts(),
-    on_orphan: Callable[[AcceptedSubmit, GenerationRequest], None] | None = None,
 ) -> Service:
     """Return the operations over *transport*."""
 
@@ -86,9 +86,8 @@ def service_over(
         endpoint,
         flow,
         timeouts,
-        max_submits=limits.max_submits,
+        slots=SlotPool(limits.max_submits, background.start_soon),
         prepare=unchanged,
-        on_orphan=on_orphan,
     )
     return Service(background, api.query, api.balance, loop)
 
@@ -480,20 +479,6 @@ async def test_a_timeout_after_a_possible_charge_is_unknown() -> None:
     async with running(script(rejected(500), slow_response(50)), limits=Limits(max_submits=1, burst=1)) as api:
         with pytest.raises((ServiceUnavailable, SubmissionUnknown)):
             await api.submit(deadline_s=anyio.current_time() + 3)
-
-
-async def test_a_hook_that_fails_does_not_stop_the_client(caplog: pytest.LogCaptureFixture) -> None:
-    """An error in the user's hook is logged, and so is the task id."""
-
-    def hook(*_: object) -> None:
-        raise RuntimeError("boom")
-
-    async with running(script(slow_response(1)), on_orphan=hook) as api:
-        with anyio.move_on_after(0.5):
-            await api.submit()
-        await anyio.sleep(1)
-        assert (await api.submit()).task_id == "ta-late"
-    assert caplog.text.count("on_orphan failed for task ta-late") == 1
 
 
 async def test_a_submit_interrupted_by_closing_is_logged(caplog: pytest.LogCaptureFixture) -> None:

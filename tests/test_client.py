@@ -33,7 +33,7 @@ from nanobanana_async import (
     Timeouts,
     WrongEventLoop,
 )
-from nanobanana_async.simulator import FAST_LIMITS, FAST_POLLING, Simulator, SimulatorProfile
+from nanobanana_async.simulator import FAST_LIMITS, FAST_POLLING, FAST_PROFILE, Simulator, SimulatorProfile
 from tests.fakes import PNG, accepted, finished, rejected, script, submits
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
@@ -264,7 +264,7 @@ async def test_an_unclosed_client_is_a_resource_warning() -> None:
     """Without the warning, connections would leak for the life of the process."""
     client = Simulator().client()
     await client.balance()
-    background = client._background  # noqa: SLF001 - a deleted client cannot be closed
+    background = client._session.background  # noqa: SLF001 - a deleted client cannot be closed
     kept = [client]
     del client
     with pytest.warns(ResourceWarning, match="unclosed NanoBananaClient"):
@@ -316,6 +316,24 @@ async def test_a_rejected_submit_is_one_request() -> None:
         with pytest.raises(Exception, match="prompt is required"):
             await client.submit("a fox")
     assert submits(transport.requests) == 1
+
+
+async def test_a_hook_that_fails_does_not_stop_the_client(caplog: pytest.LogCaptureFixture) -> None:
+    """An error in the user's hook is logged, and so is the task id."""
+
+    def hook(*_: object) -> None:
+        raise RuntimeError("boom")
+
+    simulator = Simulator(FAST_PROFILE, delay_s=1)
+    client = NanoBananaClient("dk-test", transport=simulator, polling=FAST_POLLING, on_orphan=hook, on_event=hook)
+    async with client:
+        with anyio.move_on_after(0.7):
+            await client.submit("a fox")
+        await anyio.sleep(1)
+        assert (await client.generate("a hare")).images
+    task_id = simulator.charges[0].task_id
+    assert caplog.text.count(f"on_orphan failed for task {task_id}") == 1
+    assert "on_event failed for Finished" in caplog.text
 
 
 async def test_on_orphan_gets_the_handle_of_an_abandoned_task() -> None:

@@ -42,9 +42,11 @@ class DelayQueue(Generic[T]):
 
     def schedule(self, item: T, due_s: float) -> None:
         """Insert *item* or change its due time. With infinity, remove it."""
-        self._scheduled += (due_s < math.inf) - (item.due_s < math.inf)
+        if item.due_s < math.inf:
+            self._scheduled -= 1
         item.due_s = due_s
         if due_s < math.inf:
+            self._scheduled += 1
             heapq.heappush(self._heap, (due_s, next(self._counter), item))
             if self._heap[0][2] is item:
                 self._head_changed.set()
@@ -71,7 +73,8 @@ class DelayQueue(Generic[T]):
 
     def count_overdue(self, now_s: float) -> int:
         """Return the number of items due before *now_s*. O(n): for statistics only."""
-        return sum(due_s < now_s and due_s == item.due_s for due_s, _, item in self._heap)
+        heap = list(self._heap)  # one step, for a caller in another thread
+        return sum(due_s < now_s and due_s == item.due_s for due_s, _, item in heap)
 
     async def wait_due(self) -> None:
         """Return when the first item is due, at most *slack_s* later."""

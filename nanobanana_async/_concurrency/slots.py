@@ -4,7 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Final, Self, TypeAlias
+from typing import Final, Protocol, Self, TypeAlias
 
 import anyio
 import attrs
@@ -17,19 +17,64 @@ StartSoon: TypeAlias = Callable[[Callable[[], Coroutine[object, object, None]]],
 _TIMER_SLACK_S: Final = 0.05
 
 
-@attrs.define(eq=False)
-class _Waiter:
-    """One waiting caller."""
+@attrs.define(eq=False, weakref_slot=False)
+class SlotWaiter:
+    """One caller that waits for a slot."""
 
+    owner: str | None = None
+    """Whom the slot is for, for a queue that takes turns."""
     due_s: float = math.inf
     """Deadline of the wait."""
-    event: OneShotEvent = attrs.field(factory=OneShotEvent)
+    event: OneShotEvent | None = None
     acquired: bool = False
     has_left: bool = False
 
+    def wake(self) -> None:
+        """Wake the caller."""
+        if self.event is not None:
+            self.event.set()
+
+
+class WaitQueue(Protocol):
+    """Decides which waiter gets the next slot."""
+
+    def attach(self, on_change: Callable[[], None]) -> None:
+        """Call *on_change* whenever `pop` may return a waiter again, without a `push`."""
+        ...
+
+    def push(self, waiter: SlotWaiter) -> None:
+        """Add a waiter."""
+        ...
+
+    def pop(self) -> SlotWaiter | None:
+        """Remove and return the next waiter that has not left; None if none may have a slot now."""
+        ...
+
+
+class FifoWaitQueue:
+    """First come, first served."""
+
+    def attach(self, on_change: Callable[[], None]) -> None:
+        """See `WaitQueue.attach`."""
+
+    def __init__(self) -> None:
+        self._waiters: deque[SlotWaiter] = deque()
+
+    def push(self, waiter: SlotWaiter) -> None:
+        """See `WaitQueue.push`."""
+        self._waiters.append(waiter)
+
+    def pop(self) -> SlotWaiter | None:
+        """See `WaitQueue.pop`."""
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.has_left:
+                return waiter
+        return None
+
 
 class SlotPool:
-    """A FIFO semaphore whose waiters have deadlines, and whose slots are objects.
+    """A semaphore whose waiters have deadlines, and whose slots are objects.
 
     A cancel scope and a timer for each of ten thousand callers are a quarter of a million objects, and the garbage
     collector stops the event loop to visit them. Here a waiter is one future, and one timer serves all of them.
@@ -37,34 +82,36 @@ class SlotPool:
     Args:
         size: Number of slots.
         start_soon: Starts the shared timer in the background, once a caller waits with a deadline.
+        queue: The order of the waiters; None means first come, first served.
     """
 
-    def __init__(self, size: int, start_soon: StartSoon) -> None:
+    def __init__(self, size: int, start_soon: StartSoon, queue: WaitQueue | None = None) -> None:
         self.free = size
         """Slots that are not taken."""
         self._start_soon = start_soon
-        self._waiters: deque[_Waiter] = deque()
-        self._deadlines: DelayQueue[_Waiter] = DelayQueue(_TIMER_SLACK_S)
+        self._queue = queue or FifoWaitQueue()
+        self._queue.attach(self._hand_out)
+        self._deadlines: DelayQueue[SlotWaiter] = DelayQueue(_TIMER_SLACK_S)
         self._timer_started = False
 
-    async def acquire(self, deadline_s: float = math.inf) -> "Slot":
+    async def acquire(self, deadline_s: float = math.inf, waiter: SlotWaiter | None = None) -> "Slot":
         """Return a slot, to be used as a context manager. Cancelling gives up the place in the queue.
+
+        *waiter*, which is new, lets the caller follow its place in the queue.
 
         Raises:
             TimeoutError: No slot was free by *deadline_s*, on the event loop's clock.
         """
-        if self.free:
-            self.free -= 1
+        waiter = waiter or SlotWaiter()
+        self._queue.push(waiter)
+        self._hand_out()
+        if waiter.acquired:
             return Slot(self._release)
         if anyio.current_time() >= deadline_s:
+            waiter.has_left = True
             raise TimeoutError
-        waiter = _Waiter()
-        self._waiters.append(waiter)
-        if deadline_s < math.inf:
-            self._deadlines.schedule(waiter, deadline_s)
-            if not self._timer_started:
-                self._timer_started = True
-                self._start_soon(self._expire_waiters)
+        self._schedule_timeout(waiter, deadline_s)
+        waiter.event = OneShotEvent()
         try:
             await waiter.event.wait()
         except BaseException:
@@ -78,15 +125,22 @@ class SlotPool:
             raise TimeoutError
         return Slot(self._release)
 
+    def _hand_out(self) -> None:
+        while self.free and (waiter := self._queue.pop()) is not None:
+            self.free -= 1
+            waiter.acquired = True
+            waiter.wake()
+
     def _release(self) -> None:
-        """Give a slot to the next waiter, or back to the pool."""
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.has_left:
-                waiter.acquired = True
-                waiter.event.set()
-                return
         self.free += 1
+        self._hand_out()
+
+    def _schedule_timeout(self, waiter: SlotWaiter, deadline_s: float) -> None:
+        if deadline_s < math.inf:
+            self._deadlines.schedule(waiter, deadline_s)
+            if not self._timer_started:
+                self._timer_started = True
+                self._start_soon(self._expire_waiters)
 
     async def _expire_waiters(self) -> None:
         while True:
@@ -94,7 +148,7 @@ class SlotPool:
             waiter = self._deadlines.pop()
             if not waiter.acquired:
                 waiter.has_left = True
-                waiter.event.set()
+                waiter.wake()
 
 
 class Slot:

@@ -1,6 +1,7 @@
 """`FlowControl`: when the next request may be sent, given the responses to the earlier ones."""
 
 import contextlib
+from collections.abc import Callable
 from random import Random
 from typing import Final
 
@@ -16,9 +17,15 @@ _OUTAGE_AFTER_ERRORS: Final = 3
 
 
 class FlowControl:
-    """The rate limiter, the retry quota and the back-off of one client, shared by all of its API requests."""
+    """The rate limiter, the retry quota and the back-off of one client, shared by all of its API requests.
 
-    def __init__(self, limits: Limits, retry: RetryPolicy) -> None:
+    *on_throttle* is called with the seconds for which requests are paused after a 429.
+    """
+
+    def __init__(
+        self, limits: Limits, retry: RetryPolicy, on_throttle: Callable[[float], None] = lambda _: None
+    ) -> None:
+        self._on_throttle = on_throttle
         self.retry: Final = retry
         self._rng = Random()
         self._limiter = AdaptiveRateLimiter(limits.requests_per_s, limits.burst)
@@ -47,9 +54,9 @@ class FlowControl:
         if response is not None and (response.status == 429 or (response.status == 503 and asked_s is not None)):
             if self._limiter.record_throttle(sent_s):
                 self._consecutive_throttles += 1
-            self._limiter.pause(
-                asked_s or self.retry.initial_s + self.retry.backoff_s(self._consecutive_throttles, self._rng)
-            )
+            backoff_s = self.retry.initial_s + self.retry.backoff_s(self._consecutive_throttles, self._rng)
+            self._limiter.pause(asked_s or backoff_s)
+            self._on_throttle(asked_s or backoff_s)
         elif response is None or response.status >= 500:
             self._consecutive_errors += 1
             if self._consecutive_errors >= _OUTAGE_AFTER_ERRORS:

@@ -38,9 +38,12 @@ _OFFLOAD_BYTES: Final = 2**20
 
 
 class ServiceApi:
-    """The operations of the service that cost nothing, within the client's limits."""
+    """The operations of the service that cost nothing, within the client's limits.
 
-    def __init__(
+    *observe* is called with each snapshot of a task.
+    """
+
+    def __init__(  # noqa: PLR0913 - created by the client only
         self,
         transport: Transport,
         background: BackgroundTaskGroup,
@@ -49,12 +52,14 @@ class ServiceApi:
         timeouts: Timeouts,
         *,
         max_polls: int,
+        observe: Callable[[Task], None] = lambda _: None,
     ) -> None:
         self._transport = transport
         self._background = background
         self._endpoint = endpoint
         self._flow = flow
         self._timeouts = timeouts
+        self._observe = observe
         self._poll_slots = SlotPool(max_polls, background.start_soon)
 
     async def query(self, task_id: str) -> Task:
@@ -65,7 +70,7 @@ class ServiceApi:
             ApiError: The service responded with an error. `TaskNotFound` includes a new task that is not visible yet.
         """
         wire = codec.encode_query(self._endpoint.base_url, task_id)
-        return await self._get_with_retries(wire, partial(codec.decode_task, task_id=task_id))
+        return self._observed(await self._get_with_retries(wire, partial(codec.decode_task, task_id=task_id)))
 
     async def balance(self) -> Decimal:
         """Return the credits left, with retries within `Timeouts.query_s`. Raises as `query` does."""
@@ -96,7 +101,12 @@ class ServiceApi:
     async def poll(self, task_id: str) -> Task:
         """Query once, after `acquire_poll_slot`. Raises as `query` does."""
         wire = codec.encode_query(self._endpoint.base_url, task_id)
-        return await self._get_once(wire, partial(codec.decode_task, task_id=task_id), self._timeouts.query_s)
+        decode = partial(codec.decode_task, task_id=task_id)
+        return self._observed(await self._get_once(wire, decode, self._timeouts.query_s))
+
+    def _observed(self, task: Task) -> Task:
+        self._observe(task)
+        return task
 
     async def _get_with_retries(self, wire: WireRequest, decode: Callable[[WireResponse], T]) -> T:
         await self._background.ensure_started()

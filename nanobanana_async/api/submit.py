@@ -14,7 +14,7 @@ import anyio
 import attrs
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup, ShieldedWorkCancelled
-from nanobanana_async._concurrency.slots import Slot, SlotPool
+from nanobanana_async._concurrency.slots import Slot, SlotPool, SlotWaiter
 from nanobanana_async.api.flow_control import FlowControl
 from nanobanana_async.api.operations import authorized, run_maybe_in_thread
 from nanobanana_async.api.rate_limit import retry_after_s
@@ -72,11 +72,11 @@ NO_RECORD: Final = NoRecord()
 class _Submit:
     """The state of one call of `SubmitLoop.submit`."""
 
-    request: GenerationRequest
     wire: WireRequest
     slot: Slot
     record: SubmitRecord
     nonce: str | None
+    on_orphan: Callable[[AcceptedSubmit], None]
     deadline_s: float
     """When the caller gives up."""
     exchange_deadline_s: float = math.inf
@@ -106,9 +106,8 @@ class SubmitLoop:
         endpoint: Base URL and key.
         flow: Rate limiter and retries.
         timeouts: `submit_s` bounds the attempts of one call together.
-        max_submits: Number of slots.
+        slots: Slots of the submits in flight.
         prepare: Turns the images of a request into strings. It is called with a slot, so waiting calls hold no images.
-        on_orphan: Called for each task that was accepted after its caller was cancelled; None only logs it.
     """
 
     def __init__(  # noqa: PLR0913 - created by the client only
@@ -119,19 +118,17 @@ class SubmitLoop:
         flow: FlowControl,
         timeouts: Timeouts,
         *,
-        max_submits: int,
+        slots: SlotPool,
         prepare: PrepareRequest,
-        on_orphan: Callable[[AcceptedSubmit, GenerationRequest], None] | None = None,
     ) -> None:
         self._transport = transport
         self._background = background
         self._endpoint = endpoint
         self._flow = flow
         self._timeouts = timeouts
-        self._slots = SlotPool(max_submits, background.start_soon)
+        self._slots = slots
         self._breaker = CircuitBreaker()
         self._prepare = prepare
-        self._on_orphan = on_orphan
 
     async def submit(
         self,
@@ -140,11 +137,14 @@ class SubmitLoop:
         deadline_s: float,
         record: SubmitRecord = NO_RECORD,
         nonce: str | None = None,
+        waiter: SlotWaiter | None = None,
+        on_orphan: Callable[[AcceptedSubmit], None] = lambda _: None,
     ) -> AcceptedSubmit:
         """Submit *request* and return its task id. *nonce* identifies its callback, for the *record*.
 
-        *deadline_s*, on the event loop's clock, bounds the wait. If the caller is cancelled or times out during a POST,
-        the POST runs to its end in the background, and the task id is recorded and logged.
+        *deadline_s*, on the event loop's clock, bounds the wait. *waiter* is the place in the queue for a slot. If the
+        caller is cancelled or times out during a POST, the POST runs to its end in the background. The task id is then
+        recorded, logged, and passed to *on_orphan*.
 
         Raises:
             NotSent: Nothing was charged: no connection, or no slot by *deadline_s*.
@@ -154,12 +154,12 @@ class SubmitLoop:
         """
         await self._background.ensure_started()
         try:
-            slot = await self._slots.acquire(deadline_s)
+            slot = await self._slots.acquire(deadline_s, waiter)
         except TimeoutError:
             raise NotSent(_NO_SLOT_MESSAGE) from None
         with slot:
             wire = await self._encode(request)
-            submit = _Submit(request, wire, slot, record, nonce, deadline_s, is_doubted=record.is_doubted)
+            submit = _Submit(wire, slot, record, nonce, on_orphan, deadline_s, is_doubted=record.is_doubted)
             return await self._attempt_until_settled(submit)
 
     async def _encode(self, request: GenerationRequest) -> WireRequest:
@@ -305,8 +305,4 @@ class SubmitLoop:
         if task_id is None:
             return
         _log.warning("task %s was accepted after its caller was cancelled", task_id)
-        if self._on_orphan is not None:
-            try:
-                self._on_orphan(AcceptedSubmit(task_id, submit.possible_charges), submit.request)
-            except Exception:  # noqa: BLE001 - user code; this task must continue
-                _log.exception("on_orphan failed for task %s", task_id)
+        submit.on_orphan(AcceptedSubmit(task_id, submit.possible_charges))

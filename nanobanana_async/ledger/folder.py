@@ -7,7 +7,6 @@ acknowledged. They are never merged.
 import contextlib
 import json
 import logging
-import secrets
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -174,6 +173,7 @@ class SqliteLedger:
         self,
         request: GenerationRequest,
         *,
+        key: str,
         owner: str | None = None,
         note: JsonValue = None,
         limits: OwnerLimits = OwnerLimits(),
@@ -182,7 +182,7 @@ class SqliteLedger:
         if not self._files:
             raise LedgerError(f"{self.folder}: the ledger is not open")
         new = tasks.NewTask(
-            key=secrets.token_hex(8),
+            key=key,
             owner=_checked_owner(owner),
             note=_to_json(note),
             prompt=request.prompt if self._store_requests else "",
@@ -316,7 +316,7 @@ def _to_unresolved(task: LedgerTask, entry: TaskEntry) -> UnresolvedAttempt:
     )
 
 
-def _checked_owner(owner: str | None) -> str | None:
+def _checked_owner(owner: object) -> str | None:
     if not isinstance(owner, str | None) or owner == "":
         raise ValueError(f"owner: expected text, got {owner!r:.80}")
     return owner

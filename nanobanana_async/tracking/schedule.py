@@ -145,11 +145,11 @@ class PollSchedule:
 
     def median_latencies_s(self) -> Mapping[str, float]:
         """Return the age at which half of the tasks are finished, by model."""
-        return {model: latency_model.median_s() for model, latency_model in self._latency_models.items()}
+        return {model: latency_model.median_s() for model, latency_model in self._latency_models.copy().items()}
 
     def latency_models(self) -> Mapping[str, tuple[float, ...]]:
         """Return the observations by model, for `PollPolicy.latency_models` of a later client."""
-        return {model: latency_model.dump() for model, latency_model in self._latency_models.items()}
+        return {model: latency_model.dump() for model, latency_model in self._latency_models.copy().items()}
 
 
 def _load_model(model: str, numbers: Sequence[float]) -> LatencyModel:

@@ -11,7 +11,7 @@ import attrs
 from nanobanana_async._concurrency.events import OneShotEvent
 from nanobanana_async._concurrency.fifo_cache import FifoCache
 from nanobanana_async._concurrency.slots import Slot
-from nanobanana_async.errors import NanoBananaError, TaskLost, TaskNotFound
+from nanobanana_async.errors import NanoBananaError, TaskLost, TaskNotFound, TaskTimeout
 from nanobanana_async.models import Task
 from nanobanana_async.tracking.schedule import NEVER_FOUND, NO_POLLS, PollHistory, Presence
 
@@ -60,6 +60,10 @@ class SubmitInfo:
     """Whether the time is an estimate, because the task was submitted elsewhere."""
     has_callback: bool = False
     """Whether the service posts a callback when the task ends."""
+    key: str | None = None
+    """Identifies the call that submitted it, for events; None if it was submitted elsewhere."""
+    owner: str | None = None
+    """Whom the task is for."""
 
 
 @attrs.define(eq=False, weakref_slot=False)
@@ -128,6 +132,22 @@ def lost_task_error(tracked: TrackedTask, exc: TaskNotFound) -> TaskLost:
     was = "existed" if tracked.submit.is_estimate else "was accepted and may have been charged"
     what = f"task {tracked.task_id} {was}, but the service no longer knows it ({last}): {exc}"
     return TaskLost(what, task=tracked.snapshot, task_id=tracked.task_id)
+
+
+def timeout_error(tracked: TrackedTask, timeout_s: float) -> TaskTimeout:
+    """Return the error for a waiter whose deadline has passed."""
+    pending = "waiting for its callback" if tracked.submit.has_callback else "without a status"
+    status = pending if tracked.snapshot is None else tracked.snapshot.status
+    error = tracked.history.last_error and f" (last poll failed: {tracked.history.last_error})"
+    what = f"task {tracked.task_id} still {status} after {timeout_s:.3g} s{error}. "
+    what += "It keeps running; you can wait on it again."
+    return TaskTimeout(what, task=tracked.snapshot, task_id=tracked.task_id)
+
+
+def closed_error(tracked: TrackedTask) -> TaskTimeout:
+    """Return the error for the waiters of a task when the client is closed."""
+    what = f"client: was closed while waiting for task {tracked.task_id}. It keeps running; wait on it again."
+    return TaskTimeout(what, task=tracked.snapshot, task_id=tracked.task_id)
 
 
 class TaskCache:

@@ -1,14 +1,13 @@
 """`TaskTracker`: one coroutine that polls any number of tasks, with a bounded number of polls in flight.
 
 The cost follows the polls that are due, not the tasks. A tracked task is an entry in a dict and one in a heap, not a
-coroutine and not a timer. All waiters of one task share its polls. When the last one leaves, the task is no longer
-tracked.
+coroutine and not a timer.
 """
 
 import copy
 import logging
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from functools import partial
 from typing import Final
 
@@ -24,7 +23,6 @@ from nanobanana_async.errors import (
     InvalidRequest,
     NanoBananaError,
     TaskNotFound,
-    TaskTimeout,
     TransportError,
 )
 from nanobanana_async.models import Task, TaskStatus
@@ -37,7 +35,9 @@ from nanobanana_async.tracking.state import (
     TrackedTask,
     TrackerStatistics,
     Waiter,
+    closed_error,
     lost_task_error,
+    timeout_error,
     with_task_id,
 )
 
@@ -52,13 +52,20 @@ _DISTRUST_CALLBACKS_AFTER: Final = 3
 
 
 class TaskTracker:
-    """Tracks task ids as long as they have waiters.
+    """Tracks task ids as long as they have waiters. All waiters of one task share its polls.
 
     The coroutine starts with the first wait. A task that fails, or a response that cannot be decoded, never stops
-    another task.
+    another task. *on_change* is called with each snapshot whose status is new.
     """
 
-    def __init__(self, source: PollSource, schedule: PollSchedule, background: BackgroundTaskGroup) -> None:
+    def __init__(
+        self,
+        source: PollSource,
+        schedule: PollSchedule,
+        background: BackgroundTaskGroup,
+        on_change: Callable[[SubmitInfo, Task], None] = lambda _, __: None,
+    ) -> None:
+        self._on_change = on_change
         self._source = source
         self._schedule = schedule
         self._background = background
@@ -80,16 +87,12 @@ class TaskTracker:
         """Consecutive tasks whose end was found by a poll although a callback was expected."""
 
     async def wait(self, task_id: str, *, timeout_s: float, submit_info: SubmitInfo = SubmitInfo()) -> Task:
-        """Return the task once its status is final, whether it succeeded or failed.
-
-        All waiters of one task share its polls. Cancelling stops the wait, not the task.
+        """Return the task once its status is final. Cancelling stops the wait, not the task.
 
         Raises:
             TaskTimeout: *timeout_s* passed, or the client was closed. `exc.task` is the last snapshot.
-            TaskNotFound: The service does not know the task.
-            TaskLost: The service no longer knows the task.
-            AuthenticationError: The service rejected the key. This ends every wait.
-            InvalidRequest: The service rejected the task id.
+            TaskNotFound, TaskLost: The service does not know the task, or no longer.
+            AuthenticationError, InvalidRequest: The service rejected the key, which ends every wait, or the task id.
         """
         await self._background.ensure_started()
         if (final := self.cache.finished(task_id)) is not None:
@@ -104,9 +107,9 @@ class TaskTracker:
             self.remove_waiter(tracked, waiter)
 
     async def updates(
-        self, task_id: str, *, timeout_s: float, submit_info: SubmitInfo = SubmitInfo()
+        self, task_id: str, *, timeout_s: float, submit_info: SubmitInfo = SubmitInfo(), every_s: float = math.inf
     ) -> AsyncGenerator[Task]:
-        """Yield a snapshot at each change of status, ending with the final one. Raises as `wait` does."""
+        """Yield a snapshot at each change of status, or after *every_s*, ending with the final one. See `wait`."""
         await self._background.ensure_started()
         if (final := self.cache.finished(task_id)) is not None:
             yield final
@@ -116,11 +119,16 @@ class TaskTracker:
         shown = None
         try:
             while shown is None or not shown.is_final:
-                if tracked.snapshot is None or tracked.snapshot.status is shown:
-                    await self._arm(tracked, waiter, deadline_s, timeout_s).wait()
-                else:
-                    shown = tracked.snapshot.status
-                    yield tracked.snapshot
+                snapshot = tracked.snapshot
+                if snapshot is None or snapshot.status is shown:
+                    event = self._arm(tracked, waiter, deadline_s, timeout_s)
+                    with anyio.move_on_after(every_s) as tick:
+                        await event.wait()
+                    if not tick.cancelled_caught:
+                        continue
+                    snapshot = tracked.snapshot or Task(task_id=task_id, status=TaskStatus.PENDING)
+                shown = snapshot.status
+                yield snapshot
         finally:
             self.remove_waiter(tracked, waiter)
 
@@ -205,8 +213,7 @@ class TaskTracker:
     def close(self) -> None:
         """End every wait. The tasks keep running at the service."""
         for tracked in list(self._tasks.values()):
-            reason = f"client: was closed while waiting for task {tracked.task_id}. It keeps running; wait on it again."
-            self._finish(tracked, TaskTimeout(reason, task=tracked.snapshot, task_id=tracked.task_id))
+            self._finish(tracked, closed_error(tracked))
 
     # --- waiters ----------------------------------------------------------------------------------------------------
 
@@ -219,15 +226,7 @@ class TaskTracker:
                 self._timeout_queue.schedule(waiter, deadline_s)
             waiter.event = OneShotEvent()
             return waiter.event
-        pending = "waiting for its callback" if tracked.submit.has_callback else "without a status"
-        status = pending if tracked.snapshot is None else tracked.snapshot.status
-        error = tracked.history.last_error and f" (last poll failed: {tracked.history.last_error})"
-        raise TaskTimeout(
-            f"task {tracked.task_id} still {status} after {timeout_s:.3g} s{error}. "
-            "It keeps running; you can wait on it again.",
-            task=tracked.snapshot,
-            task_id=tracked.task_id,
-        )
+        raise timeout_error(tracked, timeout_s)
 
     async def _expire_waiters(self) -> None:
         """Wake each waiter whose deadline has passed. One timer serves all of them."""
@@ -375,6 +374,8 @@ class TaskTracker:
             tracked.snapshot = task
         else:
             _log.debug("task %s went from %s to %s; ignored", task.task_id, known.status, task.status)
+        if known is None or known.status is not task.status:
+            self._on_change(submit, task)
         if task.is_final:
             if submit.has_callback and tracked.confirm_at_s == -math.inf:
                 self._missed_callbacks += 1

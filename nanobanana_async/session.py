@@ -1,0 +1,370 @@
+"""`Session`: what a client and its handles share. Dropping all of them stops the background work."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable
+from datetime import UTC, datetime
+from functools import partial
+from typing import Final, cast
+
+import anyio
+import attrs
+
+from nanobanana_async._concurrency.background import BackgroundTaskGroup
+from nanobanana_async._concurrency.slots import SlotPool, SlotWaiter
+from nanobanana_async.api.fair_queue import FairQueue
+from nanobanana_async.api.flow_control import FlowControl
+from nanobanana_async.api.operations import ServiceApi
+from nanobanana_async.api.submit import NO_RECORD, AcceptedSubmit, SubmitLoop
+from nanobanana_async.errors import ConfigurationError, NanoBananaError, SubmissionUnknown
+from nanobanana_async.events import (
+    Event,
+    EventHook,
+    Finished,
+    Queued,
+    Saved,
+    StatusChanged,
+    SubmitFailed,
+    Submitted,
+    Throttled,
+    new_key,
+)
+from nanobanana_async.handle import TaskHandle, recover_by_callback
+from nanobanana_async.images.download import Downloader
+from nanobanana_async.images.references import encode_images
+from nanobanana_async.models import GenerationRequest, JsonValue, RequestOptions, SavedImage, Task
+from nanobanana_async.policies import Limits, OwnerLimits, PollPolicy, RetryPolicy, Timeouts
+from nanobanana_async.protocols import (
+    AttemptEnd,
+    CallbackSource,
+    LedgerEntry,
+    SubmitRecord,
+    TaskLedger,
+    Transport,
+    Verdict,
+)
+from nanobanana_async.tracking.schedule import PollSchedule
+from nanobanana_async.tracking.state import SubmitInfo
+from nanobanana_async.tracking.tracker import TaskTracker
+from nanobanana_async.transport.addresses import ServiceNetwork
+from nanobanana_async.transport.checked import CheckedTransport
+from nanobanana_async.transport.httpx import HttpxTransport
+from nanobanana_async.wire.endpoint import Endpoint
+
+_log: Final = logging.getLogger("nanobanana_async")
+
+
+@attrs.frozen(kw_only=True)
+class SessionOptions:
+    """The policies and hooks of a client, as its arguments describe them."""
+
+    limits: Limits
+    retry: RetryPolicy
+    polling: PollPolicy
+    timeouts: Timeouts
+    owner_limits: OwnerLimits | Callable[[str], OwnerLimits]
+    on_event: EventHook | None
+    on_orphan: Callable[[TaskHandle], None] | None
+
+
+class SubmitOptions(RequestOptions, total=False):
+    """Keyword arguments of `generate`, `submit` and `stream`: the fields of a request, and the following."""
+
+    owner: str | None
+    """Whom the image is for, such as `"discord:42"`. Owners take turns, within `owner_limits`."""
+    note: JsonValue
+    """Anything for the ledger, which `resume` and `unresolved` return."""
+    callback: CallbackSource | None
+    """A `CallbackReceiver`. The service posts the final state to it, and polls are rare meanwhile.
+
+    If the response to the submit is lost, a callback within `Timeouts.recovery_s` provides the task id.
+    """
+
+
+_OWN_OPTIONS: Final = SubmitOptions.__annotations__.keys() - RequestOptions.__annotations__.keys()
+
+
+@attrs.frozen(kw_only=True)
+class SubmitCall:
+    """One call that submits a request."""
+
+    request: GenerationRequest
+    deadline_s: float
+    """When the caller gives up, on the event loop's clock."""
+    key: str = attrs.field(factory=new_key)
+    """Identifies the call in events and in the ledger."""
+    owner: str | None = None
+    note: JsonValue = None
+    callback: CallbackSource | None = None
+    record: SubmitRecord | None = None
+    """Records the attempts instead of the ledger of the client."""
+    waiter: SlotWaiter = attrs.field(init=False)
+
+    @waiter.default
+    def _new_waiter(self) -> SlotWaiter:
+        return SlotWaiter(self.owner)
+
+
+class Session:
+    """The operations of a client, its background work, and its ledger."""
+
+    def __init__(
+        self, endpoint: Endpoint, transport: Transport | None, ledger: TaskLedger | None, options: SessionOptions
+    ) -> None:
+        limits, timeouts = options.limits, options.timeouts
+        self.endpoint: Final = endpoint
+        self.ledger: Final = ledger
+        self.options: Final = options
+        self.default_timeout_s: Final = timeouts.task_s
+        self.background: Final = BackgroundTaskGroup()
+        # Nothing that the background work refers to may refer to the session, which is collected once it is dropped.
+        self.emit: Final = partial(_emit, options.on_event)
+        if transport is None:
+            transport = HttpxTransport(connect_s=timeouts.connect_s)
+            self.background.close_when_stopped(transport.aclose)
+        active = CheckedTransport(transport)
+        flow = FlowControl(limits, options.retry, partial(_emit_throttled, self.emit))
+        self.api: Final = ServiceApi(
+            active,
+            self.background,
+            endpoint,
+            flow,
+            timeouts,
+            max_polls=limits.max_polls,
+            observe=_ignore if ledger is None else ledger.observe,
+        )
+        self._owner_limits = partial(_owner_limits, options.owner_limits, ledger)
+        self.queue: Final = FairQueue(self._owner_limits, self.background.start_soon)
+        self._submits = SubmitLoop(
+            active,
+            self.background,
+            endpoint,
+            flow,
+            timeouts,
+            slots=SlotPool(limits.max_submits, self.background.start_soon, self.queue),
+            prepare=partial(encode_images, max_bytes=limits.max_reference_bytes),
+        )
+        schedule = PollSchedule(options.polling)
+        self.tracker: Final = TaskTracker(self.api, schedule, self.background, partial(_emit_change, self.emit))
+        self.background.call_when_stopped(self.tracker.close)
+        self.downloader: Final = Downloader(
+            active,
+            limits=limits,
+            retry=options.retry,
+            timeouts=timeouts,
+            public_only=ServiceNetwork(endpoint.base_url).is_public,
+        )
+
+    async def start(self) -> None:
+        """Start the background work and open the ledger, on first use. A ledger that was opened here is closed here."""
+        await self.background.ensure_started()
+        if self.ledger is not None and await self.ledger.open():
+            self.background.close_when_stopped(self.ledger.aclose)
+
+    async def aclose(self) -> None:
+        """See `NanoBananaClient.aclose`."""
+        if self.background.is_open:
+            self.background.check_owner()
+            self.tracker.close()
+        timeouts = self.options.timeouts
+        with anyio.move_on_after(timeouts.submit_s + timeouts.close_s, shield=True):
+            await self.background.aclose(drain_s=timeouts.submit_s)
+
+    def __del__(self) -> None:
+        background = getattr(self, "background", None)  # missing in a session whose construction has failed
+        if background is not None and background.is_open:
+            background.abandon(drain_s=self.options.timeouts.submit_s)
+            warnings.warn(
+                f"unclosed NanoBananaClient(base_url={self.endpoint.base_url!r}): use 'async with' or "
+                "'await client.aclose()'",
+                ResourceWarning,
+                stacklevel=1,
+                source=self,
+            )
+
+    # --- submits ----------------------------------------------------------------------------------------------------
+
+    def call(
+        self,
+        prompt: str | GenerationRequest,
+        options: SubmitOptions,
+        timeout_s: float | None = None,
+        record: SubmitRecord | None = None,
+    ) -> SubmitCall:
+        """Return the call for these arguments. *record* replaces the ledger. *timeout_s* None means the default."""
+        own = cast("RequestOptions", {name: value for name, value in options.items() if name not in _OWN_OPTIONS})
+        if isinstance(prompt, GenerationRequest):
+            request = attrs.evolve(prompt, **own)
+        else:
+            request = GenerationRequest(prompt, **own)
+        return SubmitCall(
+            request=request,
+            deadline_s=anyio.current_time() + (self.default_timeout_s if timeout_s is None else timeout_s),
+            owner=options.get("owner"),
+            note=options.get("note"),
+            callback=options.get("callback"),
+            record=record,
+        )
+
+    async def submit(self, call: SubmitCall) -> TaskHandle:
+        """Submit and return a handle once the task id is known. See `NanoBananaClient.submit`."""
+        await self.start()
+        limits = self.queue.limits(call.owner)
+        entry = None
+        if call.record is None and self.ledger is not None:
+            entry = self.ledger.new_entry(call.request, key=call.key, owner=call.owner, note=call.note, limits=limits)
+        self.emit(Queued(key=call.key, owner=call.owner, position=self.queue.position(call.waiter)))
+        try:
+            handle = await self._submit_recorded(call, entry)
+        except BaseException as exc:
+            self.queue.leave(call.waiter)
+            if isinstance(exc, NanoBananaError):
+                self.emit(SubmitFailed(key=call.key, owner=call.owner, task_id=exc.task_id, error=exc))
+            raise
+        if limits.max_in_flight is None:
+            self.queue.leave(call.waiter)
+        else:
+            leave = partial(self.queue.leave, call.waiter)
+            self.background.start_soon(partial(_follow, self.tracker, handle.task_id, self.default_timeout_s, leave))
+        duplicates = handle.possible_duplicates
+        self.emit(Submitted(key=call.key, owner=call.owner, task_id=handle.task_id, possible_duplicates=duplicates))
+        return handle
+
+    async def _submit_recorded(self, call: SubmitCall, entry: LedgerEntry | None) -> TaskHandle:
+        record = call.record or entry or NO_RECORD
+        pending = None if call.callback is None else call.callback.register()
+        request = call.request if pending is None else attrs.evolve(call.request, callback_url=pending.url)
+
+        def handle_for(done: AcceptedSubmit) -> TaskHandle:
+            info = SubmitInfo(
+                submitted_at_s=anyio.current_time(),
+                model=request.model,
+                has_callback=pending is not None,
+                key=call.key,
+                owner=call.owner,
+            )
+            return self._new_handle(done, info, entry)
+
+        try:
+            done = await self._submits.submit(
+                request,
+                deadline_s=call.deadline_s,
+                record=record,
+                nonce=None if pending is None else pending.nonce,
+                waiter=call.waiter,
+                on_orphan=lambda done: self.report_orphan(handle_for(done)),
+            )
+        except SubmissionUnknown as exc:
+            if pending is None:
+                raise
+            known = self.tracker.cache.submits
+            found = await recover_by_callback(
+                pending,
+                self.handle,
+                lambda task_id: known.get(task_id) is not None,
+                self.options.timeouts.recovery_s,
+            )
+            if found is None:
+                raise
+            await record.end_attempt(AttemptEnd(verdict=Verdict.ACCEPTED, rule="callback", task_id=found.task_id))
+            _log.warning("task %s was recovered by its callback; its submit had failed: %s", found.task_id, exc)
+            done = AcceptedSubmit(found.task_id, exc.possible_duplicates)
+        handle = handle_for(done)
+        if pending is not None and pending.bind(handle.task_id):
+            self.tracker.notify(handle.task_id)
+        return handle
+
+    def leave_task(self, handle: TaskHandle, exc: BaseException) -> None:
+        """Report an orphan, and give *exc*, the cancellation of its caller, the task id as far as Python allows."""
+        _log.warning("task %s: the caller was cancelled; the task keeps running", handle.task_id)
+        exc.add_note(f"task {handle.task_id} is charged and keeps running")
+        with contextlib.suppress(AttributeError):
+            exc.task_id = handle.task_id  # type: ignore[attr-defined]  # an instance of another library
+        self.report_orphan(handle)
+
+    def report_orphan(self, handle: TaskHandle) -> None:
+        """Tell the application about a charged task that no caller waits for any more."""
+        if self.options.on_orphan is not None:
+            try:
+                self.options.on_orphan(handle)
+            except Exception:  # noqa: BLE001 - user code; the caller must continue
+                _log.exception("on_orphan failed for task %s", handle.task_id)
+
+    def emit_saved(self, image: SavedImage, task_id: str | None) -> None:
+        """Emit `Saved` for an image of a task."""
+        info = self.tracker.cache.submits.get(task_id or "") or SubmitInfo()
+        self.emit(Saved(key=info.key or task_id or "", owner=info.owner, task_id=task_id, image=image))
+
+    # --- handles ----------------------------------------------------------------------------------------------------
+
+    def handle(
+        self, task_id: str, submitted_at: datetime | None = None, entry: LedgerEntry | None = None
+    ) -> TaskHandle:
+        """Return a handle of a task that was submitted earlier. Sends nothing."""
+        info = self.tracker.cache.submits.get(task_id) or SubmitInfo()
+        if submitted_at is not None:  # the wall clock may have been set back: no submit is in the future
+            age_s = max(0.0, (datetime.now(UTC) - submitted_at).total_seconds())
+            info = attrs.evolve(info, submitted_at_s=anyio.current_time() - age_s)
+        if entry is not None:
+            info = attrs.evolve(info, key=entry.key, owner=entry.owner, model=entry.model)
+        duplicates = 0 if entry is None else entry.possible_duplicates
+        return TaskHandle(
+            self, task_id, submit_info=info, submitted_at=submitted_at, possible_duplicates=duplicates, entry=entry
+        )
+
+    def _new_handle(self, done: AcceptedSubmit, info: SubmitInfo, entry: LedgerEntry | None) -> TaskHandle:
+        self.tracker.cache.submits.add(done.task_id, info)
+        return TaskHandle(
+            self,
+            done.task_id,
+            submit_info=info,
+            submitted_at=datetime.now(UTC),
+            possible_duplicates=done.possible_duplicates,
+            entry=entry,
+        )
+
+
+def _owner_limits(
+    given: OwnerLimits | Callable[[str], OwnerLimits], ledger: TaskLedger | None, owner: str
+) -> OwnerLimits:
+    limits = given if isinstance(given, OwnerLimits) else given(owner)
+    if limits.budget is not None and ledger is None:
+        raise ConfigurationError("owner_limits: a budget needs a ledger. Pass ledger=SqliteLedger(folder).")
+    return limits
+
+
+async def _follow(tracker: TaskTracker, task_id: str, timeout_s: float, leave: Callable[[], None]) -> None:
+    """Wait for the end of a task that counts against the limits of its owner."""
+    try:
+        await tracker.wait(task_id, timeout_s=timeout_s)
+    except NanoBananaError as exc:
+        _log.debug("task %s no longer counts against the limits of its owner: %s", task_id, exc)
+    finally:
+        leave()
+
+
+def _emit(hook: EventHook | None, event: Event) -> None:
+    if hook is not None:
+        try:
+            hook(event)
+        except Exception:  # noqa: BLE001 - user code; the work must continue
+            _log.exception("on_event failed for %r", event)
+
+
+def _emit_change(emit: Callable[[Event], None], info: SubmitInfo, task: Task) -> None:
+    emit(to_event(info, task))
+
+
+def _emit_throttled(emit: Callable[[Event], None], pause_s: float) -> None:
+    emit(Throttled(key="", pause_s=pause_s))
+
+
+def to_event(info: SubmitInfo, task: Task) -> StatusChanged | Finished:
+    """Return the event for a snapshot."""
+    kind = Finished if task.is_final else StatusChanged
+    return kind(key=info.key or task.task_id, owner=info.owner, task_id=task.task_id, task=task)
+
+
+def _ignore(_: Task) -> None:
+    pass
