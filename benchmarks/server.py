@@ -140,7 +140,7 @@ class Protocols:
         return {"id": job, "status": status, "progress": 0, "prompt": "p", **fixed}
 
 
-def counted(app: Starlette, protocols: Protocols, delay_s: float) -> Starlette:
+def counted(app: Starlette, protocols: Protocols, delay_s: float, submit_delay_s: float) -> Starlette:
     """Return an app with all protocols that also counts this package's polls."""
 
     async def query(request: Request) -> Response:
@@ -149,8 +149,15 @@ def counted(app: Starlette, protocols: Protocols, delay_s: float) -> Starlette:
         handle = protocols.service.handle("GET", str(request.url), dict(request.headers), b"")
         return Response(handle.body, handle.status, dict(handle.headers), handle.media_type)
 
+    async def submit(request: Request) -> Response:
+        body = await request.body()
+        await anyio.sleep(submit_delay_s)
+        handle = protocols.service.handle("POST", str(request.url), dict(request.headers), body)
+        return Response(handle.body, handle.status, dict(handle.headers), handle.media_type)
+
+    ours = [Route("/api/task/query", query), Route("/api/image/gen", submit, methods=["POST"])]
     return Starlette(
-        routes=[*protocols.routes(), Route("/api/task/query", query), Mount("/", app)],
+        routes=[*protocols.routes(), *ours, Mount("/", app)],
         lifespan=app.router.lifespan_context,
     )
 
@@ -162,6 +169,7 @@ def main() -> None:
     parser.add_argument(
         "--delay", type=float, default=0.0, help="delay of a response to this package's queries, in seconds"
     )
+    parser.add_argument("--submit-delay", type=float, default=0.0, help="the same for submits")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     profile = SimulatorProfile(median_s=options.latency)
@@ -171,7 +179,7 @@ def main() -> None:
     socket = open_listener("127.0.0.1", 0)
     # Idle connections are kept longer than by any client; otherwise both sides close at the same time.
     config = uvicorn.Config(
-        counted(make_app(service), Protocols(service), options.delay),
+        counted(make_app(service), Protocols(service), options.delay, options.submit_delay),
         log_level="error",
         access_log=False,
         backlog=4096,

@@ -10,14 +10,15 @@ from typing import Final, cast
 
 import anyio
 import attrs
+from attrs.validators import instance_of, optional
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
-from nanobanana_async._concurrency.slots import SlotPool, SlotWaiter
+from nanobanana_async._concurrency.slots import Slot, SlotPool, SlotWaiter
 from nanobanana_async.api.fair_queue import FairQueue
 from nanobanana_async.api.flow_control import FlowControl
 from nanobanana_async.api.operations import ServiceApi
-from nanobanana_async.api.submit import NO_RECORD, AcceptedSubmit, SubmitLoop
-from nanobanana_async.errors import ConfigurationError, NanoBananaError, SubmissionUnknown
+from nanobanana_async.api.submit import NO_RECORD, NO_SLOT_MESSAGE, AcceptedSubmit, SubmitLoop
+from nanobanana_async.errors import ConfigurationError, NanoBananaError, NotSent, SubmissionUnknown
 from nanobanana_async.events import (
     Event,
     EventHook,
@@ -39,6 +40,7 @@ from nanobanana_async.protocols import (
     AttemptEnd,
     CallbackSource,
     LedgerEntry,
+    PendingCallback,
     SubmitRecord,
     TaskLedger,
     Transport,
@@ -85,6 +87,11 @@ class SubmitOptions(RequestOptions, total=False):
 _OWN_OPTIONS: Final = SubmitOptions.__annotations__.keys() - RequestOptions.__annotations__.keys()
 
 
+def _check_owner(_: object, __: object, owner: str | None) -> None:
+    if owner is not None and not owner.strip():
+        raise ValueError(f"owner: expected text, got {owner!r:.80}")
+
+
 @attrs.frozen(kw_only=True)
 class SubmitCall:
     """One call that submits a request."""
@@ -94,7 +101,7 @@ class SubmitCall:
     """When the caller gives up, on the event loop's clock."""
     key: str = attrs.field(factory=new_key)
     """Identifies the call in events and in the ledger."""
-    owner: str | None = None
+    owner: str | None = attrs.field(default=None, validator=[optional(instance_of(str)), _check_owner])
     note: JsonValue = None
     callback: CallbackSource | None = None
     record: SubmitRecord | None = None
@@ -136,13 +143,13 @@ class Session:
         )
         self._owner_limits = partial(_owner_limits, options.owner_limits, ledger)
         self.queue: Final = FairQueue(self._owner_limits, self.background.start_soon)
+        self.slots: Final = SlotPool(limits.max_submits, self.background.start_soon, self.queue)
         self._submits = SubmitLoop(
             active,
             self.background,
             endpoint,
             flow,
             timeouts,
-            slots=SlotPool(limits.max_submits, self.background.start_soon, self.queue),
             prepare=partial(encode_images, max_bytes=limits.max_reference_bytes),
         )
         schedule = PollSchedule(options.polling)
@@ -211,16 +218,16 @@ class Session:
         """Submit and return a handle once the task id is known. See `NanoBananaClient.submit`."""
         await self.start()
         limits = self.queue.limits(call.owner)
-        entry = None
-        if call.record is None and self.ledger is not None:
-            entry = self.ledger.new_entry(call.request, key=call.key, owner=call.owner, note=call.note, limits=limits)
         self.emit(Queued(key=call.key, owner=call.owner, position=self.queue.position(call.waiter)))
         try:
-            handle = await self._submit_recorded(call, entry)
+            # Acquired here and not further down, because each frame of ten thousand waiting calls takes 300 bytes.
+            slot = await self.slots.acquire(call.deadline_s, call.waiter)
+            handle = await self._submit_with_slot(call, slot, limits)
+        except TimeoutError:
+            self._on_submit_failed(call, error := NotSent(NO_SLOT_MESSAGE))
+            raise error from None
         except BaseException as exc:
-            self.queue.leave(call.waiter)
-            if isinstance(exc, NanoBananaError):
-                self.emit(SubmitFailed(key=call.key, owner=call.owner, task_id=exc.task_id, error=exc))
+            self._on_submit_failed(call, exc)
             raise
         if limits.max_in_flight is None:
             self.queue.leave(call.waiter)
@@ -231,49 +238,53 @@ class Session:
         self.emit(Submitted(key=call.key, owner=call.owner, task_id=handle.task_id, possible_duplicates=duplicates))
         return handle
 
-    async def _submit_recorded(self, call: SubmitCall, entry: LedgerEntry | None) -> TaskHandle:
-        record = call.record or entry or NO_RECORD
-        pending = None if call.callback is None else call.callback.register()
-        request = call.request if pending is None else attrs.evolve(call.request, callback_url=pending.url)
+    def _on_submit_failed(self, call: SubmitCall, exc: BaseException) -> None:
+        self.queue.leave(call.waiter)
+        if isinstance(exc, NanoBananaError):
+            self.emit(SubmitFailed(key=call.key, owner=call.owner, task_id=exc.task_id, error=exc))
 
-        def handle_for(done: AcceptedSubmit) -> TaskHandle:
-            info = SubmitInfo(
-                submitted_at_s=anyio.current_time(),
-                model=request.model,
-                has_callback=pending is not None,
-                key=call.key,
-                owner=call.owner,
-            )
-            return self._new_handle(done, info, entry)
-
+    async def _submit_with_slot(self, call: SubmitCall, slot: Slot, limits: OwnerLimits) -> TaskHandle:
+        entry: LedgerEntry | None = None
+        pending: PendingCallback | None = None
+        record: SubmitRecord = NO_RECORD
         try:
-            done = await self._submits.submit(
-                request,
-                deadline_s=call.deadline_s,
-                record=record,
-                nonce=None if pending is None else pending.nonce,
-                waiter=call.waiter,
-                on_orphan=lambda done: self.report_orphan(handle_for(done)),
-            )
+            with slot:
+                entry = self._new_entry(call, limits)
+                record = call.record or entry or NO_RECORD
+                pending = None if call.callback is None else call.callback.register()
+                done = await self._submits.submit(
+                    call.request if pending is None else attrs.evolve(call.request, callback_url=pending.url),
+                    slot,
+                    deadline_s=call.deadline_s,
+                    record=record,
+                    nonce=None if pending is None else pending.nonce,
+                    on_orphan=lambda done: self.report_orphan(self._new_handle(call, done, entry)),
+                )
         except SubmissionUnknown as exc:
             if pending is None:
                 raise
-            known = self.tracker.cache.submits
-            found = await recover_by_callback(
-                pending,
-                self.handle,
-                lambda task_id: known.get(task_id) is not None,
-                self.options.timeouts.recovery_s,
-            )
-            if found is None:
-                raise
-            await record.end_attempt(AttemptEnd(verdict=Verdict.ACCEPTED, rule="callback", task_id=found.task_id))
-            _log.warning("task %s was recovered by its callback; its submit had failed: %s", found.task_id, exc)
-            done = AcceptedSubmit(found.task_id, exc.possible_duplicates)
-        handle = handle_for(done)
+            done = await self._recover(pending, record, exc)
+        handle = self._new_handle(call, done, entry)
         if pending is not None and pending.bind(handle.task_id):
             self.tracker.notify(handle.task_id)
         return handle
+
+    def _new_entry(self, call: SubmitCall, limits: OwnerLimits) -> LedgerEntry | None:
+        if call.record is not None or self.ledger is None:
+            return None
+        return self.ledger.new_entry(call.request, key=call.key, owner=call.owner, note=call.note, limits=limits)
+
+    async def _recover(self, pending: PendingCallback, record: SubmitRecord, exc: SubmissionUnknown) -> AcceptedSubmit:
+        """Wait for the callback of a submit whose response was lost. Raise *exc* if none comes."""
+        known = self.tracker.cache.submits
+        found = await recover_by_callback(
+            pending, self.handle, lambda task_id: known.get(task_id) is not None, self.options.timeouts.recovery_s
+        )
+        if found is None:
+            raise exc
+        await record.end_attempt(AttemptEnd(verdict=Verdict.ACCEPTED, rule="callback", task_id=found.task_id))
+        _log.warning("task %s was recovered by its callback; its submit had failed: %s", found.task_id, exc)
+        return AcceptedSubmit(found.task_id, exc.possible_duplicates)
 
     def leave_task(self, handle: TaskHandle, exc: BaseException) -> None:
         """Report an orphan, and give *exc*, the cancellation of its caller, the task id as far as Python allows."""
@@ -313,7 +324,14 @@ class Session:
             self, task_id, submit_info=info, submitted_at=submitted_at, possible_duplicates=duplicates, entry=entry
         )
 
-    def _new_handle(self, done: AcceptedSubmit, info: SubmitInfo, entry: LedgerEntry | None) -> TaskHandle:
+    def _new_handle(self, call: SubmitCall, done: AcceptedSubmit, entry: LedgerEntry | None) -> TaskHandle:
+        info = SubmitInfo(
+            submitted_at_s=anyio.current_time(),
+            model=call.request.model,
+            has_callback=call.callback is not None,
+            key=call.key,
+            owner=call.owner,
+        )
         self.tracker.cache.submits.add(done.task_id, info)
         return TaskHandle(
             self,

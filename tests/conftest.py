@@ -1,7 +1,9 @@
 """Fixtures shared by all tests. Tests marked `anyio` run on asyncio and on trio."""
 
+import secrets
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import anyio
 import anyio.to_thread
@@ -32,9 +34,15 @@ def _as_in_a_terminal() -> None:
             signal.signal(number, lambda *_: None)
 
 
+@pytest.fixture(scope="session")
+def _state_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state")
+
+
 @pytest.fixture(autouse=True)
-def _no_key_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove keys, base URLs and proxies of the environment."""
+def _no_key_from_outside(monkeypatch: pytest.MonkeyPatch, _state_folder: Path) -> None:
+    """Remove keys, base URLs and proxies of the environment, and the ledger of the user."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(_state_folder / secrets.token_hex(8)))
     for name in ("DEFAPI_API_KEY", "DEFAPI_KEY", "NANO_BANANA_API_KEY", "DEFAPI_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):

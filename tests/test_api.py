@@ -37,7 +37,7 @@ from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.slots import SlotPool
 from nanobanana_async.api.flow_control import FlowControl
 from nanobanana_async.api.operations import ServiceApi
-from nanobanana_async.api.submit import NO_RECORD, AcceptedSubmit, SubmitLoop
+from nanobanana_async.api.submit import NO_RECORD, NO_SLOT_MESSAGE, AcceptedSubmit, SubmitLoop
 from nanobanana_async.policies import ResubmitLevel
 from nanobanana_async.protocols import AttemptEnd, SubmitRecord, Verdict
 from nanobanana_async.transport.checked import CheckedTransport
@@ -59,10 +59,17 @@ class Service:
     query: Callable[[str], Awaitable[Task]]
     balance: Callable[[], Awaitable[Decimal]]
     loop: SubmitLoop
+    slots: SlotPool
 
     async def submit(self, *, deadline_s: float = math.inf, record: SubmitRecord = NO_RECORD) -> AcceptedSubmit:
         """Submit one request."""
-        return await self.loop.submit(FOX, deadline_s=deadline_s, record=record)
+        await self.background.ensure_started()
+        try:
+            slot = await self.slots.acquire(deadline_s)
+        except TimeoutError:
+            raise NotSent(NO_SLOT_MESSAGE) from None
+        with slot:
+            return await self.loop.submit(FOX, slot, deadline_s=deadline_s, record=record)
 
 
 def service_over(
@@ -86,10 +93,10 @@ def service_over(
         endpoint,
         flow,
         timeouts,
-        slots=SlotPool(limits.max_submits, background.start_soon),
         prepare=unchanged,
     )
-    return Service(background, api.query, api.balance, loop)
+    slots = SlotPool(limits.max_submits, background.start_soon)
+    return Service(background, api.query, api.balance, loop, slots)
 
 
 @asynccontextmanager

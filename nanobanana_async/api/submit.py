@@ -14,7 +14,7 @@ import anyio
 import attrs
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup, ShieldedWorkCancelled
-from nanobanana_async._concurrency.slots import Slot, SlotPool, SlotWaiter
+from nanobanana_async._concurrency.slots import Slot
 from nanobanana_async.api.flow_control import FlowControl
 from nanobanana_async.api.operations import authorized, run_maybe_in_thread
 from nanobanana_async.api.rate_limit import retry_after_s
@@ -41,7 +41,7 @@ PrepareRequest: TypeAlias = Callable[[GenerationRequest], Awaitable[GenerationRe
 
 _log: Final = logging.getLogger("nanobanana_async")
 
-_NO_SLOT_MESSAGE: Final = "timed out waiting for a submit slot; nothing was sent"
+NO_SLOT_MESSAGE: Final = "timed out waiting for a submit slot; nothing was sent"
 
 
 @attrs.frozen
@@ -98,7 +98,7 @@ class _Attempt:
 
 
 class SubmitLoop:
-    """Submits requests, at most `Limits.max_submits` at once.
+    """Submits requests, each within a slot of the caller.
 
     Args:
         transport: Sends the POSTs.
@@ -106,11 +106,10 @@ class SubmitLoop:
         endpoint: Base URL and key.
         flow: Rate limiter and retries.
         timeouts: `submit_s` bounds the attempts of one call together.
-        slots: Slots of the submits in flight.
-        prepare: Turns the images of a request into strings. It is called with a slot, so waiting calls hold no images.
+        prepare: Turns the images of a request into strings. Waiting calls hold no images, because the slot comes first.
     """
 
-    def __init__(  # noqa: PLR0913 - created by the client only
+    def __init__(
         self,
         transport: Transport,
         background: BackgroundTaskGroup,
@@ -118,7 +117,6 @@ class SubmitLoop:
         flow: FlowControl,
         timeouts: Timeouts,
         *,
-        slots: SlotPool,
         prepare: PrepareRequest,
     ) -> None:
         self._transport = transport
@@ -126,41 +124,35 @@ class SubmitLoop:
         self._endpoint = endpoint
         self._flow = flow
         self._timeouts = timeouts
-        self._slots = slots
         self._breaker = CircuitBreaker()
         self._prepare = prepare
 
     async def submit(
         self,
         request: GenerationRequest,
+        slot: Slot,
         *,
         deadline_s: float,
         record: SubmitRecord = NO_RECORD,
         nonce: str | None = None,
-        waiter: SlotWaiter | None = None,
         on_orphan: Callable[[AcceptedSubmit], None] = lambda _: None,
     ) -> AcceptedSubmit:
-        """Submit *request* and return its task id. *nonce* identifies its callback, for the *record*.
+        """Submit *request* with *slot* and return its task id. *nonce* identifies its callback, for the *record*.
 
-        *deadline_s*, on the event loop's clock, bounds the wait. *waiter* is the place in the queue for a slot. If the
-        caller is cancelled or times out during a POST, the POST runs to its end in the background. The task id is then
-        recorded, logged, and passed to *on_orphan*.
+        *deadline_s*, on the event loop's clock, bounds the wait. If the caller is cancelled or times out during a POST,
+        the POST runs to its end in the background, with a share of the slot. The task id is then recorded, logged, and
+        passed to *on_orphan*.
 
         Raises:
-            NotSent: Nothing was charged: no connection, or no slot by *deadline_s*.
+            NotSent: Nothing was charged: no connection, or no turn by *deadline_s*.
             SubmissionUnknown: At least one POST may have been charged, and no task id is known.
             ApiError: The service rejected the request. Nothing was charged.
             ConfigurationError: The service cannot be reached in this way.
         """
         await self._background.ensure_started()
-        try:
-            slot = await self._slots.acquire(deadline_s, waiter)
-        except TimeoutError:
-            raise NotSent(_NO_SLOT_MESSAGE) from None
-        with slot:
-            wire = await self._encode(request)
-            submit = _Submit(wire, slot, record, nonce, on_orphan, deadline_s, is_doubted=record.is_doubted)
-            return await self._attempt_until_settled(submit)
+        wire = await self._encode(request)
+        submit = _Submit(wire, slot, record, nonce, on_orphan, deadline_s, is_doubted=record.is_doubted)
+        return await self._attempt_until_settled(submit)
 
     async def _encode(self, request: GenerationRequest) -> WireRequest:
         ready = await self._prepare(request)
@@ -169,7 +161,7 @@ class SubmitLoop:
 
     async def _attempt_until_settled(self, submit: _Submit) -> AcceptedSubmit:
         attempts = 0
-        error: NanoBananaError = NotSent(_NO_SLOT_MESSAGE)
+        error: NanoBananaError = NotSent(NO_SLOT_MESSAGE)
         while await self._may_send(submit, attempts, error):
             attempts += 1
             try:

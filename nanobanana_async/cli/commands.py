@@ -5,6 +5,7 @@ import click
 from nanobanana_async.cli.batch import batch
 from nanobanana_async.cli.demo import demo
 from nanobanana_async.cli.generate import generate
+from nanobanana_async.cli.history import list_tasks
 from nanobanana_async.cli.listen import listen
 from nanobanana_async.cli.simulate import simulate
 from nanobanana_async.cli.tasks import balance, status, wait
@@ -20,5 +21,5 @@ def cli() -> None:
     """
 
 
-for command in (generate, batch, status, wait, balance, listen, simulate, demo):
+for command in (generate, list_tasks, batch, status, wait, balance, listen, simulate, demo):
     cli.add_command(command)

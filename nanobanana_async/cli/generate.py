@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from nanobanana_async.cli.history import open_ledger
 from nanobanana_async.cli.jobs import Job, report_failures, run_jobs
 from nanobanana_async.cli.progress import JobProgressBar
 from nanobanana_async.cli.runtime import CommandContext, json_option, print_json, run
@@ -59,20 +60,27 @@ poll_option = click.option(
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="MODEL", help="Name of the model.")
 @click.option("--aspect-ratio", metavar="N:M", help="Aspect ratio, such as 16:9, or auto.")
 @click.option("--image-size", metavar="SIZE", help="Image size, such as 2k, if the model supports it.")
+@click.option("--owner", metavar="NAME", help="Whom the images are for. To filter by it, run: nanobanana list --owner.")
+@click.option("--no-ledger", is_flag=True, help="Keep no record of the tasks for: nanobanana list.")
 @timeout_option
 @poll_option
 @json_option
-def generate(
+def generate(  # noqa: PLR0913 - one parameter per option
     prompts: tuple[str, ...],
     output: str,
     images: tuple[str, ...],
+    owner: str | None,
     timeout_s: float | None,
     poll_s: float | None,
     *,
+    no_ledger: bool,
     as_json: bool,
     **options: Any,  # noqa: ANN401 - the remaining options above
 ) -> None:
-    """Generate one image for each PROMPT."""
+    """Generate one image for each PROMPT.
+
+    Tasks are recorded, so that none is lost if the program is killed. To list them, run: nanobanana list.
+    """
     path = Path(output)
     if output == "-":
         raise click.UsageError("-o: expected a file or a folder, got '-'. Images are not written to stdout.")
@@ -83,14 +91,18 @@ def generate(
         requests = [GenerationRequest(prompt, images=references, **options) for prompt in prompts]
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
-    jobs = [Job(request=request, output=path) for request in requests]
 
     async def work(context: CommandContext) -> int:
         def keep(handle: TaskHandle) -> None:
             context.unsaved_tasks.setdefault(handle.task_id, ("accepted during the interrupt", output))
 
-        async with NanoBananaClient(polling=poll_policy(poll_s), on_orphan=keep) as client:
+        async with (
+            open_ledger(skip=no_ledger) as ledger,
+            NanoBananaClient(polling=poll_policy(poll_s), on_orphan=keep, ledger=ledger) as client,
+        ):
             check_writable(path)
+            is_recorded = ledger is not None
+            jobs = [Job(request=one, output=path, owner=owner, is_recorded=is_recorded) for one in requests]
             with JobProgressBar(len(jobs), quiet=as_json) as progress:
                 code = await run_jobs(
                     client,
@@ -100,7 +112,7 @@ def generate(
                     timeout_s=timeout_s,
                     on_finished=lambda job: _show(job, progress, as_json=as_json),
                 )
-        report_failures([] if as_json else jobs)
+            report_failures([] if as_json else jobs)
         return code
 
     run(work, as_json=as_json)

@@ -22,8 +22,10 @@ from nanobanana_async.cli.runtime import (
     task_record,
 )
 from nanobanana_async.client import NanoBananaClient
-from nanobanana_async.errors import NanoBananaError, NoImage, TaskFailed, TaskLost, TaskNotFound
-from nanobanana_async.models import GenerationRequest, Task
+from nanobanana_async.errors import NanoBananaError, TaskLost, TaskNotFound
+from nanobanana_async.events import Finished, Queued, StatusChanged, Submitted
+from nanobanana_async.handle import no_image_error
+from nanobanana_async.models import GenerationRequest, JsonValue, Task
 
 _NO_ERROR: Final = {"error": None, "error_type": None, "may_be_charged": False}
 
@@ -40,6 +42,10 @@ class Job:
     task: Task | None = None
     files: list[Path] = attrs.field(factory=list[Path])
     error: Exception | None = None
+    owner: str | None = None
+    """Whom the image is for."""
+    is_recorded: bool = False
+    """Whether the client has a ledger."""
     possible_duplicates: int = 0
     """Submits beyond the first that may have been charged."""
     seconds: float | None = None
@@ -76,6 +82,9 @@ async def run_jobs(
     async def run_one(number: int, job: Job) -> None:
         try:
             await _run_job(client, job, context, timeout_s, lambda state: progress.move(number, state))
+        except (TaskLost, TaskNotFound) as exc:  # there is no image to download
+            context.unsaved_tasks.pop(exc.task_id or "", None)
+            job.error = exc
         except (NanoBananaError, OSError, ValueError) as exc:
             job.error = exc
         progress.move(number, {EXIT_OK: "succeeded", EXIT_FAILED: "failed", EXIT_UNKNOWN: "unknown"}[job.exit_code])
@@ -91,23 +100,35 @@ async def _run_job(
     client: NanoBananaClient, job: Job, context: CommandContext, timeout_s: float | None, move: Callable[[str], None]
 ) -> None:
     started_s = anyio.current_time()
-    move("submitting")
-    handle = await client.submit(job.request)
-    job.possible_duplicates = handle.possible_duplicates
-    context.unsaved_tasks[handle.task_id] = (job.request.prompt, str(job.output))
-    move("submitted")
-    try:
-        async with aclosing(handle.updates(timeout_s=timeout_s)) as updates:
-            async for job.task in updates:
-                move("saving" if job.task.is_final else job.task.status.value)
-        task = await handle.result()
-        name = job.name or f"{job.request.prompt[:40]}-{handle.task_id[-6:]}"
-        job.files = await client.save(task, job.output, name=name)
-    except (TaskFailed, NoImage, TaskLost, TaskNotFound):
-        del context.unsaved_tasks[handle.task_id]  # it ended without an image to download
-        raise
-    del context.unsaved_tasks[handle.task_id]
+    note: JsonValue = {"output": str(job.output.absolute())}
+    async with aclosing(client.stream(job.request, timeout_s=timeout_s, owner=job.owner, note=note)) as events:
+        async for event in events:
+            match event:
+                case Queued():
+                    move("waiting")
+                case Submitted(task_id=task_id):
+                    job.possible_duplicates = event.possible_duplicates
+                    context.unsaved_tasks[task_id or ""] = (job.request.prompt, str(job.output))
+                    move("submitted")
+                case StatusChanged(task=task) | Finished(task=task):
+                    job.task = task
+                    move("saving" if task.is_final else task.status.value)
+    await _save(client, job, context)
     job.seconds = anyio.current_time() - started_s
+
+
+async def _save(client: NanoBananaClient, job: Job, context: CommandContext) -> None:
+    """Save the image of a finished job, and acknowledge it in the ledger."""
+    task = job.task
+    assert task is not None  # noqa: S101 - a stream ends with the final task
+    if task.images:
+        name = job.name or f"{job.request.prompt[:40]}-{task.task_id[-6:]}"
+        job.files = await client.save(task, job.output, name=name)
+    del context.unsaved_tasks[task.task_id]  # saved, or without an image to download
+    if job.is_recorded:
+        await client.task(task.task_id).ack()
+    if not task.images:
+        raise no_image_error(task)
 
 
 def report_failures(jobs: Sequence[Job]) -> None:

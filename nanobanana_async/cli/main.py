@@ -10,7 +10,7 @@ def main() -> NoReturn:
     try:
         from nanobanana_async.cli.commands import cli  # noqa: PLC0415 - needs an extra
     except ModuleNotFoundError as exc:
-        if exc.name not in ("click", "rich"):
+        if exc.name not in ("click", "platformdirs", "rich"):
             raise
         sys.exit("nanobanana: packages are missing. To install them, run: pip install 'nanobanana-async[cli]'")
     for stream in (sys.stdout, sys.stderr):

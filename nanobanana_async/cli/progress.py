@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 _ORDER: Final = (
     "waiting",
-    "submitting",
     "pending",
     "submitted",
     "in_progress",

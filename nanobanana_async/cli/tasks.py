@@ -6,6 +6,7 @@ import click
 
 from nanobanana_async._text import sanitize_line
 from nanobanana_async.cli.generate import check_writable, poll_option, poll_policy, timeout_option
+from nanobanana_async.cli.history import acknowledge
 from nanobanana_async.cli.runtime import (
     EXIT_OK,
     CommandContext,
@@ -58,6 +59,8 @@ def wait(task_id: str, output: str | None, timeout_s: float | None, poll_s: floa
                     _show(await handle.wait(), as_json=False)
                 raise
             files = await client.save(task, output) if output is not None else []
+        if output is not None:
+            await acknowledge(task_id)
         _show(task, as_json=as_json, files=files)
         return EXIT_OK
 

@@ -183,7 +183,7 @@ class SqliteLedger:
             raise LedgerError(f"{self.folder}: the ledger is not open")
         new = tasks.NewTask(
             key=key,
-            owner=_checked_owner(owner),
+            owner=owner,
             note=_to_json(note),
             prompt=request.prompt if self._store_requests else "",
             priced_as=(request.model, request.image_size),
@@ -233,10 +233,10 @@ class SqliteLedger:
             found += [_to_unresolved(task, TaskEntry.of(file, task)) for task in listed]
         return found
 
-    async def acknowledge(self, task_id: str) -> bool:
-        """Acknowledge the task with this id. Return False if no file that this process holds has it."""
+    async def acknowledge(self, name: str) -> bool:
+        """Acknowledge the task with this task id or key. Return False if no file that this process holds has it."""
         for file in list(self._files):
-            if (task := await file.commit(lambda db: tasks.find_by_task_id(db, task_id))) is not None:
+            if (task := await file.commit(lambda db: tasks.find(db, name))) is not None:
                 await TaskEntry.of(file, task).acknowledge()
                 return True
         return False
@@ -314,12 +314,6 @@ def _to_unresolved(task: LedgerTask, entry: TaskEntry) -> UnresolvedAttempt:
         possible_charges=task.possible_charges,
         acknowledge=entry.acknowledge,
     )
-
-
-def _checked_owner(owner: object) -> str | None:
-    if not isinstance(owner, str | None) or owner == "":
-        raise ValueError(f"owner: expected text, got {owner!r:.80}")
-    return owner
 
 
 def _to_json(note: JsonValue) -> str | None:

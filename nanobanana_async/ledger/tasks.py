@@ -116,9 +116,9 @@ def select(db: sqlite3.Connection, where: str = "true") -> list[LedgerTask]:
     return [_to_task(line) for line in db.execute(f"{_SELECT_TASKS} WHERE {where} ORDER BY number")]
 
 
-def find_by_task_id(db: sqlite3.Connection, task_id: str) -> LedgerTask | None:
-    """Return the task with this id; None if it is not in this file."""
-    found = db.execute(f"{_SELECT_TASKS} WHERE task_id = ?", (task_id,)).fetchone()
+def find(db: sqlite3.Connection, name: str) -> LedgerTask | None:
+    """Return the task with this task id or key; None if it is not in this file."""
+    found = db.execute(f"{_SELECT_TASKS} WHERE task_id = ?1 OR key = ?1", (name,)).fetchone()
     return None if found is None else _to_task(found)
 
 

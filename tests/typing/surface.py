@@ -1,6 +1,7 @@
 """The types of the public names, as a user's type checker sees them. Every public class is named here."""
 
 from collections.abc import AsyncGenerator
+from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Unpack, assert_type
@@ -91,6 +92,54 @@ def configure() -> nb.NanoBananaClient:
         timeouts=nb.Timeouts(task_s=60),
         transport=RecordingTransport(),
     )
+
+
+async def ledgers(now: datetime, options: nb.SubmitOptions, note: nb.JsonValue) -> list[nb.LedgerTask]:
+    """Submit for owners, and read the ledger after a restart."""
+    ledger: nb.TaskLedger = nb.SqliteLedger("state/", keep_days=7, store_requests=False)
+    limits = nb.OwnerLimits(max_in_flight=2, per_minute=10, budget=Decimal(5), max_price=Decimal(1))
+    async with nb.NanoBananaClient(ledger=ledger, owner_limits=lambda _: limits) as client:
+        assert_type(await client.submit("a fox", owner="discord:42", note=note), nb.TaskHandle)
+        await client.generate("a fox", **options)
+        async for handle in client.resume(follow=True):
+            assert_type(handle.owner, str | None)
+            assert_type(handle.note, nb.JsonValue)
+            assert_type(handle.snapshot, nb.Task | None)
+            await handle.ack()
+        async for attempt in client.unresolved():
+            assert_type(attempt, nb.UnresolvedAttempt)
+            await attempt.ack()
+        spending = await client.spending("discord:42", since=now)
+        assert_type(spending, nb.Spending)
+        assert_type(spending.reserved, Decimal)
+    entry: nb.LedgerEntry = nb.SqliteLedger("state/").new_entry(nb.GenerationRequest("a fox"), key="k")
+    await entry.acknowledge()
+    return await nb.SqliteLedger("state/").all_tasks()
+
+
+def describe(event: nb.Event) -> object:
+    """Read every event."""
+    match event:
+        case nb.Queued(position=position, eta=eta):
+            assert_type(eta, nb.Eta | None)
+            return position
+        case nb.Submitted(task_id=task_id, possible_duplicates=duplicates):
+            return task_id, duplicates
+        case nb.SubmitFailed(error=error):
+            return error
+        case nb.StatusChanged(task=task) | nb.Finished(task=task):
+            return task
+        case nb.Saved(image=image):
+            return image
+        case nb.Throttled(pause_s=pause_s):
+            return pause_s
+
+
+async def events(seen: list[nb.Event]) -> None:
+    """Pass a hook, and stream the events of one request."""
+    hook: nb.EventHook = seen.append
+    async for event in nb.NanoBananaClient(on_event=hook).stream("a fox", every_s=5):
+        assert_type(event, nb.Queued | nb.Submitted | nb.StatusChanged | nb.Finished)
 
 
 async def callbacks(client: nb.NanoBananaClient, body: bytes) -> None:

@@ -1,0 +1,474 @@
+"""The ledger of single tasks: what survives the process, who gets it, and what it says of money."""
+
+import json
+import sqlite3
+import stat
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from pathlib import Path
+
+import anyio
+import anyio.to_thread
+import pytest
+
+from nanobanana_async import (
+    BudgetExceeded,
+    ConfigurationError,
+    InvalidRequest,
+    LedgerError,
+    NanoBananaClient,
+    OwnerLimits,
+    RowState,
+    SqliteLedger,
+    SubmissionUnknown,
+    TaskHandle,
+)
+from nanobanana_async.simulator import FAST_LIMITS, FAST_POLLING, Simulator, SimulatorProfile
+from tests.batches import nth_post
+from tests.fakes import Intercept, InterceptingTransport, lost, rejected
+
+pytestmark = pytest.mark.anyio
+
+SLOW = SimulatorProfile(median_s=3600, sigma=0.1, visibility_delay_s=0)
+
+
+@asynccontextmanager
+async def client_of(
+    simulator: Simulator, folder: Path, intercept: Intercept | None = None, **options: object
+) -> AsyncIterator[NanoBananaClient]:
+    """Yield a client with a ledger in *folder*. Other options are those of the ledger or of the client."""
+    settings = {name: options.pop(name) for name in ("store_requests", "keep_days") if name in options}
+    ledger = SqliteLedger(folder, group_commit_s=0, **settings)  # type: ignore[arg-type]
+    transport = simulator if intercept is None else InterceptingTransport(simulator, intercept)
+    fast = {"limits": FAST_LIMITS, "polling": FAST_POLLING, **options}
+    async with NanoBananaClient("dk-test", transport=transport, ledger=ledger, **fast) as client:  # type: ignore[arg-type]
+        yield client
+
+
+async def resumed(client: NanoBananaClient) -> list[TaskHandle]:
+    """Return what `resume` yields."""
+    return [handle async for handle in client.resume()]
+
+
+def rows(folder: Path) -> list[sqlite3.Row]:
+    """Return the rows of all files, as another program sees them."""
+    found: list[sqlite3.Row] = []
+    for path in sorted(folder.glob("tasks-*.db")):
+        db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        db.row_factory = sqlite3.Row
+        found += db.execute("SELECT * FROM rows LEFT JOIN attempts USING (key, attempt) ORDER BY number").fetchall()
+        db.close()
+    return found
+
+
+# --- durability -------------------------------------------------------------------------------------------------------
+
+
+async def test_the_attempt_is_durable_before_the_post_and_the_id_before_the_caller_sees_it(tmp_path: Path) -> None:
+    """What is on the disk at each moment is enough to find the charge after a crash."""
+    states: list[list[str]] = []
+
+    def look(request: WireRequest) -> None:
+        if request.method == "POST":
+            states.append([row["state"] for row in rows(tmp_path)])
+
+    async with client_of(Simulator(), tmp_path, look) as client:
+        handle = await client.submit("a fox")
+        assert [(row["state"], row["task_id"]) for row in rows(tmp_path)] == [("submitted", handle.task_id)]
+        task = await handle.result()
+    assert states == [["submitting"]]
+    (row,) = rows(tmp_path)
+    assert (row["state"], Decimal(row["consumed"])) == ("succeeded", task.consumed)
+
+
+async def test_resume_yields_what_is_not_acknowledged_with_owner_note_and_snapshot(tmp_path: Path) -> None:
+    """A restarted bot knows whose image it was, and where to send it."""
+    simulator = Simulator()
+    async with client_of(simulator, tmp_path) as client:
+        done = await client.submit("a fox", owner="discord:42", note={"channel": 17, "tags": ["a", None]})
+        await done.result()
+        used = await client.submit("a hare")
+        await used.result()
+        await used.ack()
+        task = await client.generate("an owl", owner="x")
+    async with client_of(simulator, tmp_path) as client:
+        first, second = await resumed(client)
+        assert (first.task_id, first.owner, first.note) == (
+            done.task_id,
+            "discord:42",
+            {"channel": 17, "tags": ["a", None]},
+        )
+        assert first.snapshot is not None
+        assert first.snapshot.consumed == Decimal("0.5")
+        assert (second.task_id, second.owner, second.note) == (task.task_id, "x", None)
+        assert (await first.result()).images
+        await first.ack()
+        await first.ack()
+        await client.task(task.task_id).ack()
+        assert await resumed(client) == []
+    async with client_of(simulator, tmp_path) as client:
+        assert await resumed(client) == []
+    assert len(simulator.charges) == 3
+
+
+async def test_an_unfinished_task_is_waited_for_after_a_restart(tmp_path: Path) -> None:
+    """It has no snapshot, and its end is recorded by the process that resumes it."""
+    simulator = Simulator()
+    async with client_of(simulator, tmp_path) as client:
+        await client.submit("a fox")
+    async with client_of(simulator, tmp_path) as client:
+        (handle,) = await resumed(client)
+        assert handle.snapshot is None
+        await handle.result()
+        assert (await client.spending()).spent == Decimal("0.5")
+    assert [row["state"] for row in rows(tmp_path)] == ["succeeded"]
+
+
+async def test_a_lost_response_is_unresolved_until_it_is_acknowledged(tmp_path: Path) -> None:
+    """The application learns which submit may have been charged, for whom, and never sends it again by itself."""
+    simulator = Simulator()
+    async with client_of(simulator, tmp_path, nth_post(lambda _: lost())) as client:
+        with pytest.raises(SubmissionUnknown):
+            await client.submit("a fox", owner="x", note=[1])
+    async with client_of(simulator, tmp_path) as client:
+        (attempt,) = [attempt async for attempt in client.unresolved()]
+        assert (attempt.prompt, attempt.owner, attempt.note, attempt.possible_charges) == ("a fox", "x", [1], 1)
+        assert "may have been charged" in attempt.reason
+        assert await resumed(client) == []
+        await attempt.ack()
+        assert [attempt async for attempt in client.unresolved()] == []
+        assert (await client.spending("x")).unpriced == 1
+
+
+async def test_what_was_not_charged_is_neither_resumed_nor_unresolved(tmp_path: Path) -> None:
+    """A rejected request needs no decision."""
+    async with client_of(Simulator(), tmp_path, nth_post(lambda _: rejected(400))) as client:
+        with pytest.raises(InvalidRequest):
+            await client.submit("a fox")
+    async with client_of(Simulator(), tmp_path) as client:
+        assert await resumed(client) == []
+        assert [attempt async for attempt in client.unresolved()] == []
+        assert (await client.spending()).unpriced == 0
+
+
+async def test_possible_duplicates_of_a_submit_survive_a_restart(tmp_path: Path) -> None:
+    """The service may have charged the POST that it answered with its own error, too."""
+    simulator = Simulator()
+    first_fails = nth_post(lambda number: rejected(500) if number == 0 else None)
+    async with client_of(simulator, tmp_path, first_fails) as client:
+        handle = await client.submit("a fox")
+        assert handle.possible_duplicates == 1
+    async with client_of(simulator, tmp_path) as client:
+        assert [handle.possible_duplicates for handle in await resumed(client)] == [1]
+
+
+async def test_a_client_without_a_ledger_says_so(tmp_path: Path) -> None:
+    """Nothing is lost in silence."""
+    async with Simulator().client() as client:
+        handle = await client.submit("a fox")
+        for call in (handle.ack, client.spending, lambda: resumed(client)):
+            with pytest.raises(LedgerError, match="has no ledger"):
+                await call()
+
+
+async def test_a_note_that_is_not_json_is_refused_before_the_post(tmp_path: Path) -> None:
+    """It could not be returned after a restart."""
+    simulator = Simulator()
+    async with client_of(simulator, tmp_path) as client:
+        for note in (object(), {"a": float("nan")}, "x" * 70_000):
+            with pytest.raises(ValueError, match="note: expected"):
+                await client.submit("a fox", note=note)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="owner: expected"):
+            await client.submit("a fox", owner=" ")
+        await client.submit("a fox")  # the slots are free
+    assert len(simulator.charges) == 1
+
+
+async def test_the_files_are_private_and_have_no_key(tmp_path: Path) -> None:
+    """Prompts are stored for the user only, and not at all with store_requests=False."""
+    async with client_of(Simulator(), tmp_path / "a") as client:
+        await client.submit("a red fox")
+    async with client_of(Simulator(seed=1), tmp_path / "b", store_requests=False) as client:
+        await client.submit("a red fox")
+        assert [handle.snapshot for handle in await resumed(client)] == [None]
+    paths = list(tmp_path.glob("*/*"))
+    assert all(stat.S_IMODE(path.stat().st_mode) == 0o600 for path in paths)
+    assert not any(b"dk-test" in path.read_bytes() for path in paths)
+    assert [b"red fox" in path.read_bytes() for path in sorted(tmp_path.glob("*/*.db"))] == [True, False]
+
+
+async def test_a_batch_writes_into_its_own_ledger_only(tmp_path: Path) -> None:
+    """A row would otherwise be resumed twice."""
+    from nanobanana_async import Batch  # noqa: PLC0415 - the only test that needs it
+
+    async with client_of(Simulator(), tmp_path / "state") as client:
+        async with Batch.open(tmp_path / "run", client) as batch:
+            assert len([outcome async for outcome in batch.run(["a fox"])]) == 1
+        assert await resumed(client) == []
+        assert (await client.spending()).spent == 0
+
+
+async def test_a_ledger_that_the_caller_has_entered_is_not_closed_by_the_client(tmp_path: Path) -> None:
+    """It may serve another client, or be read after it."""
+    async with SqliteLedger(tmp_path) as ledger:
+        async with NanoBananaClient("dk-test", transport=Simulator(), polling=FAST_POLLING, ledger=ledger) as client:
+            await client.generate("a fox")
+        (task,) = await ledger.all_tasks()
+    assert (task.state, task.prompt, task.acknowledged_at) == (RowState.SUCCEEDED, "a fox", None)
+
+
+async def test_a_ledger_that_cannot_be_opened_fails_the_submit_before_the_post(tmp_path: Path) -> None:
+    """Nothing is charged that would not be recorded."""
+    (tmp_path / "file").write_text("")
+    simulator = Simulator()
+    async with client_of(simulator, tmp_path / "file") as client:
+        with pytest.raises(LedgerError, match="cannot be created"):
+            await client.submit("a fox")
+    assert simulator.charges == []
+
+
+async def test_old_acknowledged_tasks_are_pruned_and_still_count(tmp_path: Path) -> None:
+    """The folder does not grow for ever, and a budget does not come back."""
+    simulator = Simulator()
+    async with client_of(simulator, tmp_path, nth_post(lambda number: lost() if number == 3 else None)) as client:
+        for prompt in ("acknowledged", "acknowledged too", "not acknowledged"):
+            handle = await client.submit(prompt, owner="x")
+            await handle.result()
+            if prompt != "not acknowledged":
+                await handle.ack()
+        with pytest.raises(SubmissionUnknown):
+            await client.submit("unknown", owner="x")
+    async with client_of(simulator, tmp_path, keep_days=0) as client:
+        spending = await client.spending("x")
+        assert [row["prompt"] for row in rows(tmp_path)] == ["not acknowledged", "unknown"]
+        assert (spending.spent, spending.unknown) == (Decimal("1.5"), Decimal("0.5"))
+        assert (await client.spending("x", since=datetime.now(UTC) + timedelta(days=2))).spent == 0
+        assert (await client.spending("y")).spent == 0
+
+
+async def test_a_callback_that_names_a_lost_id_is_recorded(tmp_path: Path) -> None:
+    """The attempt is not unresolved any more."""
+    from nanobanana_async import CallbackReceiver  # noqa: PLC0415 - the only test that needs it
+
+    simulator = Simulator()
+
+    class LosesResponses(InterceptingTransport):
+        async def send(self, request: WireRequest, *, timeout_s: float) -> WireResponse:
+            response = await super().send(request, timeout_s=timeout_s)
+            if request.method == "POST":
+                raise lost()
+            return response
+
+    ledger = SqliteLedger(tmp_path)
+    transport = LosesResponses(simulator, lambda _: None)
+    async with NanoBananaClient("dk-test", transport=transport, polling=FAST_POLLING, ledger=ledger) as client:
+        receiver = CallbackReceiver(client, public_url="https://app.example/nb", secret="s" * 32)
+        found: list[TaskHandle] = []
+        async with anyio.create_task_group() as group:
+
+            async def submit() -> None:
+                found.append(await client.submit("a fox", callback=receiver))
+
+            group.start_soon(submit)
+            while not simulator.charges:
+                await anyio.sleep(0.01)
+            (charge,) = simulator.charges
+            path = receiver._pending._items.copy().popitem()[1].url  # noqa: SLF001 - only the service knows it
+            body = json.dumps({"task_id": charge.task_id, "status": "success"}).encode()
+            await anyio.sleep(0.1)
+            assert await receiver.deliver(path, body)
+        assert found[0].task_id == charge.task_id
+        assert [attempt async for attempt in client.unresolved()] == []
+        assert [handle.task_id for handle in await resumed(client)] == [charge.task_id]
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+async def test_processes_write_into_files_of_their_own_and_spending_sums_them(tmp_path: Path) -> None:
+    """Two workers share a folder, and neither is given the tasks of the other."""
+    simulator = Simulator()
+    async with client_of(simulator, tmp_path) as one, client_of(simulator, tmp_path) as other:
+        first = await one.submit("a fox", owner="x")
+        second = await other.submit("a hare", owner="x")
+        await first.result()
+        assert [handle.task_id for handle in await resumed(one)] == [first.task_id]
+        assert [handle.task_id for handle in await resumed(other)] == [second.task_id]
+        assert await one.spending("x") == await other.spending("x")
+        spending = await other.spending("x")
+        assert (spending.spent, spending.reserved) == (Decimal("0.5"), Decimal("0.5"))
+    assert sorted(path.name for path in tmp_path.glob("*.db")) == ["tasks-001.db", "tasks-002.db"]
+
+
+async def test_files_without_a_process_are_taken_over_and_released_once_acknowledged(tmp_path: Path) -> None:
+    """The tasks of a worker that has ended go to one that has not, and its file is free again."""
+    simulator = Simulator()
+    async with client_of(simulator, tmp_path) as one:
+        await one.spending()  # opens the first file
+        async with client_of(simulator, tmp_path) as ended:
+            task = await ended.submit("a fox")
+        await one.spending()  # looks for files without a process, as one does every 30 s
+        (handle,) = await resumed(one)
+        assert handle.task_id == task.task_id
+        async with client_of(simulator, tmp_path) as third:
+            assert await resumed(third) == []
+            await handle.ack()
+            await one.spending()
+            assert (tmp_path / "tasks-003.db").exists()
+        async with client_of(simulator, tmp_path):
+            assert len(list(tmp_path.glob("*.db"))) == 3  # the second file is used again
+
+
+async def test_follow_yields_what_is_taken_over_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker finishes the tasks of another one without a restart."""
+    monkeypatch.setattr("nanobanana_async.ledger.folder.TAKE_OVER_INTERVAL_S", 0.05)
+    simulator = Simulator()
+    seen: list[str] = []
+    async with client_of(simulator, tmp_path) as survivor:
+        mine = await survivor.submit("a fox")
+
+        async def follow() -> None:
+            async for handle in survivor.resume(follow=True):
+                seen.append(handle.task_id)  # noqa: PERF401 - it never ends
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(follow)
+            async with client_of(simulator, tmp_path) as ended:
+                theirs = await ended.submit("a hare")
+            await survivor.submit("an owl")
+            with anyio.fail_after(10):
+                while len(seen) < 2:
+                    await anyio.sleep(0.01)
+            group.cancel_scope.cancel()
+    assert seen == [mine.task_id, theirs.task_id]
+
+
+@pytest.mark.parametrize("damage", ["garbage", "newer"])
+async def test_a_damaged_file_is_told_and_not_replaced(tmp_path: Path, damage: str) -> None:
+    """It may have charged tasks."""
+    async with client_of(Simulator(), tmp_path) as client:
+        await client.submit("a fox")
+    path = tmp_path / "tasks-001.db"
+    if damage == "garbage":
+        path.write_bytes(b"x" * 8192)
+    else:
+        db = sqlite3.connect(path)
+        db.execute("PRAGMA user_version=99")
+        db.close()
+    async with client_of(Simulator(), tmp_path) as client:
+        with pytest.raises(LedgerError, match=r"tasks-001\.db"):
+            await client.submit("a hare")
+    assert path.exists()
+
+
+async def test_a_restored_file_is_taken_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """No task is submitted twice from it, so it does no harm."""
+    simulator = Simulator()
+    async with client_of(simulator, tmp_path) as client:
+        await client.submit("a fox")
+    backup = (tmp_path / "tasks-001.db").read_bytes()
+    async with client_of(simulator, tmp_path) as client:
+        await client.submit("a hare")
+    (tmp_path / "tasks-001.db").write_bytes(backup)
+    async with client_of(simulator, tmp_path) as client:
+        assert len(await resumed(client)) == 1
+    assert "lacks its last" in caplog.text
+
+
+# --- budgets of owners ------------------------------------------------------------------------------------------------
+
+
+async def test_an_owner_cannot_spend_more_than_its_budget(tmp_path: Path) -> None:
+    """Neither finished nor running tasks of an owner leave room that is not there. Others are not affected."""
+    simulator = Simulator()
+    limits = OwnerLimits(budget=Decimal("1.2"))
+    async with client_of(simulator, tmp_path, owner_limits=limits) as client:
+        await client.generate("a fox", owner="x")
+        await client.submit("a hare", owner="x")
+        with pytest.raises(BudgetExceeded, match=r"0\.5 credits spent, 0\.5 reserved, and one more may cost 0\.5"):
+            await client.submit("an owl", owner="x")
+        await client.generate("an owl", owner="y")
+        await client.generate("an owl")
+    assert len(simulator.charges) == 4
+
+
+async def test_while_no_price_is_known_an_owner_has_one_submit(tmp_path: Path) -> None:
+    """Two of unknown price could cost more than the budget. A stated price allows more."""
+    for limits, allowed in (
+        (OwnerLimits(budget=Decimal(2)), 1),
+        (OwnerLimits(budget=Decimal(2), max_price=Decimal(1)), 2),
+    ):
+        simulator = Simulator()
+        async with client_of(simulator, tmp_path / str(allowed), owner_limits=limits) as client:
+            for _ in range(allowed):
+                await client.submit("a fox", owner="x")
+            with pytest.raises(BudgetExceeded):
+                await client.submit("a hare", owner="x")
+        assert len(simulator.charges) == allowed
+
+
+async def test_processes_share_the_budget_of_an_owner(tmp_path: Path) -> None:
+    """Any number of workers that submit at once do not exceed it."""
+    simulator = Simulator()
+    limits = OwnerLimits(budget=Decimal(5), max_price=Decimal("0.5"))
+    async with (
+        client_of(simulator, tmp_path, owner_limits=limits) as one,
+        client_of(simulator, tmp_path, owner_limits=limits) as two,
+        client_of(simulator, tmp_path, owner_limits=limits) as three,
+    ):
+        refused: list[BudgetExceeded] = []
+
+        async def submit(client: NanoBananaClient) -> None:
+            try:
+                await client.submit("a fox", owner="x")
+            except BudgetExceeded as exc:
+                refused.append(exc)
+
+        async with anyio.create_task_group() as group:
+            for _ in range(8):
+                for client in (one, two, three):
+                    group.start_soon(submit, client)
+    assert (len(simulator.charges), len(refused)) == (10, 14)
+
+
+async def test_what_may_have_been_charged_counts_against_the_budget_after_a_restart(tmp_path: Path) -> None:
+    """A crash gives no credit."""
+    simulator = Simulator()
+    limits = OwnerLimits(budget=Decimal(1), max_price=Decimal(1))
+    async with client_of(simulator, tmp_path, nth_post(lambda _: lost()), owner_limits=limits) as client:
+        with pytest.raises(SubmissionUnknown):
+            await client.submit("a fox", owner="x")
+    async with client_of(simulator, tmp_path, owner_limits=limits) as client:
+        with pytest.raises(BudgetExceeded):
+            await client.submit("a hare", owner="x")
+
+
+async def test_a_resubmit_that_the_budget_does_not_allow_is_not_sent(tmp_path: Path) -> None:
+    """The first attempt may have been charged, and its error is raised."""
+    simulator = Simulator()
+    limits = OwnerLimits(budget=Decimal(1), max_price=Decimal(1))
+    posts = 0
+
+    def fail(request: WireRequest) -> WireResponse | None:
+        nonlocal posts
+        posts += request.method == "POST"
+        return rejected(500) if request.method == "POST" else None
+
+    async with client_of(simulator, tmp_path, fail, owner_limits=limits) as client:
+        with pytest.raises(SubmissionUnknown):
+            await client.submit("a fox", owner="x")
+    assert posts == 1
+
+
+def test_a_budget_without_a_ledger_is_refused() -> None:
+    """It could not be kept across a restart."""
+
+    async def submit() -> None:
+        limits = OwnerLimits(budget=Decimal(1))
+        async with NanoBananaClient("dk-test", transport=Simulator(), owner_limits=limits) as client:
+            await client.submit("a fox", owner="x")
+
+    with pytest.raises(ConfigurationError, match="a budget needs a ledger"):
+        anyio.run(submit)
