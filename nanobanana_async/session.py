@@ -218,7 +218,8 @@ class Session:
         """Submit and return a handle once the task id is known. See `NanoBananaClient.submit`."""
         await self.start()
         limits = self.queue.limits(call.owner)
-        self.emit(Queued(key=call.key, owner=call.owner, position=self.queue.position(call.waiter)))
+        if self.options.on_event is not None:  # the position is O(owners)
+            self.emit(Queued(key=call.key, owner=call.owner, position=self.queue.position(call.waiter)))
         try:
             # Acquired here and not further down, because each frame of ten thousand waiting calls takes 300 bytes.
             slot = await self.slots.acquire(call.deadline_s, call.waiter)

@@ -24,6 +24,8 @@ from nanobanana_async import (
     SqliteLedger,
     SubmissionUnknown,
     TaskHandle,
+    WireRequest,
+    WireResponse,
 )
 from nanobanana_async.simulator import FAST_LIMITS, FAST_POLLING, Simulator, SimulatorProfile
 from tests.batches import nth_post

@@ -27,7 +27,7 @@ class _Owner:
     limits: OwnerLimits
     waiting: deque[SlotWaiter] = attrs.field(factory=deque[SlotWaiter])
     in_flight: int = 0
-    sent_s: deque[float] | None = None
+    sent_s: list[float] | None = None
     """Times of the last submits, as many as `per_minute`; None without that limit."""
     due_s: float = math.inf
     """When `per_minute` allows the next submit, if it waits for that."""
@@ -84,7 +84,7 @@ class FairQueue:
         owner = self._owners.get(waiter.owner)
         if owner is None:
             limits = self._new_limits(waiter.owner)
-            sent_s = None if limits.per_minute is None else deque[float](maxlen=limits.per_minute)
+            sent_s = None if limits.per_minute is None else list[float]()
             owner = self._owners[waiter.owner] = _Owner(waiter.owner, limits, sent_s=sent_s)
         owner.waiting.append(waiter)
         self._take_turn(owner)
@@ -102,6 +102,7 @@ class FairQueue:
             owner.in_flight += 1
             if owner.sent_s is not None:
                 owner.sent_s.append(anyio.current_time())
+                del owner.sent_s[: -(owner.limits.per_minute or 1)]
             self._take_turn(owner)
             return waiter
         return None

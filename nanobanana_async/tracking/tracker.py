@@ -42,7 +42,6 @@ from nanobanana_async.tracking.state import (
 )
 
 _log: Final = logging.getLogger("nanobanana_async")
-
 _TIMER_SLACK_S: Final = 0.2
 _WARN_AFTER_ERRORS: Final = 3
 _CALLBACK_INTERVAL_FACTOR: Final = 4
@@ -116,19 +115,18 @@ class TaskTracker:
             return
         deadline_s = anyio.current_time() + timeout_s
         tracked, waiter = self.track(task_id, submit_info)
-        shown = None
+        shown, tick_s = None, anyio.current_time() + every_s
         try:
             while shown is None or not shown.is_final:
-                snapshot = tracked.snapshot
-                if snapshot is None or snapshot.status is shown:
+                snapshot = tracked.snapshot or Task(task_id=task_id, status=TaskStatus.PENDING)
+                is_new = tracked.snapshot is not None and snapshot.status is not shown
+                if is_new or anyio.current_time() >= tick_s:
+                    shown, tick_s = snapshot.status, anyio.current_time() + every_s
+                    yield snapshot
+                else:
                     event = self._arm(tracked, waiter, deadline_s, timeout_s)
-                    with anyio.move_on_after(every_s) as tick:
+                    with anyio.CancelScope(deadline=tick_s):
                         await event.wait()
-                    if not tick.cancelled_caught:
-                        continue
-                    snapshot = tracked.snapshot or Task(task_id=task_id, status=TaskStatus.PENDING)
-                shown = snapshot.status
-                yield snapshot
         finally:
             self.remove_waiter(tracked, waiter)
 
@@ -229,7 +227,7 @@ class TaskTracker:
         raise timeout_error(tracked, timeout_s)
 
     async def _expire_waiters(self) -> None:
-        """Wake each waiter whose deadline has passed. One timer serves all of them."""
+        """Wake each waiter whose deadline has passed."""
         while True:
             await self._timeout_queue.wait_due()
             self._timeout_queue.pop().wake()
