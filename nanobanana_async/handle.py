@@ -94,7 +94,7 @@ class TaskHandle:
             await self._entry.acknowledge()
         elif self._source.ledger is None:
             raise LedgerError(f"task {self.task_id}: the client has no ledger. Pass ledger=SqliteLedger(folder).")
-        elif not await self._source.ledger.acknowledge(self.task_id):
+        elif not await self._source.ledger.acknowledge(self.task_id, self._final):
             raise LedgerError(f"task {self.task_id}: not in the files of the ledger that this process holds")
 
     def __repr__(self) -> str:

@@ -246,8 +246,11 @@ class TaskLedger(Protocol):
         """Return the submits that may have been charged, whose task id is not known, and that are not acknowledged."""
         ...
 
-    async def acknowledge(self, name: str) -> bool:
-        """Acknowledge a task by its task id or its key. Return False if it is not an entry that this process holds."""
+    async def acknowledge(self, name: str, final: Task | None = None) -> bool:
+        """Acknowledge a task by its task id or its key, and record its end if *final* is given.
+
+        Return False if it is not an entry that this process holds.
+        """
         ...
 
     async def spending(self, owner: str | None, since: datetime | None) -> Spending:

@@ -26,6 +26,7 @@ from nanobanana_async.errors import LedgerError
 from nanobanana_async.ledger.folder import SqliteLedger
 from nanobanana_async.ledger.schema import RowState
 from nanobanana_async.ledger.tasks import LedgerTask
+from nanobanana_async.models import Task
 
 _STATUS: Final = {
     RowState.SUBMITTING: "submitting",
@@ -57,12 +58,12 @@ async def open_ledger(*, skip: bool) -> AsyncGenerator[SqliteLedger | None]:
             await ledger.aclose()
 
 
-async def acknowledge(task_id: str) -> None:
-    """Record that the images of a task are saved, if the ledger of this user has it."""
+async def acknowledge(task: Task) -> None:
+    """Record that the images of *task* are saved, if the ledger of this user has it."""
     if _folder().is_dir():
         async with open_ledger(skip=False) as ledger:
             if ledger is not None:
-                await ledger.acknowledge(task_id)
+                await ledger.acknowledge(task.task_id, task)
 
 
 @click.command(name="list")
@@ -126,10 +127,10 @@ def _status(task: LedgerTask) -> str:
 def _show(task: LedgerTask, *, with_command: bool) -> None:
     started = datetime.fromtimestamp(task.intended_at).astimezone()
     charged = "" if task.consumed is None else f"{format_credits(task.consumed)} credits"
-    facts = [f"{started:%Y-%m-%d %H:%M}", f"{_status(task):<10}", f"{charged:<12}", task.task_id or task.key]
-    facts += [task.owner] if task.owner is not None else []
     prompt = task.prompt if len(task.prompt) <= 60 else f"{task.prompt[:57]}..."
-    print_result("  ".join(map(sanitize_line, [*facts, prompt])).rstrip())
+    texts = [task.task_id or task.key, *([task.owner] if task.owner is not None else []), prompt]
+    line = f"{started:%Y-%m-%d %H:%M}  {_status(task):<10}  {charged:<12}  {'  '.join(map(sanitize_line, texts))}"
+    print_result(line.rstrip())
     if not with_command:
         return
     if task.task_id is None:
@@ -145,8 +146,8 @@ def _show(task: LedgerTask, *, with_command: bool) -> None:
 def _summarize(tasks: list[LedgerTask]) -> None:
     spent = sum((task.consumed for task in tasks if task.consumed is not None), Decimal(0))
     unstated = sum(task.consumed is None and task.possible_charges > 0 for task in tasks)
-    line = f"{len(tasks)} tasks, {format_credits(spent)} credits charged"
-    line += f", {unstated} whose charge is not known" if unstated else ""
+    line = f"{len(tasks)} {'task' if len(tasks) == 1 else 'tasks'}, {format_credits(spent)} credits charged"
+    line += f", {unstated} whose charge is not known yet" if unstated else ""
     print(line, file=sys.stderr)  # noqa: T201 - a closing line, not a result
 
 

@@ -60,7 +60,7 @@ def wait(task_id: str, output: str | None, timeout_s: float | None, poll_s: floa
                 raise
             files = await client.save(task, output) if output is not None else []
         if output is not None:
-            await acknowledge(task_id)
+            await acknowledge(task)
         _show(task, as_json=as_json, files=files)
         return EXIT_OK
 

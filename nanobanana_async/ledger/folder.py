@@ -233,11 +233,17 @@ class SqliteLedger:
             found += [_to_unresolved(task, TaskEntry.of(file, task)) for task in listed]
         return found
 
-    async def acknowledge(self, name: str) -> bool:
-        """Acknowledge the task with this task id or key. Return False if no file that this process holds has it."""
+    async def acknowledge(self, name: str, final: Task | None = None) -> bool:
+        """Acknowledge the task with this task id or key, and record its end if *final* is given.
+
+        Return False if no file that this process holds has it.
+        """
         for file in list(self._files):
             if (task := await file.commit(lambda db: tasks.find(db, name))) is not None:
-                await TaskEntry.of(file, task).acknowledge()
+                entry = TaskEntry.of(file, task)
+                if final is not None:
+                    entry.record_final(final)
+                await entry.acknowledge()
                 return True
         return False
 

@@ -33,7 +33,7 @@ class Plan:
 def run(plan: Plan) -> None:
     """Run the batch to its end, or to the point where it dies."""
     with plan.log.open("ab", buffering=0) as log:
-        _arm(plan, log.write)
+        arm(plan.kill_at, log.write)
         anyio.run(_batch, plan)
 
 
@@ -46,14 +46,14 @@ async def _batch(plan: Plan) -> None:
             pass
 
 
-def _arm(plan: Plan, write: Callable[[bytes], object]) -> None:
-    """Put crash points around each step that leaves something behind."""
+def arm(kill_at: int, write: Callable[[bytes], object]) -> None:
+    """Put crash points around each step that leaves something behind, and die at one of them."""
     passed = 0
 
     def point(name: str) -> None:
         nonlocal passed
         write(f"{name}\n".encode())
-        if passed == plan.kill_at:
+        if passed == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
         passed += 1
 
@@ -77,6 +77,8 @@ class _Connection(sqlite3.Connection):
             self.about.add(str(values[0]))
         elif sql.startswith("INSERT INTO rows"):
             self.about.add("entry")
+        elif sql.startswith("UPDATE rows SET acknowledged_at"):
+            self.about.add("acknowledged")
         if sql != "COMMIT":
             return super().execute(sql, values)
         for name in sorted(self.about):
