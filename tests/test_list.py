@@ -15,8 +15,8 @@ pytestmark = pytest.mark.other_clients
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> object:
-    """Yield a service whose images take a second."""
-    with SimulatorServer(SimulatorProfile(median_s=1, sigma=0.01, visibility_delay_s=0)) as server:
+    """Yield a service whose images take half a second."""
+    with SimulatorServer(SimulatorProfile(median_s=0.5, sigma=0.01, visibility_delay_s=0)) as server:
         monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
         monkeypatch.setenv("DEFAPI_API_KEY", min(FAST_PROFILE.keys))
         yield server

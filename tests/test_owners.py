@@ -170,6 +170,7 @@ async def test_limits_may_depend_on_the_owner() -> None:
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.real_time
 @pytest.mark.other_clients
+@pytest.mark.slow
 async def test_ten_thousand_waiting_submits_have_no_timer_each_and_take_little_memory() -> None:
     """Each takes less than 500 bytes of ours, and 900 for the frames of its three coroutines."""
     limits = OwnerLimits(max_in_flight=2, per_minute=100)

@@ -48,9 +48,12 @@ EFFECTS = {
     "README.md#1": Effect(charges=1, images=1),
     "README.md#2": Effect(charges=20, images=20),
     "README.md#3": Effect(charges=1),
-    "README.md#4": Effect(),  # fox.png is missing, which is reported before anything is charged
+    "README.md#4": Effect(charges=1, images=1),
+    "README.md#5": Effect(),  # fox.png is missing, which is reported before anything is charged
     "nanobanana_async/batch/README.md#1": Effect(charges=2, images=2, folder="runs/spring"),
     "nanobanana_async/integrations/README.md#1": Effect(),
+    "nanobanana_async/ledger/README.md#1": Effect(charges=1),
+    "nanobanana_async/ledger/README.md#2": Effect(charges=1),
     "nanobanana_async/simulator/README.md#1": Effect(),
     "nanobanana_async/tracking/README.md#1": Effect(),
     "nanobanana_async/transport/README.md#1": Effect(),

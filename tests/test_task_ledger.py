@@ -348,7 +348,7 @@ async def test_follow_yields_what_is_taken_over_later(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("damage", ["garbage", "newer"])
-async def test_a_damaged_file_is_told_and_not_replaced(tmp_path: Path, damage: str) -> None:
+async def test_a_damaged_file_is_reported_and_not_replaced(tmp_path: Path, damage: str) -> None:
     """It may have charged tasks."""
     async with client_of(Simulator(), tmp_path) as client:
         await client.submit("a fox")
