@@ -106,11 +106,11 @@ class SubmitCall:
     callback: CallbackSource | None = None
     record: SubmitRecord | None = None
     """Records the attempts instead of the ledger of the client."""
-    waiter: SlotWaiter = attrs.field(init=False)
+    waiter: SlotWaiter = attrs.field(init=False, factory=SlotWaiter)
+    """Its place in line."""
 
-    @waiter.default
-    def _new_waiter(self) -> SlotWaiter:
-        return SlotWaiter(self.owner)
+    def __attrs_post_init__(self) -> None:
+        self.waiter.owner = self.owner
 
 
 class Session:

@@ -129,7 +129,7 @@ async def test_an_unfinished_task_is_waited_for_after_a_restart(tmp_path: Path) 
 
 
 async def test_a_lost_response_is_unresolved_until_it_is_acknowledged(tmp_path: Path) -> None:
-    """The application learns which submit may have been charged, for whom, and never sends it again by itself."""
+    """The application learns which submit may have been charged, for whom, and never resubmits it."""
     simulator = Simulator()
     async with client_of(simulator, tmp_path, nth_post(lambda _: lost())) as client:
         with pytest.raises(SubmissionUnknown):

@@ -83,7 +83,10 @@ def _meta(db: sqlite3.Connection) -> dict[str, str | int]:
 class BatchChecks:
     """The `OpeningChecks` of the batch in *folder*, whose ledger is *path*."""
 
-    is_shared: Final = False
+    @property
+    def is_shared(self) -> bool:
+        """See `OpeningChecks.is_shared`."""
+        return False
 
     def __init__(self, path: Path, folder: Path, *, adopt: bool) -> None:
         self._path = path

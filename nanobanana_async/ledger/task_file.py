@@ -70,7 +70,10 @@ class TaskFile(LedgerFile):
 class _TaskChecks:
     """The `OpeningChecks` of a file of single tasks: no task is submitted twice from it, so a copy does no harm."""
 
-    is_shared: Final = True
+    @property
+    def is_shared(self) -> bool:
+        """See `OpeningChecks.is_shared`."""
+        return True
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -5,7 +5,7 @@ import sqlite3
 import time
 from collections.abc import Iterator
 from decimal import Decimal
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
@@ -166,10 +166,11 @@ def _to_pruned_cost(line: sqlite3.Row) -> AttemptCost:
 
 
 def _to_task(line: sqlite3.Row) -> LedgerTask:
-    fields = dict(line)
-    note, consumed = fields.pop("note"), fields.pop("consumed")
+    fields = dict[str, Any](line)
+    note, state, consumed = fields.pop("note"), fields.pop("state"), fields.pop("consumed")
     return LedgerTask(
-        **{**fields, "state": RowState(fields["state"])},
+        **fields,
+        state=RowState(state),
         note=None if note is None else json.loads(note),
         consumed=None if consumed is None else Decimal(consumed),
     )
