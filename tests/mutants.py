@@ -35,11 +35,18 @@ class Mutant:
 
 MUTANTS: Final = (
     Mutant(
-        "M1: a price is learned from a failed task, or from a charge of zero",
+        "M1: a price is learned from a failed task",
         "ledger/budget.py",
-        "        if is_success and consumed > 0:\n",
-        "        if True:\n",
-        "test_money_properties.py",
+        "            if is_success:\n                self.learn_price(reservation",
+        "            if True:\n                self.learn_price(reservation",
+        "test_budget.py",
+    ),
+    Mutant(
+        "M1: a price is learned from a charge of zero",
+        "ledger/budget.py",
+        "        if consumed > 0:\n            self._prices",
+        "        if True:\n            self._prices",
+        "test_budget.py",
     ),
     Mutant(
         "M2: a price is borrowed from another size",
@@ -85,7 +92,7 @@ MUTANTS: Final = (
     ),
     Mutant(
         "M8: the lock file's knowledge is ignored",
-        "ledger/database.py",
+        "ledger/restored.py",
         '        if self._found.commits > int(meta["commits"]):\n',
         "        if False:\n",
         "test_ledger_identity.py",
@@ -121,7 +128,7 @@ MUTANTS: Final = (
     Mutant(
         "cancelling the caller interrupts the POST",
         "_concurrency/background.py",
-        "        self.start_soon(lambda: self._run_shielded(work, result, on_abandoned))\n        try:\n",
+        "        self._start_soon(lambda: self._run_shielded(work, result, on_abandoned))\n        try:\n",
         "        try:\n            await self._run_shielded(work, result, on_abandoned)\n",
         "test_api.py",
     ),
@@ -339,8 +346,8 @@ MUTANTS: Final = (
     Mutant(
         "a failed write is retried",
         "ledger/sqlite.py",
-        "                if self._failure is None and not self._run_transaction(writes):\n",
-        "                if not self._run_transaction(writes):\n",
+        "                if self._failure is None:\n",
+        "                if True:\n",
         "test_ledger.py::test_after_a_failed_write_every_write_fails",
     ),
     Mutant(
@@ -377,6 +384,77 @@ MUTANTS: Final = (
         "        with anyio.CancelScope(deadline=anyio.current_time() + max(timeout_s, 0) + _GRACE_S):\n",
         "        with anyio.CancelScope():\n",
         "test_checked_transport.py::test_a_transport_that_hangs_holds_its_slot_until_the_timeout",
+    ),
+    Mutant(
+        "a single task is submitted without an attempt in the ledger",
+        "ledger/entry.py",
+        "        refusal = await self._file.commit(work, is_checked=self._check_budget is not None)\n",
+        "        self._file.enqueue(work)\n        refusal = None\n",
+        "test_task_ledger.py",
+    ),
+    Mutant(
+        "a finished task is not resumed",
+        "ledger/tasks.py",
+        'UNACKNOWLEDGED: Final = "acknowledged_at IS NULL AND task_id IS NOT NULL"',
+        "UNACKNOWLEDGED: Final = \"acknowledged_at IS NULL AND task_id IS NOT NULL AND state = 'submitted'\"",
+        "test_task_ledger.py",
+    ),
+    Mutant(
+        "an acknowledgement is not durable when it returns",
+        "ledger/entry.py",
+        "            await self._file.commit(lambda db: tasks.acknowledge(db, self.key))\n",
+        "            pass\n",
+        "test_task_ledger.py",
+    ),
+    Mutant(
+        "the budget of an owner ignores other processes",
+        "ledger/folder.py",
+        "            found += read_elsewhere(self.folder, [file.path for file in self._files], read)\n",
+        "",
+        "test_task_ledger.py",
+    ),
+    Mutant(
+        "two processes compare with the budget of an owner at once",
+        "ledger/task_file.py",
+        "        with exclusive(self.path.with_name(_BUDGET_LOCK_NAME)) if is_checked else contextlib.nullcontext():\n",
+        "        with contextlib.nullcontext():\n",
+        "test_task_ledger.py::test_processes_share_the_budget_of_an_owner",
+    ),
+    Mutant(
+        "an owner with many submits goes first",
+        "api/fair_queue.py",
+        "            self._turns.append(owner)\n",
+        "            self._turns.appendleft(owner)\n",
+        "test_owners.py",
+    ),
+    Mutant(
+        "a failed submit keeps the place of its owner",
+        "session.py",
+        "        self.queue.leave(call.waiter)\n        if isinstance(exc, NanoBananaError):\n",
+        "        if isinstance(exc, NanoBananaError):\n",
+        "test_owners.py",
+    ),
+    Mutant(
+        "a dropped client goes on for ever",
+        "session.py",
+        "            background.abandon(drain_s=self.options.timeouts.submit_s)\n",
+        "",
+        "test_dropped_client.py",
+    ),
+    Mutant(
+        "background work keeps the context of its first caller",
+        "_concurrency/background.py",
+        "        contextvars.Context().run(self._start_soon, work)\n",
+        "        self._start_soon(work)\n",
+        "test_dropped_client.py",
+    ),
+    Mutant(
+        "a cancelled wait is no orphan",
+        "session.py",
+        "            exc.task_id = handle.task_id  # type: ignore[attr-defined]  # an instance of another library\n"
+        "        self.report_orphan(handle)\n",
+        "            exc.task_id = handle.task_id  # type: ignore[attr-defined]  # an instance of another library\n",
+        "test_dropped_client.py",
     ),
 )
 
