@@ -409,7 +409,7 @@ MUTANTS: Final = (
     Mutant(
         "the budget of an owner ignores other processes",
         "ledger/folder.py",
-        "            found += read_elsewhere(self.folder, [file.path for file in self._files], read)\n",
+        "            found += read_elsewhere(self.folder, [file.path for file in held], read)\n",
         "",
         "test_task_ledger.py",
     ),

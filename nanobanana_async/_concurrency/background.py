@@ -6,6 +6,7 @@ different tasks.
 
 import asyncio
 import contextvars
+import logging
 import os
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
@@ -20,6 +21,7 @@ from nanobanana_async.errors import ClientClosed, WrongEventLoop
 
 T = TypeVar("T")
 
+_log: Final = logging.getLogger("nanobanana_async")
 
 CLOSE_TIMEOUT_S: Final = 10.0
 """Longest time that closing the resources of a group takes."""
@@ -211,8 +213,11 @@ class BackgroundTaskGroup:
 
     async def _close_resources(self) -> None:
         with anyio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
-            for aclose in self._resources:
-                await aclose()
+            for aclose in reversed(self._resources):
+                try:
+                    await aclose()
+                except Exception:  # noqa: BLE001 - the others are closed all the same
+                    _log.exception("closing failed")
 
     def _mark_stopped(self) -> None:
         """Set the state to stopped and tell the owner, also if the event loop ended the work or never began it."""

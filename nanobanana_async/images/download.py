@@ -110,8 +110,8 @@ class Downloader:
                 spent = attempts >= self._retry.attempts + _EXTRA_ATTEMPTS
                 if spent or not exc.transient or anyio.current_time() + backoff_s >= deadline_s:
                     # Without the query, which may contain a signature.
-                    shown = f"{url.partition('?')[0][:200]}: {exc}"
-                    raise ImageError(shown + f" (attempts: {attempts})" * exc.transient) from None
+                    tries = f" (attempts: {attempts})" if exc.transient else ""
+                    raise ImageError(f"{url.partition('?')[0][:200]}: {exc}{tries}") from None
             await anyio.sleep(backoff_s)
 
     async def _get_following_redirects(self, url: str, lease: ByteLease, deadline_s: float) -> WireResponse:

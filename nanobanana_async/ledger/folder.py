@@ -4,7 +4,6 @@ Each process writes into a file of its own. Files whose process has ended are ta
 acknowledged. They are never merged.
 """
 
-import contextlib
 import json
 import logging
 import sqlite3
@@ -133,12 +132,16 @@ class SqliteLedger:
 
     async def _maintain(self) -> None:
         """Take over, release and prune files until the ledger is closed."""
+        problem = ""
         while True:
             await anyio.sleep(TAKE_OVER_INTERVAL_S)
             try:
-                await self._take_over()
-            except LedgerError as exc:
-                _log.warning("ledger: %s", exc)
+                async with self._opening:
+                    await self._take_over()
+            except (LedgerError, OSError) as exc:
+                if str(exc) != problem:  # a damaged file stays damaged
+                    problem = str(exc)
+                    _log.error("ledger: %s", exc)
 
     async def _take_over(self) -> None:
         """Hold the files whose process has ended, and release those in which nothing is left to acknowledge."""
@@ -294,10 +297,9 @@ class SqliteLedger:
             def read(one: sqlite3.Connection) -> tuple[list[AttemptCost], list[tuple[PricedAs, Decimal]]]:
                 return tasks.costs(one, new.owner), list(tasks.prices(one))
 
-            with contextlib.ExitStack() as stack:
-                others = [stack.enter_context(file.reading()) for file in self._files[1:]]
-                found = [read(one) for one in (db, *others)]
-            found += read_elsewhere(self.folder, [file.path for file in self._files], read)
+            held = list(self._files)
+            found = [read(db), *(file.read(read) for file in held[1:])]
+            found += read_elsewhere(self.folder, [file.path for file in held], read)
             for costs, prices in found:
                 budget.add_attempts(costs)
                 for priced_as, price in prices:

@@ -54,11 +54,13 @@ class TaskFile(LedgerFile):
 
         return await TaskFile._open(open_file)
 
-    @contextlib.contextmanager
-    def reading(self) -> Generator[sqlite3.Connection]:
-        """Yield the connection, for the thread that writes another file."""
+    def read(self, read: Callable[[sqlite3.Connection], T]) -> T:
+        """Return the result of *read*, for the thread that writes another file. It may have been closed meanwhile."""
         with self._mutex:
-            yield self._db
+            if not self._is_closed:
+                return read(self._db)
+        with contextlib.closing(_connect_read_only(self.path)) as db:
+            return read(db)
 
     @contextlib.contextmanager
     def _transaction_guard(self, *, is_checked: bool) -> Generator[None]:
