@@ -221,28 +221,24 @@ class Session:
         if self.options.on_event is not None:  # the position is O(owners)
             self.emit(Queued(key=call.key, owner=call.owner, position=self.queue.position(call.waiter)))
         try:
-            # Acquired here and not further down, because each frame of ten thousand waiting calls takes 300 bytes.
-            slot = await self.slots.acquire(call.deadline_s, call.waiter)
+            try:  # here and not further down, because each frame of ten thousand waiting calls takes 300 bytes
+                slot = await self.slots.acquire(call.deadline_s, call.waiter)
+            except TimeoutError:
+                raise NotSent(NO_SLOT_MESSAGE) from None
             handle = await self._submit_with_slot(call, slot, limits)
-        except TimeoutError:
-            self._on_submit_failed(call, error := NotSent(NO_SLOT_MESSAGE))
-            raise error from None
         except BaseException as exc:
-            self._on_submit_failed(call, exc)
-            raise
-        if limits.max_in_flight is None:
             self.queue.leave(call.waiter)
+            if isinstance(exc, NanoBananaError):
+                self.emit(SubmitFailed(key=call.key, owner=call.owner, task_id=exc.task_id, error=exc))
+            raise
+        leave = partial(self.queue.leave, call.waiter)
+        if limits.max_in_flight is None or not self.background.is_open:
+            leave()
         else:
-            leave = partial(self.queue.leave, call.waiter)
             self.background.start_soon(partial(_follow, self.tracker, handle.task_id, self.default_timeout_s, leave))
         duplicates = handle.possible_duplicates
         self.emit(Submitted(key=call.key, owner=call.owner, task_id=handle.task_id, possible_duplicates=duplicates))
         return handle
-
-    def _on_submit_failed(self, call: SubmitCall, exc: BaseException) -> None:
-        self.queue.leave(call.waiter)
-        if isinstance(exc, NanoBananaError):
-            self.emit(SubmitFailed(key=call.key, owner=call.owner, task_id=exc.task_id, error=exc))
 
     async def _submit_with_slot(self, call: SubmitCall, slot: Slot, limits: OwnerLimits) -> TaskHandle:
         entry: LedgerEntry | None = None

@@ -430,8 +430,8 @@ MUTANTS: Final = (
     Mutant(
         "a failed submit keeps the place of its owner",
         "session.py",
-        "        self.queue.leave(call.waiter)\n        if isinstance(exc, NanoBananaError):\n",
-        "        if isinstance(exc, NanoBananaError):\n",
+        "            self.queue.leave(call.waiter)\n            if isinstance(exc, NanoBananaError):\n",
+        "            if isinstance(exc, NanoBananaError):\n",
         "test_owners.py",
     ),
     Mutant(

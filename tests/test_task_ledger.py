@@ -231,6 +231,27 @@ async def test_a_ledger_that_cannot_be_opened_fails_the_submit_before_the_post(t
     assert simulator.charges == []
 
 
+async def test_an_id_that_cannot_be_recorded_is_in_the_error_and_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A disk that fills up between the POST and its response is the last moment to save a charged id."""
+    simulator = Simulator()
+
+    def break_disk(request: WireRequest) -> None:
+        if request.method == "POST":
+            (tmp_path / "tasks-001.db").rename(tmp_path / "moved")
+
+    async with client_of(simulator, tmp_path, break_disk) as client:
+        with pytest.raises(LedgerError) as caught:
+            await client.submit("a fox")
+        (charge,) = simulator.charges
+        assert caught.value.task_id == charge.task_id
+        assert f"task {charge.task_id} is charged and not in the ledger" in caplog.text
+        with pytest.raises(LedgerError, match="removed or replaced"):
+            await client.submit("a hare")
+    assert len(simulator.charges) == 1
+
+
 async def test_old_acknowledged_tasks_are_pruned_and_still_count(tmp_path: Path) -> None:
     """The folder does not grow for ever, and a budget does not come back."""
     simulator = Simulator()

@@ -97,6 +97,7 @@ class TaskEntry:
             await self._file.commit(lambda db: schema.end_attempt(db, self.key, end), self.key)
         except LedgerError as exc:
             if end.task_id is not None:
+                exc.task_id = end.task_id
                 _log.error("task %s is charged and not in the ledger: %s", end.task_id, exc)
             raise
         if end.task_id is not None:
