@@ -361,6 +361,12 @@ class NanoBananaClient:
 
     async def __aenter__(self) -> Self:
         self._session.background.check_open()
+        if self._session.ledger is not None:  # a ledger that cannot be opened is found now, not at the first submit
+            try:
+                await self._session.start()
+            except BaseException:
+                await self.aclose()
+                raise
         return self
 
     async def __aexit__(

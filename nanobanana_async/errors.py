@@ -31,11 +31,16 @@ from nanobanana_async.models import Task
 
 
 class NanoBananaError(Exception):
-    """Base class of all errors. `task_id` is the task concerned, or None."""
+    """Base class of all errors. `task_id` is the task concerned, or None.
+
+    An error of a submit has `key`, which identifies the call in its events and in the ledger, and `owner`.
+    """
 
     def __init__(self, message: str, *, task_id: str | None = None) -> None:
         super().__init__(message)
         self.task_id = task_id
+        self.key: str | None = None
+        self.owner: str | None = None
 
 
 class ConfigurationError(NanoBananaError):
@@ -174,4 +179,4 @@ class LedgerError(NanoBananaError):
 
 
 class BudgetExceeded(NanoBananaError):
-    """Another submit could exceed the budget. Images that are already charged have been downloaded."""
+    """Another submit could exceed the budget of a batch or an owner. Nothing was sent for it."""

@@ -46,6 +46,10 @@ class HandleSource(Protocol):
         """The durable record of single tasks; None without one."""
         ...
 
+    async def start(self) -> None:
+        """Start the background work and open the ledger."""
+        ...
+
 
 class TaskHandle:
     """One task at the service. It holds no resources and can be created again from its `task_id`."""
@@ -70,9 +74,9 @@ class TaskHandle:
         self.possible_duplicates: Final = possible_duplicates
         """Number of resubmits under the retry policy. Each earlier submit may also have been charged."""
         self.owner: Final = submit_info.owner
-        """Whom the task is for; None if the application has not said, or if the handle was made from the id alone."""
+        """Whom the task is for; None if the application has not said, or if it was submitted elsewhere."""
         self.note: Final[JsonValue] = None if entry is None else entry.note
-        """What the application has passed as `note`; None without a ledger, or if the handle was made from the id."""
+        """What the application has passed as `note`; None without a ledger, or if the ledger here has no such task."""
 
     @property
     def snapshot(self) -> Task | None:
@@ -94,8 +98,13 @@ class TaskHandle:
             await self._entry.acknowledge()
         elif self._source.ledger is None:
             raise LedgerError(f"task {self.task_id}: the client has no ledger. Pass ledger=SqliteLedger(folder).")
-        elif not await self._source.ledger.acknowledge(self.task_id, self._final):
-            raise LedgerError(f"task {self.task_id}: not in the files of the ledger that this process holds")
+        else:
+            await self._source.start()
+            if not await self._source.ledger.acknowledge(self.task_id, self._final):
+                raise LedgerError(
+                    f"task {self.task_id}: not in the files of the ledger that this process holds. The process that "
+                    "has submitted it can acknowledge it."
+                )
 
     def __repr__(self) -> str:
         return f"TaskHandle({self.task_id!r})"

@@ -249,6 +249,8 @@ class Spending:
 class UnresolvedAttempt:
     """A submit of a single task that may have been charged, and whose task id is not known."""
 
+    key: str
+    """Identifies the call, as in its events and in the error that it has raised (`exc.key`)."""
     owner: str | None
     note: JsonValue
     """What the application has passed as `note`."""

@@ -231,6 +231,10 @@ class TaskLedger(Protocol):
         """
         ...
 
+    def find_entry(self, task_id: str) -> LedgerEntry | None:
+        """Return the entry of a task that this process has submitted or resumed lately; else None. No I/O."""
+        ...
+
     def observe(self, task: Task) -> None:
         """Record the end of *task* if it is final and an entry of this process. Returns at once."""
         ...

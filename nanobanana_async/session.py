@@ -1,6 +1,8 @@
 """`Session`: what a client and its handles share. Dropping all of them stops the background work."""
 
 import contextlib
+import inspect
+import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -10,7 +12,6 @@ from typing import Final, cast
 
 import anyio
 import attrs
-from attrs.validators import instance_of, optional
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.slots import Slot, SlotPool, SlotWaiter
@@ -84,12 +85,28 @@ class SubmitOptions(RequestOptions, total=False):
     """
 
 
+_MAX_NOTE_CHARS: Final = 65_536
 _OWN_OPTIONS: Final = SubmitOptions.__annotations__.keys() - RequestOptions.__annotations__.keys()
 
 
-def _check_owner(_: object, __: object, owner: str | None) -> None:
-    if owner is not None and not owner.strip():
+def _to_owner(owner: object) -> str | None:
+    if owner is not None and not (isinstance(owner, str) and owner.strip()):
         raise ValueError(f"owner: expected text, got {owner!r:.80}")
+    return owner
+
+
+def _to_json_value(note: JsonValue) -> JsonValue:
+    """Return *note* as it is after a restart: tuples are lists, and keys are text."""
+    if note is None:
+        return None
+    try:
+        text = json.dumps(note, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise ValueError(f"note: expected a JSON value, got {note!r:.80}: {exc}") from exc
+    if len(text) > _MAX_NOTE_CHARS:
+        raise ValueError(f"note: expected at most {_MAX_NOTE_CHARS} characters of JSON, got {len(text)}")
+    value: JsonValue = json.loads(text)
+    return value
 
 
 @attrs.frozen(kw_only=True)
@@ -101,8 +118,8 @@ class SubmitCall:
     """When the caller gives up, on the event loop's clock."""
     key: str = attrs.field(factory=new_key)
     """Identifies the call in events and in the ledger."""
-    owner: str | None = attrs.field(default=None, validator=[optional(instance_of(str)), _check_owner])
-    note: JsonValue = None
+    owner: str | None = attrs.field(default=None, converter=_to_owner)
+    note: JsonValue = attrs.field(default=None, converter=_to_json_value)
     callback: CallbackSource | None = None
     record: SubmitRecord | None = None
     """Records the attempts instead of the ledger of the client."""
@@ -119,6 +136,7 @@ class Session:
     def __init__(
         self, endpoint: Endpoint, transport: Transport | None, ledger: TaskLedger | None, options: SessionOptions
     ) -> None:
+        _check_options(ledger, options)
         limits, timeouts = options.limits, options.timeouts
         self.endpoint: Final = endpoint
         self.ledger: Final = ledger
@@ -229,6 +247,7 @@ class Session:
         except BaseException as exc:
             self.queue.leave(call.waiter)
             if isinstance(exc, NanoBananaError):
+                exc.key, exc.owner = call.key, call.owner
                 self.emit(SubmitFailed(key=call.key, owner=call.owner, task_id=exc.task_id, error=exc))
             raise
         leave = partial(self.queue.leave, call.waiter)
@@ -310,6 +329,10 @@ class Session:
         self, task_id: str, submitted_at: datetime | None = None, entry: LedgerEntry | None = None
     ) -> TaskHandle:
         """Return a handle of a task that was submitted earlier. Sends nothing."""
+        if entry is None and self.ledger is not None:
+            entry = self.ledger.find_entry(task_id)
+        if submitted_at is None and entry is not None:
+            submitted_at = entry.submitted_at
         info = self.tracker.cache.submits.get(task_id) or SubmitInfo()
         if submitted_at is not None:  # the wall clock may have been set back: no submit is in the future
             age_s = max(0.0, (datetime.now(UTC) - submitted_at).total_seconds())
@@ -340,12 +363,29 @@ class Session:
         )
 
 
+def _check_options(ledger: object, options: SessionOptions) -> None:
+    if ledger is not None and not hasattr(ledger, "new_entry"):
+        raise ConfigurationError(f"ledger: expected SqliteLedger(folder) or another TaskLedger, got {ledger!r:.80}")
+    if inspect.iscoroutinefunction(options.on_event) or inspect.iscoroutinefunction(options.on_orphan):
+        raise ConfigurationError("on_event, on_orphan: expected plain functions, got a coroutine function")
+    if isinstance(options.owner_limits, OwnerLimits):
+        _check_owner_limits(options.owner_limits, ledger)
+    elif not callable(options.owner_limits):
+        raise ConfigurationError(f"owner_limits: expected OwnerLimits or a function, got {options.owner_limits!r:.80}")
+
+
+def _check_owner_limits(limits: object, ledger: object) -> None:
+    if not isinstance(limits, OwnerLimits):
+        raise ConfigurationError(f"owner_limits: expected a function that returns OwnerLimits, got {limits!r:.80}")
+    if limits.budget is not None and ledger is None:
+        raise ConfigurationError("owner_limits: a budget needs a ledger. Pass ledger=SqliteLedger(folder).")
+
+
 def _owner_limits(
     given: OwnerLimits | Callable[[str], OwnerLimits], ledger: TaskLedger | None, owner: str
 ) -> OwnerLimits:
     limits = given if isinstance(given, OwnerLimits) else given(owner)
-    if limits.budget is not None and ledger is None:
-        raise ConfigurationError("owner_limits: a budget needs a ledger. Pass ledger=SqliteLedger(folder).")
+    _check_owner_limits(limits, ledger)
     return limits
 
 

@@ -50,7 +50,7 @@ def test_list_shows_what_was_saved_and_what_it_has_cost(server: SimulatorServer,
     assert nanobanana("generate", "an owl", "--no-ledger", "--poll", "0.1", cwd=tmp_path).code == 0
     listed = nanobanana("list")
     first, second = listed.out.splitlines()
-    assert first.endswith(f"  saved       0.5 credits   {server.charges[0].task_id}  me  a fox")
+    assert first.endswith(f"  saved         0.5 credits   {server.charges[0].task_id}  me  a fox")
     assert second.endswith("a hare")
     assert listed.err == "2 tasks, 1 credits charged\n"
     (record,) = [json.loads(line) for line in nanobanana("list", "--json", "--owner", "me").out.splitlines()]
@@ -70,8 +70,10 @@ def test_a_ledger_that_cannot_be_used_does_not_stop_generate(server: SimulatorSe
 def test_list_says_what_is_wrong_with_its_arguments(tmp_path: Path) -> None:
     """A folder without a ledger, and an id that is not there."""
     missing = nanobanana("list", "--ledger", str(tmp_path / "nowhere"))
-    assert (missing.code, missing.out) == (1, "")
+    assert (missing.code, missing.out) == (2, "")
     assert "not found. Pass the folder of a SqliteLedger." in missing.err
+    assert nanobanana("list", "--ack", "ta-1").code == 1
+    assert nanobanana("generate", "a fox", "--owner", " ").code == 2
     unknown = nanobanana("list", "--ledger", str(tmp_path), "--ack", "ta-1")
     assert unknown.code == 1
     assert "ta-1: not in the ledger" in unknown.err

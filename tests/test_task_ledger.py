@@ -1,5 +1,6 @@
 """The ledger of single tasks: what survives the process, who gets it, and what it says of money."""
 
+import asyncio
 import json
 import sqlite3
 import stat
@@ -155,6 +156,82 @@ async def test_what_was_not_charged_is_neither_resumed_nor_unresolved(tmp_path: 
         assert (await client.spending()).unpriced == 0
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_submit_that_is_cancelled_before_its_post_is_not_charged(tmp_path: Path) -> None:
+    """`task.cancel()` may come while the attempt is being recorded. It leaves no attempt that may have been charged."""
+    simulator = Simulator()
+    orphans: list[TaskHandle] = []
+    async with client_of(simulator, tmp_path, on_orphan=orphans.append) as client:
+        for steps in range(1, 60):
+            task = asyncio.create_task(client.submit("a fox", owner="x"))
+            for _ in range(steps):
+                await asyncio.sleep(0 if steps < 30 else 0.0002)
+            task.cancel()
+            await asyncio.wait([task])
+        await anyio.sleep(0.2)
+        spending = await client.spending("x")
+        assert spending.unpriced == len(simulator.charges) == len([handle async for handle in client.resume()])
+        assert [attempt async for attempt in client.unresolved()] == []
+    async with client_of(simulator, tmp_path) as client:
+        assert [attempt async for attempt in client.unresolved()] == []
+
+
+async def test_a_handle_made_from_an_id_knows_what_this_process_has_recorded(tmp_path: Path) -> None:
+    """The second request of a web app finds owner, note and time of the submit, also after a restart and `resume`."""
+    simulator = Simulator()
+    async with client_of(simulator, tmp_path) as client:
+        handle = await client.submit("a fox", owner="x", note={"t": (1,), 5: 6})  # type: ignore[dict-item]
+        again = client.task(handle.task_id)
+        assert (again.owner, again.note) == (handle.owner, handle.note) == ("x", {"t": [1], "5": 6})
+    async with client_of(simulator, tmp_path) as client:
+        await client.task(handle.task_id).ack()  # opens the ledger, and needs no `resume`
+        assert await resumed(client) == []
+    async with client_of(simulator, tmp_path) as client:
+        another = await client.submit("a hare", owner="y")
+    async with client_of(simulator, tmp_path) as client:
+        assert len(await resumed(client)) == 1
+        again = client.task(another.task_id)
+        assert again.owner == "y"
+        assert again.submitted_at is not None
+
+
+async def test_an_error_of_a_submit_names_its_call_and_owner(tmp_path: Path) -> None:
+    """The application recognizes the submit that `unresolved` yields later."""
+    async with client_of(Simulator(), tmp_path, nth_post(lambda _: lost())) as client:
+        with pytest.raises(SubmissionUnknown) as caught:
+            await client.submit("a fox", owner="x")
+        (attempt,) = [attempt async for attempt in client.unresolved()]
+    assert (caught.value.key, caught.value.owner) == (attempt.key, "x")
+
+
+async def _coroutine(_: object) -> None:
+    """Stand for a hook that cannot be called."""
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"ledger": "state/"}, "ledger: expected SqliteLedger"),
+        ({"on_event": _coroutine}, "expected plain functions"),
+        ({"owner_limits": 5}, "owner_limits: expected OwnerLimits or a function"),
+        ({"owner_limits": OwnerLimits(budget=Decimal(1))}, "a budget needs a ledger"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_at_once(options: dict[str, object], says: str) -> None:
+    """Not at the first submit of a user."""
+    with pytest.raises(ConfigurationError, match=says):
+        NanoBananaClient("dk-test", **options)  # type: ignore[arg-type]
+
+
+async def test_a_function_that_returns_no_limits_fails_the_submit() -> None:
+    """Nothing is sent without the limits that were meant."""
+    simulator = Simulator()
+    async with NanoBananaClient("dk-test", transport=simulator, owner_limits=lambda _: None) as client:  # type: ignore[arg-type,return-value]
+        with pytest.raises(ConfigurationError, match="returns OwnerLimits"):
+            await client.submit("a fox", owner="x")
+    assert simulator.charges == []
+
+
 async def test_possible_duplicates_of_a_submit_survive_a_restart(tmp_path: Path) -> None:
     """The service may have charged the POST that it answered with its own error, too."""
     simulator = Simulator()
@@ -221,13 +298,17 @@ async def test_a_ledger_that_the_caller_has_entered_is_not_closed_by_the_client(
     assert (task.state, task.prompt, task.acknowledged_at) == (RowState.SUCCEEDED, "a fox", None)
 
 
-async def test_a_ledger_that_cannot_be_opened_fails_the_submit_before_the_post(tmp_path: Path) -> None:
-    """Nothing is charged that would not be recorded."""
+async def test_a_ledger_that_cannot_be_opened_is_found_before_the_first_submit(tmp_path: Path) -> None:
+    """At `async with`, or else at the first submit. Nothing is charged that would not be recorded."""
     (tmp_path / "file").write_text("")
     simulator = Simulator()
-    async with client_of(simulator, tmp_path / "file") as client:
-        with pytest.raises(LedgerError, match="cannot be created"):
-            await client.submit("a fox")
+    with pytest.raises(LedgerError, match="expected a folder, got a file"):
+        async with client_of(simulator, tmp_path / "file"):
+            pass
+    client = NanoBananaClient("dk-test", transport=simulator, ledger=SqliteLedger(tmp_path / "file"))
+    with pytest.raises(LedgerError, match="expected a folder, got a file"):
+        await client.submit("a fox")
+    await client.aclose()
     assert simulator.charges == []
 
 
@@ -380,9 +461,9 @@ async def test_a_damaged_file_is_reported_and_not_replaced(tmp_path: Path, damag
         db = sqlite3.connect(path)
         db.execute("PRAGMA user_version=99")
         db.close()
-    async with client_of(Simulator(), tmp_path) as client:
-        with pytest.raises(LedgerError, match=r"tasks-001\.db"):
-            await client.submit("a hare")
+    with pytest.raises(LedgerError, match=r"To go on without its tasks, move tasks-001\.db and tasks-001\.lock"):
+        async with client_of(Simulator(), tmp_path):
+            pass
     assert path.exists()
 
 
@@ -483,15 +564,3 @@ async def test_a_resubmit_that_the_budget_does_not_allow_is_not_sent(tmp_path: P
         with pytest.raises(SubmissionUnknown):
             await client.submit("a fox", owner="x")
     assert posts == 1
-
-
-def test_a_budget_without_a_ledger_is_refused() -> None:
-    """It could not be kept across a restart."""
-
-    async def submit() -> None:
-        limits = OwnerLimits(budget=Decimal(1))
-        async with NanoBananaClient("dk-test", transport=Simulator(), owner_limits=limits) as client:
-            await client.submit("a fox", owner="x")
-
-    with pytest.raises(ConfigurationError, match="a budget needs a ledger"):
-        anyio.run(submit)

@@ -86,6 +86,8 @@ def generate(  # noqa: PLR0913 - one parameter per option
         raise click.UsageError("-o: expected a file or a folder, got '-'. Images are not written to stdout.")
     if len(prompts) > 1 and path.suffix.lower() in SUFFIXES:
         raise click.UsageError(f"-o: expected a folder for {len(prompts)} prompts, got the file {output}.")
+    if owner is not None and not owner.strip():
+        raise click.UsageError("--owner: expected text.")
     references = [_reference(image) for image in images]
     try:
         requests = [GenerationRequest(prompt, images=references, **options) for prompt in prompts]

@@ -30,7 +30,7 @@ from nanobanana_async.models import Task
 
 _STATUS: Final = {
     RowState.SUBMITTING: "submitting",
-    RowState.SUBMITTED: "running",
+    RowState.SUBMITTED: "submitted",
     RowState.SUCCEEDED: "finished",
     RowState.FAILED: "failed",
     RowState.UNKNOWN: "unknown",
@@ -85,27 +85,28 @@ def list_tasks(
 ) -> None:
     """List the tasks that were submitted by generate, oldest first. Sends no requests."""
     home = folder or _folder()
+    if folder is not None and not folder.is_dir():
+        raise click.UsageError(f"--ledger: {folder} not found. Pass the folder of a SqliteLedger.")
 
     async def work(_: CommandContext) -> int:
-        if not home.is_dir():
-            if folder is None:
-                return EXIT_OK
-            raise LedgerError(f"{home}: not found. Pass the folder of a SqliteLedger.")
-        async with SqliteLedger(home) as ledger:
-            code = EXIT_OK
-            for one in acknowledged:
-                if not await ledger.acknowledge(one):
-                    click.echo(f"nanobanana: {sanitize_line(one)}: not in the ledger, or in use by a program", err=True)
-                    code = EXIT_FAILED
-            tasks = await ledger.all_tasks()
+        code, tasks = EXIT_OK, list[LedgerTask]()
+        if home.is_dir():
+            async with SqliteLedger(home) as ledger:
+                missing = [one for one in acknowledged if not await ledger.acknowledge(one)]
+                tasks = await ledger.all_tasks()
+        else:
+            missing = list(acknowledged)
+        for one in missing:
+            click.echo(f"nanobanana: {sanitize_line(one)}: not in the ledger, or in use by a program", err=True)
+            code = EXIT_FAILED
         tasks = [
             task for task in tasks if (owner is None or task.owner == owner) and (not unsaved or _is_unsaved(task))
         ]
         for task in tasks:
             if as_json:
-                print_json(_record(task))
+                print_json(_record(task, is_own=folder is None))
             else:
-                _show(task, with_command=unsaved)
+                _show(task, folder, with_command=unsaved)
         if not as_json:
             _summarize(tasks)
         return code
@@ -118,25 +119,30 @@ def _is_unsaved(task: LedgerTask) -> bool:
     return task.acknowledged_at is None and task.possible_charges > 0
 
 
-def _status(task: LedgerTask) -> str:
+def _status(task: LedgerTask, *, is_own: bool) -> str:
+    """Return the last known status. *is_own* says whether `generate` has recorded the task."""
     if task.state is RowState.SUCCEEDED and task.acknowledged_at is not None:
-        return "saved"
+        return "saved" if is_own else "acknowledged"
     return _STATUS.get(task.state, "not sent" if task.task_id is None else task.state.value)
 
 
-def _show(task: LedgerTask, *, with_command: bool) -> None:
+def _show(task: LedgerTask, folder: Path | None, *, with_command: bool) -> None:
     started = datetime.fromtimestamp(task.intended_at).astimezone()
     charged = "" if task.consumed is None else f"{format_credits(task.consumed)} credits"
     prompt = task.prompt if len(task.prompt) <= 60 else f"{task.prompt[:57]}..."
     texts = [task.task_id or task.key, *([task.owner] if task.owner is not None else []), prompt]
-    line = f"{started:%Y-%m-%d %H:%M}  {_status(task):<10}  {charged:<12}  {'  '.join(map(sanitize_line, texts))}"
+    status = _status(task, is_own=folder is None)
+    line = f"{started:%Y-%m-%d %H:%M}  {status:<12}  {charged:<12}  {'  '.join(map(sanitize_line, texts))}"
     print_result(line.rstrip())
     if not with_command:
         return
+    option = "" if folder is None else f" --ledger {shlex.quote(str(folder))}"
+    leave_out = f"To leave it out, run: nanobanana list{option} --ack {task.task_id or task.key}"
     if task.task_id is None:
-        command = f"nanobanana list --ack {task.key}"
-        print_result(f"    may have been charged, and its task id is not known. To leave it out, run: {command}")
-    elif task.state is not RowState.FAILED:
+        print_result(f"    may have been charged, and its task id is not known. {leave_out}")
+    elif folder is not None or task.state is RowState.FAILED:
+        print_result(f"    {leave_out}")
+    else:
         note = task.note if isinstance(task.note, dict) else {}
         output = note.get("output")
         target = shlex.quote(output if isinstance(output, str) else ".")
@@ -151,11 +157,11 @@ def _summarize(tasks: list[LedgerTask]) -> None:
     print(line, file=sys.stderr)  # noqa: T201 - a closing line, not a result
 
 
-def _record(task: LedgerTask) -> dict[str, object]:
+def _record(task: LedgerTask, *, is_own: bool) -> dict[str, object]:
     return {
         "key": task.key,
         "task_id": task.task_id,
-        "status": _status(task),
+        "status": _status(task, is_own=is_own),
         "owner": task.owner,
         "note": task.note,
         "prompt": task.prompt,

@@ -117,7 +117,8 @@ class Budget:
             return f"budget: another submit could exceed it: {spent}, and {left}"
         name = priced_as[0] if priced_as[1] is None else f"{priced_as[0]} at {priced_as[1]}"
         return (
-            f"budget: the price of {name} is not known, and a submit of unknown price may have been charged: {spent}. "
+            f"budget: the price of {name} is not known, and a submit of unknown price is running or may have been "
+            f"charged: {spent}. "
             f"To go on, state the largest price of an image: pass {advice}."
         )
 

@@ -132,4 +132,4 @@ def inode(path: Path) -> int | None:
 def _open_error(path: Path, exc: Exception) -> LedgerError:
     if getattr(exc, "sqlite_errorcode", None) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return LedgerError(f"{path}: in use by another program. Close it, and try again.")
-    return LedgerError(f"{path}: cannot be used: {getattr(exc, 'strerror', None) or exc}")
+    return LedgerError(f"{path}: cannot be used: {getattr(exc, 'strerror', None) or exc}.")

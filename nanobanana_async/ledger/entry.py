@@ -82,9 +82,20 @@ class TaskEntry:
                 return "its state does not allow another attempt"
             return None
 
-        refusal = await self._file.commit(work, is_checked=self._check_budget is not None)
+        try:
+            refusal = await self._file.commit(work, is_checked=self._check_budget is not None)
+        except LedgerError:
+            raise
+        except BaseException:  # `task.cancel()` reaches through the shield: the POST will not be sent
+            self._file.enqueue(lambda db: schema.end_attempt(db, self.key, self._never_sent()))
+            raise
         if refusal is not None:
             raise BudgetExceeded(refusal) if new is not None else NotSent(f"not resubmitted: {refusal}")
+
+    def _never_sent(self) -> AttemptEnd:
+        reason = "the caller was cancelled before it was sent"
+        error = SubmissionUnknown(reason) if self._is_unknown else NotSent(reason)
+        return AttemptEnd(verdict=Verdict.NOT_CHARGED, rule="cancelled", error=error)
 
     async def end_attempt(self, end: AttemptEnd) -> None:
         """See `SubmitRecord.end_attempt`."""

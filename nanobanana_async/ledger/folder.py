@@ -19,6 +19,7 @@ import anyio
 import anyio.to_thread
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
+from nanobanana_async._concurrency.fifo_cache import FifoCache
 from nanobanana_async.errors import LedgerError
 from nanobanana_async.ledger import tasks
 from nanobanana_async.ledger.budget import Budget, PricedAs
@@ -39,7 +40,7 @@ TAKE_OVER_INTERVAL_S: Final = 30.0
 """How often a process looks for files whose process has ended."""
 _GROUP_COMMIT_S: Final = 0.01
 _PRUNE_INTERVAL_S: Final = 86_400.0
-_MAX_NOTE_CHARS: Final = 65_536
+_MAX_RECENT: Final = 4096
 
 
 class SqliteLedger:
@@ -79,8 +80,9 @@ class SqliteLedger:
         """Files that this process holds. It writes new tasks into the first."""
         self._quiet: dict[Path, float] = {}
         """Files in which nothing was left to acknowledge, with the modification time of their lock."""
-        self._entries: dict[str, TaskEntry] = {}
+        self._open_entries: dict[str, TaskEntry] = {}
         """Entries of tasks that are not final, by task id."""
+        self._recent_entries: FifoCache[TaskEntry] = FifoCache(_MAX_RECENT)
         self._opening = anyio.Lock()
         self._background = BackgroundTaskGroup()
         self._taken_over = anyio.Event()
@@ -187,7 +189,7 @@ class SqliteLedger:
         new = tasks.NewTask(
             key=key,
             owner=owner,
-            note=_to_json(note),
+            note=None if note is None else json.dumps(note),
             prompt=request.prompt if self._store_requests else "",
             priced_as=(request.model, request.image_size),
         )
@@ -196,11 +198,17 @@ class SqliteLedger:
 
     def _on_accepted(self, entry: TaskEntry) -> None:
         if entry.task_id is not None:
-            self._entries[entry.task_id] = entry
+            self._recent_entries.add(entry.task_id, entry)
+            if entry.snapshot is None:
+                self._open_entries[entry.task_id] = entry
+
+    def find_entry(self, task_id: str) -> TaskEntry | None:
+        """Return the entry of a task that this process has submitted or resumed lately; else None. No I/O."""
+        return self._open_entries.get(task_id) or self._recent_entries.get(task_id)
 
     def observe(self, task: Task) -> None:
         """Record the end of *task* if it is final and an entry of this process. Returns at once."""
-        if task.is_final and (entry := self._entries.pop(task.task_id, None)) is not None:
+        if task.is_final and (entry := self._open_entries.pop(task.task_id, None)) is not None:
             try:
                 entry.record_final(task)
             except LedgerError as exc:
@@ -219,9 +227,8 @@ class SqliteLedger:
                 if file.is_released:
                     continue
                 for task in await file.commit(lambda db: tasks.select(db, tasks.UNACKNOWLEDGED)):
-                    entry = self._entries.get(task.task_id or "") or TaskEntry.of(file, task)
-                    if task.snapshot is None:
-                        self._on_accepted(entry)
+                    entry = self.find_entry(task.task_id or "") or TaskEntry.of(file, task)
+                    self._on_accepted(entry)
                     if not entry.is_acknowledged:
                         yield entry
             if not follow:
@@ -305,7 +312,9 @@ class SqliteLedger:
                 for priced_as, price in prices:
                     budget.learn_price(priced_as, price)
             is_allowed = budget.try_reserve(new.priced_as) is not None
-            return None if is_allowed else budget.refusal(new.priced_as, "OwnerLimits(max_price=...)")
+            if is_allowed:
+                return None
+            return f"owner {new.owner!r}: {budget.refusal(new.priced_as, 'OwnerLimits(max_price=...)')}"
 
         return check
 
@@ -320,21 +329,9 @@ def _to_unresolved(task: LedgerTask, entry: TaskEntry) -> UnresolvedAttempt:
         submitted_at=datetime.fromtimestamp(task.intended_at, UTC),
         reason=task.reason or "",
         possible_charges=task.possible_charges,
+        key=task.key,
         acknowledge=entry.acknowledge,
     )
-
-
-def _to_json(note: JsonValue) -> str | None:
-    """Return *note* as JSON; None for None."""
-    if note is None:
-        return None
-    try:
-        text = json.dumps(note, ensure_ascii=True, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as exc:
-        raise ValueError(f"note: expected a JSON value, got {note!r:.80}: {exc}") from exc
-    if len(text) > _MAX_NOTE_CHARS:
-        raise ValueError(f"note: expected at most {_MAX_NOTE_CHARS} characters of JSON, got {len(text)}")
-    return text
 
 
 def _modified_at(path: Path) -> float:

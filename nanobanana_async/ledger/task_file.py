@@ -35,7 +35,7 @@ class TaskFile(LedgerFile):
             LockHeld: Another process holds it.
             LedgerError: It cannot be used.
         """
-        return await TaskFile._open(lambda: TaskFile(path, open_database(path, _TaskChecks(path)), group_commit_s))
+        return await TaskFile._open(lambda: _open_task_file(path, group_commit_s))
 
     @staticmethod
     async def open_first(folder: Path, group_commit_s: float) -> "TaskFile":
@@ -44,12 +44,14 @@ class TaskFile(LedgerFile):
         def open_file() -> "TaskFile":
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+            except FileExistsError as exc:
+                raise LedgerError(f"{folder}: expected a folder, got a file") from exc
             except OSError as exc:
                 raise LedgerError(f"{folder}: cannot be created: {exc.strerror}") from exc
             for number in range(1, _MAX_FILES + 1):
                 path = folder / f"tasks-{number:03}.db"
                 with contextlib.suppress(LockHeld):
-                    return TaskFile(path, open_database(path, _TaskChecks(path)), group_commit_s)
+                    return _open_task_file(path, group_commit_s)
             raise LedgerError(f"{folder}: {_MAX_FILES} processes use it. Use another folder.")
 
         return await TaskFile._open(open_file)
@@ -69,6 +71,16 @@ class TaskFile(LedgerFile):
             yield
 
 
+def _open_task_file(path: Path, group_commit_s: float) -> TaskFile:
+    try:
+        return TaskFile(path, open_database(path, _TaskChecks(path)), group_commit_s)
+    except LockHeld:
+        raise
+    except LedgerError as exc:
+        lock = path.with_suffix(".lock").name
+        raise LedgerError(f"{exc} To go on without its tasks, move {path.name} and {lock} to another folder.") from exc
+
+
 class _TaskChecks:
     """The `OpeningChecks` of a file of single tasks: no task is submitted twice from it, so a copy does no harm."""
 
@@ -83,7 +95,9 @@ class _TaskChecks:
     def check_new(self, found: LockRecord) -> None:
         """See `OpeningChecks.check_new`."""
         if found.attempts:
-            _log.warning("%s is missing or empty, and had %d attempts", self._path, found.attempts)
+            _log.error(
+                "%s is missing or empty: %d submits and what they have cost are lost", self._path, found.attempts
+            )
 
     def check_existing(self, db: sqlite3.Connection, found: LockRecord) -> None:
         """See `OpeningChecks.check_existing`."""
