@@ -214,12 +214,12 @@ class LedgerEntry(SubmitRecord, Protocol):
 class TaskLedger(Protocol):
     """A durable record of single tasks, such as `SqliteLedger`."""
 
-    async def open(self) -> bool:
-        """Open the ledger. Return False if it was open."""
+    async def open(self) -> None:
+        """Open the ledger, for one more user if it is open."""
         ...
 
     async def aclose(self) -> None:
-        """Write what is pending, and close the ledger. A second call has no effect."""
+        """Leave the ledger. The last user that leaves it writes what is pending and closes it."""
         ...
 
     def new_entry(

@@ -1,5 +1,6 @@
 """`Session`: what a client and its handles share. Dropping all of them stops the background work."""
 
+import asyncio
 import contextlib
 import inspect
 import json
@@ -92,6 +93,8 @@ _OWN_OPTIONS: Final = SubmitOptions.__annotations__.keys() - RequestOptions.__an
 def _to_owner(owner: object) -> str | None:
     if owner is not None and not (isinstance(owner, str) and owner.strip()):
         raise ValueError(f"owner: expected text, got {owner!r:.80}")
+    if owner is not None and not owner.isascii():
+        owner.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
     return owner
 
 
@@ -102,7 +105,7 @@ def _to_json_value(note: JsonValue) -> JsonValue:
     try:
         text = json.dumps(note, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as exc:
-        raise ValueError(f"note: expected a JSON value, got {note!r:.80}: {exc}") from exc
+        raise ValueError(f"note: expected a JSON value, got {type(note).__name__}: {exc}") from exc
     if len(text) > _MAX_NOTE_CHARS:
         raise ValueError(f"note: expected at most {_MAX_NOTE_CHARS} characters of JSON, got {len(text)}")
     value: JsonValue = json.loads(text)
@@ -142,6 +145,8 @@ class Session:
         self.ledger: Final = ledger
         self.options: Final = options
         self.default_timeout_s: Final = timeouts.task_s
+        self._ledger_lock = anyio.Lock()
+        self._has_opened_ledger = False
         self.background: Final = BackgroundTaskGroup()
         # Nothing that the background work refers to may refer to the session, which is collected once it is dropped.
         self.emit: Final = partial(_emit, options.on_event)
@@ -182,10 +187,15 @@ class Session:
         )
 
     async def start(self) -> None:
-        """Start the background work and open the ledger, on first use. A ledger that was opened here is closed here."""
+        """Start the background work and open the ledger, on first use. It is closed when the work has stopped."""
         await self.background.ensure_started()
-        if self.ledger is not None and await self.ledger.open():
-            self.background.close_when_stopped(self.ledger.aclose)
+        if self.ledger is None or self._has_opened_ledger:
+            return
+        async with self._ledger_lock:
+            if not self._has_opened_ledger:
+                await self.ledger.open()
+                self._has_opened_ledger = True
+                self.background.close_when_stopped(self.ledger.aclose)
 
     async def aclose(self) -> None:
         """See `NanoBananaClient.aclose`."""
@@ -315,7 +325,7 @@ class Session:
         if self.options.on_orphan is not None:
             try:
                 self.options.on_orphan(handle)
-            except Exception:  # noqa: BLE001 - user code; the caller must continue
+            except (Exception, asyncio.CancelledError):  # noqa: BLE001 - user code; the caller must continue
                 _log.exception("on_orphan failed for task %s", handle.task_id)
 
     def emit_saved(self, image: SavedImage, task_id: str | None) -> None:
@@ -403,7 +413,7 @@ def _emit(hook: EventHook | None, event: Event) -> None:
     if hook is not None:
         try:
             hook(event)
-        except Exception:  # noqa: BLE001 - user code; the work must continue
+        except (Exception, asyncio.CancelledError):  # noqa: BLE001 - user code, such as `result()` of a cancelled future
             _log.exception("on_event failed for %r", event)
 
 

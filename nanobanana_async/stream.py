@@ -7,6 +7,7 @@ from typing import Final
 import anyio
 
 from nanobanana_async._concurrency.events import OneShotEvent
+from nanobanana_async.errors import ClientClosed
 from nanobanana_async.events import Finished, Queued, StatusChanged, Submitted
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.session import Session, SubmitCall, to_event
@@ -36,6 +37,8 @@ class _BackgroundSubmit:
         except Exception as exc:  # noqa: BLE001 - raised again by the stream
             self.error = exc
         finally:
+            if self.handle is None and self.error is None:
+                self.error = ClientClosed("client: was closed while the request waited. Nothing is known to be sent.")
             self.is_done = True
             self._done.set()
 

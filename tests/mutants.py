@@ -388,8 +388,8 @@ MUTANTS: Final = (
     Mutant(
         "a single task is submitted without an attempt in the ledger",
         "ledger/entry.py",
-        "        refusal = await self._file.commit(work, is_checked=self._check_budget is not None)\n",
-        "        self._file.enqueue(work)\n        refusal = None\n",
+        "            refusal = await self.file.commit(work, is_checked=self._check_budget is not None)\n",
+        "            self.file.enqueue(work)\n            refusal = None\n",
         "test_task_ledger.py",
     ),
     Mutant(
@@ -402,7 +402,7 @@ MUTANTS: Final = (
     Mutant(
         "an acknowledgement is not durable when it returns",
         "ledger/entry.py",
-        "            await self._file.commit(lambda db: tasks.acknowledge(db, self.key))\n",
+        "            await self.file.commit(lambda db: tasks.acknowledge(db, self.key))\n",
         "            pass\n",
         "test_task_ledger.py",
     ),

@@ -327,7 +327,7 @@ async def test_an_id_that_cannot_be_recorded_is_in_the_error_and_in_the_log(
             await client.submit("a fox")
         (charge,) = simulator.charges
         assert caught.value.task_id == charge.task_id
-        assert f"task {charge.task_id} is charged and not in the ledger" in caplog.text
+        assert f"task {charge.task_id} is charged and could not be recorded" in caplog.text
         with pytest.raises(LedgerError, match="removed or replaced"):
             await client.submit("a hare")
     assert len(simulator.charges) == 1

@@ -5,11 +5,12 @@ different tasks.
 """
 
 import asyncio
+import contextlib
 import contextvars
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Final, Generic, TypeVar
 
 import anyio
@@ -128,6 +129,20 @@ class BackgroundTaskGroup:
             raise result.error
         return result.value  # type: ignore[return-value]  # `value` is set if `error` is None
 
+    @contextlib.contextmanager
+    def keep_open(self) -> Generator[None]:
+        """Count the block as shielded work: closing waits for its end, at most for the drain time."""
+        self._shielded += 1
+        try:
+            yield
+        finally:
+            self._leave_shielded()
+
+    def _leave_shielded(self) -> None:
+        self._shielded -= 1
+        if self._closing and not self._shielded:
+            self._drained.set()
+
     async def aclose(self, *, drain_s: float) -> None:
         """Refuse new work, give shielded calls *drain_s* seconds to finish, and cancel the rest.
 
@@ -243,9 +258,7 @@ class BackgroundTaskGroup:
         except Exception as exc:  # noqa: BLE001 - raised again in the caller's task
             result.error = exc
         finally:
-            self._shielded -= 1
-            if self._closing and not self._shielded:
-                self._drained.set()
+            self._leave_shielded()
             result.done.set()
         if result.abandoned and result.error is None:
             on_abandoned(result.value)  # type: ignore[arg-type]  # `value` is set if `error` is None

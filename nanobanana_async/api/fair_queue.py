@@ -17,6 +17,7 @@ LimitsOf: TypeAlias = Callable[[str], OwnerLimits]
 NO_LIMITS: Final = OwnerLimits()
 _MINUTE_S: Final = 60.0
 _TIMER_SLACK_S: Final = 0.05
+_COMPACT_EVERY: Final = 256
 
 
 @attrs.define(eq=False, weakref_slot=False)
@@ -56,7 +57,7 @@ class FairQueue:
     one serves all owners.
 
     Args:
-        limits_of: Returns the limits of an owner. Called once for as long as the owner is known.
+        limits_of: Returns the limits of an owner.
         start_soon: Starts the shared timer in the background, once `per_minute` makes an owner wait.
     """
 
@@ -87,6 +88,8 @@ class FairQueue:
             sent_s = None if limits.per_minute is None else list[float]()
             owner = self._owners[waiter.owner] = _Owner(waiter.owner, limits, sent_s=sent_s)
         owner.waiting.append(waiter)
+        if len(owner.waiting) % _COMPACT_EVERY == 0:  # those that have left behind one that waits
+            owner.waiting = deque(waiting for waiting in owner.waiting if not waiting.has_left)
         self._take_turn(owner)
 
     def pop(self) -> SlotWaiter | None:
@@ -154,7 +157,7 @@ class FairQueue:
 
     def _forget_idle(self, owner: _Owner) -> None:
         """Forget an owner without submits. One with `per_minute` is kept until a minute after its last submit."""
-        if owner.waiting or owner.in_flight:
+        if owner.waiting or owner.in_flight or owner.is_in_turn:
             return
         if owner.sent_s and (idle_at_s := owner.sent_s[-1] + _MINUTE_S) > anyio.current_time():
             self._wake_at(owner, idle_at_s)

@@ -220,15 +220,17 @@ class SubmitLoop:
 
         No checkpoint separates the record of the attempt from its shield.
         """
-        await submit.record.begin_attempt(submit.nonce)
-        submit.exchange_deadline_s = min(submit.exchange_deadline_s, anyio.current_time() + self._timeouts.submit_s)
-        held = submit.slot.share()
-        attempt = partial(self._attempt, submit, held)
-        with anyio.CancelScope(deadline=submit.deadline_s):
+        with self._background.keep_open():  # the ledger, too, until the attempt has an end
+            await submit.record.begin_attempt(submit.nonce)
+            now_s = anyio.current_time()
+            submit.exchange_deadline_s = min(submit.exchange_deadline_s, now_s + self._timeouts.submit_s)
             try:
-                return await self._background.shield(attempt, on_abandoned=partial(self._on_abandoned, submit))
+                self._background.check_open()
+                held = submit.slot.share()
+                attempt = partial(self._attempt, submit, held)
+                with anyio.CancelScope(deadline=submit.deadline_s):
+                    return await self._background.shield(attempt, on_abandoned=partial(self._on_abandoned, submit))
             except ClientClosed as exc:  # while the attempt was recorded: nothing was sent
-                held.release()
                 never = self._judge(submit, SubmitExchange(failure=ExchangeError(str(exc), phase=Phase.CONNECT)))
                 await submit.record.end_attempt(never.end)
                 return never
@@ -245,7 +247,14 @@ class SubmitLoop:
         self._flow.observe(exchange.response, sent_s)
         attempt = self._judge(submit, exchange)
         self._update_breaker(attempt)
-        await submit.record.end_attempt(attempt.end)
+        try:
+            await submit.record.end_attempt(attempt.end)
+        except NanoBananaError as exc:
+            if (task_id := attempt.end.task_id) is not None:  # the error may find no caller any more
+                exc.task_id = task_id
+                _log.error("task %s is charged and could not be recorded: %s", task_id, exc)
+                submit.on_orphan(AcceptedSubmit(task_id, submit.possible_charges))
+            raise
         return attempt
 
     async def _exchange(self, wire: WireRequest, timeout_s: float) -> SubmitExchange:

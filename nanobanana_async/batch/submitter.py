@@ -109,10 +109,6 @@ class RowRecord:
         self._is_unknown = isinstance(end.error, SubmissionUnknown)
         try:
             await self._ledger.end_attempt(self.row.key, end)
-        except LedgerError as exc:
-            if end.task_id is not None:
-                _log.error("task %s of row %s is charged and not in the ledger: %s", end.task_id, self.row.key, exc)
-            raise
         finally:
             self.scope.shield = False
         if self.reservation is not None and end.verdict in (Verdict.REJECTED, Verdict.NOT_CHARGED):

@@ -23,6 +23,7 @@ from nanobanana_async.cli.runtime import (
     run,
 )
 from nanobanana_async.errors import LedgerError
+from nanobanana_async.ledger import folder as ledger_folder
 from nanobanana_async.ledger.folder import SqliteLedger
 from nanobanana_async.ledger.schema import RowState
 from nanobanana_async.ledger.tasks import LedgerTask
@@ -60,10 +61,12 @@ async def open_ledger(*, skip: bool) -> AsyncGenerator[SqliteLedger | None]:
 
 async def acknowledge(task: Task) -> None:
     """Record that the images of *task* are saved, if the ledger of this user has it."""
-    if _folder().is_dir():
-        async with open_ledger(skip=False) as ledger:
-            if ledger is not None:
-                await ledger.acknowledge(task.task_id, task)
+    try:
+        await ledger_folder.acknowledge(_folder(), task.task_id, task)
+    except LedgerError as exc:
+        click.echo(
+            f"nanobanana: the image is saved, and the ledger cannot be written: {sanitize_line(str(exc))}", err=True
+        )
 
 
 @click.command(name="list")
@@ -89,13 +92,9 @@ def list_tasks(
         raise click.UsageError(f"--ledger: {folder} not found. Pass the folder of a SqliteLedger.")
 
     async def work(_: CommandContext) -> int:
-        code, tasks = EXIT_OK, list[LedgerTask]()
-        if home.is_dir():
-            async with SqliteLedger(home) as ledger:
-                missing = [one for one in acknowledged if not await ledger.acknowledge(one)]
-                tasks = await ledger.all_tasks()
-        else:
-            missing = list(acknowledged)
+        code = EXIT_OK
+        missing = [one for one in acknowledged if not await ledger_folder.acknowledge(home, one)]
+        tasks = await ledger_folder.read_tasks(home)
         for one in missing:
             click.echo(f"nanobanana: {sanitize_line(one)}: not in the ledger, or in use by a program", err=True)
             code = EXIT_FAILED

@@ -1,7 +1,8 @@
 """`TaskEntry`: the record of one single task, from before its submit to its acknowledgement."""
 
-import logging
+import contextlib
 import sqlite3
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Final, Self
@@ -12,8 +13,6 @@ from nanobanana_async.ledger.task_file import TaskFile
 from nanobanana_async.ledger.tasks import LedgerTask, NewTask
 from nanobanana_async.models import JsonValue, Task
 from nanobanana_async.protocols import AttemptEnd, Verdict
-
-_log: Final = logging.getLogger("nanobanana_async")
 
 
 class TaskEntry:
@@ -31,8 +30,9 @@ class TaskEntry:
         self.submitted_at: datetime | None = None
         self.possible_duplicates = 0
         self.snapshot: Task | None = None
-        self.is_acknowledged = False
-        self._file = file
+        self.acknowledged_s: float | None = None
+        """When it was acknowledged by this process, on the monotonic clock."""
+        self.file: Final = file
         self._new: NewTask | None = None
         self._on_accepted: Callable[[TaskEntry], None] = lambda _: None
         self._check_budget: Callable[[sqlite3.Connection], str | None] | None = None
@@ -69,6 +69,11 @@ class TaskEntry:
         entry.snapshot = task.snapshot
         return entry
 
+    @property
+    def is_acknowledged(self) -> bool:
+        """Whether this process has acknowledged it."""
+        return self.acknowledged_s is not None
+
     async def begin_attempt(self, nonce: str | None) -> None:
         """See `SubmitRecord.begin_attempt`. Raises `BudgetExceeded` if the attempt could exceed the owner's budget."""
         new, self._new = self._new, None
@@ -83,11 +88,12 @@ class TaskEntry:
             return None
 
         try:
-            refusal = await self._file.commit(work, is_checked=self._check_budget is not None)
+            refusal = await self.file.commit(work, is_checked=self._check_budget is not None)
         except LedgerError:
             raise
         except BaseException:  # `task.cancel()` reaches through the shield: the POST will not be sent
-            self._file.enqueue(lambda db: schema.end_attempt(db, self.key, self._never_sent()))
+            with contextlib.suppress(LedgerError):  # checked, too, to stay behind the attempt
+                self.file.enqueue(lambda db: schema.end_attempt(db, self.key, self._never_sent()), is_checked=True)
             raise
         if refusal is not None:
             raise BudgetExceeded(refusal) if new is not None else NotSent(f"not resubmitted: {refusal}")
@@ -104,24 +110,18 @@ class TaskEntry:
             self.possible_duplicates += 1
         if end.task_id is not None:
             self.task_id, self.submitted_at = end.task_id, datetime.now(UTC)
-        try:
-            await self._file.commit(lambda db: schema.end_attempt(db, self.key, end), self.key)
-        except LedgerError as exc:
-            if end.task_id is not None:
-                exc.task_id = end.task_id
-                _log.error("task %s is charged and not in the ledger: %s", end.task_id, exc)
-            raise
+        await self.file.commit(lambda db: schema.end_attempt(db, self.key, end), self.key)
         if end.task_id is not None:
             self._on_accepted(self)
 
     def record_final(self, task: Task) -> None:
         """Record that the task is final. Returns at once."""
         self.snapshot = task
-        if not self._file.is_released:
-            self._file.enqueue(lambda db: schema.record_final(db, self.key, task))
+        if not self.file.is_released:
+            self.file.enqueue(lambda db: schema.record_final(db, self.key, task))
 
     async def acknowledge(self) -> None:
         """Return once it is durable that the application has used the result. A second call has no effect."""
-        if not self.is_acknowledged and not self._file.is_released:
-            await self._file.commit(lambda db: tasks.acknowledge(db, self.key))
-        self.is_acknowledged = True
+        if not self.is_acknowledged and not self.file.is_released:
+            await self.file.commit(lambda db: tasks.acknowledge(db, self.key))
+        self.acknowledged_s = self.acknowledged_s or time.monotonic()

@@ -4,11 +4,12 @@ Each process writes into a file of its own. Files whose process has ended are ta
 acknowledged. They are never merged.
 """
 
+import contextlib
 import json
 import logging
 import sqlite3
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -41,6 +42,8 @@ TAKE_OVER_INTERVAL_S: Final = 30.0
 _GROUP_COMMIT_S: Final = 0.01
 _PRUNE_INTERVAL_S: Final = 86_400.0
 _MAX_RECENT: Final = 4096
+_EXPECT_END_S: Final = 3600.0
+"""How long the end of a task is expected that was acknowledged before it."""
 
 
 class SqliteLedger:
@@ -84,6 +87,8 @@ class SqliteLedger:
         """Entries of tasks that are not final, by task id."""
         self._recent_entries: FifoCache[TaskEntry] = FifoCache(_MAX_RECENT)
         self._opening = anyio.Lock()
+        self._users = 0
+        self._is_closed = False
         self._background = BackgroundTaskGroup()
         self._taken_over = anyio.Event()
         self._pruned_at = 0.0
@@ -93,30 +98,36 @@ class SqliteLedger:
 
     # --- open and close ---------------------------------------------------------------------------------------------
 
-    async def open(self) -> bool:
-        """Open the ledger: hold a file of its own, and those whose process has ended. Return False if it was open.
+    async def open(self) -> None:
+        """Open the ledger: hold a file of its own, and those whose process has ended. Or join those that use it.
 
         Raises:
-            LedgerError: The folder cannot be used, or one of its files is damaged.
+            LedgerError: The folder cannot be used, one of its files is damaged, or the ledger was closed.
         """
-        await self._background.ensure_started()
         async with self._opening:
-            if self._files:
-                return False
-            try:
-                self._files.append(await TaskFile.open_first(self.folder, self._group_commit_s))
-                await self._take_over()
-            except BaseException:
-                await self._close_files()
-                raise
-        self._background.start_soon(self._maintain)
-        return True
+            if self._is_closed:
+                raise LedgerError(f"{self.folder}: the ledger was closed. Create a new SqliteLedger.")
+            if not self._users:
+                try:
+                    self._files.append(await TaskFile.open_first(self.folder, self._group_commit_s))
+                    await self._take_over()
+                except BaseException:
+                    await self._close_files()
+                    raise
+                await self._background.ensure_started()
+                self._background.start_soon(self._maintain)
+            self._users += 1
 
     async def aclose(self) -> None:
-        """Write what is pending, and close the ledger. A second call has no effect."""
+        """Leave the ledger. The last user that leaves it writes what is pending and closes it."""
+        self._users -= 1
+        if self._users > 0 or self._is_closed:
+            return
+        self._is_closed = True
         with anyio.CancelScope(shield=True):
             await self._background.aclose(drain_s=0)
             await self._close_files()
+            self._taken_over.set()  # ends `unacknowledged`
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -162,12 +173,21 @@ class SqliteLedger:
             before = self._pruned_at - self._keep_s
             for file in self._files:
                 await file.commit(lambda db: tasks.prune(db, before))
+        self._forget_acknowledged()
+        expected = {entry.file for entry in self._open_entries.values()}
         for file in self._files[1:]:
-            if not await file.commit(tasks.expects_acknowledgement):
+            if file not in expected and not await file.commit(tasks.expects_acknowledgement):
                 file.is_released = True
                 self._files.remove(file)
                 await file.aclose()
                 self._quiet[file.path] = _modified_at(file.path)
+
+    def _forget_acknowledged(self) -> None:
+        """Expect no end of tasks that were acknowledged before it, and that nothing polls any more."""
+        before_s = time.monotonic() - _EXPECT_END_S
+        for task_id, entry in list(self._open_entries.items()):
+            if entry.acknowledged_s is not None and entry.acknowledged_s < before_s:
+                del self._open_entries[task_id]
 
     def _is_quiet(self, path: Path) -> bool:
         return self._quiet.get(path) == _modified_at(path)
@@ -217,7 +237,8 @@ class SqliteLedger:
     async def unacknowledged(self, *, follow: bool = False) -> AsyncGenerator[TaskEntry]:
         """Yield the entries of accepted tasks that are not acknowledged, oldest first.
 
-        With *follow*, go on with those that are taken over from processes that have ended, and never return.
+        With *follow*, go on with those that are taken over from processes that have ended, until `ClientClosed` is
+        raised.
         """
         seen: set[TaskFile] = set()
         while True:
@@ -226,14 +247,20 @@ class SqliteLedger:
                 seen.add(file)
                 if file.is_released:
                     continue
-                for task in await file.commit(lambda db: tasks.select(db, tasks.UNACKNOWLEDGED)):
-                    entry = self.find_entry(task.task_id or "") or TaskEntry.of(file, task)
-                    self._on_accepted(entry)
+                listed = await file.commit(lambda db: tasks.select(db, tasks.UNACKNOWLEDGED))
+                entries = [self._entry_of(file, task) for task in listed]  # all of them, to see each acknowledgement
+                for entry in entries:
                     if not entry.is_acknowledged:
                         yield entry
             if not follow:
                 return
             await taken_over.wait()
+            self._background.check_open()
+
+    def _entry_of(self, file: TaskFile, task: LedgerTask) -> TaskEntry:
+        entry = self.find_entry(task.task_id or "") or TaskEntry.of(file, task)
+        self._on_accepted(entry)
+        return entry
 
     async def unresolved(self) -> list[UnresolvedAttempt]:
         """Return the submits that may have been charged, whose task id is not known, and that are not acknowledged."""
@@ -250,7 +277,7 @@ class SqliteLedger:
         """
         for file in list(self._files):
             if (task := await file.commit(lambda db: tasks.find(db, name))) is not None:
-                entry = TaskEntry.of(file, task)
+                entry = self.find_entry(name) or TaskEntry.of(file, task)
                 if final is not None:
                     entry.record_final(final)
                 await entry.acknowledge()
@@ -261,8 +288,7 @@ class SqliteLedger:
 
     async def all_tasks(self) -> list[LedgerTask]:
         """Return all tasks of all processes that share the folder, in the order of their submits."""
-        found = await self._read_all(tasks.select)
-        return sorted((task for listed in found for task in listed), key=lambda task: task.intended_at)
+        return _in_order(await self._read_all(tasks.select))
 
     async def spending(self, owner: str | None = None, since: datetime | None = None) -> Spending:
         """Return what *owner* has spent since a time; all owners if None, since the beginning if None.
@@ -293,7 +319,10 @@ class SqliteLedger:
         held = list(self._files)
         found = [await file.commit(read) for file in held]
         paths = [file.path for file in held]
-        return found + await anyio.to_thread.run_sync(lambda: list(read_elsewhere(self.folder, paths, read)))
+        try:
+            return found + await anyio.to_thread.run_sync(lambda: list(read_elsewhere(self.folder, paths, read)))
+        except ValueError as exc:
+            raise LedgerError(str(exc)) from exc
 
     def _budget_check(self, new: tasks.NewTask, limits: OwnerLimits) -> Callable[[sqlite3.Connection], str | None]:
         """Return a function that says why a submit is refused, or None. It runs in the transaction of its attempt."""
@@ -317,6 +346,41 @@ class SqliteLedger:
             return f"owner {new.owner!r}: {budget.refusal(new.priced_as, 'OwnerLimits(max_price=...)')}"
 
         return check
+
+
+async def read_tasks(folder: Path) -> list[LedgerTask]:
+    """Return all tasks in *folder*, in the order of their submits. Holds nothing, and changes nothing.
+
+    Raises:
+        LedgerError: A file cannot be read.
+    """
+    try:
+        found = await anyio.to_thread.run_sync(lambda: list(read_elsewhere(folder, [], tasks.select)))
+    except ValueError as exc:
+        raise LedgerError(str(exc)) from exc
+    return _in_order(found)
+
+
+def _in_order(found: Iterable[list[LedgerTask]]) -> list[LedgerTask]:
+    return sorted((task for listed in found for task in listed), key=lambda task: task.intended_at)
+
+
+async def acknowledge(folder: Path, name: str, final: Task | None = None) -> bool:
+    """Acknowledge a task by its task id or key, in a file of *folder* that no process holds. Else return False."""
+    for path in await anyio.to_thread.run_sync(task_files, folder):
+        try:
+            file = await TaskFile.open_file(path, 0)
+        except LockHeld:
+            continue
+        async with contextlib.aclosing(file):
+            task = await file.commit(lambda db: tasks.find(db, name))
+            if task is not None:
+                entry = TaskEntry.of(file, task)
+                if final is not None:
+                    entry.record_final(final)
+                await entry.acknowledge()
+                return True
+    return False
 
 
 def _to_unresolved(task: LedgerTask, entry: TaskEntry) -> UnresolvedAttempt:

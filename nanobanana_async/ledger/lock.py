@@ -29,7 +29,7 @@ else:
 _OTHER_MACHINE_GRACE_S: Final = 60.0
 """How long a lock that another machine wrote is respected, because locks may not reach across machines."""
 _MAX_BYTES: Final = 4096
-_EXCLUSIVE_TIMEOUT_S: Final = 10.0
+_EXCLUSIVE_TIMEOUT_S: Final = 30.0
 _EXCLUSIVE_POLL_S: Final = 0.0005
 """Interval between two attempts to get a lock that other processes hold for a commit, about 1 ms."""
 _LOCKED_AT: Final = 2**30

@@ -156,9 +156,12 @@ class LedgerFile:
             while self._pending_writes:
                 await anyio.sleep(self._group_commit_s)
                 writes, self._pending_writes = self._pending_writes, []
-                await anyio.to_thread.run_sync(self._commit, writes, limiter=self._limiter)
-                for write in writes:
-                    write.done.set()
+                # Those that another process may delay come last, and alone.
+                for group in ([w for w in writes if not w.is_checked], [w for w in writes if w.is_checked]):
+                    if group:
+                        await anyio.to_thread.run_sync(self._commit, group, limiter=self._limiter)
+                    for write in group:
+                        write.done.set()
         finally:
             self._is_writing = False
             for write in writes:

@@ -61,8 +61,11 @@ class TaskFile(LedgerFile):
         with self._mutex:
             if not self._is_closed:
                 return read(self._db)
-        with contextlib.closing(_connect_read_only(self.path)) as db:
-            return read(db)
+        try:
+            with contextlib.closing(_connect_read_only(self.path)) as db:
+                return read(db)
+        except sqlite3.Error as exc:
+            raise ValueError(f"{self.path} cannot be read: {exc}") from exc
 
     @contextlib.contextmanager
     def _transaction_guard(self, *, is_checked: bool) -> Generator[None]:
@@ -124,13 +127,13 @@ def read_elsewhere(folder: Path, held: Sequence[Path], read: Callable[[sqlite3.C
     for path in task_files(folder):
         if path in held:
             continue
-        with contextlib.closing(_connect_read_only(path)) as db:
-            try:
+        try:
+            with contextlib.closing(_connect_read_only(path)) as db:
                 if db.execute("PRAGMA user_version").fetchone()[0] == 0:
                     continue  # it is being created
                 yield read(db)
-            except sqlite3.Error as exc:
-                raise ValueError(f"{path} cannot be read: {exc}") from exc
+        except sqlite3.Error as exc:
+            raise ValueError(f"{path} cannot be read: {exc}") from exc
 
 
 def _connect_read_only(path: Path) -> sqlite3.Connection:
