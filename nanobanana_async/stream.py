@@ -27,6 +27,7 @@ class _BackgroundSubmit:
         self.handle: TaskHandle | None = None
         self.error: Exception | None = None
         self.is_done = False
+        self._has_left = False
         self._done = OneShotEvent()
 
     async def run(self) -> None:
@@ -40,6 +41,8 @@ class _BackgroundSubmit:
             if self.handle is None and self.error is None:
                 self.error = ClientClosed("client: was closed while the request waited. Nothing is known to be sent.")
             self.is_done = True
+            if self._has_left:
+                self.leave()
             self._done.set()
 
     async def wait(self, timeout_s: float) -> bool:
@@ -50,6 +53,7 @@ class _BackgroundSubmit:
 
     def leave(self) -> None:
         """Give up the place in line. A POST in flight runs to its end, and its task becomes an orphan."""
+        self._has_left = True
         if not self.is_done:
             self._scope.cancel()
         elif self.handle is not None:

@@ -6,6 +6,7 @@ import linecache
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 import anyio
 import anyio.lowlevel
@@ -132,6 +133,38 @@ async def test_a_failed_submit_and_a_cancelled_wait_give_the_place_back() -> Non
             await client.submit("A", owner="A")
         await (await client.submit("A", owner="A")).result()
         await client.submit("A", owner="A")
+
+
+async def test_an_owner_whose_waiting_submit_was_cancelled_keeps_its_turns_and_limits() -> None:
+    """It is not forgotten while it is in turn, so its later submits are sent and counted."""
+    service = Service(Simulator(FAST_PROFILE, delay_s=0.3))
+    limits = attrs.evolve(LIMITS, max_submits=1)
+    async with client_of(service, OwnerLimits(max_in_flight=2), limits) as client, anyio.create_task_group() as group:
+        group.start_soon(partial(client.submit, "A1", owner="A"))
+        await anyio.sleep(0.05)
+        group.start_soon(partial(client.submit, "B1", owner="B"))
+        group.start_soon(partial(client.submit, "C1", owner="C"))
+        await anyio.sleep(0.01)
+        with anyio.move_on_after(0.02):
+            await client.submit("A2", owner="A")
+        await anyio.sleep(0.5)
+        for number in range(3, 9):
+            group.start_soon(partial(client.submit, f"A{number}", owner="A"))
+    assert service.posts.count("A") == 7
+
+
+async def test_submits_that_have_left_do_not_pile_up_behind_one_that_waits() -> None:
+    """A user who presses a button again and again costs no memory."""
+    service = Service(Simulator(SimulatorProfile(median_s=3600, sigma=0.1, visibility_delay_s=0)))
+    async with client_of(service, OwnerLimits(max_in_flight=1)) as client, anyio.create_task_group() as group:
+        await client.submit("A", owner="A")
+        group.start_soon(partial(client.submit, "A", owner="A"))
+        for _ in range(1000):
+            with anyio.move_on_after(0.001):
+                await client.submit("A", owner="A")
+        queue = client._session.queue  # noqa: SLF001 - how many it keeps is not public
+        assert len(queue._owners["A"].waiting) < 300  # noqa: SLF001
+        group.cancel_scope.cancel()
 
 
 async def test_per_minute_spreads_the_submits_of_an_owner() -> None:

@@ -1,5 +1,6 @@
 """The events of a request: streams, and the hook of a client."""
 
+import asyncio
 import contextlib
 import itertools
 
@@ -7,6 +8,7 @@ import anyio
 import pytest
 
 from nanobanana_async import (
+    ClientClosed,
     Event,
     Finished,
     InvalidRequest,
@@ -159,11 +161,28 @@ async def test_the_hook_learns_of_failed_submits_and_saved_images(tmp_path: obje
     assert (saved.owner, saved.task_id, saved.image.path.suffix) == ("y", task.task_id, ".png")
 
 
-async def test_a_hook_that_raises_harms_nothing(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_stream_ends_when_the_client_is_closed_while_it_waits() -> None:
+    """With the error that a submit has."""
+    client = client_of(Simulator(FAST_PROFILE, delay_s=10))
+    async with anyio.create_task_group() as group:
+        group.start_soon(client.submit, "a hare")
+        await anyio.sleep(1)
+
+        async def watch() -> None:
+            with pytest.raises(ClientClosed):
+                await collect(client, "a fox")
+
+        group.start_soon(watch)
+        await anyio.sleep(1)
+        await client.aclose()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("boom"), asyncio.CancelledError("of a future in the hook")])
+async def test_a_hook_that_raises_harms_nothing(caplog: pytest.LogCaptureFixture, error: BaseException) -> None:
     """Its error is logged."""
 
     def hook(_: Event) -> None:
-        raise RuntimeError("boom")
+        raise error
 
     async with client_of(Simulator(FAST_PROFILE), on_event=hook) as client:
         assert (await client.generate("a fox")).images

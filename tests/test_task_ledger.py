@@ -5,7 +5,7 @@ import json
 import sqlite3
 import stat
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -16,10 +16,12 @@ import pytest
 
 from nanobanana_async import (
     BudgetExceeded,
+    ClientClosed,
     ConfigurationError,
     InvalidRequest,
     LedgerError,
     NanoBananaClient,
+    NanoBananaError,
     OwnerLimits,
     RowState,
     SqliteLedger,
@@ -28,6 +30,7 @@ from nanobanana_async import (
     WireRequest,
     WireResponse,
 )
+from nanobanana_async.ledger.lock import exclusive
 from nanobanana_async.simulator import FAST_LIMITS, FAST_POLLING, Simulator, SimulatorProfile
 from tests.batches import nth_post
 from tests.fakes import Intercept, InterceptingTransport, lost, rejected
@@ -255,12 +258,17 @@ async def test_a_client_without_a_ledger_says_so(tmp_path: Path) -> None:
 async def test_a_note_that_is_not_json_is_refused_before_the_post(tmp_path: Path) -> None:
     """It could not be returned after a restart."""
     simulator = Simulator()
+    deep: list[object] = []
+    for _ in range(2000):
+        deep = [deep]
     async with client_of(simulator, tmp_path) as client:
-        for note in (object(), {"a": float("nan")}, "x" * 70_000):
+        for note in (object(), {"a": float("nan")}, "x" * 70_000, deep):
             with pytest.raises(ValueError, match="note: expected"):
                 await client.submit("a fox", note=note)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="owner: expected"):
             await client.submit("a fox", owner=" ")
+        with pytest.raises(ValueError, match="surrogates"):
+            await client.submit("a fox", owner="\ud800")
         await client.submit("a fox")  # the slots are free
     assert len(simulator.charges) == 1
 
@@ -564,3 +572,165 @@ async def test_a_resubmit_that_the_budget_does_not_allow_is_not_sent(tmp_path: P
         with pytest.raises(SubmissionUnknown):
             await client.submit("a fox", owner="x")
     assert posts == 1
+
+
+async def test_a_file_that_cannot_be_read_refuses_submits_with_a_budget_and_breaks_nothing(tmp_path: Path) -> None:
+    """It is the file of another process. Once it can be read again, submits go on."""
+    limits = OwnerLimits(budget=Decimal(5), max_price=Decimal(1))
+    simulator = Simulator()
+    async with client_of(simulator, tmp_path, owner_limits=limits) as client:
+        handle = await client.submit("a fox", owner="x")
+        other = tmp_path / "tasks-002.db"
+        other.mkdir()
+        with pytest.raises(LedgerError, match=r"tasks-002\.db cannot be read"):
+            await client.submit("a hare", owner="x")
+        await handle.result()
+        await handle.ack()
+        other.rmdir()
+        await client.submit("an owl", owner="x")
+    assert len(simulator.charges) == 2
+
+
+async def test_a_busy_budget_lock_delays_checked_submits_only(tmp_path: Path) -> None:
+    """Ids and ends of other tasks are recorded meanwhile."""
+    limits = {"x": OwnerLimits(budget=Decimal(5), max_price=Decimal(1)), "y": OwnerLimits()}
+    async with client_of(Simulator(), tmp_path, owner_limits=limits.__getitem__) as client:
+        waiting = anyio.Event()
+
+        async def submit() -> None:
+            await client.submit("a fox", owner="x")
+            waiting.set()
+
+        async with anyio.create_task_group() as group:
+            with exclusive(tmp_path / "budget.lock"):
+                handle = await client.submit("a hare", owner="y")
+                group.start_soon(submit)
+                with anyio.move_on_after(0.2):
+                    await waiting.wait()
+                assert not waiting.is_set()
+                assert [row["task_id"] for row in rows(tmp_path)] == [handle.task_id]
+            with anyio.fail_after(5):
+                await waiting.wait()
+
+
+# --- closing and sharing ----------------------------------------------------------------------------------------------
+
+
+async def test_a_ledger_is_closed_by_the_last_of_the_clients_that_share_it(tmp_path: Path) -> None:
+    """The first one that closes does not take it from the other."""
+    ledger = SqliteLedger(tmp_path)
+    simulator = Simulator()
+    one = NanoBananaClient("dk-test", transport=simulator, polling=FAST_POLLING, ledger=ledger)
+    other = NanoBananaClient("dk-test", transport=simulator, polling=FAST_POLLING, ledger=ledger)
+    await one.submit("a fox")
+    await other.submit("a hare")
+    await one.aclose()
+    await other.generate("an owl")
+    await other.aclose()
+    third = NanoBananaClient("dk-test", transport=simulator, ledger=ledger)
+    with pytest.raises(LedgerError, match="was closed"):
+        await third.submit("a cat")
+    await third.aclose()
+
+
+async def test_following_ends_when_the_client_is_closed(tmp_path: Path) -> None:
+    """A task that follows does not hang."""
+    client = NanoBananaClient("dk-test", transport=Simulator(), ledger=SqliteLedger(tmp_path))
+    await client.spending()
+
+    async def follow() -> None:
+        with pytest.raises(ClientClosed):
+            async for _ in client.resume(follow=True):
+                pass
+
+    with anyio.fail_after(5):
+        async with anyio.create_task_group() as group:
+            group.start_soon(follow)
+            await anyio.sleep(0.05)
+            await client.aclose()
+
+
+async def test_a_client_that_closes_while_an_attempt_is_recorded_leaves_it_not_charged(tmp_path: Path) -> None:
+    """Nothing was sent, so nothing is unresolved."""
+    simulator = Simulator()
+    for steps in range(12):
+        client = NanoBananaClient("dk-test", transport=simulator, ledger=SqliteLedger(tmp_path))
+
+        async def submit(client: NanoBananaClient = client) -> None:
+            with suppress(NanoBananaError):
+                await client.submit("a fox")
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(submit)
+            await anyio.sleep(0.002 * steps)
+            await client.aclose()
+    async with client_of(simulator, tmp_path) as client:
+        assert [attempt async for attempt in client.unresolved()] == []
+        assert {handle.task_id for handle in await resumed(client)} == {charge.task_id for charge in simulator.charges}
+
+
+async def test_an_id_that_cannot_be_recorded_is_an_orphan_if_its_caller_is_gone(tmp_path: Path) -> None:
+    """The hook is the last place for it."""
+    simulator = Simulator(delay_s=0.1)
+    orphans: list[str] = []
+
+    def break_disk(request: WireRequest) -> None:
+        if request.method == "POST":
+            (tmp_path / "tasks-001.db").rename(tmp_path / "moved")
+
+    hook = orphans.append
+    async with client_of(simulator, tmp_path, break_disk, on_orphan=lambda handle: hook(handle.task_id)) as client:
+        with anyio.move_on_after(0.08):
+            await client.submit("a fox")
+        await anyio.sleep(0.3)
+    assert orphans == [charge.task_id for charge in simulator.charges]
+
+
+# --- acknowledgements -------------------------------------------------------------------------------------------------
+
+
+async def test_what_is_acknowledged_during_resume_is_not_yielded_any_more(tmp_path: Path) -> None:
+    """Also if it was acknowledged by its id."""
+    simulator = Simulator()
+    async with client_of(simulator, tmp_path) as client:
+        first = await client.submit("a fox")
+        second = await client.submit("a hare")
+    async with client_of(simulator, tmp_path) as client:
+        seen: list[str] = []
+        async for handle in client.resume():
+            seen.append(handle.task_id)
+            await client.task(second.task_id).ack()
+        assert seen == [first.task_id]
+
+
+async def test_a_task_that_is_acknowledged_before_its_end_still_counts_what_it_costs(tmp_path: Path) -> None:
+    """Its file is not released before."""
+    simulator = Simulator()
+    async with client_of(simulator, tmp_path) as survivor:
+        await survivor.spending()
+        async with client_of(simulator, tmp_path) as ended:
+            await ended.submit("a fox", owner="x")
+        await survivor.spending()
+        (handle,) = await resumed(survivor)
+        await handle.ack()
+        await survivor.spending()
+        await handle.result()
+        spending = await survivor.spending("x")
+        assert (spending.spent, spending.unpriced, spending.unknown) == (Decimal("0.5"), 0, Decimal(0))
+
+
+async def test_spending_beside_the_take_over_of_other_files_harms_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both look for files without a process, and release them."""
+    monkeypatch.setattr("nanobanana_async.ledger.folder.TAKE_OVER_INTERVAL_S", 0.01)
+    simulator = Simulator()
+    async with client_of(simulator, tmp_path) as client:
+        await client.spending()
+        for _ in range(10):
+            async with client_of(simulator, tmp_path) as ended:
+                await (await ended.submit("a fox")).ack()
+            async with anyio.create_task_group() as group:
+                for _ in range(5):
+                    group.start_soon(client.spending)
+        await client.generate("a hare")
