@@ -411,14 +411,14 @@ MUTANTS: Final = (
         "ledger/folder.py",
         "            found += read_elsewhere(self.folder, [file.path for file in held], read)\n",
         "",
-        "test_task_ledger.py",
+        "test_owner_budgets.py",
     ),
     Mutant(
         "two processes compare with the budget of an owner at once",
         "ledger/task_file.py",
         "        with exclusive(self.path.with_name(_BUDGET_LOCK_NAME)) if is_checked else contextlib.nullcontext():\n",
         "        with contextlib.nullcontext():\n",
-        "test_task_ledger.py::test_processes_share_the_budget_of_an_owner",
+        "test_owner_budgets.py::test_processes_share_the_budget_of_an_owner",
     ),
     Mutant(
         "an owner with many submits goes first",

@@ -1,11 +1,8 @@
-"""The ledger of single tasks: what survives the process, who gets it, and what it says of money."""
+"""The ledger of single tasks: what survives the process, and what it says of money."""
 
 import asyncio
 import json
-import sqlite3
 import stat
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -15,13 +12,10 @@ import anyio.to_thread
 import pytest
 
 from nanobanana_async import (
-    BudgetExceeded,
-    ClientClosed,
     ConfigurationError,
     InvalidRequest,
     LedgerError,
     NanoBananaClient,
-    NanoBananaError,
     OwnerLimits,
     RowState,
     SqliteLedger,
@@ -30,46 +24,12 @@ from nanobanana_async import (
     WireRequest,
     WireResponse,
 )
-from nanobanana_async.ledger.lock import exclusive
-from nanobanana_async.simulator import FAST_LIMITS, FAST_POLLING, Simulator, SimulatorProfile
+from nanobanana_async.simulator import FAST_POLLING, Simulator
 from tests.batches import nth_post
-from tests.fakes import Intercept, InterceptingTransport, lost, rejected
+from tests.fakes import InterceptingTransport, lost, rejected
+from tests.ledgers import client_of, resumed, rows
 
 pytestmark = pytest.mark.anyio
-
-SLOW = SimulatorProfile(median_s=3600, sigma=0.1, visibility_delay_s=0)
-
-
-@asynccontextmanager
-async def client_of(
-    simulator: Simulator, folder: Path, intercept: Intercept | None = None, **options: object
-) -> AsyncIterator[NanoBananaClient]:
-    """Yield a client with a ledger in *folder*. Other options are those of the ledger or of the client."""
-    settings = {name: options.pop(name) for name in ("store_requests", "keep_days") if name in options}
-    ledger = SqliteLedger(folder, group_commit_s=0, **settings)  # type: ignore[arg-type]
-    transport = simulator if intercept is None else InterceptingTransport(simulator, intercept)
-    fast = {"limits": FAST_LIMITS, "polling": FAST_POLLING, **options}
-    async with NanoBananaClient("dk-test", transport=transport, ledger=ledger, **fast) as client:  # type: ignore[arg-type]
-        yield client
-
-
-async def resumed(client: NanoBananaClient) -> list[TaskHandle]:
-    """Return what `resume` yields."""
-    return [handle async for handle in client.resume()]
-
-
-def rows(folder: Path) -> list[sqlite3.Row]:
-    """Return the rows of all files, as another program sees them."""
-    found: list[sqlite3.Row] = []
-    for path in sorted(folder.glob("tasks-*.db")):
-        db = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-        db.row_factory = sqlite3.Row
-        found += db.execute("SELECT * FROM rows LEFT JOIN attempts USING (key, attempt) ORDER BY number").fetchall()
-        db.close()
-    return found
-
-
-# --- durability -------------------------------------------------------------------------------------------------------
 
 
 async def test_the_attempt_is_durable_before_the_post_and_the_id_before_the_caller_sees_it(tmp_path: Path) -> None:
@@ -396,299 +356,6 @@ async def test_a_callback_that_names_a_lost_id_is_recorded(tmp_path: Path) -> No
         assert [handle.task_id for handle in await resumed(client)] == [charge.task_id]
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
-
-
-async def test_processes_write_into_files_of_their_own_and_spending_sums_them(tmp_path: Path) -> None:
-    """Two workers share a folder, and neither is given the tasks of the other."""
-    simulator = Simulator()
-    async with client_of(simulator, tmp_path) as one, client_of(simulator, tmp_path) as other:
-        first = await one.submit("a fox", owner="x")
-        second = await other.submit("a hare", owner="x")
-        await first.result()
-        assert [handle.task_id for handle in await resumed(one)] == [first.task_id]
-        assert [handle.task_id for handle in await resumed(other)] == [second.task_id]
-        assert await one.spending("x") == await other.spending("x")
-        spending = await other.spending("x")
-        assert (spending.spent, spending.reserved) == (Decimal("0.5"), Decimal("0.5"))
-    assert sorted(path.name for path in tmp_path.glob("*.db")) == ["tasks-001.db", "tasks-002.db"]
-
-
-async def test_files_without_a_process_are_taken_over_and_released_once_acknowledged(tmp_path: Path) -> None:
-    """The tasks of a worker that has ended go to one that has not, and its file is free again."""
-    simulator = Simulator()
-    async with client_of(simulator, tmp_path) as one:
-        await one.spending()  # opens the first file
-        async with client_of(simulator, tmp_path) as ended:
-            task = await ended.submit("a fox")
-        await one.spending()  # looks for files without a process, as one does every 30 s
-        (handle,) = await resumed(one)
-        assert handle.task_id == task.task_id
-        async with client_of(simulator, tmp_path) as third:
-            assert await resumed(third) == []
-            await handle.ack()
-            await one.spending()
-            assert (tmp_path / "tasks-003.db").exists()
-        async with client_of(simulator, tmp_path):
-            assert len(list(tmp_path.glob("*.db"))) == 3  # the second file is used again
-
-
-async def test_follow_yields_what_is_taken_over_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker finishes the tasks of another one without a restart."""
-    monkeypatch.setattr("nanobanana_async.ledger.folder.TAKE_OVER_INTERVAL_S", 0.05)
-    simulator = Simulator()
-    seen: list[str] = []
-    async with client_of(simulator, tmp_path) as survivor:
-        mine = await survivor.submit("a fox")
-
-        async def follow() -> None:
-            async for handle in survivor.resume(follow=True):
-                seen.append(handle.task_id)  # noqa: PERF401 - it never ends
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(follow)
-            async with client_of(simulator, tmp_path) as ended:
-                theirs = await ended.submit("a hare")
-            await survivor.submit("an owl")
-            with anyio.fail_after(10):
-                while len(seen) < 2:
-                    await anyio.sleep(0.01)
-            group.cancel_scope.cancel()
-    assert seen == [mine.task_id, theirs.task_id]
-
-
-@pytest.mark.parametrize("damage", ["garbage", "newer"])
-async def test_a_damaged_file_is_reported_and_not_replaced(tmp_path: Path, damage: str) -> None:
-    """It may have charged tasks."""
-    async with client_of(Simulator(), tmp_path) as client:
-        await client.submit("a fox")
-    path = tmp_path / "tasks-001.db"
-    if damage == "garbage":
-        path.write_bytes(b"x" * 8192)
-    else:
-        db = sqlite3.connect(path)
-        db.execute("PRAGMA user_version=99")
-        db.close()
-    with pytest.raises(LedgerError, match=r"To go on without its tasks, move tasks-001\.db and tasks-001\.lock"):
-        async with client_of(Simulator(), tmp_path):
-            pass
-    assert path.exists()
-
-
-async def test_a_restored_file_is_taken_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """No task is submitted twice from it, so it does no harm."""
-    simulator = Simulator()
-    async with client_of(simulator, tmp_path) as client:
-        await client.submit("a fox")
-    backup = (tmp_path / "tasks-001.db").read_bytes()
-    async with client_of(simulator, tmp_path) as client:
-        await client.submit("a hare")
-    (tmp_path / "tasks-001.db").write_bytes(backup)
-    async with client_of(simulator, tmp_path) as client:
-        assert len(await resumed(client)) == 1
-    assert "lacks its last" in caplog.text
-
-
-# --- budgets of owners ------------------------------------------------------------------------------------------------
-
-
-async def test_an_owner_cannot_spend_more_than_its_budget(tmp_path: Path) -> None:
-    """Neither finished nor running tasks of an owner leave room that is not there. Others are not affected."""
-    simulator = Simulator()
-    limits = OwnerLimits(budget=Decimal("1.2"))
-    async with client_of(simulator, tmp_path, owner_limits=limits) as client:
-        await client.generate("a fox", owner="x")
-        await client.submit("a hare", owner="x")
-        with pytest.raises(BudgetExceeded, match=r"0\.5 credits spent, 0\.5 reserved, and one more may cost 0\.5"):
-            await client.submit("an owl", owner="x")
-        await client.generate("an owl", owner="y")
-        await client.generate("an owl")
-    assert len(simulator.charges) == 4
-
-
-async def test_while_no_price_is_known_an_owner_has_one_submit(tmp_path: Path) -> None:
-    """Two of unknown price could cost more than the budget. A stated price allows more."""
-    for limits, allowed in (
-        (OwnerLimits(budget=Decimal(2)), 1),
-        (OwnerLimits(budget=Decimal(2), max_price=Decimal(1)), 2),
-    ):
-        simulator = Simulator()
-        async with client_of(simulator, tmp_path / str(allowed), owner_limits=limits) as client:
-            for _ in range(allowed):
-                await client.submit("a fox", owner="x")
-            with pytest.raises(BudgetExceeded):
-                await client.submit("a hare", owner="x")
-        assert len(simulator.charges) == allowed
-
-
-async def test_processes_share_the_budget_of_an_owner(tmp_path: Path) -> None:
-    """Any number of workers that submit at once do not exceed it."""
-    simulator = Simulator()
-    limits = OwnerLimits(budget=Decimal(5), max_price=Decimal("0.5"))
-    async with (
-        client_of(simulator, tmp_path, owner_limits=limits) as one,
-        client_of(simulator, tmp_path, owner_limits=limits) as two,
-        client_of(simulator, tmp_path, owner_limits=limits) as three,
-    ):
-        refused: list[BudgetExceeded] = []
-
-        async def submit(client: NanoBananaClient) -> None:
-            try:
-                await client.submit("a fox", owner="x")
-            except BudgetExceeded as exc:
-                refused.append(exc)
-
-        async with anyio.create_task_group() as group:
-            for _ in range(8):
-                for client in (one, two, three):
-                    group.start_soon(submit, client)
-    assert (len(simulator.charges), len(refused)) == (10, 14)
-
-
-async def test_what_may_have_been_charged_counts_against_the_budget_after_a_restart(tmp_path: Path) -> None:
-    """A crash gives no credit."""
-    simulator = Simulator()
-    limits = OwnerLimits(budget=Decimal(1), max_price=Decimal(1))
-    async with client_of(simulator, tmp_path, nth_post(lambda _: lost()), owner_limits=limits) as client:
-        with pytest.raises(SubmissionUnknown):
-            await client.submit("a fox", owner="x")
-    async with client_of(simulator, tmp_path, owner_limits=limits) as client:
-        with pytest.raises(BudgetExceeded):
-            await client.submit("a hare", owner="x")
-
-
-async def test_a_resubmit_that_the_budget_does_not_allow_is_not_sent(tmp_path: Path) -> None:
-    """The first attempt may have been charged, and its error is raised."""
-    simulator = Simulator()
-    limits = OwnerLimits(budget=Decimal(1), max_price=Decimal(1))
-    posts = 0
-
-    def fail(request: WireRequest) -> WireResponse | None:
-        nonlocal posts
-        posts += request.method == "POST"
-        return rejected(500) if request.method == "POST" else None
-
-    async with client_of(simulator, tmp_path, fail, owner_limits=limits) as client:
-        with pytest.raises(SubmissionUnknown):
-            await client.submit("a fox", owner="x")
-    assert posts == 1
-
-
-async def test_a_file_that_cannot_be_read_refuses_submits_with_a_budget_and_breaks_nothing(tmp_path: Path) -> None:
-    """It is the file of another process. Once it can be read again, submits go on."""
-    limits = OwnerLimits(budget=Decimal(5), max_price=Decimal(1))
-    simulator = Simulator()
-    async with client_of(simulator, tmp_path, owner_limits=limits) as client:
-        handle = await client.submit("a fox", owner="x")
-        other = tmp_path / "tasks-002.db"
-        other.mkdir()
-        with pytest.raises(LedgerError, match=r"tasks-002\.db cannot be read"):
-            await client.submit("a hare", owner="x")
-        await handle.result()
-        await handle.ack()
-        other.rmdir()
-        await client.submit("an owl", owner="x")
-    assert len(simulator.charges) == 2
-
-
-async def test_a_busy_budget_lock_delays_checked_submits_only(tmp_path: Path) -> None:
-    """Ids and ends of other tasks are recorded meanwhile."""
-    limits = {"x": OwnerLimits(budget=Decimal(5), max_price=Decimal(1)), "y": OwnerLimits()}
-    async with client_of(Simulator(), tmp_path, owner_limits=limits.__getitem__) as client:
-        waiting = anyio.Event()
-
-        async def submit() -> None:
-            await client.submit("a fox", owner="x")
-            waiting.set()
-
-        async with anyio.create_task_group() as group:
-            with exclusive(tmp_path / "budget.lock"):
-                handle = await client.submit("a hare", owner="y")
-                group.start_soon(submit)
-                with anyio.move_on_after(0.2):
-                    await waiting.wait()
-                assert not waiting.is_set()
-                assert [row["task_id"] for row in rows(tmp_path)] == [handle.task_id]
-            with anyio.fail_after(5):
-                await waiting.wait()
-
-
-# --- closing and sharing ----------------------------------------------------------------------------------------------
-
-
-async def test_a_ledger_is_closed_by_the_last_of_the_clients_that_share_it(tmp_path: Path) -> None:
-    """The first one that closes does not take it from the other."""
-    ledger = SqliteLedger(tmp_path)
-    simulator = Simulator()
-    one = NanoBananaClient("dk-test", transport=simulator, polling=FAST_POLLING, ledger=ledger)
-    other = NanoBananaClient("dk-test", transport=simulator, polling=FAST_POLLING, ledger=ledger)
-    await one.submit("a fox")
-    await other.submit("a hare")
-    await one.aclose()
-    await other.generate("an owl")
-    await other.aclose()
-    third = NanoBananaClient("dk-test", transport=simulator, ledger=ledger)
-    with pytest.raises(LedgerError, match="was closed"):
-        await third.submit("a cat")
-    await third.aclose()
-
-
-async def test_following_ends_when_the_client_is_closed(tmp_path: Path) -> None:
-    """A task that follows does not hang."""
-    client = NanoBananaClient("dk-test", transport=Simulator(), ledger=SqliteLedger(tmp_path))
-    await client.spending()
-
-    async def follow() -> None:
-        with pytest.raises(ClientClosed):
-            async for _ in client.resume(follow=True):
-                pass
-
-    with anyio.fail_after(5):
-        async with anyio.create_task_group() as group:
-            group.start_soon(follow)
-            await anyio.sleep(0.05)
-            await client.aclose()
-
-
-async def test_a_client_that_closes_while_an_attempt_is_recorded_leaves_it_not_charged(tmp_path: Path) -> None:
-    """Nothing was sent, so nothing is unresolved."""
-    simulator = Simulator()
-    for steps in range(12):
-        client = NanoBananaClient("dk-test", transport=simulator, ledger=SqliteLedger(tmp_path))
-
-        async def submit(client: NanoBananaClient = client) -> None:
-            with suppress(NanoBananaError):
-                await client.submit("a fox")
-
-        async with anyio.create_task_group() as group:
-            group.start_soon(submit)
-            await anyio.sleep(0.002 * steps)
-            await client.aclose()
-    async with client_of(simulator, tmp_path) as client:
-        assert [attempt async for attempt in client.unresolved()] == []
-        assert {handle.task_id for handle in await resumed(client)} == {charge.task_id for charge in simulator.charges}
-
-
-async def test_an_id_that_cannot_be_recorded_is_an_orphan_if_its_caller_is_gone(tmp_path: Path) -> None:
-    """The hook is the last place for it."""
-    simulator = Simulator(delay_s=0.1)
-    orphans: list[str] = []
-
-    def break_disk(request: WireRequest) -> None:
-        if request.method == "POST":
-            (tmp_path / "tasks-001.db").rename(tmp_path / "moved")
-
-    hook = orphans.append
-    async with client_of(simulator, tmp_path, break_disk, on_orphan=lambda handle: hook(handle.task_id)) as client:
-        with anyio.move_on_after(0.08):
-            await client.submit("a fox")
-        await anyio.sleep(0.3)
-    assert orphans == [charge.task_id for charge in simulator.charges]
-
-
-# --- acknowledgements -------------------------------------------------------------------------------------------------
-
-
 async def test_what_is_acknowledged_during_resume_is_not_yielded_any_more(tmp_path: Path) -> None:
     """Also if it was acknowledged by its id."""
     simulator = Simulator()
@@ -717,20 +384,3 @@ async def test_a_task_that_is_acknowledged_before_its_end_still_counts_what_it_c
         await handle.result()
         spending = await survivor.spending("x")
         assert (spending.spent, spending.unpriced, spending.unknown) == (Decimal("0.5"), 0, Decimal(0))
-
-
-async def test_spending_beside_the_take_over_of_other_files_harms_neither(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both look for files without a process, and release them."""
-    monkeypatch.setattr("nanobanana_async.ledger.folder.TAKE_OVER_INTERVAL_S", 0.01)
-    simulator = Simulator()
-    async with client_of(simulator, tmp_path) as client:
-        await client.spending()
-        for _ in range(10):
-            async with client_of(simulator, tmp_path) as ended:
-                await (await ended.submit("a fox")).ack()
-            async with anyio.create_task_group() as group:
-                for _ in range(5):
-                    group.start_soon(client.spending)
-        await client.generate("a hare")
