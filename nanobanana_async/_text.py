@@ -6,15 +6,28 @@ from decimal import Decimal
 from typing import Final
 
 _EXCERPT_CHARS: Final = 200
+_MAX_STEM_BYTES: Final = 180
+_DEVICE_NAMES: Final = frozenset(
+    ["CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))]
+)
 
 
 def slugify(text: str, *, limit: int = 80) -> str:
-    """Return a file stem of `[A-Za-z0-9_-]{1,80}` made from *text*. Letters lose their accents.
+    """Return a file stem made from *text*: letters and digits of any script, `-`, `_` and `.`, in NFC.
 
-    Every file name of the package is made here, so that remote text never chooses a path.
+    It has at most *limit* characters and 180 bytes, no leading dot or dash, and is no device name of Windows. Every
+    file name of the package is made here, so that remote text never chooses a path.
     """
-    text = unicodedata.normalize("NFKD", text.replace("ß", "ss")).encode("ascii", "ignore").decode()
-    return re.sub(r"[^A-Za-z0-9_]+", "-", text).strip("-")[:limit].rstrip("-") or "image"
+    composed = unicodedata.normalize("NFC", text)
+    kept = "".join(character if _is_safe(character) else "-" for character in composed)
+    stem = re.sub(r"[-.]{2,}", "-", kept).strip("-.")[:limit]
+    stem = stem.encode()[:_MAX_STEM_BYTES].decode(errors="ignore").rstrip("-.")
+    return f"{stem}-" if stem.partition(".")[0].upper() in _DEVICE_NAMES else stem or "image"
+
+
+def _is_safe(character: str) -> bool:
+    """Return whether it is a letter, a mark or a digit of any script, or one of `-_.`."""
+    return unicodedata.category(character)[0] in "LMN" or character in "-_."
 
 
 def sanitize_line(text: str) -> str:

@@ -19,7 +19,7 @@ from nanobanana_async.errors import ImageError, LedgerError, NanoBananaError
 from nanobanana_async.events import EventHook, Finished, Queued, StatusChanged, Submitted
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.images.files import FileImageStore
-from nanobanana_async.images.formats import SUFFIXES
+from nanobanana_async.images.formats import split_suffix
 from nanobanana_async.many import Requests, generate_many
 from nanobanana_async.models import (
     GeneratedImage,
@@ -303,22 +303,22 @@ class NanoBananaClient:
 
         Args:
             task: A finished task.
-            path: A folder, which is created if missing. With an image suffix, such as `fox.png`, the file itself.
+            path: A folder, which is created if missing. With an image suffix, such as `fox.png`, the file itself. Its
+                suffix is changed if the image has another format.
             name: File name without suffix.
 
         Raises:
             ImageError: A download failed, or the file could not be written.
         """
         path = Path(path)
-        suffix = path.suffix if path.suffix.lower() in SUFFIXES else ""
-        folder, stem = (path.parent, path.stem) if suffix else (path, slugify(name or task.task_id))
+        stem, suffix = split_suffix(path.name)
+        folder = path.parent if suffix else path
+        stem = stem if suffix else slugify(name or task.task_id)
         paths: list[Path] = []
         for number, image in enumerate(task.images, start=1):
             file_name = stem + (f"-{number}" if number > 1 else "") + suffix
             try:
-                saved = await self.store(
-                    image, FileImageStore(folder), file_name, keep_suffix=bool(suffix), task_id=task.task_id
-                )
+                saved = await self.store(image, FileImageStore(folder), file_name, task_id=task.task_id)
             except ImageError as exc:
                 exc.task_id = task.task_id
                 raise
@@ -331,19 +331,17 @@ class NanoBananaClient:
         store: ImageStore,
         name: str,
         *,
-        keep_suffix: bool = False,
         task_id: str | None = None,
     ) -> SavedImage:
         """Download one image, check it, and put it into *store*. At most `Limits.max_downloads` run at once.
 
-        It is stored as *name* plus the suffix of its true type, or as *name* itself with *keep_suffix*. *task_id* is
-        the task that the `Saved` event is about.
+        It is stored as *name* with the suffix of its true format. *task_id* is the task that `Saved` is about.
 
         Raises:
             ImageError: The download failed, or the store raised OSError.
         """
         await self._session.start()
-        saved = await self._session.downloader.store(image, store, name, keep_suffix=keep_suffix)
+        saved = await self._session.downloader.store(image, store, name)
         self._session.emit_saved(saved, task_id)
         return saved
 

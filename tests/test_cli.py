@@ -1,5 +1,6 @@
 """`nanobanana` in real processes, with real signals and a real port."""
 
+import contextlib
 import json
 import os
 import pty
@@ -30,10 +31,10 @@ def server(nanobanana_server: SimulatorServer) -> SimulatorServer:
 
 
 def test_a_prompt_becomes_an_image_on_disk(server: SimulatorServer, tmp_path: Path) -> None:
-    """The path is on stdout, nothing else is, and the exit code is 0."""
+    """The path is on stdout, nothing else is, the cost is on stderr, and the exit code is 0."""
     options = ["-o", "fox.png", "--aspect-ratio", "16:9", "--poll", "0.05"]
     one = run_command("generate", "a fox in snow", *options, cwd=tmp_path)
-    assert (one.code, one.out, one.err) == (0, "fox.png\n", "")
+    assert (one.code, one.out, one.err) == (0, "fox.png\n", "1 image, 0.5 credits charged\n")
     with Image.open(one.folder / "fox.png") as image:
         assert (image.format, image.size) == ("PNG", (1024, 576))
     assert [charge.prompt for charge in server.charges] == ["a fox in snow"]
@@ -66,7 +67,7 @@ def test_a_full_disk_prints_the_command_that_downloads_the_image(server: Simulat
 def test_a_closed_pipe_does_not_stop_images_from_being_saved(server: SimulatorServer, tmp_path: Path) -> None:
     """All images are saved when stdout is closed, as by `head -1`."""
     closed = run_command("generate", "c", "d", "--poll", "0.05", cwd=tmp_path, script='"$@" | :')
-    assert closed.err == ""
+    assert closed.err == "2 images, 1 credits charged\n"
     assert len(list(closed.folder.glob("*.png"))) == len(server.charges) == 2
 
 
@@ -254,7 +255,8 @@ def test_a_full_stdout_does_not_stop_images_from_being_saved(server: SimulatorSe
     """The error is reported once, and all charged images are on disk."""
     full = run_command("generate", "a", "b", "c", "--poll", "0.05", cwd=tmp_path, script='exec "$@" > /dev/full')
     assert full.code == 0
-    assert full.err == "nanobanana: stdout: cannot be written (No space left on device)\n"
+    says = "nanobanana: stdout: cannot be written (No space left on device)\n3 images, 1.5 credits charged\n"
+    assert full.err == says
     assert len(list(tmp_path.glob("*.png"))) == len(server.service.charges) == 3
 
 
@@ -278,3 +280,61 @@ def test_on_a_terminal_results_are_printed_above_the_bar(tmp_path: Path) -> None
         os.close(ours)
         os.close(theirs)
     assert re.search(r"(?:^|\n|\x1b\[2K)fox\.png\r\n", shown), shown
+
+
+@pytest.mark.parametrize(
+    "script",
+    ['exec "$@" 2> /dev/full', 'exec "$@" > /dev/full 2>&1', '"$@" 2>&1 | head -1', 'exec "$@" >&- 2>&-'],
+)
+@pytest.mark.parametrize("command", [["generate", "a", "b", "c"], ["batch", "p.txt", "--out", "."], ["--json"]])
+def test_c1_the_display_ends_and_the_work_goes_on(
+    server: SimulatorServer, tmp_path: Path, script: str, command: list[str]
+) -> None:
+    """A full disk, a closed terminal or a reader that has left costs no image."""
+    (tmp_path / "p.txt").write_text("a\nb\nc\n")
+    arguments = ["batch", "p.txt", "--out", ".", "--json"] if command == ["--json"] else command
+    ended = run_command(*arguments, "--poll", "0.05", cwd=tmp_path, script=script)
+    assert ended.code == 0
+    assert "Traceback" not in ended.err + ended.out
+    assert len(list(tmp_path.glob("*.png"))) == len(server.service.charges) == 3
+
+
+@pytest.mark.parametrize(("variables", "columns"), [({}, 80), ({}, 40), ({"TERM": "dumb"}, 80)])
+def test_c2_the_count_is_shown_at_any_width_and_without_a_capable_terminal(
+    tmp_path: Path, variables: dict[str, str], columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bar and the words give way, not the count. A dumb terminal gets plain lines."""
+    (tmp_path / "p.txt").write_text("\n".join(f"fox {number}" for number in range(90)))
+    ours, theirs = pty.openpty()
+    profile = SimulatorProfile(median_s=0.3, visibility_delay_s=0, failed_tasks=0.1)
+    with SimulatorServer(profile) as server, os.fdopen(ours, "rb", buffering=0) as terminal:
+        monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
+        monkeypatch.setenv("DEFAPI_API_KEY", "dk-test")
+        environ = environment(**{"TERM": "xterm", "COLUMNS": str(columns), **variables})
+        process = subprocess.Popen(  # noqa: S603 - the command of this package
+            [*COMMAND, "batch", "p.txt", "--out", "out", "--poll", "0.05"],
+            cwd=tmp_path, env=environ, stdin=theirs, stdout=theirs, stderr=theirs,
+        )  # fmt: skip
+        os.close(theirs)
+        shown = b""
+        with contextlib.suppress(OSError):
+            while chunk := terminal.read(65536):
+                shown += chunk
+        process.wait(60)
+    text = shown.decode()
+    assert "of 90 saved" in text
+    assert ("90/90" in text) == ("\x1b[" in text) == (variables == {})
+
+
+def test_d3_an_image_is_not_replaced_without_force(server: SimulatorServer, tmp_path: Path) -> None:
+    """Nor one with the same name and another suffix, which the image may turn out to have."""
+    (tmp_path / "fox.png").write_bytes(b"mine")
+    for name in ("fox.png", "fox.jpg"):
+        refused = nanobanana("generate", "a fox", "-o", name, cwd=tmp_path)
+        assert refused.code == 2
+        assert "fox.png exists. To replace it, pass --force." in refused.err
+    assert server.charges == []
+    forced = nanobanana("generate", "a fox", "-o", "fox.jpg", "--force", "--poll", "0.05", cwd=tmp_path)
+    assert (forced.code, forced.out) == (0, "fox.png\n")
+    assert "fox.jpg: the image has another format, and was saved as fox.png" in forced.err
+    assert (tmp_path / "fox.png").read_bytes() != b"mine"

@@ -244,11 +244,57 @@ async def test_a_folder_that_cannot_be_synced_is_no_error_unless_the_disk_is(
 
 @pytest.mark.parametrize(
     "hostile",
-    ["../../etc/passwd", "C:\\x", "a:b", "nul\0", "x" * 300, "\u202egnp.exe", ".", "..", "", "-rf", "ta-1", "日本"],
+    [
+        "../../etc/passwd",
+        "C:\\x",
+        "a:b",
+        "nul\0",
+        "x" * 300,
+        "\u202egnp.exe",
+        ".",
+        "..",
+        "",
+        "-rf",
+        "ta-1",
+        ".a",
+        "a/.b",
+    ],
 )
 def test_remote_text_never_chooses_a_path(hostile: str) -> None:
-    """A name has letters, digits, dashes and underscores, at most eighty."""
+    """A name has letters, digits, dashes, underscores and dots inside, at most eighty."""
     name = slugify(hostile)
     assert 1 <= len(name) <= 80
-    assert all(character.isascii() and (character.isalnum() or character in "-_") for character in name)
-    assert not name.startswith("-")
+    assert all(character.isalnum() or character in "-_." for character in name)
+    assert not name.startswith(("-", "."))
+    assert name == Path(name).name
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("夏の海", "夏の海"),
+        ("青花瓷", "青花瓷"),
+        ("plakat_zażółć", "plakat_zażółć"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("हिन्दी", "हिन्दी"),
+        ("CON", "CON-"),
+        ("lpt1.draft", "lpt1.draft-"),
+        ("a  b/c", "a-b-c"),
+        ("v1.2", "v1.2"),
+        ("🦊", "image"),
+        ("海" * 100, "海" * 60),
+    ],
+)
+def test_d2_letters_of_any_script_stay_in_a_name(text: str, name: str) -> None:
+    """In one normal form, within 180 bytes, and never as a device name of Windows."""
+    assert slugify(text) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "saved"),
+    [("f.jpg", "f.png"), ("f.PNG", "f.PNG"), ("f", "f.png"), ("f.v2", "f.v2.png"), (".png", ".png.png")],
+)
+async def test_d3_an_image_has_the_suffix_of_its_true_format(tmp_path: Path, name: str, saved: str) -> None:
+    """Whatever suffix was asked for."""
+    stored = await downloader(script(WHOLE)).store(FOX, FileImageStore(tmp_path), name)
+    assert stored.path == tmp_path / saved

@@ -221,7 +221,7 @@ async def test_file_names_are_derived_and_unique(tmp_path: Path) -> None:
     ]
     async with opened(tmp_path) as ledger:
         stems = [record.file_stem for record in await ledger.upsert_rows(rows)]
-    assert stems[:2] == ["0001-etc-passwd", "0002"]
+    assert stems[:2] == ["0001-etc-passwd", "0002-日本"]
     assert len(stems[2]) <= 45
     assert stems[3:] == ["Poster", "POSTER-5", "poster-5-6", "con-aux"]
 

@@ -10,12 +10,12 @@ from typing import Any
 import click
 
 from nanobanana_async.cli.history import open_ledger
-from nanobanana_async.cli.jobs import Job, report_failures, run_jobs
+from nanobanana_async.cli.jobs import Job, report_cost, report_failures, run_jobs
 from nanobanana_async.cli.progress import JobProgressBar
 from nanobanana_async.cli.runtime import CommandContext, json_option, print_json, run
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.handle import TaskHandle
-from nanobanana_async.images.formats import SUFFIXES
+from nanobanana_async.images.formats import SUFFIXES, split_suffix
 from nanobanana_async.models import DEFAULT_MODEL, GenerationRequest, ImageSource
 from nanobanana_async.policies import PollPolicy
 
@@ -46,6 +46,8 @@ poll_option = click.option(
     help="Poll each task at this interval.  [default: learned]",
 )
 
+force_option = click.option("--force", is_flag=True, help="Replace an image with the name of -o.")
+
 
 @click.command()
 @click.argument("prompts", metavar="PROMPT...", nargs=-1, required=True)
@@ -60,6 +62,7 @@ poll_option = click.option(
 @click.option("--model", default=DEFAULT_MODEL, show_default=True, metavar="MODEL", help="Name of the model.")
 @click.option("--aspect-ratio", metavar="N:M", help="Aspect ratio, such as 16:9, or auto.")
 @click.option("--image-size", metavar="SIZE", help="Image size, such as 2k, if the model supports it.")
+@force_option
 @click.option("--owner", metavar="NAME", help="Whom the images are for. To filter by it, run: nanobanana list --owner.")
 @click.option("--no-ledger", is_flag=True, help="Keep no record of the tasks for: nanobanana list.")
 @timeout_option
@@ -73,6 +76,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
     timeout_s: float | None,
     poll_s: float | None,
     *,
+    force: bool,
     no_ledger: bool,
     as_json: bool,
     **options: Any,  # noqa: ANN401 - the remaining options above
@@ -88,6 +92,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
         raise click.UsageError(f"-o: expected a folder for {len(prompts)} prompts, got the file {output}.")
     if owner is not None and not owner.strip():
         raise click.UsageError("--owner: expected text.")
+    check_not_replaced(path, force=force)
     references = [_reference(image) for image in images]
     try:
         requests = [GenerationRequest(prompt, images=references, **options) for prompt in prompts]
@@ -114,7 +119,9 @@ def generate(  # noqa: PLR0913 - one parameter per option
                     timeout_s=timeout_s,
                     on_finished=lambda job: _show(job, progress, as_json=as_json),
                 )
-            report_failures([] if as_json else jobs)
+            if not as_json:
+                report_failures(jobs)
+                report_cost(jobs)
         return code
 
     run(work, as_json=as_json)
@@ -135,6 +142,15 @@ def _show(job: Job, progress: JobProgressBar, *, as_json: bool) -> None:
     else:
         for file in job.files:
             progress.print_result(str(file))
+
+
+def check_not_replaced(path: Path, *, force: bool) -> None:
+    """Exit before anything is charged if *path* is an image that exists, with this or another image suffix."""
+    stem, suffix = split_suffix(path.name)
+    if suffix and not force:
+        for other in (path, *(path.with_name(stem + one) for one in sorted(SUFFIXES))):
+            if other.is_file():
+                raise click.UsageError(f"-o: {other} exists. To replace it, pass --force.")
 
 
 def check_writable(path: Path, *, is_folder: bool = False) -> None:

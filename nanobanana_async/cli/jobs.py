@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from decimal import Decimal
 from pathlib import Path
 from typing import Final
 
@@ -9,7 +10,7 @@ import anyio
 import attrs
 import click
 
-from nanobanana_async._text import sanitize_line
+from nanobanana_async._text import format_credits, sanitize_line
 from nanobanana_async.cli.progress import JobProgressBar
 from nanobanana_async.cli.runtime import (
     EXIT_FAILED,
@@ -25,6 +26,7 @@ from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NanoBananaError, TaskLost, TaskNotFound
 from nanobanana_async.events import Finished, Queued, StatusChanged, Submitted
 from nanobanana_async.handle import no_image_error
+from nanobanana_async.images.formats import split_suffix
 from nanobanana_async.models import GenerationRequest, JsonValue, Task
 
 _NO_ERROR: Final = {"error": None, "error_type": None, "may_be_charged": False}
@@ -124,11 +126,20 @@ async def _save(client: NanoBananaClient, job: Job, context: CommandContext) -> 
     if task.images:
         name = job.name or f"{job.request.prompt[:40]}-{task.task_id[-6:]}"
         job.files = await client.save(task, job.output, name=name)
+        report_suffix(job.output, job.files)
     del context.unsaved_tasks[task.task_id]  # saved, or without an image to download
     if job.is_recorded:
         await client.task(task.task_id).ack()
     if not task.images:
         raise no_image_error(task)
+
+
+def report_suffix(output: Path | str | None, files: Sequence[Path]) -> None:
+    """Print under which name an image was saved whose format is not that of the suffix of *output*."""
+    _, wanted = split_suffix(str(output or ""))
+    for file in files:
+        if wanted and file.suffix.lower() != wanted.lower():
+            click.echo(f"{file.stem}{wanted}: the image has another format, and was saved as {file}", err=True)
 
 
 def report_failures(jobs: Sequence[Job]) -> None:
@@ -143,3 +154,15 @@ def report_failures(jobs: Sequence[Job]) -> None:
         click.echo(f"nanobanana: {line}{note}", err=True)
     if duplicates := sum(job.possible_duplicates for job in jobs):
         click.echo(f"possible duplicates: {duplicates}. Each may have been charged.", err=True)
+
+
+def report_cost(jobs: Sequence[Job]) -> None:
+    """Print how many images were saved, and what the service has charged."""
+    saved = sum(len(job.files) for job in jobs)
+    charges = [job.task.consumed for job in jobs if job.task is not None and job.task.is_final]
+    line = f"{saved} {'image' if saved == 1 else 'images'}"
+    line += f", {format_credits(sum((one for one in charges if one is not None), Decimal(0)))} credits charged"
+    unstated = charges.count(None) + sum(job.exit_code == EXIT_UNKNOWN and job.task is None for job in jobs)
+    line += f", {unstated} more may have been charged" if unstated else ""
+    if charges or unstated:
+        click.echo(line, err=True)

@@ -1,8 +1,9 @@
 """Entry point of `nanobanana`. Prints which packages are missing instead of a traceback."""
 
-import io
 import sys
 from typing import NoReturn
+
+from nanobanana_async.cli.streams import protect_standard_streams
 
 
 def main() -> NoReturn:
@@ -13,8 +14,6 @@ def main() -> NoReturn:
         if exc.name not in ("click", "platformdirs", "rich"):
             raise
         sys.exit("nanobanana: packages are missing. To install them, run: pip install 'nanobanana-async[cli]'")
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character must not end the run
-            stream.reconfigure(errors="backslashreplace")
+    protect_standard_streams()
     cli()
     sys.exit(0)

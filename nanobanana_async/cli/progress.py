@@ -96,16 +96,20 @@ def _live_progress(total: int) -> "Progress | None":
     """Return a rich progress bar with one task; None without a terminal."""
     from rich.console import Console  # noqa: PLC0415 - takes 50 ms; only commands that wait need it
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+    from rich.table import Column  # noqa: PLC0415
 
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not sys.stderr.isatty() or console.is_dumb_terminal:  # FORCE_COLOR makes a log file look like a terminal
         return None
     progress = Progress(
-        BarColumn(bar_width=28),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[words]}", markup=False),
+        BarColumn(bar_width=min(28, console.width // 6)),
+        TextColumn(
+            "{task.fields[words]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)
+        ),
         console=console,
+        expand=True,
     )
     progress.add_task("", total=total, words="")
     return progress

@@ -184,16 +184,8 @@ def task_record(task: Task | None) -> dict[str, object]:
 
 
 def print_result(line: object) -> None:
-    """Print a result. If the reader has gone (`| head`) or the disk is full, print no more results and continue.
-
-    Charged images are still to be saved then.
-    """
-    try:
-        click.echo(line)
-    except OSError as exc:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if not isinstance(exc, BrokenPipeError):
-            click.echo(f"nanobanana: stdout: cannot be written ({exc.strerror})", err=True)
+    """Print a result on stdout."""
+    click.echo(line)
 
 
 def print_json(record: dict[str, object]) -> None:

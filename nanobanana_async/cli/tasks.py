@@ -5,8 +5,16 @@ from pathlib import Path
 import click
 
 from nanobanana_async._text import sanitize_line
-from nanobanana_async.cli.generate import check_writable, poll_option, poll_policy, timeout_option
+from nanobanana_async.cli.generate import (
+    check_not_replaced,
+    check_writable,
+    force_option,
+    poll_option,
+    poll_policy,
+    timeout_option,
+)
 from nanobanana_async.cli.history import acknowledge
+from nanobanana_async.cli.jobs import report_suffix
 from nanobanana_async.cli.runtime import (
     EXIT_OK,
     CommandContext,
@@ -41,11 +49,16 @@ def status(task_id: str, *, as_json: bool) -> None:
 @click.command()
 @click.argument("task_id")
 @click.option("-o", "--output", metavar="PATH", help="Save the images to this file or folder.")
+@force_option
 @timeout_option
 @poll_option
 @json_option
-def wait(task_id: str, output: str | None, timeout_s: float | None, poll_s: float | None, *, as_json: bool) -> None:
+def wait(
+    task_id: str, output: str | None, timeout_s: float | None, poll_s: float | None, *, force: bool, as_json: bool
+) -> None:
     """Wait for a task, and save its images with -o."""
+    if output is not None:
+        check_not_replaced(Path(output), force=force)
 
     async def work(_: CommandContext) -> int:
         if output is not None:
@@ -59,6 +72,7 @@ def wait(task_id: str, output: str | None, timeout_s: float | None, poll_s: floa
                     _show(await handle.wait(), as_json=False)
                 raise
             files = await client.save(task, output) if output is not None else []
+            report_suffix(output, files)
         if output is not None:
             await acknowledge(task)
         _show(task, as_json=as_json, files=files)

@@ -11,7 +11,7 @@ import anyio
 
 from nanobanana_async._concurrency.byte_budget import ByteBudget, ByteLease
 from nanobanana_async.errors import ImageError, NanoBananaError
-from nanobanana_async.images.formats import ImageFormat, sniff
+from nanobanana_async.images.formats import ImageFormat, sniff, true_name
 from nanobanana_async.models import GeneratedImage, SavedImage, url_problem
 from nanobanana_async.policies import Limits, RetryPolicy, Timeouts
 from nanobanana_async.protocols import ExchangeError, ImageStore, RequestKind, Transport, WireRequest, WireResponse
@@ -65,17 +65,15 @@ class Downloader:
         async with self._opened(image) as (data, _):
             return data
 
-    async def store(
-        self, image: GeneratedImage, store: ImageStore, name: str, *, keep_suffix: bool = False
-    ) -> SavedImage:
-        """Put the image into *store*, as *name* plus the suffix of its true type, or as *name* with *keep_suffix*.
+    async def store(self, image: GeneratedImage, store: ImageStore, name: str) -> SavedImage:
+        """Put the image into *store* as *name*, with the suffix of its true format.
 
         Raises:
             ImageError: The download failed as in `download`, or the store did. `__cause__` is its OSError, if any.
         """
         async with self._opened(image) as (data, image_format):
             try:
-                return await store.put(name if keep_suffix else name + image_format.suffix, data)
+                return await store.put(true_name(name, image_format), data)
             except OSError as exc:
                 raise ImageError(f"{exc.filename or name}: cannot be written: {exc.strerror or exc}") from exc
             except NanoBananaError:

@@ -1,6 +1,7 @@
 """The rows of a batch in the tables of `ledger.schema`. SQL on a given connection."""
 
 import json
+import re
 import sqlite3
 import time
 from pathlib import Path
@@ -66,7 +67,8 @@ _EDITABLE_STATES: Final = (RowState.READY, RowState.REJECTED, RowState.FAILED)
 
 
 def _stem(db: sqlite3.Connection, row: BatchRow, number: int) -> str:
-    stem = slugify(f"{number:04}-{row.request.prompt.lower()}", limit=45) if row.name is None else slugify(row.name)
+    named = None if row.name is None else re.sub(r"\.(png|jpe?g|gif|webp)$", "", row.name, flags=re.IGNORECASE)
+    stem = slugify(f"{number:04}-{row.request.prompt.lower()}", limit=45) if named is None else slugify(named)
     while db.execute("SELECT 1 FROM rows WHERE file_stem = ?", (stem,)).fetchone():
         stem = f"{stem}-{number}"
     return stem
