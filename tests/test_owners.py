@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import linecache
+import sys
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -203,7 +204,7 @@ async def test_limits_may_depend_on_the_owner() -> None:
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.real_time
 @pytest.mark.other_clients
-@pytest.mark.slow
+@pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer allocates memory on our lines")
 async def test_ten_thousand_waiting_submits_have_no_timer_each_and_take_little_memory() -> None:
     """Each takes less than 500 bytes of ours, and 900 for the frames of its three coroutines."""
     limits = OwnerLimits(max_in_flight=2, per_minute=100)
