@@ -174,12 +174,19 @@ class TaskHandle:
         )
 
     def _timeout_s(self, timeout_s: float | None) -> float:
+        check_timeout_s(timeout_s)
         return self._source.default_timeout_s if timeout_s is None else timeout_s
 
     def _remember(self, task: Task) -> Task:
         if task.is_final:
             self._final = self._final or task  # the first final status stays, whatever the service reports later
         return self._final or task
+
+
+def check_timeout_s(timeout_s: float | None) -> None:
+    """Raise ValueError if a wait could not end by *timeout_s*."""
+    if timeout_s is not None and not 0 <= timeout_s < math.inf:  # false for nan, too
+        raise ValueError(f"timeout_s: expected 0 or more seconds, got {timeout_s:g}")
 
 
 async def recover_by_callback(

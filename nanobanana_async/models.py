@@ -7,7 +7,7 @@ from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import BinaryIO, Final, Protocol, TypeAlias, TypedDict, runtime_checkable
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import attrs
 
@@ -65,6 +65,19 @@ def url_problem(url: str) -> str | None:
     if "@" in parts.netloc:
         return "contains a user name or password. Remove them."
     return None
+
+
+def percent_encoded(url: str) -> str:
+    """Return *url* with blanks and letters outside ASCII encoded, as browsers do; unchanged if it cannot be."""
+    if url.isascii() and " " not in url:
+        return url
+    try:
+        parts = urlsplit(url.strip())
+        host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode()
+    except ValueError:
+        return url
+    encoded = [quote(part, safe="%/:=&?~#+!$,;'@()*[]") for part in (parts.path, parts.query)]
+    return urlunsplit((parts.scheme, host, *encoded, ""))
 
 
 def _abbreviated(value: object) -> str:

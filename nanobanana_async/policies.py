@@ -1,5 +1,6 @@
 """Frozen policies and their arithmetic. All times are seconds. No I/O and no clock."""
 
+import math
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from random import Random
@@ -171,17 +172,17 @@ class OwnerLimits:
 class Timeouts:
     """Time limits. All of them are finite."""
 
-    connect_s: float = attrs.field(default=10.0, validator=gt(0))
-    submit_s: float = attrs.field(default=60.0, validator=gt(0))
+    connect_s: float = attrs.field(default=10.0, validator=[gt(0), lt(math.inf)])
+    submit_s: float = attrs.field(default=60.0, validator=[gt(0), lt(math.inf)])
     """One submit with its safe retries, counted from when it may be sent. It includes the upload of reference images.
     """
-    query_s: float = attrs.field(default=20.0, validator=gt(0))
+    query_s: float = attrs.field(default=20.0, validator=[gt(0), lt(math.inf)])
     """One query or balance call with its retries."""
-    download_s: float = attrs.field(default=120.0, validator=gt(0))
+    download_s: float = attrs.field(default=120.0, validator=[gt(0), lt(math.inf)])
     """One download with its retries, counted from when it gets a slot (`Limits.max_downloads`)."""
-    task_s: float = attrs.field(default=900.0, validator=gt(0))
+    task_s: float = attrs.field(default=900.0, validator=[gt(0), lt(math.inf)])
     """Default timeout of `generate`, `result`, `wait` and `updates`, and longest wait of a submit for its slot."""
-    recovery_s: float = attrs.field(default=600.0, validator=ge(0))
+    recovery_s: float = attrs.field(default=600.0, validator=[ge(0), lt(math.inf)])
     """How long a submit whose response was lost waits for its callback, which contains the task id."""
-    close_s: float = attrs.field(default=10.0, validator=gt(0))
+    close_s: float = attrs.field(default=10.0, validator=[gt(0), lt(math.inf)])
     """Extra time `aclose()` may take after submits in flight have finished."""

@@ -33,7 +33,7 @@ from nanobanana_async.events import (
     Throttled,
     new_key,
 )
-from nanobanana_async.handle import TaskHandle, recover_by_callback
+from nanobanana_async.handle import TaskHandle, check_timeout_s, recover_by_callback
 from nanobanana_async.images.download import Downloader
 from nanobanana_async.images.references import encode_images
 from nanobanana_async.models import GenerationRequest, JsonValue, RequestOptions, SavedImage, Task
@@ -228,6 +228,7 @@ class Session:
         record: SubmitRecord | None = None,
     ) -> SubmitCall:
         """Return the call for these arguments. *record* replaces the ledger. *timeout_s* None means the default."""
+        check_timeout_s(timeout_s)
         own = cast("RequestOptions", {name: value for name, value in options.items() if name not in _OWN_OPTIONS})
         if isinstance(prompt, GenerationRequest):
             request = attrs.evolve(prompt, **own)

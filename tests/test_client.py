@@ -3,6 +3,9 @@
 import gc
 import logging
 import os
+import shutil
+import subprocess
+import sys
 import warnings
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -15,6 +18,7 @@ import anyio.to_thread
 import attrs
 import pytest
 
+import nanobanana_async
 from nanobanana_async import (
     AuthenticationError,
     ClientClosed,
@@ -404,3 +408,34 @@ async def test_a_submit_waits_for_a_bounded_time() -> None:
         with pytest.raises(NotSent, match="nothing was sent"):
             await client.submit("a fox")
     assert submits(transport.requests) == 0
+
+
+@pytest.mark.parametrize("timeout_s", [float("nan"), float("inf"), -1.0])
+async def test_t4_a_timeout_that_is_no_time_is_refused(client: NanoBananaClient, timeout_s: float) -> None:
+    """It would wait for ever, or end at once."""
+    handle = await client.submit("a fox")
+    with pytest.raises(ValueError, match="timeout_s: expected"):
+        await client.generate("a fox", timeout_s=timeout_s)
+    with pytest.raises(ValueError, match="timeout_s: expected"):
+        await anext(client.stream("a fox", timeout_s=timeout_s))
+    with pytest.raises(ValueError, match="timeout_s: expected"):
+        await handle.result(timeout_s=timeout_s)
+    with pytest.raises(ValueError, match="must be"):
+        Timeouts(task_s=timeout_s)
+
+
+def test_g2_the_package_works_without_its_metadata(tmp_path: Path) -> None:
+    """A copy inside another package has none. `python -m nanobanana_async` is the command."""
+    shutil.copytree(Path(nanobanana_async.__file__).parent, tmp_path / "nanobanana_async")
+    code = (
+        "import importlib.metadata as m\n"
+        "def missing(name): raise m.PackageNotFoundError(name)\n"
+        "m.version = missing\n"
+        "import sys, runpy; sys.argv = ['nanobanana', '--version']\n"
+        "runpy.run_module('nanobanana_async', run_name='__main__')"
+    )
+    done = subprocess.run(  # noqa: S603 - this interpreter
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "version 0" in done.stdout

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gzip
 import hashlib
 import os
 import stat
@@ -75,7 +76,9 @@ async def test_an_image_that_is_not_there_yet_is_retried(step: Step) -> None:
         pytest.param(response(200, body=b"<html>sorry, no image</html>"), "not a PNG, JPEG, WebP or GIF", 1, id="html"),
         pytest.param(response(200, body=b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "not a PNG", 1, id="svg"),
         pytest.param(response(200, body=b""), "only 0 bytes", 1, id="empty"),
-        pytest.param(response(200, body=PNG, content_encoding="gzip"), "compressed", 1, id="compressed"),
+        pytest.param(
+            response(200, body=gzip.compress(PNG), content_encoding="gzip"), "compressed the file", 1, id="compressed"
+        ),
         pytest.param(lost(Phase.CONNECT, permanent=True), "gone", 1, id="refused-address"),
         pytest.param(response(302, body=b"", location="/again"), "redirects more than 3 times", 4, id="redirect-loop"),
         pytest.param(
@@ -298,3 +301,26 @@ async def test_d3_an_image_has_the_suffix_of_its_true_format(tmp_path: Path, nam
     """Whatever suffix was asked for."""
     stored = await downloader(script(WHOLE)).store(FOX, FileImageStore(tmp_path), name)
     assert stored.path == tmp_path / saved
+
+
+@pytest.mark.parametrize("encoding", ["", "Identity", "none", "utf-8", "aws-chunked", "gzip"])
+async def test_t1_an_image_is_taken_whatever_encoding_is_stated(encoding: str) -> None:
+    """Object stores state encodings that they did not apply. The bytes decide."""
+    whole = response(200, body=PNG, content_length=str(len(PNG)), content_encoding=encoding)
+    assert await downloader(script(whole)).download(FOX) == PNG
+
+
+@pytest.mark.parametrize("url", ["https://files.example/a fox.png", "https://files.example/füchse/1.png?name=fuchs ä"])
+async def test_t1_a_url_is_encoded_as_browsers_do(url: str) -> None:
+    """A charged image is not lost for a blank in its name."""
+    transport = script(WHOLE)
+    assert await downloader(transport).download(GeneratedImage(url=url)) == PNG
+    (request,) = transport.requests
+    assert request.url.isascii()
+    assert " " not in request.url
+
+
+@pytest.mark.parametrize("extra", [b"\n", b"\0\0\0", b"<!-- served by cdn -->"])
+async def test_t1_bytes_after_the_end_of_an_image_do_not_make_it_truncated(extra: bytes) -> None:
+    """Without a length, the trailer may be followed by padding."""
+    assert await downloader(script(response(200, body=PNG + extra))).download(FOX) == PNG + extra

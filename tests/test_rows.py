@@ -89,7 +89,6 @@ def test_all_errors_are_listed_with_their_lines(tmp_path: Path) -> None:
         pytest.param("p.csv", "prompt,aspect\nfox,1:1\n", "name, got 'aspect'", id="typo"),
         pytest.param("p.csv", "prompt,prompt\nfox,hare\n", "got 'prompt' twice", id="column-twice"),
         pytest.param("p.csv", 'prompt\n"fox\n', "line 2: unexpected end of data", id="open-quote"),
-        pytest.param("p.csv", "prompt\n" + "x" * 200_000, "field larger", id="huge-cell"),
         pytest.param("p.csv", "", "column 'prompt'", id="empty-csv"),
         pytest.param("p.csv", "prompt\n", "contains no rows", id="header-only"),
         pytest.param("p.txt", "\n\n", "contains no rows", id="empty-txt"),
@@ -104,7 +103,7 @@ def test_all_errors_are_listed_with_their_lines(tmp_path: Path) -> None:
         pytest.param("p.jsonl", '{"prompt": "\\ud800"}', "surrogate", id="half-a-character"),
         pytest.param("p.csv", "prompt,key\na,k\nb,k\n", "'k' is also the key of an earlier row", id="key-twice"),
         pytest.param("p.csv", "prompt,images\na,p.csv\n", "expected a PNG, JPEG, WebP or GIF, got ", id="no-image"),
-        pytest.param("p.yaml", "- fox", ".txt, .csv or .jsonl", id="other-suffix"),
+        pytest.param("p.yaml", "- fox", ".txt, .csv, .tsv, .jsonl or .ndjson file", id="other-suffix"),
     ],
 )
 def test_an_unusable_file_is_rejected_before_anything_is_charged(
@@ -180,3 +179,53 @@ def test_any_file_is_rows_or_an_invalid_batch_file(
     except InvalidBatchFile:
         return
     assert len({row.key for row in rows}) == len(rows) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "prompts"),
+    [
+        pytest.param("p.txt", "a fox\na hare\n".encode("utf-16"), ["a fox", "a hare"], id="E1-powershell"),
+        pytest.param("p.txt", "a fox\n\ufeffa hare\n", ["a fox", "a hare"], id="E1-joined-files"),
+        pytest.param("p.csv", "sep=;\r\nprompt;key\r\na fox;1\r\n", ["a fox"], id="E4-excel"),
+        pytest.param("p.csv", "prompt,key,,\na fox,1,,\n", ["a fox"], id="E4-empty-columns"),
+        pytest.param("p.csv", "prompt\na fox,,\n", ["a fox"], id="E4-trailing-cells"),
+        pytest.param("p.csv", ",prompt\n0,a fox\n1,a hare\n", ["a fox", "a hare"], id="E4-pandas-index"),
+        pytest.param("p.csv", 'key, prompt\n1, "a fox, red"\n', ["a fox, red"], id="E4-blank-after-comma"),
+        pytest.param("p.tsv", "prompt\tkey\na fox\t1\n", ["a fox"], id="E4-tsv"),
+        pytest.param("p.ndjson", '{"prompt": "a fox", "key": 7}\n', ["a fox"], id="E4-ndjson-number-key"),
+        pytest.param("p.txt", "# a comment\n  # another\na fox\n\\# one\n", ["a fox", "# one"], id="E5-comments"),
+    ],
+)
+def test_what_common_programs_write_is_taken(
+    tmp_path: Path, name: str, content: str | bytes, prompts: list[str]
+) -> None:
+    """Byte order marks, spreadsheets, data frames and comments cost no image."""
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert [row.request.prompt for row in read_rows(path)] == prompts
+
+
+def test_e4_a_cell_may_be_a_large_data_uri(tmp_path: Path) -> None:
+    """The limit of the csv module, 128 KiB, is smaller than most images."""
+    uri = "data:image/png;base64," + "A" * 400_000
+    path = written(tmp_path, "p.csv", f'prompt,images\na fox,"{uri}"\n')
+    assert read_rows(path)[0].request.images == (uri,)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        pytest.param("a fox\na hare\n".encode("utf-16-le"), "line 1 contains the control character", id="no-mark"),
+        pytest.param(b"a fox\n" + "a hare\n".encode("utf-16-le"), "line 2 contains the control", id="appended"),
+        pytest.param(b"a fox\n\x1b[31mred\n", "line 2 contains the control character", id="escape"),
+        pytest.param(b"a fox\n...\n", "line 2: prompt: expected a letter or a digit, got '...'", id="no-letter"),
+        pytest.param("a fox\n\u2014\n".encode(), "line 2: prompt: expected a letter or a digit", id="dash"),
+    ],
+)
+def test_e1_text_that_is_no_prompt_is_refused_with_its_line(tmp_path: Path, content: bytes, says: str) -> None:
+    """Two encodings in one file would be charged as prompts of NULs."""
+    path = tmp_path / "p.txt"
+    path.write_bytes(content)
+    with pytest.raises(InvalidBatchFile) as caught:
+        read_rows(path)
+    assert says in str(caught.value)

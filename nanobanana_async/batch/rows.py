@@ -1,11 +1,13 @@
 """Read prompts from .txt, .csv, .jsonl or any iterable, as `BatchRow`s with stable keys."""
 
+import codecs
 import contextlib
 import csv
 import hashlib
 import io
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,8 @@ from nanobanana_async.policies import Limits
 COLUMNS: Final = ("prompt", "images", "model", "aspect_ratio", "image_size", "key", "name")
 """Columns of a .csv or .jsonl file. Others are rejected, because a misspelt column would silently cost money."""
 _MAX_KEY_CHARS: Final = 200
+_MAX_CELL_CHARS: Final = 2**27
+"""Longest cell of a .csv: four data URIs of 20 MiB."""
 
 
 Rows: TypeAlias = Iterable[BatchRow | GenerationRequest | str] | AsyncIterable[BatchRow | GenerationRequest | str]
@@ -105,31 +109,27 @@ def _image_identity(image: ImageSource) -> str:
     return hashlib.sha256(image).hexdigest()
 
 
-def read_rows(path: Path, **defaults: str | None) -> list[BatchRow]:
-    """Return the rows of a file: one prompt per line (.txt), or records with `COLUMNS` (.csv, .jsonl).
+def read_rows(path: Path, *, file_format: str | None = None, **defaults: str | None) -> list[BatchRow]:
+    """Return the rows of a file: one prompt per line (.txt), or records with `COLUMNS` (.csv, .tsv, .jsonl, .ndjson).
 
-    Images are URLs, data URIs, or paths relative to the file. In a .csv they are separated by `|`. *defaults* fill
-    empty columns. Blocking.
+    In a .txt, lines that begin with `#` are comments. A backslash before it begins a prompt with `#`. Images are URLs,
+    data URIs, or paths relative to the file. In a .csv they are separated by `|`. *defaults* fill empty columns.
+    Blocking.
+
+    Args:
+        path: The file; `-` reads standard input.
+        file_format: `"txt"`, `"csv"` or `"jsonl"`; None goes by the suffix, and means txt for standard input.
+        **defaults: model, aspect_ratio and image_size of rows without them.
 
     Raises:
         InvalidBatchFile: Rows are invalid. `errors` lists all of them with their lines.
         OSError: The file cannot be read.
     """
-    readers: dict[str, Callable[[str], Iterable[_Record]]] = {
-        ".txt": _from_txt,
-        ".csv": _from_csv,
-        ".jsonl": _from_jsonl,
-    }
-    reader = readers.get(path.suffix.lower())
+    is_stdin = str(path) == "-"
+    reader = _READERS.get(file_format or ("txt" if is_stdin else path.suffix.lower().removeprefix(".")))
     if reader is None:
-        raise InvalidBatchFile(f"{path}: expected a .txt, .csv or .jsonl file")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as exc:
-        line = exc.object[: exc.start].count(b"\n") + 1
-        raise InvalidBatchFile(
-            f"{path}: line {line} is not UTF-8, got byte {exc.object[exc.start]:#x}. Save the file as UTF-8."
-        ) from None
+        raise InvalidBatchFile(f"{path}: expected a .txt, .csv, .tsv, .jsonl or .ndjson file")
+    text = _decode(path, sys.stdin.buffer.read() if is_stdin else path.read_bytes())
     try:
         GenerationRequest("-", **{name: value for name, value in defaults.items() if value})  # type: ignore[arg-type]
     except ValueError as exc:
@@ -153,6 +153,27 @@ def read_rows(path: Path, **defaults: str | None) -> list[BatchRow]:
     return rows
 
 
+def _decode(path: Path, body: bytes) -> str:
+    """Return the text of a file in UTF-8, or in UTF-16 with a byte order mark, as PowerShell writes it."""
+    try:
+        text = body.decode("utf-16" if body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
+    except UnicodeDecodeError as exc:
+        line = exc.object[: exc.start].count(b"\n") + 1
+        raise InvalidBatchFile(
+            f"{path}: line {line} is not UTF-8, got byte {exc.object[exc.start]:#x}. Save the file as UTF-8."
+        ) from None
+    if found := _CONTROL.search(text):
+        line = text.count("\n", 0, found.start()) + 1
+        raise InvalidBatchFile(
+            f"{path}: line {line} contains the control character {found.group()!r}. The file may have two encodings, "
+            "or UTF-16 without a mark. Save it as UTF-8."
+        )
+    return text
+
+
+_CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
 class _FileError(Exception):
     """The file as a whole cannot be read as its type."""
 
@@ -162,32 +183,41 @@ _Record = tuple[int, Mapping[str, object] | ValueError]
 
 
 def _from_txt(text: str) -> Iterator[_Record]:
-    for line, prompt in enumerate(re.split(r"\r\n|\n|\r", text), start=1):  # line numbers as editors show them
-        if prompt.strip():
-            yield line, {"prompt": prompt.strip()}
+    for line, part in enumerate(re.split(r"\r\n|\n|\r", text), start=1):  # line numbers as editors show them
+        prompt = part.strip().removeprefix("\ufeff")  # files joined by a shell
+        if prompt and not prompt.startswith("#"):
+            yield line, {"prompt": prompt.removeprefix("\\") if prompt.startswith("\\#") else prompt}
 
 
 def _from_csv(text: str) -> Iterator[_Record]:
+    first_line = 1
+    separator = re.match(r"sep=(.)\r?\n", text)  # Excel writes it, and reads it
+    if separator is not None:
+        text, first_line = text[separator.end() :], 2
     header = text.partition("\n")[0]
     # Spreadsheets in many locales write semicolons. No column name contains any of these.
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+    delimiter = max(",;\t", key=header.count) if separator is None else separator.group(1)
+    csv.field_size_limit(_MAX_CELL_CHARS)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, skipinitialspace=True)
     columns = [name.strip().lower() for name in _next_csv_row(reader) or []]
+    while columns and not columns[-1]:
+        columns.pop()
     if "prompt" not in columns:
         raise _FileError(f"line 1: expected a header with a column 'prompt', got {header.strip()!r:.80}")
     _check_columns(columns)
-    line = reader.line_num + 1
+    line = reader.line_num + first_line
     while (cells := _next_csv_row(reader)) is not None:
         if any(cell.strip() for cell in cells):
-            if len(cells) > len(columns):
+            if any(cell.strip() for cell in cells[len(columns) :]):
                 yield (
                     line,
                     ValueError(f"{len(cells)} cells, but {len(columns)} columns. Quote text that contains a comma."),
                 )
             else:
-                record = {name: cell for name, cell in zip(columns, cells, strict=False) if cell.strip()}
+                record = {name: cell for name, cell in zip(columns, cells, strict=False) if name and cell.strip()}
                 images = [image.strip() for image in record.pop("images", "").split("|") if image.strip()]
                 yield line, {**record, "images": images}
-        line = reader.line_num + 1
+        line = reader.line_num + first_line
 
 
 def _next_csv_row(reader: "Iterator[list[str]]") -> list[str] | None:
@@ -210,7 +240,7 @@ def _from_jsonl(text: str) -> Iterator[_Record]:
 
 
 def _check_columns(names: Iterable[str]) -> None:
-    names = list(names)
+    names = [name for name in names if name]  # pandas writes its index without a name
     if unknown := [name for name in names if name not in COLUMNS]:
         raise _FileError(f"line 1: column: expected one of {', '.join(COLUMNS)}, got {unknown[0]!r}")
     if twice := [name for name, count in Counter(names).items() if count > 1]:
@@ -224,6 +254,8 @@ def _parse_row(
         raise record
     if unknown := record.keys() - set(COLUMNS):
         raise ValueError(f"column: expected one of {', '.join(COLUMNS)}, got {min(unknown)!r}")
+    if type(record.get("key")) is int:  # spreadsheets and databases number their rows
+        record = {**record, "key": str(record["key"])}
     for name, value in record.items():
         if name != "images" and not isinstance(value, str | None):
             raise TypeError(f"{name}: expected text, got {value!r:.80}")
@@ -237,6 +269,8 @@ def _parse_row(
     options = {**{name: value for name, value in defaults.items() if value is not None}, **given}
     sources = [_load_image(text, folder) for text in texts]
     request = GenerationRequest(str(options.pop("prompt", "")), images=sources, **options)  # type: ignore[arg-type]  # all are str
+    if not any(character.isalnum() for character in request.prompt):
+        raise ValueError(f"prompt: expected a letter or a digit, got {request.prompt!r:.80}")
     # The text as written, not the path: a row is the same in another working directory.
     return keys.row(request, key=key, name=title, images=texts)  # type: ignore[arg-type]  # all are str
 
@@ -256,3 +290,12 @@ def _load_image(text: str, folder: Path) -> ImageSource:
             f"images: expected at most {Limits().max_reference_bytes // 2**20} MiB, got {path}. Scale the image down."
         )
     return path
+
+
+_READERS: Final[Mapping[str, Callable[[str], Iterable[_Record]]]] = {
+    "txt": _from_txt,
+    "csv": _from_csv,
+    "tsv": _from_csv,
+    "jsonl": _from_jsonl,
+    "ndjson": _from_jsonl,
+}

@@ -107,9 +107,8 @@ class Batch:
             LedgerError: Another process holds the folder (`exc.pid`), or its ledger cannot be used.
             ConfigurationError: The ledger is about another service or account, or an amount is not positive.
         """
-        for name, amount in (("budget", budget), ("max_price", max_price)):
-            if amount is not None and not (amount.is_finite() and amount > 0):
-                raise ConfigurationError(f"{name}: expected more than 0 credits, got {amount}")
+        _check_credits("budget", budget)
+        _check_credits("max_price", max_price)
         home = None if ledger_folder is None else Path(ledger_folder)
         ledger = await BatchLedger.open(Path(folder), ledger_folder=home, group_commit_s=group_commit_s)
         try:
@@ -299,6 +298,11 @@ class Batch:
         entered = list(zip(waiting, await self._ledger.upsert_rows(waiting), strict=True))
         waiting.clear()
         return entered
+
+
+def _check_credits(name: str, amount: object) -> None:
+    if amount is not None and not (isinstance(amount, Decimal) and amount.is_finite() and amount > 0):
+        raise ConfigurationError(f"{name}: expected a Decimal of more than 0 credits, got {amount!r:.80}")
 
 
 def _row_from_ledger(record: LedgerRow) -> BatchRow:

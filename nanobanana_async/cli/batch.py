@@ -97,6 +97,7 @@ batch.add_command(resolve)
 @click.option("--max-price", type=_Credits(), metavar="CREDITS", help="Upper bound of a price that is not known yet.")
 @ledger_option
 @click.option("--new-account", is_flag=True, help="Accept a key of another account than in earlier runs.")
+@click.option("--format", "file_format", type=click.Choice(["txt", "csv", "jsonl"]), help="[default: by suffix]")
 @click.option("--retry-failed", is_flag=True, help="Submit failed rows again. Each may be charged again.")
 @click.option("--model", metavar="MODEL", help="For rows without a model.")
 @click.option("--aspect-ratio", metavar="N:M", help="For rows without an aspect ratio.")
@@ -112,6 +113,7 @@ def run_batch(  # noqa: PLR0913 - one parameter per option
     max_price: Decimal | None,
     ledger: Path | None,
     *,
+    file_format: str | None,
     new_account: bool,
     retry_failed: bool,
     timeout_s: float | None,
@@ -121,8 +123,8 @@ def run_batch(  # noqa: PLR0913 - one parameter per option
 ) -> None:
     """Generate an image for each row of FILE: nanobanana batch FILE --out DIR.
 
-    FILE is a .txt with one prompt per line, or a .csv or .jsonl with the columns prompt, images, model, aspect_ratio,
-    image_size, key, name.
+    FILE is a .txt with one prompt per line, or a .csv, .tsv, .jsonl or .ndjson with the columns prompt, images, model,
+    aspect_ratio, image_size, key, name. Lines of a .txt that begin with # are comments. FILE - is standard input.
 
     To resume after an interruption, run the same command again. Charged images are downloaded, and saved ones are
     left alone. Rows that may have been charged are not resubmitted. To resolve them, run: nanobanana batch resolve
@@ -131,7 +133,7 @@ def run_batch(  # noqa: PLR0913 - one parameter per option
     command = shlex.join(["nanobanana", *sys.argv[1:]])
 
     async def work(context: CommandContext) -> int:
-        rows = await anyio.to_thread.run_sync(lambda: read_rows(file, **defaults))
+        rows = await anyio.to_thread.run_sync(lambda: read_rows(file, file_format=file_format, **defaults))
         check_writable(out, is_folder=True)
         keys = {row.key for row in rows}
         summary = BatchSummary(out, ledger, command, keys, budget, max_price, retry_failed)

@@ -9,10 +9,11 @@ from nanobanana_async.cli.history import list_tasks
 from nanobanana_async.cli.listen import listen
 from nanobanana_async.cli.simulate import simulate
 from nanobanana_async.cli.tasks import balance, status, wait
+from nanobanana_async.wire.endpoint import USER_AGENT
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="nanobanana-async")
+@click.version_option(USER_AGENT.rpartition("/")[2])
 def cli() -> None:
     """Generate images with the Nano Banana 2 API.
 

@@ -2,6 +2,7 @@
 
 import errno
 import math
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -81,11 +82,17 @@ def generate(  # noqa: PLR0913 - one parameter per option
     as_json: bool,
     **options: Any,  # noqa: ANN401 - the remaining options above
 ) -> None:
-    """Generate one image for each PROMPT.
+    """Generate one image for each PROMPT, and for each line of standard input if it is -.
 
     Tasks are recorded, so that none is lost if the program is killed. To list them, run: nanobanana list.
     """
     path = Path(output)
+    if "-" in prompts:
+        lines = [line.strip() for line in sys.stdin.read().splitlines()]
+        read = [line for line in lines if line and not line.startswith("#")]
+        prompts = tuple(one for prompt in prompts for one in (read if prompt == "-" else [prompt]))
+        if not prompts:
+            raise click.UsageError("PROMPT: standard input contains no prompts.")
     if output == "-":
         raise click.UsageError("-o: expected a file or a folder, got '-'. Images are not written to stdout.")
     if len(prompts) > 1 and path.suffix.lower() in SUFFIXES:

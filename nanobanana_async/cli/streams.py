@@ -3,7 +3,7 @@
 import io
 import os
 import sys
-from typing import IO
+from typing import IO, cast
 
 
 class _SafeStream(io.TextIOWrapper):
@@ -44,4 +44,6 @@ def protect_standard_streams() -> None:
 def _protected(stream: IO[str] | None, name: str) -> IO[str]:
     if stream is None:  # it was closed by the parent process
         return open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123 - for the life of the process
-    return _SafeStream(stream, name) if isinstance(stream, io.TextIOWrapper) else stream
+    if not isinstance(stream, io.TextIOWrapper):
+        return stream
+    return _SafeStream(cast("io.TextIOWrapper", stream), name)

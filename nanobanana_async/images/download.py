@@ -12,7 +12,7 @@ import anyio
 from nanobanana_async._concurrency.byte_budget import ByteBudget, ByteLease
 from nanobanana_async.errors import ImageError, NanoBananaError
 from nanobanana_async.images.formats import ImageFormat, sniff, true_name
-from nanobanana_async.models import GeneratedImage, SavedImage, url_problem
+from nanobanana_async.models import GeneratedImage, SavedImage, percent_encoded, url_problem
 from nanobanana_async.policies import Limits, RetryPolicy, Timeouts
 from nanobanana_async.protocols import ExchangeError, ImageStore, RequestKind, Transport, WireRequest, WireResponse
 from nanobanana_async.wire.endpoint import USER_AGENT
@@ -132,6 +132,7 @@ class Downloader:
         raise _DownloadError(f"the file host redirects more than {_MAX_REDIRECTS} times")
 
     async def _get(self, url: str, lease: ByteLease, deadline_s: float) -> WireResponse:
+        url = percent_encoded(url)
         if problem := url_problem(url):
             raise _DownloadError(f"the image URL {problem}")
         request = WireRequest(
@@ -148,8 +149,6 @@ class Downloader:
         except ExchangeError as exc:
             failure = exc
         else:
-            if response.headers.get("content-encoding", "identity") != "identity":
-                raise _DownloadError("the file host compressed the file although identity was requested")
             return response
         raise _DownloadError(failure.reason, transient=not failure.permanent)
 
@@ -157,6 +156,9 @@ class Downloader:
         length = head.headers.get("content-length", "")
         known = length.isascii() and length.isdigit() and len(length) < 19
         await lease.resize(min(int(length), self._max_image_bytes) if known else self._max_image_bytes)
+
+
+_COMPRESSIONS: Final = frozenset({"gzip", "x-gzip", "deflate", "br", "zstd", "compress"})
 
 
 def _check(data: bytes, headers: Mapping[str, str]) -> ImageFormat:
@@ -168,8 +170,11 @@ def _check(data: bytes, headers: Mapping[str, str]) -> ImageFormat:
         raise _DownloadError("not an image, only 0 bytes")
     image_format = sniff(data)
     if image_format is None:
+        # Object stores state encodings that they did not apply, so the header alone says nothing.
+        if headers.get("content-encoding", "").strip().lower() in _COMPRESSIONS:
+            raise _DownloadError("the file host compressed the file although identity was requested")
         raise _DownloadError("not a PNG, JPEG, WebP or GIF")
     is_framed = "content-length" in headers or "chunked" in headers.get("transfer-encoding", "")
-    if not is_framed and not data.endswith(image_format.trailer):
+    if not is_framed and not image_format.is_complete(data):
         raise _DownloadError("the image is truncated", transient=True)
     return image_format

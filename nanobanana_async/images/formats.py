@@ -4,6 +4,7 @@ from typing import Final
 
 import attrs
 
+_PADDING: Final = b"\0\r\n "
 SNIFF_BYTES: Final = 12
 """Number of bytes that `sniff` needs."""
 
@@ -18,6 +19,10 @@ class ImageFormat:
     magic: bytes
     trailer: bytes
     """Last bytes of a complete file; empty if the format has none."""
+
+    def is_complete(self, data: bytes) -> bool:
+        """Return whether *data* has the trailer. Hosts append padding, and some encoders bytes after a PNG."""
+        return data.rstrip(_PADDING).endswith(self.trailer) or (len(self.trailer) > 2 and self.trailer in data)
 
 
 _PNG: Final = ImageFormat("image/png", (".png",), b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82")

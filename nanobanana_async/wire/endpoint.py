@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from ipaddress import ip_address
 from typing import Final, NoReturn
 from urllib.parse import urlsplit
@@ -20,8 +20,16 @@ KEY_VARIABLES: Final = ("DEFAPI_API_KEY", "DEFAPI_KEY", "NANO_BANANA_API_KEY")
 """Environment variables with the API key. The first one that is set is used."""
 BASE_URL_VARIABLE: Final = "DEFAPI_BASE_URL"
 
+
+def _version() -> str:
+    try:
+        return version("nanobanana-async")
+    except PackageNotFoundError:  # a copy inside another package, or a bundle without metadata
+        return "0"
+
+
 # File hosts reject the default user agents of libraries (403 "error code: 1010").
-USER_AGENT: Final = f"nanobanana-async/{version('nanobanana-async')}"
+USER_AGENT: Final = f"nanobanana-async/{_version()}"
 
 
 @attrs.frozen
