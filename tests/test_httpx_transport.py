@@ -370,9 +370,13 @@ async def test_a_guarded_request_connects_to_the_address_that_was_checked(monkey
     [
         ("8.8.8.8", True),
         ("2606:4700:4700::1111", True),
+        ("64:ff9b::808:808", True),
+        ("2002:808:808::1", True),
+        ("::ffff:8.8.8.8", True),
         *((private, False) for private in (
             "127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",  # noqa: S104
             "224.0.0.1", "255.255.255.255", "192.88.99.1", "::1", "::", "fe80::1%eth0", "fd00::1", "fec0::1", "ff02::1",
+            "198.18.0.1", "::ffff:198.19.0.1", "64:ff9b::c612:1", "64:ff9b:1::808:808",
             "::ffff:10.0.0.1", "::10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::", "2001::1", "no address",
         )),
     ],
@@ -380,6 +384,61 @@ async def test_a_guarded_request_connects_to_the_address_that_was_checked(monkey
 def test_private_addresses_are_recognized_in_every_notation(address: str, public: bool) -> None:  # noqa: FBT001 - a table
     """Mapped, embedded and special-purpose addresses are not public."""
     assert addresses.is_public(address) is public
+
+
+@pytest.mark.parametrize(
+    ("service_at", "url", "is_taken"),
+    [
+        pytest.param("198.18.0.7", "http://files.example/1.png", True, id="both-fake"),
+        pytest.param("93.184.216.34", "http://files.example/1.png", False, id="service-is-true"),
+        pytest.param("198.18.0.7", "http://198.18.0.9/1.png", False, id="literal"),
+        pytest.param("198.18.0.7", "http://3323068425/1.png", False, id="integer"),
+        pytest.param("198.18.0.7", "http://intranet.example/1.png", False, id="private"),
+    ],
+)
+async def test_a1_a_fake_address_is_taken_where_the_service_has_one_too(
+    monkeypatch: pytest.MonkeyPatch, service_at: str, url: str, *, is_taken: bool
+) -> None:
+    """Clash, mihomo and sing-box return 198.18.0.0/15 for every name. As a literal it is refused."""
+    names = {"api.example": service_at, "files.example": "198.18.0.9", "intranet.example": "10.0.0.1"}
+
+    async def fake_dns(host: str, port: int) -> list[str]:
+        return [names.get(host, "198.18.0.9")]
+
+    monkeypatch.setattr(transport_module, "resolve", fake_dns)
+    async with contextlib.aclosing(HttpxTransport(connect_s=0.05)) as transport:
+        refused = ""
+        with contextlib.suppress(ExchangeError):  # whether these addresses can be reached here is not the point
+            await transport.send(ask("http://api.example:9/x"), timeout_s=0.1)
+        try:
+            await transport.send(ask(url, RequestKind.DOWNLOAD, public_only=True), timeout_s=0.2)
+        except ExchangeError as exc:
+            refused = str(exc)
+    assert ("not a public address" not in refused) is is_taken
+    assert ("HttpxTransport(check_addresses=False)" in refused) is not is_taken
+
+
+async def test_a1_behind_a_proxy_the_proxy_decides_and_the_check_can_be_turned_off(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The answers of the local resolver say nothing of what the proxy connects to."""
+
+    async def private_dns(host: str, port: int) -> list[str]:
+        return ["10.0.0.1"]
+
+    monkeypatch.setattr(transport_module, "resolve", private_dns)
+    with serving(sending(response(b"by proxy"))) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        async with contextlib.aclosing(HttpxTransport()) as transport:
+            request = ask("http://files.example/1.png", RequestKind.DOWNLOAD, public_only=True)
+            assert (await transport.send(request, timeout_s=5)).body == b"by proxy"
+            with pytest.raises(ExchangeError, match="not a public address"):
+                await transport.send(ask("http://10.0.0.1/1.png", RequestKind.DOWNLOAD, public_only=True), timeout_s=5)
+    monkeypatch.delenv("http_proxy")
+    with serving(sending(response(b"inside"))) as server:
+        async with contextlib.aclosing(HttpxTransport(check_addresses=False)) as transport:
+            request = ask(f"http://127.0.0.1:{server.port}/1.png", RequestKind.DOWNLOAD, public_only=True)
+            assert (await transport.send(request, timeout_s=5)).body == b"inside"
 
 
 async def test_plain_http_behind_an_https_url_is_a_configuration_error() -> None:

@@ -6,6 +6,7 @@ stack. The caller bounds their number, so nothing queues here. A connection that
 cancelled request cannot block later ones.
 """
 
+import contextlib
 import ssl
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,7 @@ from nanobanana_async.transport._connections import (
     check_client,
     import_httpcore,
 )
-from nanobanana_async.transport.addresses import is_public, resolve
+from nanobanana_async.transport.addresses import is_fake_ip, is_literal, is_public, resolve
 
 if TYPE_CHECKING:
     import httpx2
@@ -93,8 +94,9 @@ class HttpxTransport:
             connections as `Limits` does, and prefer no keep-alive. It never downloads images.
         connect_s: Timeout of one connection attempt, in seconds.
         trust_env: Whether to use proxies and certificates from the environment; not used with *client*. A proxy
-            resolves names itself. An image host that does not resolve here is left to the proxy, so configure the
-            proxy to refuse private addresses.
+            resolves names itself, so configure it to refuse private addresses.
+        check_addresses: Whether to refuse image hosts at addresses that are not public. If the name of the service
+            leads to 198.18.0.0/15, as with a transparent proxy, other names may, too.
     """
 
     def __init__(
@@ -103,11 +105,16 @@ class HttpxTransport:
         *,
         connect_s: float = 10.0,
         trust_env: bool = True,
+        check_addresses: bool = True,
     ) -> None:
         check_client(client)
         self._client = client
         self._connect_s = connect_s
         self._trust_env = trust_env
+        self._check_addresses = check_addresses
+        self._service_host: str | None = None
+        """Host of the last API call."""
+        self._has_fake_ips: bool | None = None
         self._proxies = getproxies() if trust_env else {}
         self._idle_connections: defaultdict[str, list[Connection]] = defaultdict(list)
         """Idle connections by origin."""
@@ -238,12 +245,16 @@ class HttpxTransport:
         url = _parse_url(request.url)
         if isinstance(url, str):
             raise ExchangeError(url, phase=Phase.CONNECT, permanent=True)
-        if request.public_only:
+        if request.kind is not RequestKind.DOWNLOAD:
+            self._service_host = url.host
+        if request.public_only and self._check_addresses:
             return await self._resolve_public(url, request.headers, timeout_s)
         return [Destination(url, request.headers, {})]
 
     async def _resolve_public(self, url: httpx.URL, headers: Mapping[str, str], timeout_s: float) -> list[Destination]:
         host = url.raw_host.decode("ascii")
+        if self._proxy_for(str(url)) and not is_literal(host):
+            return [Destination(url, headers, {})]  # the proxy resolves: answers of this resolver say nothing
         addresses: list[str] = []
         reason = f"{host} does not resolve in time"
         with anyio.move_on_after(min(timeout_s, self._connect_s)):
@@ -251,18 +262,28 @@ class HttpxTransport:
                 addresses = await resolve(host, url.port or (443 if url.scheme == "https" else 80))
             except (OSError, UnicodeError) as exc:
                 reason = f"{host} does not resolve: {exc}"
-        if refused := next((address for address in addresses if not is_public(address)), None):
-            raise ExchangeError(
-                f"{host} leads to {refused}, which is not a public address", phase=Phase.CONNECT, permanent=True
+        for address in addresses:
+            is_allowed = is_public(address) or (
+                is_fake_ip(address) and not is_literal(host) and await self._is_behind_fake_ips()
             )
-        if self._proxy_for(str(url)):
-            return [
-                Destination(url, headers, {})
-            ]  # the proxy resolves and connects; it may know names that do not resolve here
+            if not is_allowed:
+                raise ExchangeError(
+                    f"{host} leads to {address}, which is not a public address. If your network is meant to do that, "
+                    "pass transport=HttpxTransport(check_addresses=False)",
+                    phase=Phase.CONNECT,
+                    permanent=True,
+                )
         if not addresses:
             raise ExchangeError(reason, phase=Phase.CONNECT)
         pinned = {**headers, "Host": url.netloc.decode("ascii")}
         return [Destination(url.copy_with(host=address), pinned, {"sni_hostname": host}) for address in addresses]
+
+    async def _is_behind_fake_ips(self) -> bool:
+        """Return whether the name of the service leads to a fake address, too."""
+        if self._has_fake_ips is None and self._service_host is not None:
+            with contextlib.suppress(OSError, UnicodeError):
+                self._has_fake_ips = any(map(is_fake_ip, await resolve(self._service_host, 443)))
+        return bool(self._has_fake_ips)
 
     def _map_exception(self, exc: Exception, progress: _ExchangeState) -> ExchangeError:
         """Return the package's error for a library's exception. Its text is kept, the exception is not."""
