@@ -5,6 +5,7 @@ import gc
 import gzip
 import socket
 import ssl
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import anyio
+import anyio.to_thread
 import attrs
 import httpx
 import httpx2
@@ -29,7 +31,7 @@ from nanobanana_async import (
 )
 from nanobanana_async.transport import addresses
 from nanobanana_async.transport import httpx as transport_module
-from tests.raw_server import RawServer, reset, response, sending, sending_then, serving
+from tests.raw_server import Handler, RawServer, reset, response, sending, sending_then, serving
 
 pytestmark = pytest.mark.anyio
 
@@ -462,6 +464,56 @@ async def test_a_proxy_from_the_environment_is_used(monkeypatch: pytest.MonkeyPa
         async with contextlib.aclosing(HttpxTransport(trust_env=False)) as transport:
             with pytest.raises(ExchangeError):
                 await transport.send(ask("http://api.example/x"), timeout_s=5)
+
+
+def _hang(peer: socket.socket, _: bytes) -> None:
+    """Respond to nothing, until the client gives up."""
+    with contextlib.suppress(OSError):
+        peer.recv(1)
+
+
+def _lie(peer: socket.socket, _: bytes) -> None:
+    """Claim that the tunnel is open, and leave the TLS handshake without a response."""
+    peer.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+    _hang(peer, b"")
+
+
+@pytest.mark.parametrize(
+    "handle",
+    [
+        pytest.param(_hang, id="hangs"),
+        pytest.param(_lie, id="lies"),
+        pytest.param(sending_then(socket.socket.close), id="drops"),
+        pytest.param(sending(b"garbage\r\n\r\n"), id="garbage"),
+        pytest.param(sending(response(b"no", status="502 Bad Gateway")), id="refuses"),
+        pytest.param(sending_then(socket.socket.close, b"HTTP/1.1 200 OK\r\n\r\n"), id="drops-after-200"),
+    ],
+)
+async def test_b1_a_proxy_that_fails_at_connect_has_sent_nothing(
+    handle: Handler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CONNECT of the tunnel is not our request, so nothing can have been charged."""
+    with serving(handle) as proxy:
+        monkeypatch.setenv("https_proxy", proxy.url)
+        async with contextlib.aclosing(HttpxTransport(connect_s=5)) as transport:
+            with pytest.raises(ExchangeError) as caught:
+                await transport.send(ask("https://api.example/x", RequestKind.SUBMIT), timeout_s=0.5)
+    assert caught.value.phase is Phase.CONNECT
+
+
+async def test_b2_a_submit_that_waits_for_a_thread_has_sent_nothing() -> None:
+    """Forty busy threads delay the TLS context, and no connection is made."""
+    gate = threading.Event()
+    limiter = anyio.to_thread.current_default_thread_limiter()
+    async with anyio.create_task_group() as group:
+        for _ in range(int(limiter.total_tokens)):
+            group.start_soon(partial(anyio.to_thread.run_sync, gate.wait))
+        await anyio.sleep(0.1)
+        async with contextlib.aclosing(HttpxTransport()) as transport:
+            with pytest.raises(ExchangeError) as caught:
+                await transport.send(ask("https://127.0.0.1:9/", RequestKind.SUBMIT), timeout_s=0.2)
+        gate.set()
+    assert caught.value.phase is Phase.CONNECT
 
 
 async def test_an_error_contains_nothing_of_the_request() -> None:

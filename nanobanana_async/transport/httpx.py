@@ -56,22 +56,27 @@ _PERMANENT_ERRORS: Final = ("InvalidURL", "UnsupportedProtocol", "LocalProtocolE
 class _ExchangeState:
     """The state of one exchange, kept to classify a failure."""
 
-    phase: Phase = Phase.SEND
-    """Pessimistic until a trace event proves that no byte was sent."""
+    phase: Phase
+    """`SEND` is pessimistic: a byte of the request may have been sent."""
     response: WireResponse | None = None
     received: bytearray = attrs.field(factory=bytearray)
 
-    async def trace(self, event: str, _: Mapping[str, object]) -> None:
+    async def trace(self, event: str, info: Mapping[str, object]) -> None:
         """Handle httpcore's trace events (its documented `trace` extension)."""
         if event.endswith("connect_tcp.started"):
             self.phase = Phase.CONNECT
-        elif event.endswith("send_request_headers.started"):
+        elif event.endswith("send_request_headers.started") and not _is_tunnel(info.get("request")):
             self.phase = Phase.SEND
 
     def to_error(self, reason: str, *, phase: Phase | None = None, permanent: bool = False) -> ExchangeError:
         response = self.response and attrs.evolve(self.response, body=bytes(self.received))
         phase = self.phase if phase is None else phase
         return ExchangeError(reason, phase=phase, permanent=permanent, response=response)
+
+
+def _is_tunnel(request: object) -> bool:
+    """Return whether *request* is a CONNECT to a proxy, which carries nothing of our request."""
+    return getattr(request, "method", b"") == b"CONNECT"
 
 
 @lru_cache(2048)  # a task is polled several times, and parsing costs a tenth of a request
@@ -149,7 +154,9 @@ class HttpxTransport:
     async def _send_to(
         self, request: WireRequest, target: Destination, timeout_s: float
     ) -> WireResponse | ExchangeError:
-        progress = _ExchangeState()
+        # Our own connections report each step of a submit, so that nothing has left until they say so.
+        is_traced = request.kind is RequestKind.SUBMIT and self._client is None
+        progress = _ExchangeState(Phase.CONNECT if is_traced else Phase.SEND)
         with anyio.move_on_after(timeout_s):
             try:
                 connection = await self._acquire_connection(request, target)
