@@ -1,5 +1,6 @@
 """`HttpxTransport` over real sockets: phases, limits, deadlines, connections, and over a client that was passed in."""
 
+import base64
 import contextlib
 import gc
 import gzip
@@ -464,6 +465,48 @@ async def test_a_proxy_from_the_environment_is_used(monkeypatch: pytest.MonkeyPa
         async with contextlib.aclosing(HttpxTransport(trust_env=False)) as transport:
             with pytest.raises(ExchangeError):
                 await transport.send(ask("http://api.example/x"), timeout_s=5)
+
+
+@pytest.mark.parametrize("value", ["me:s3#cret@127.0.0.1:{}", "http://me:s3#cret@127.0.0.1:{}", "127.0.0.1:{}"])
+async def test_g1_a_proxy_is_taken_as_other_tools_take_it(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a scheme, and with a password that is not percent-encoded."""
+    with serving(sending(response(b"by proxy"))) as proxy:
+        monkeypatch.setenv("http_proxy", value.format(proxy.port))
+        async with contextlib.aclosing(HttpxTransport()) as transport:
+            assert (await transport.send(ask("http://api.example/x"), timeout_s=5)).body == b"by proxy"
+    if "@" in value:
+        assert b"Proxy-Authorization: Basic " + base64.b64encode(b"me:s3#cret") in proxy.requests[0]
+
+
+@pytest.mark.parametrize(
+    "value", ["ftp://me:s3cret@127.0.0.1:3128", "http://me:s3cret@127.0.0.1:no", "socks4://a:s3cret@b:1"]
+)
+async def test_g1_a_proxy_that_cannot_be_used_is_named_without_its_password(
+    value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log of a run is not a place for it."""
+    monkeypatch.setenv("http_proxy", value)
+    async with contextlib.aclosing(HttpxTransport()) as transport:
+        with pytest.raises(ExchangeError, match=r"the proxy .* cannot be used") as caught:
+            await transport.send(ask("http://api.example/x"), timeout_s=5)
+    assert caught.value.permanent
+    assert "s3cret" not in str(caught.value)
+
+
+async def test_a3_a_proxy_and_a_certificate_given_in_code_hold_for_images(tmp_path: Path) -> None:
+    """An image is not downloaded past them."""
+    with serving(sending(response(b"by proxy"))) as proxy:
+        async with contextlib.aclosing(HttpxTransport(proxy=proxy.url)) as transport:
+            request = ask("http://files.example/1.png", RequestKind.DOWNLOAD, public_only=True)
+            assert (await transport.send(request, timeout_s=5)).body == b"by proxy"
+    authority = trustme.CA()
+    tls, verify = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    authority.issue_cert("127.0.0.1").configure_cert(tls)
+    authority.configure_trust(verify)
+    with serving(sending(response(b"inside")), tls=tls) as server:
+        async with contextlib.aclosing(HttpxTransport(verify=verify)) as transport:
+            request = ask(server.url.replace("http:", "https:"), RequestKind.DOWNLOAD)
+            assert (await transport.send(request, timeout_s=5)).body == b"inside"
 
 
 def _hang(peer: socket.socket, _: bytes) -> None:

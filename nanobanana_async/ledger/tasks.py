@@ -118,7 +118,7 @@ def select(db: sqlite3.Connection, where: str = "true") -> list[LedgerTask]:
 
 def find(db: sqlite3.Connection, name: str) -> LedgerTask | None:
     """Return the task with this task id or key; None if it is not in this file."""
-    found = db.execute(f"{_SELECT_TASKS} WHERE task_id = ?1 OR key = ?1", (name,)).fetchone()
+    found = db.execute(f"{_SELECT_TASKS} WHERE task_id = :name OR key = :name", {"name": name}).fetchone()
     return None if found is None else _to_task(found)
 
 

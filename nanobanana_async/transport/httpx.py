@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
+from urllib.parse import quote
 from urllib.request import getproxies, proxy_bypass
 
 import anyio
@@ -79,6 +80,20 @@ def _is_tunnel(request: object) -> bool:
     return getattr(request, "method", b"") == b"CONNECT"
 
 
+def proxy_url(value: str) -> str:
+    """Return the value of a proxy variable as a URL. Other tools take it without a scheme, and plain passwords."""
+    scheme, separator, rest = value.strip().rpartition("://")
+    user, at, host = rest.rpartition("@")
+    scheme = {"": "http", "socks": "socks5"}.get(scheme.lower(), scheme) if separator else "http"
+    return f"{scheme}://{quote(user, safe=':%')}{at}{host}"
+
+
+def masked(proxy: str) -> str:
+    """Return a proxy URL without its user and password."""
+    scheme, _, rest = proxy.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"
+
+
 @lru_cache(2048)  # a task is polled several times, and parsing costs a tenth of a request
 def _parse_url(text: str) -> httpx.URL | str:
     """Return the parsed URL, or what is wrong with it."""
@@ -100,6 +115,10 @@ class HttpxTransport:
         connect_s: Timeout of one connection attempt, in seconds.
         trust_env: Whether to use proxies and certificates from the environment; not used with *client*. A proxy
             resolves names itself, so configure it to refuse private addresses.
+        proxy: URL of a proxy for all connections of the transport, instead of those of the environment. With *client*,
+            for images only.
+        verify: TLS context for all connections of the transport; None trusts the usual certificates. With *client*, for
+            images only.
         check_addresses: Whether to refuse image hosts at addresses that are not public. If the name of the service
             leads to 198.18.0.0/15, as with a transparent proxy, other names may, too.
     """
@@ -110,6 +129,8 @@ class HttpxTransport:
         *,
         connect_s: float = 10.0,
         trust_env: bool = True,
+        proxy: str | None = None,
+        verify: ssl.SSLContext | None = None,
         check_addresses: bool = True,
     ) -> None:
         check_client(client)
@@ -120,10 +141,11 @@ class HttpxTransport:
         self._service_host: str | None = None
         """Host of the last API call."""
         self._has_fake_ips: bool | None = None
+        self._proxy = None if proxy is None else proxy_url(proxy)
         self._proxies = getproxies() if trust_env else {}
         self._idle_connections: defaultdict[str, list[Connection]] = defaultdict(list)
         """Idle connections by origin."""
-        self._tls: ssl.SSLContext | None = None
+        self._tls: ssl.SSLContext | None = verify
         self._tls_lock = anyio.Lock()
         self._closed = False
 
@@ -228,17 +250,22 @@ class HttpxTransport:
         try:
             tls = _NO_TLS if proxy is None and request.url.startswith("http://") else await self._tls_context()
             return DirectConnection(target.url, tls) if proxy is None else ProxyConnection(proxy, tls)
-        except (ImportError, ValueError, OSError) as exc:
-            reason = f"a proxy or certificate file named in the environment cannot be used: {exc}"
+        except OSError as exc:
+            reason = f"a certificate file named in the environment cannot be used: {exc}"
+        except ImportError as exc:
+            reason = f"the proxy {masked(proxy or '')} cannot be used: {exc}"
+        except (ValueError, httpx.InvalidURL):  # their texts may quote the password
+            reason = f"the proxy {masked(proxy or '')} cannot be used. Expected a URL such as http://127.0.0.1:3128"
         raise ExchangeError(reason, phase=Phase.CONNECT, permanent=True)
 
     def _proxy_for(self, url: str) -> str | None:
-        if not self._proxies:
-            return None
+        if self._proxy is not None or not self._proxies:
+            return self._proxy
         scheme, _, rest = url.lower().partition("://")
         if proxy_bypass(rest.partition("/")[0]):
             return None
-        return self._proxies.get(scheme) or self._proxies.get("all")
+        found = self._proxies.get(scheme) or self._proxies.get("all")
+        return None if found is None else proxy_url(found)
 
     async def _tls_context(self) -> ssl.SSLContext:
         """Return the shared TLS context, created in a thread: loading the certificates takes 20-50 ms."""
