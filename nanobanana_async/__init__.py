@@ -7,6 +7,7 @@ from nanobanana_async.batch.rows import read_rows
 from nanobanana_async.batch.run_state import BatchProgress
 from nanobanana_async.batch.runner import Batch
 from nanobanana_async.callbacks import CallbackReceiver, parse_callback
+from nanobanana_async.calls import SubmitOptions
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import (
     ApiError,
@@ -90,9 +91,6 @@ from nanobanana_async.protocols import (
     Verdict,
     WireRequest,
     WireResponse,
-)
-from nanobanana_async.session import (
-    SubmitOptions,
 )
 from nanobanana_async.tracking.state import TrackerStatistics
 from nanobanana_async.transport.httpx import HttpxTransport

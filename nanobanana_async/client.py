@@ -15,6 +15,7 @@ from typing import Final, Self, Unpack
 import anyio
 
 from nanobanana_async._text import slugify
+from nanobanana_async.calls import SubmitOptions
 from nanobanana_async.errors import ImageError, LedgerError, NanoBananaError
 from nanobanana_async.events import EventHook, Finished, Queued, StatusChanged, Submitted
 from nanobanana_async.handle import TaskHandle
@@ -32,7 +33,7 @@ from nanobanana_async.models import (
 from nanobanana_async.outcomes import Outcome
 from nanobanana_async.policies import Limits, OwnerLimits, PollPolicy, RetryPolicy, Timeouts
 from nanobanana_async.protocols import ImageStore, SubmitRecord, TaskLedger, Transport
-from nanobanana_async.session import Session, SessionOptions, SubmitOptions
+from nanobanana_async.session import Session, SessionOptions
 from nanobanana_async.stream import stream
 from nanobanana_async.tracking.state import TrackerStatistics
 from nanobanana_async.wire.endpoint import ApiKey, Endpoint

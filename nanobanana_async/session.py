@@ -3,23 +3,23 @@
 import asyncio
 import contextlib
 import inspect
-import json
 import logging
 import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
-from typing import Final, cast
+from typing import Final
 
 import anyio
 import attrs
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
-from nanobanana_async._concurrency.slots import Slot, SlotPool, SlotWaiter
+from nanobanana_async._concurrency.slots import Slot, SlotPool
 from nanobanana_async.api.fair_queue import FairQueue
 from nanobanana_async.api.flow_control import FlowControl
 from nanobanana_async.api.operations import ServiceApi
 from nanobanana_async.api.submit import NO_RECORD, NO_SLOT_MESSAGE, AcceptedSubmit, SubmitLoop
+from nanobanana_async.calls import SubmitCall, SubmitOptions, make_call
 from nanobanana_async.errors import ConfigurationError, NanoBananaError, NotSent, SubmissionUnknown
 from nanobanana_async.events import (
     Event,
@@ -31,16 +31,14 @@ from nanobanana_async.events import (
     SubmitFailed,
     Submitted,
     Throttled,
-    new_key,
 )
-from nanobanana_async.handle import TaskHandle, check_timeout_s, recover_by_callback
+from nanobanana_async.handle import TaskHandle, recover_by_callback
 from nanobanana_async.images.download import Downloader
 from nanobanana_async.images.references import encode_images
-from nanobanana_async.models import GenerationRequest, JsonValue, RequestOptions, SavedImage, Task
+from nanobanana_async.models import GenerationRequest, SavedImage, Task
 from nanobanana_async.policies import Limits, OwnerLimits, PollPolicy, RetryPolicy, Timeouts
 from nanobanana_async.protocols import (
     AttemptEnd,
-    CallbackSource,
     LedgerEntry,
     PendingCallback,
     SubmitRecord,
@@ -70,67 +68,6 @@ class SessionOptions:
     owner_limits: OwnerLimits | Callable[[str], OwnerLimits]
     on_event: EventHook | None
     on_orphan: Callable[[TaskHandle], None] | None
-
-
-class SubmitOptions(RequestOptions, total=False):
-    """Keyword arguments of `generate`, `submit` and `stream`: the fields of a request, and the following."""
-
-    owner: str | None
-    """Whom the image is for, such as `"discord:42"`. Owners take turns, within `owner_limits`."""
-    note: JsonValue
-    """Anything for the ledger, which `resume` and `unresolved` return."""
-    callback: CallbackSource | None
-    """A `CallbackReceiver`. The service posts the final state to it, and polls are rare meanwhile.
-
-    If the response to the submit is lost, a callback within `Timeouts.recovery_s` provides the task id.
-    """
-
-
-_MAX_NOTE_CHARS: Final = 65_536
-_OWN_OPTIONS: Final = SubmitOptions.__annotations__.keys() - RequestOptions.__annotations__.keys()
-
-
-def _to_owner(owner: object) -> str | None:
-    if owner is not None and not (isinstance(owner, str) and owner.strip()):
-        raise ValueError(f"owner: expected text, got {owner!r:.80}")
-    if owner is not None and not owner.isascii():
-        owner.encode()  # raises UnicodeEncodeError, a ValueError, for a lone surrogate
-    return owner
-
-
-def _to_json_value(note: JsonValue) -> JsonValue:
-    """Return *note* as it is after a restart: tuples are lists, and keys are text."""
-    if note is None:
-        return None
-    try:
-        text = json.dumps(note, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as exc:
-        raise ValueError(f"note: expected a JSON value, got {type(note).__name__}: {exc}") from exc
-    if len(text) > _MAX_NOTE_CHARS:
-        raise ValueError(f"note: expected at most {_MAX_NOTE_CHARS} characters of JSON, got {len(text)}")
-    value: JsonValue = json.loads(text)
-    return value
-
-
-@attrs.frozen(kw_only=True)
-class SubmitCall:
-    """One call that submits a request."""
-
-    request: GenerationRequest
-    deadline_s: float
-    """When the caller gives up, on the event loop's clock."""
-    key: str = attrs.field(factory=new_key)
-    """Identifies the call in events and in the ledger."""
-    owner: str | None = attrs.field(default=None, converter=_to_owner)
-    note: JsonValue = attrs.field(default=None, converter=_to_json_value)
-    callback: CallbackSource | None = None
-    record: SubmitRecord | None = None
-    """Records the attempts instead of the ledger of the client."""
-    waiter: SlotWaiter = attrs.field(init=False, factory=SlotWaiter)
-    """Its place in line."""
-
-    def __attrs_post_init__(self) -> None:
-        self.waiter.owner = self.owner
 
 
 class Session:
@@ -227,21 +164,9 @@ class Session:
         timeout_s: float | None = None,
         record: SubmitRecord | None = None,
     ) -> SubmitCall:
-        """Return the call for these arguments. *record* replaces the ledger. *timeout_s* None means the default."""
-        check_timeout_s(timeout_s)
-        own = cast("RequestOptions", {name: value for name, value in options.items() if name not in _OWN_OPTIONS})
-        if isinstance(prompt, GenerationRequest):
-            request = attrs.evolve(prompt, **own)
-        else:
-            request = GenerationRequest(prompt, **own)
-        return SubmitCall(
-            request=request,
-            deadline_s=anyio.current_time() + (self.default_timeout_s if timeout_s is None else timeout_s),
-            owner=options.get("owner"),
-            note=options.get("note"),
-            callback=options.get("callback"),
-            record=record,
-        )
+        """Return the call for these arguments. *timeout_s* None means the default."""
+        timeout_s = self.default_timeout_s if timeout_s is None else timeout_s
+        return make_call(prompt, options, timeout_s=timeout_s, record=record)
 
     async def submit(self, call: SubmitCall) -> TaskHandle:
         """Submit and return a handle once the task id is known. See `NanoBananaClient.submit`."""

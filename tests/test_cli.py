@@ -338,3 +338,17 @@ def test_d3_an_image_is_not_replaced_without_force(server: SimulatorServer, tmp_
     assert (forced.code, forced.out) == (0, "fox.png\n")
     assert "fox.jpg: the image has another format, and was saved as fox.png" in forced.err
     assert (tmp_path / "fox.png").read_bytes() != b"mine"
+
+
+def test_e5_prompts_are_read_from_standard_input(server: SimulatorServer, tmp_path: Path) -> None:
+    """A pipe is a file of prompts for `generate -` and for `batch -`."""
+    piped = 'printf "# mine\\na fox\\n\\na hare\\n" | "$@"'
+    ended = run_command("generate", "-", "-o", "out", "--poll", "0.05", cwd=tmp_path, script=piped)
+    assert ended.code == 0
+    assert sorted(charge.prompt for charge in server.charges) == ["a fox", "a hare"]
+    csv = 'printf "prompt,key\\nan owl,1\\n" | "$@"'
+    ended = run_command("batch", "-", "--format", "csv", "--out", "run", "--poll", "0.05", cwd=tmp_path, script=csv)
+    assert (ended.code, server.charges[-1].prompt) == (0, "an owl")
+    empty = run_command("generate", "-", cwd=tmp_path, script='printf "" | "$@"')
+    assert empty.code == 2
+    assert "standard input contains no prompts" in empty.err

@@ -87,21 +87,12 @@ def generate(  # noqa: PLR0913 - one parameter per option
     Tasks are recorded, so that none is lost if the program is killed. To list them, run: nanobanana list.
     """
     path = Path(output)
-    if "-" in prompts:
-        lines = [line.strip() for line in sys.stdin.read().splitlines()]
-        read = [line for line in lines if line and not line.startswith("#")]
-        prompts = tuple(one for prompt in prompts for one in (read if prompt == "-" else [prompt]))
-        if not prompts:
-            raise click.UsageError("PROMPT: standard input contains no prompts.")
-    if output == "-":
-        raise click.UsageError("-o: expected a file or a folder, got '-'. Images are not written to stdout.")
-    if len(prompts) > 1 and path.suffix.lower() in SUFFIXES:
-        raise click.UsageError(f"-o: expected a folder for {len(prompts)} prompts, got the file {output}.")
+    prompts = _with_stdin(prompts)
     if owner is not None and not owner.strip():
         raise click.UsageError("--owner: expected text.")
-    check_not_replaced(path, force=force)
-    references = [_reference(image) for image in images]
+    _check_output(output, len(prompts), force=force)
     try:
+        references = [_reference(image) for image in images]
         requests = [GenerationRequest(prompt, images=references, **options) for prompt in prompts]
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
@@ -132,6 +123,27 @@ def generate(  # noqa: PLR0913 - one parameter per option
         return code
 
     run(work, as_json=as_json)
+
+
+def _with_stdin(prompts: tuple[str, ...]) -> tuple[str, ...]:
+    """Return *prompts* with the lines of standard input in place of `-`. Lines that begin with `#` are comments."""
+    if "-" not in prompts:
+        return prompts
+    lines = [line.strip() for line in sys.stdin.read().splitlines()]
+    read = [line for line in lines if line and not line.startswith("#")]
+    found = tuple(one for prompt in prompts for one in (read if prompt == "-" else [prompt]))
+    if not found:
+        raise click.UsageError("PROMPT: standard input contains no prompts.")
+    return found
+
+
+def _check_output(output: str, count: int, *, force: bool) -> None:
+    """Exit before anything is charged if *output* cannot be what *count* images are saved to."""
+    if output == "-":
+        raise click.UsageError("-o: expected a file or a folder, got '-'. Images are not written to stdout.")
+    if count > 1 and split_suffix(output)[1]:
+        raise click.UsageError(f"-o: expected a folder for {count} prompts, got the file {output}.")
+    check_not_replaced(Path(output), force=force)
 
 
 def poll_policy(poll_s: float | None) -> PollPolicy:

@@ -23,7 +23,7 @@ from nanobanana_async.cli.runtime import (
     run,
 )
 from nanobanana_async.errors import LedgerError
-from nanobanana_async.ledger import folder as ledger_folder
+from nanobanana_async.ledger import browse
 from nanobanana_async.ledger.folder import SqliteLedger
 from nanobanana_async.ledger.schema import RowState
 from nanobanana_async.ledger.tasks import LedgerTask
@@ -62,7 +62,7 @@ async def open_ledger(*, skip: bool) -> AsyncGenerator[SqliteLedger | None]:
 async def acknowledge(task: Task) -> None:
     """Record that the images of *task* are saved, if the ledger of this user has it."""
     try:
-        await ledger_folder.acknowledge(_folder(), task.task_id, task)
+        await browse.acknowledge(_folder(), task.task_id, task)
     except LedgerError as exc:
         click.echo(
             f"nanobanana: the image is saved, and the ledger cannot be written: {sanitize_line(str(exc))}", err=True
@@ -93,8 +93,8 @@ def list_tasks(
 
     async def work(_: CommandContext) -> int:
         code = EXIT_OK
-        missing = [one for one in acknowledged if not await ledger_folder.acknowledge(home, one)]
-        tasks = await ledger_folder.read_tasks(home)
+        missing = [one for one in acknowledged if not await browse.acknowledge(home, one)]
+        tasks = await browse.read_tasks(home)
         for one in missing:
             click.echo(f"nanobanana: {sanitize_line(one)}: not in the ledger, or in use by a program", err=True)
             code = EXIT_FAILED

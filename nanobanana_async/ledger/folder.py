@@ -4,12 +4,11 @@ Each process writes into a file of its own. Files whose process has ended are ta
 acknowledged. They are never merged.
 """
 
-import contextlib
 import json
 import logging
 import sqlite3
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -288,7 +287,7 @@ class SqliteLedger:
 
     async def all_tasks(self) -> list[LedgerTask]:
         """Return all tasks of all processes that share the folder, in the order of their submits."""
-        return _in_order(await self._read_all(tasks.select))
+        return tasks.in_order(await self._read_all(tasks.select))
 
     async def spending(self, owner: str | None = None, since: datetime | None = None) -> Spending:
         """Return what *owner* has spent since a time; all owners if None, since the beginning if None.
@@ -346,41 +345,6 @@ class SqliteLedger:
             return f"owner {new.owner!r}: {budget.refusal(new.priced_as, 'OwnerLimits(max_price=...)')}"
 
         return check
-
-
-async def read_tasks(folder: Path) -> list[LedgerTask]:
-    """Return all tasks in *folder*, in the order of their submits. Holds nothing, and changes nothing.
-
-    Raises:
-        LedgerError: A file cannot be read.
-    """
-    try:
-        found = await anyio.to_thread.run_sync(lambda: list(read_elsewhere(folder, [], tasks.select)))
-    except ValueError as exc:
-        raise LedgerError(str(exc)) from exc
-    return _in_order(found)
-
-
-def _in_order(found: Iterable[list[LedgerTask]]) -> list[LedgerTask]:
-    return sorted((task for listed in found for task in listed), key=lambda task: task.intended_at)
-
-
-async def acknowledge(folder: Path, name: str, final: Task | None = None) -> bool:
-    """Acknowledge a task by its task id or key, in a file of *folder* that no process holds. Else return False."""
-    for path in await anyio.to_thread.run_sync(task_files, folder):
-        try:
-            file = await TaskFile.open_file(path, 0)
-        except LockHeld:
-            continue
-        async with contextlib.aclosing(file):
-            task = await file.commit(lambda db: tasks.find(db, name))
-            if task is not None:
-                entry = TaskEntry.of(file, task)
-                if final is not None:
-                    entry.record_final(final)
-                await entry.acknowledge()
-                return True
-    return False
 
 
 def _to_unresolved(task: LedgerTask, entry: TaskEntry) -> UnresolvedAttempt:

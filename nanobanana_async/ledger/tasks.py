@@ -3,7 +3,7 @@
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from typing import Any, Final
 
@@ -114,6 +114,11 @@ def acknowledge(db: sqlite3.Connection, key: str) -> None:
 def select(db: sqlite3.Connection, where: str = "true") -> list[LedgerTask]:
     """Return the tasks of which *where* is true, oldest first."""
     return [_to_task(line) for line in db.execute(f"{_SELECT_TASKS} WHERE {where} ORDER BY number")]
+
+
+def in_order(found: Iterable[list[LedgerTask]]) -> list[LedgerTask]:
+    """Return the tasks of several files in the order of their submits."""
+    return sorted((task for listed in found for task in listed), key=lambda task: task.intended_at)
 
 
 def find(db: sqlite3.Connection, name: str) -> LedgerTask | None:

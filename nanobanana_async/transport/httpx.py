@@ -57,8 +57,8 @@ _PERMANENT_ERRORS: Final = ("InvalidURL", "UnsupportedProtocol", "LocalProtocolE
 class _ExchangeState:
     """The state of one exchange, kept to classify a failure."""
 
-    phase: Phase
-    """`SEND` is pessimistic: a byte of the request may have been sent."""
+    phase: Phase = Phase.CONNECT
+    """`SEND` from when a connection has the request, until a trace event proves that no byte was sent."""
     response: WireResponse | None = None
     received: bytearray = attrs.field(factory=bytearray)
 
@@ -176,12 +176,11 @@ class HttpxTransport:
     async def _send_to(
         self, request: WireRequest, target: Destination, timeout_s: float
     ) -> WireResponse | ExchangeError:
-        # Our own connections report each step of a submit, so that nothing has left until they say so.
-        is_traced = request.kind is RequestKind.SUBMIT and self._client is None
-        progress = _ExchangeState(Phase.CONNECT if is_traced else Phase.SEND)
+        progress = _ExchangeState()
         with anyio.move_on_after(timeout_s):
             try:
                 connection = await self._acquire_connection(request, target)
+                progress.phase = Phase.SEND
                 keep = False
                 try:
                     response = await self._send_and_read(connection, request, target, timeout_s, progress)
