@@ -456,6 +456,34 @@ MUTANTS: Final = (
         "            exc.task_id = handle.task_id  # type: ignore[attr-defined]  # an instance of another library\n",
         "test_dropped_client.py",
     ),
+    Mutant(
+        "the CONNECT of a tunnel counts as a submit that has left",
+        "transport/httpx.py",
+        ' and not _is_tunnel(info.get("request")):\n',
+        ":\n",
+        "test_httpx_transport.py",
+    ),
+    Mutant(
+        "a submit that is cancelled before its POST stays unresolved",
+        "ledger/entry.py",
+        "            with contextlib.suppress(LedgerError):  # checked, too, to stay behind the attempt\n",
+        "            with contextlib.suppress(LedgerError):\n                raise\n",
+        "test_task_ledger.py",
+    ),
+    Mutant(
+        "a fake address is taken in any network",
+        "transport/httpx.py",
+        " and await self._is_behind_fake_ips()",
+        "",
+        "test_httpx_transport.py",
+    ),
+    Mutant(
+        "an owner is forgotten while it is in turn",
+        "api/fair_queue.py",
+        "        if owner.waiting or owner.in_flight or owner.is_in_turn:\n",
+        "        if owner.waiting or owner.in_flight:\n",
+        "test_owners.py",
+    ),
 )
 
 

@@ -352,6 +352,7 @@ async def test_a_callback_that_names_a_lost_id_is_recorded(tmp_path: Path) -> No
             await anyio.sleep(0.1)
             assert await receiver.deliver(path, body)
         assert found[0].task_id == charge.task_id
+        assert client.task(charge.task_id).possible_duplicates == found[0].possible_duplicates == 0
         assert [attempt async for attempt in client.unresolved()] == []
         assert [handle.task_id for handle in await resumed(client)] == [charge.task_id]
 

@@ -108,6 +108,8 @@ class TaskEntry:
         self._is_unknown = isinstance(end.error, SubmissionUnknown)
         if end.verdict is Verdict.UNKNOWN:
             self.possible_duplicates += 1
+        elif end.rule == "callback":  # the attempt that was unknown is the accepted one
+            self.possible_duplicates -= 1
         if end.task_id is not None:
             self.task_id, self.submitted_at = end.task_id, datetime.now(UTC)
         await self.file.commit(lambda db: schema.end_attempt(db, self.key, end), self.key)
