@@ -128,11 +128,12 @@ class Session:
         await self.background.ensure_started()
         if self.ledger is None or self._has_opened_ledger:
             return
-        async with self._ledger_lock:
-            if not self._has_opened_ledger:
-                await self.ledger.open()
-                self._has_opened_ledger = True
-                self.background.close_when_stopped(self.ledger.aclose)
+        with self.background.keep_open():  # closing waits, and closes the ledger after it was opened
+            async with self._ledger_lock:
+                if not self._has_opened_ledger:
+                    await self.ledger.open()
+                    self._has_opened_ledger = True
+                    self.background.close_when_stopped(self.ledger.aclose)
 
     async def aclose(self) -> None:
         """See `NanoBananaClient.aclose`."""

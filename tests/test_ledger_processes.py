@@ -1,5 +1,6 @@
 """A ledger that several processes and clients share: who holds what, and when it is closed."""
 
+import asyncio
 import sqlite3
 from contextlib import suppress
 from decimal import Decimal
@@ -198,3 +199,20 @@ async def test_an_id_that_cannot_be_recorded_is_an_orphan_if_its_caller_is_gone(
             await client.submit("a fox")
         await anyio.sleep(0.3)
     assert orphans == [charge.task_id for charge in simulator.charges]
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_an_opening_that_is_cancelled_at_any_step_leaves_no_file_open(tmp_path: Path) -> None:
+    """The next one gets the same file."""
+    for steps in range(40):
+        ledger = SqliteLedger(tmp_path)
+        task = asyncio.create_task(ledger.open())
+        for _ in range(steps):
+            await asyncio.sleep(0.0005)
+        task.cancel()
+        await asyncio.wait([task])
+        if task.cancelled():
+            assert ledger._files == []  # noqa: SLF001 - a file that stays open is not seen otherwise
+        else:
+            await ledger.aclose()
+    assert len(list(tmp_path.glob("*.db"))) <= 1

@@ -110,11 +110,11 @@ class SqliteLedger:
                 try:
                     self._files.append(await TaskFile.open_first(self.folder, self._group_commit_s))
                     await self._take_over()
+                    await self._background.ensure_started()
+                    self._background.start_soon(self._maintain)
                 except BaseException:
                     await self._close_files()
                     raise
-                await self._background.ensure_started()
-                self._background.start_soon(self._maintain)
             self._users += 1
 
     async def aclose(self) -> None:
@@ -139,8 +139,9 @@ class SqliteLedger:
 
     async def _close_files(self) -> None:
         files, self._files = self._files, []
-        for file in files:
-            await file.aclose()
+        with anyio.CancelScope(shield=True):
+            for file in files:
+                await file.aclose()
 
     async def _maintain(self) -> None:
         """Take over, release and prune files until the ledger is closed."""
