@@ -18,6 +18,7 @@ from nanobanana_async import (
     SqliteLedger,
     WireRequest,
 )
+from nanobanana_async.ledger.task_file import TaskFile
 from nanobanana_async.simulator import FAST_POLLING, Simulator
 from tests.ledgers import client_of, resumed
 
@@ -203,7 +204,7 @@ async def test_an_id_that_cannot_be_recorded_is_an_orphan_if_its_caller_is_gone(
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_an_opening_that_is_cancelled_at_any_step_leaves_no_file_open(tmp_path: Path) -> None:
-    """The next one gets the same file."""
+    """Its thread may still run then, and closes what it has opened."""
     for steps in range(40):
         ledger = SqliteLedger(tmp_path)
         task = asyncio.create_task(ledger.open())
@@ -215,4 +216,6 @@ async def test_an_opening_that_is_cancelled_at_any_step_leaves_no_file_open(tmp_
             assert ledger._files == []  # noqa: SLF001 - a file that stays open is not seen otherwise
         else:
             await ledger.aclose()
-    assert len(list(tmp_path.glob("*.db"))) <= 1
+    await asyncio.sleep(0.2)
+    for path in tmp_path.glob("*.db"):
+        await (await TaskFile.open_file(path, 0)).aclose()  # no lock is held
