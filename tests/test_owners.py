@@ -144,11 +144,12 @@ async def test_an_owner_whose_waiting_submit_was_cancelled_keeps_its_turns_and_l
         group.start_soon(partial(client.submit, "A1", owner="A"))
         await anyio.sleep(0.05)
         group.start_soon(partial(client.submit, "B1", owner="B"))
-        group.start_soon(partial(client.submit, "C1", owner="C"))
+        for number in range(4):  # others that leave before, so that A stays in turn
+            group.start_soon(partial(client.submit, f"C{number}", owner=f"C{number}"))
         await anyio.sleep(0.01)
         with anyio.move_on_after(0.02):
             await client.submit("A2", owner="A")
-        await anyio.sleep(0.5)
+        await anyio.sleep(1)  # A1 is final
         for number in range(3, 9):
             group.start_soon(partial(client.submit, f"A{number}", owner="A"))
     assert service.posts.count("A") == 7
