@@ -101,8 +101,8 @@ class Session:
             max_polls=limits.max_polls,
             observe=_ignore if ledger is None else ledger.observe,
         )
-        self._owner_limits = partial(_owner_limits, options.owner_limits, ledger)
-        self.queue: Final = FairQueue(self._owner_limits, self.background.start_soon)
+        limits_of = partial(_owner_limits, options.owner_limits, ledger)
+        self.queue: Final = FairQueue(limits_of, self.background.start_soon)
         self.slots: Final = SlotPool(limits.max_submits, self.background.start_soon, self.queue)
         self._submits = SubmitLoop(
             active,

@@ -37,9 +37,6 @@ async def acknowledge(folder: Path, name: str, final: Task | None = None) -> boo
         async with contextlib.aclosing(file):
             task = await file.commit(lambda db: tasks.find(db, name))
             if task is not None:
-                entry = TaskEntry.of(file, task)
-                if final is not None:
-                    entry.record_final(final)
-                await entry.acknowledge()
+                await TaskEntry.of(file, task).acknowledge(final)
                 return True
     return False

@@ -122,8 +122,13 @@ class TaskEntry:
         if not self.file.is_released:
             self.file.enqueue(lambda db: schema.record_final(db, self.key, task))
 
-    async def acknowledge(self) -> None:
-        """Return once it is durable that the application has used the result. A second call has no effect."""
+    async def acknowledge(self, final: Task | None = None) -> None:
+        """Return once it is durable that the application has used the result, and its end if *final* is given.
+
+        A second call has no effect.
+        """
+        if final is not None:
+            self.record_final(final)
         if not self.is_acknowledged and not self.file.is_released:
             await self.file.commit(lambda db: tasks.acknowledge(db, self.key))
         self.acknowledged_s = self.acknowledged_s or time.monotonic()

@@ -277,10 +277,7 @@ class SqliteLedger:
         """
         for file in list(self._files):
             if (task := await file.commit(lambda db: tasks.find(db, name))) is not None:
-                entry = self.find_entry(name) or TaskEntry.of(file, task)
-                if final is not None:
-                    entry.record_final(final)
-                await entry.acknowledge()
+                await (self.find_entry(name) or TaskEntry.of(file, task)).acknowledge(final)
                 return True
         return False
 
