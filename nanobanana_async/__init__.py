@@ -3,7 +3,8 @@
 The names listed here and in `nanobanana_async.simulator` are public.
 """
 
-from nanobanana_async.batch.rows import read_rows
+from nanobanana_async.batch.preview import BatchPreview
+from nanobanana_async.batch.row_file import RowFile, read_rows
 from nanobanana_async.batch.run_state import BatchProgress
 from nanobanana_async.batch.runner import Batch
 from nanobanana_async.callbacks import CallbackReceiver, parse_callback
@@ -100,6 +101,7 @@ __all__ = [
     "AttemptEnd",
     "AuthenticationError",
     "Batch",
+    "BatchPreview",
     "BatchProgress",
     "BatchRow",
     "BudgetExceeded",
@@ -144,6 +146,7 @@ __all__ = [
     "RequestKind",
     "RequestOptions",
     "RetryPolicy",
+    "RowFile",
     "RowState",
     "Saved",
     "SavedImage",

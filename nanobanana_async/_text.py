@@ -30,6 +30,21 @@ def _is_safe(character: str) -> bool:
     return unicodedata.category(character)[0] in "LMN" or character in "-_."
 
 
+_INVISIBLE: Final = dict.fromkeys(map(ord, "\u00ad\u200b\u2060\ufeff"))
+"""Soft hyphen, zero-width blank, word joiner and byte order mark. Joiners and marks of direction have a meaning."""
+
+
+def normalize(text: str) -> str:
+    """Return *text* in NFC, with LF for line breaks, and without invisible characters and blanks at the ends of lines.
+
+    Spreadsheets and editors differ in all of these, and text that looks the same should be the same.
+    """
+    if text.isascii() and "\n" not in text and "\r" not in text:
+        return text.strip()
+    composed = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).translate(_INVISIBLE)
+    return re.sub(r"[^\S\n]+$", "", composed, flags=re.MULTILINE).strip()
+
+
 def sanitize_line(text: str) -> str:
     """Return *text* as one line that is safe for a terminal: control characters and newlines become spaces."""
     return " ".join("".join(character if character.isprintable() else " " for character in text).split())

@@ -106,7 +106,7 @@ def _check_images(_: object, __: object, images: tuple[ImageSource, ...]) -> Non
     for image in images:
         if not isinstance(image, str | Path | bytes | SupportsSave):
             raise TypeError(f"images: expected URL, data URI, Path, bytes or PIL image, got {_abbreviated(image)}")
-        if isinstance(image, str) and not image.startswith("data:") and (problem := url_problem(image)):
+        if isinstance(image, str) and image[:5].lower() != "data:" and (problem := url_problem(image)):
             raise ValueError(f"images: {_abbreviated(image)} {problem}. To send a file, pass pathlib.Path.")
 
 
@@ -224,6 +224,10 @@ class SavedImage:
     sha256: str
     """Hex digest of the file."""
     size_bytes: int
+    width: int | None = None
+    """Width in pixels; None if it is not known."""
+    height: int | None = None
+    """Height in pixels; None if it is not known."""
 
 
 @attrs.frozen(kw_only=True)

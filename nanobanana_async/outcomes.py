@@ -23,6 +23,8 @@ class _OutcomeBase:
     key: str
     """Key of the batch row. For `generate_many`, the position of the request, counted from 0."""
     request: GenerationRequest
+    line: int | None = None
+    """Line of the batch row in the file that it was read from; None if it was not read from a file."""
     replayed: bool = False
     """Whether the outcome is from an earlier run of the same batch."""
 

@@ -87,4 +87,4 @@ def kinds(outcomes: dict[str, Outcome]) -> list[str]:
 
 async def rows_of(batch: Batch) -> list[LedgerRow]:
     """Return the rows of the ledger while its batch holds the lock."""
-    return await batch._ledger.query_rows(list)  # noqa: SLF001 - no other connection can read a locked ledger
+    return await batch._ledger.list_rows()  # noqa: SLF001 - no other connection can read a locked ledger

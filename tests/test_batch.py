@@ -65,6 +65,7 @@ async def test_every_image_is_saved_and_charged_once(tmp_path: Path) -> None:
         "ledger.db",
         "ledger.lock",
         "manifest.jsonl",
+        "results.csv",
     ]
     lines = [json.loads(line) for line in (tmp_path / "run" / "manifest.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == FOXES
@@ -429,7 +430,7 @@ async def test_a_full_disk_stops_the_submits(tmp_path: Path, monkeypatch: pytest
         raise OSError(errno.ENOSPC, "no space")
 
     with monkeypatch.context() as patch:
-        patch.setattr("nanobanana_async.images.files.write_atomic", full)
+        patch.setattr("nanobanana_async.images.files.write_new", full)
         async with batch_of(simulator, tmp_path) as batch:
             outcomes, cause = await run_until_stopped(batch, max_in_flight=3)
     assert (outcomes, isinstance(cause, ImageError)) == ({}, True)

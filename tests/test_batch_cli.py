@@ -12,7 +12,7 @@ from pathlib import Path
 import attrs
 import pytest
 
-from nanobanana_async.cli.batch import eta_s
+from nanobanana_async.cli.batch_reporter import eta_s
 from nanobanana_async.simulator import FAST_PROFILE
 from nanobanana_async.simulator.server import SimulatorServer
 from tests.commands import Ended, nanobanana, started, wait_for

@@ -286,7 +286,7 @@ async def test_a_report_that_cannot_be_written_does_not_stop_the_run(
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         assert kinds(await run(batch)) == ["Succeeded"] * len(FOXES)
-    assert "index.html cannot be written" in caplog.text
+    assert "the gallery, the manifest or the results cannot be written" in caplog.text
 
 
 async def test_a_rejection_that_quotes_a_prompt_about_credit_fails_one_row(tmp_path: Path) -> None:

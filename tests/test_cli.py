@@ -19,6 +19,7 @@ from nanobanana_async import NanoBananaClient
 from nanobanana_async.simulator import SimulatorProfile
 from nanobanana_async.simulator.server import SimulatorServer
 from tests.commands import COMMAND, environment, nanobanana, run_command, started, wait_for
+from tests.fakes import PNG
 from tests.raw_server import response, sending, serving
 
 pytestmark = pytest.mark.other_clients
@@ -42,7 +43,7 @@ def test_a_prompt_becomes_an_image_on_disk(server: SimulatorServer, tmp_path: Pa
 
 def test_several_prompts_are_one_json_line_each(server: SimulatorServer, tmp_path: Path) -> None:
     """Each line has the prompt, the files and the cost."""
-    (tmp_path / "ref.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "ref.png").write_bytes(PNG)
     options = ["--json", "-o", "out", "--image", "ref.png", "--poll", "0.05"]
     two = nanobanana("generate", "a", "b", *options, cwd=tmp_path)
     lines = [json.loads(line) for line in two.out.splitlines()]

@@ -3,7 +3,7 @@
 from html.parser import HTMLParser
 from pathlib import Path
 
-from nanobanana_async.batch.gallery import GalleryCard, render, write
+from nanobanana_async.batch.gallery import GalleryCard, frame, render, write
 
 
 class _Tags(HTMLParser):
@@ -24,7 +24,8 @@ def tags(page: str, name: str) -> list[dict[str, str | None]]:
 
 def page_of(title: str, entries: list[GalleryCard]) -> str:
     """Return the whole page."""
-    return "".join(render(title, entries))
+    head, tail = frame(title)
+    return "".join([head, *map(render, entries), tail])
 
 
 def test_each_row_is_a_card_with_a_lazy_image() -> None:

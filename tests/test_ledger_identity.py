@@ -223,7 +223,7 @@ async def test_m8_one_adoption_is_enough_whatever_the_manifest_has(tmp_path: Pat
         await BatchLedger.open(tmp_path)
     await (await BatchLedger.open(tmp_path, adopt=True)).aclose()
     ledger = await BatchLedger.open(tmp_path)
-    rows = await ledger.query_rows(list)
+    rows = await ledger.list_rows()
     await ledger.aclose()
     assert [(row.state, row.attempt) for row in rows] == [(RowState.SAVED, 1), (RowState.UNKNOWN, 3)]
 

@@ -68,7 +68,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def records(self) -> dict[str, LedgerRow]:
         """Return the rows of the ledger."""
-        return {record.key: record for record in self.do(self.ledger.query_rows(list))}
+        return {record.key: record for record in self.do(self.ledger.list_rows())}
 
     def move(self, key: str, state: RowState, **facts: str) -> None:
         """Commit a transition."""

@@ -1,12 +1,16 @@
 """Rows of a batch: reading files, validation, and stable keys."""
 
+import json
+import os
+from base64 import b64encode
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanobanana_async import BatchRow, ConfigurationError, GenerationRequest, InvalidBatchFile, read_rows
+from nanobanana_async import ConfigurationError, GenerationRequest, InvalidBatchFile, RowFile, read_rows
 from nanobanana_async.batch.rows import RowKeys
 from tests.fakes import PNG
 
@@ -18,7 +22,7 @@ def written(folder: Path, name: str, text: str | bytes) -> Path:
     return path
 
 
-def prompts(rows: list[BatchRow]) -> list[str]:
+def prompts(rows: RowFile) -> list[str]:
     """Return the prompts."""
     return [row.request.prompt for row in rows]
 
@@ -75,7 +79,7 @@ def test_all_errors_are_listed_with_their_lines(tmp_path: Path) -> None:
         read_rows(path)
     assert [fault.partition(": ")[::2] for fault in caught.value.errors] == [
         ("line 2", "aspect_ratio: expected 'auto' or 'N:M' such as '16:9', got 'wide'"),
-        ("line 4", f"images: {tmp_path / 'none.png'} cannot be read (No such file or directory)"),
+        ("line 4", f"images: {tmp_path / 'none.png'}: cannot be read: No such file or directory"),
         ("line 6", "prompt: expected text, got ''"),
         ("line 7", "4 cells, but 3 columns. Quote text that contains a comma."),
     ]
@@ -86,7 +90,7 @@ def test_all_errors_are_listed_with_their_lines(tmp_path: Path) -> None:
     ("name", "text", "says"),
     [
         pytest.param("p.csv", "aspect_ratio\n1:1\n", "column 'prompt'", id="no-prompt-column"),
-        pytest.param("p.csv", "prompt,aspect\nfox,1:1\n", "name, got 'aspect'", id="typo"),
+        pytest.param("p.csv", "prompt,aspect\nfox,1:1\n", "got 'aspect'. Rename it to 'aspect_ratio'", id="typo"),
         pytest.param("p.csv", "prompt,prompt\nfox,hare\n", "got 'prompt' twice", id="column-twice"),
         pytest.param("p.csv", 'prompt\n"fox\n', "line 2: unexpected end of data", id="open-quote"),
         pytest.param("p.csv", "", "column 'prompt'", id="empty-csv"),
@@ -98,11 +102,12 @@ def test_all_errors_are_listed_with_their_lines(tmp_path: Path) -> None:
         pytest.param("p.jsonl", "[" * 100_000, "not JSON", id="nested"),
         pytest.param("p.jsonl", '{"prompt": 5}', "prompt: expected text", id="number"),
         pytest.param("p.jsonl", '{"prompt": "x", "images": [5]}', "images: expected a list of text", id="image-number"),
-        pytest.param("p.jsonl", '{"prompt": "x", "seed": 5}', "column: expected one of prompt, ", id="unknown-field"),
-        pytest.param("p.jsonl", '{"prompt": "x", "fault": "y"}', "name, got 'fault'", id="field-named-fault"),
+        pytest.param(
+            "p.jsonl", '{"prompt": "x", "image": 5}', "line 1: column: got 'image'. Rename it", id="typo-field"
+        ),
         pytest.param("p.jsonl", '{"prompt": "\\ud800"}', "surrogate", id="half-a-character"),
         pytest.param("p.csv", "prompt,key\na,k\nb,k\n", "'k' is also the key of an earlier row", id="key-twice"),
-        pytest.param("p.csv", "prompt,images\na,p.csv\n", "expected a PNG, JPEG, WebP or GIF, got ", id="no-image"),
+        pytest.param("p.csv", "prompt,images\na,p.csv\n", "not a PNG, JPEG, WebP or GIF", id="no-image"),
         pytest.param("p.yaml", "- fox", ".txt, .csv, .tsv, .jsonl or .ndjson file", id="other-suffix"),
     ],
 )
@@ -193,6 +198,10 @@ def test_any_file_is_rows_or_an_invalid_batch_file(
         pytest.param("p.csv", 'key, prompt\n1, "a fox, red"\n', ["a fox, red"], id="E4-blank-after-comma"),
         pytest.param("p.tsv", "prompt\tkey\na fox\t1\n", ["a fox"], id="E4-tsv"),
         pytest.param("p.ndjson", '{"prompt": "a fox", "key": 7}\n', ["a fox"], id="E4-ndjson-number-key"),
+        pytest.param("p.csv", "prompt,Preis,sku\na fox,1.5,F-1\n", ["a fox"], id="E4-further-columns"),
+        pytest.param("p.csv", "prompt,Aspect Ratio\na fox,1:1\n", ["a fox"], id="E4-column-with-a-blank"),
+        pytest.param("p.jsonl", '{"prompt": "a fox", "name": NaN, "key": 1.0}\n', ["a fox"], id="E4-pandas-json"),
+        pytest.param("p.csv", "prompt\ra fox\ra hare\r", ["a fox", "a hare"], id="E4-old-mac"),
         pytest.param("p.txt", "# a comment\n  # another\na fox\n\\# one\n", ["a fox", "# one"], id="E5-comments"),
     ],
 )
@@ -207,9 +216,10 @@ def test_what_common_programs_write_is_taken(
 
 def test_e4_a_cell_may_be_a_large_data_uri(tmp_path: Path) -> None:
     """The limit of the csv module, 128 KiB, is smaller than most images."""
-    uri = "data:image/png;base64," + "A" * 400_000
+    uri = f"data:image/png;base64,{b64encode(PNG + bytes(300_000)).decode()}"
     path = written(tmp_path, "p.csv", f'prompt,images\na fox,"{uri}"\n')
-    assert read_rows(path)[0].request.images == (uri,)
+    (row,) = read_rows(path)
+    assert row.request.images == (uri,)
 
 
 @pytest.mark.parametrize(
@@ -229,3 +239,118 @@ def test_e1_text_that_is_no_prompt_is_refused_with_its_line(tmp_path: Path, cont
     with pytest.raises(InvalidBatchFile) as caught:
         read_rows(path)
     assert says in str(caught.value)
+
+
+def test_e4_an_aspect_ratio_that_became_a_time_is_read_as_a_ratio(tmp_path: Path) -> None:
+    """Spreadsheets turn 16:9 into 16:09, and 4:3 into 04:03:00."""
+    path = written(tmp_path, "p.csv", "prompt,aspect_ratio\na,16:09\nb,04:03:00\nc,21:9\nd,auto\n")
+    assert [row.request.aspect_ratio for row in read_rows(path)] == ["16:9", "4:3", "21:9", "auto"]
+
+
+def test_e4_further_columns_are_kept_in_their_order(tmp_path: Path) -> None:
+    """They are for the results, and cells of megabytes are cut."""
+    uri = f"data:image/png;base64,{b64encode(PNG + bytes(9000)).decode()}"
+    rows = read_rows(written(tmp_path, "p.csv", f'sku,prompt,images,Preis\nF-1,a fox,"{uri}",9\n'))
+    (row,) = rows
+    assert rows.extra_columns == ("sku", "Preis")
+    assert list(row.columns) == ["sku", "prompt", "images", "Preis"]
+    assert (row.columns["sku"], len(str(row.columns["images"]))) == ("F-1", 2003)
+    assert row.line == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param('prompt\n"a fox\r\nin snow"\n', 'prompt\n"a fox\nin snow"\n', id="line-break"),
+        pytest.param('prompt\n"a fox\nin snow"\n', "prompt\na fox in snow\n", id="wrapped"),
+        pytest.param("prompt\na fox \n", "prompt\na fox\n", id="blank-at-the-end"),
+        pytest.param("prompt\na\u00a0fox\n", "prompt\na fox\n", id="blank-that-does-not-break"),
+        pytest.param("prompt\nsn\u00f6\n", "prompt\nsno\u0308\n", id="composed"),
+        pytest.param("prompt\na\u200b fox\n", "prompt\na fox\n", id="zero-width"),
+        pytest.param("prompt,key\na fox, k1\n", "prompt,key\na fox,k1 \n", id="blank-at-a-key"),
+        pytest.param("prompt,aspect_ratio\na fox,16:9\n", "prompt,aspect_ratio\na fox, 16:09\n", id="time"),
+        pytest.param("prompt,image_size\na fox,2K\n", "prompt,image_size\na fox,2k\n", id="case-of-a-size"),
+    ],
+)
+def test_e2_a_difference_that_nobody_sees_makes_no_new_row(tmp_path: Path, before: str, after: str) -> None:
+    """Programs that save a file again differ in all of these, and a new row is charged."""
+    rows = [next(iter(read_rows(written(tmp_path, "p.csv", text)))) for text in (before, after)]
+    assert rows[0].key == rows[1].key
+    assert rows[0].fingerprint == rows[1].fingerprint
+
+
+def test_e3_copies_are_counted_and_left_out_if_asked(tmp_path: Path) -> None:
+    """Rows with keys of their own may be copies, too."""
+    path = written(tmp_path, "p.csv", "prompt,key\na fox,\na hare,\na fox,\n a fox ,k\n")
+    rows, once = read_rows(path), read_rows(path, once=True)
+    assert (len(rows), rows.copies) == (4, 2)
+    assert (len(once), once.copies, [row.request.prompt for row in once]) == (2, 2, ["a fox", "a hare"])
+    assert [row.key for row in once] == [row.key for row in rows][:2]
+
+
+JPEG_HEAD = b"\xff\xd8\xff\xe1\x00\x08\xff\xda\xff\xd9\x00\x00\xff\xda\x00\x04\x00\x00"  # with a preview
+
+
+@pytest.mark.parametrize(
+    ("images", "says"),
+    [
+        pytest.param("cut.png", "the image is truncated", id="cut-png"),
+        pytest.param("cut.jpg", "the image is truncated", id="cut-jpeg-with-a-whole-preview"),
+        pytest.param("cut.webp", "the image is truncated", id="cut-webp"),
+        pytest.param("data:,", "expected base64 of an image", id="empty-data"),
+        pytest.param("data:text/html,<p>", "expected base64 of an image", id="html"),
+        pytest.param("data:text/plain;base64,aGVsbG8=", "not a PNG", id="text"),
+        pytest.param("DATA:image/png;base64,iVBORw0KGgo=", "the image is truncated", id="cut-data"),
+        pytest.param("pipe", "expected a regular file", id="fifo"),
+        pytest.param(".", "expected a regular file", id="folder"),
+        pytest.param("s3://bucket/fox.png", "expected a path, a data URI or an http(s) URL", id="bucket"),
+        pytest.param("file:///none/fox.png", "/none/fox.png: cannot be read", id="file-url-without-file"),
+    ],
+)
+def test_e6_a_reference_that_is_no_image_is_refused_with_its_line(tmp_path: Path, images: str, says: str) -> None:
+    """It would be charged, or hang the reader."""
+    (tmp_path / "cut.png").write_bytes(PNG[:-20])
+    (tmp_path / "cut.jpg").write_bytes(JPEG_HEAD + bytes(100))
+    (tmp_path / "cut.webp").write_bytes(b"RIFF\xff\x00\x00\x00WEBPVP8L")
+    os.mkfifo(tmp_path / "pipe")
+    path = written(tmp_path, "p.jsonl", json.dumps({"prompt": "a fox", "images": [images]}))
+    with pytest.raises(InvalidBatchFile) as caught:
+        read_rows(path)
+    assert caught.value.errors[0].startswith("line 1: images: ")
+    assert says in caught.value.errors[0]
+
+
+def test_e6_references_are_taken_as_people_write_them(tmp_path: Path) -> None:
+    """Schemes in capitals, file URLs as browsers copy them, and photos with a film after their end."""
+    (tmp_path / "a fox.png").write_bytes(PNG)
+    (tmp_path / "film.jpg").write_bytes(JPEG_HEAD + b"\xff\xd9" + bytes(200_000))
+    url = (tmp_path / "a fox.png").as_uri()
+    path = written(tmp_path, "p.csv", f"prompt,images\na,HTTPS://example.org/x.png|{url}|film.jpg\n")
+    (row,) = read_rows(path)
+    assert row.request.images == ("https://example.org/x.png", tmp_path / "a fox.png", tmp_path / "film.jpg")
+
+
+def test_a_file_that_was_changed_after_its_check_is_not_submitted(tmp_path: Path) -> None:
+    """What was checked is what is charged."""
+    path = written(tmp_path, "p.txt", "a fox\n")
+    rows = read_rows(path)
+    path.write_text("a fox\na hare\n")
+    with pytest.raises(InvalidBatchFile, match="was changed after it was checked"):
+        list(rows)
+
+
+def test_a_pipe_is_read_once_and_its_rows_many_times(tmp_path: Path) -> None:
+    """A shell passes `<(command)` as a pipe."""
+    pipe = tmp_path / "rows.txt"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(pipe.write_text, "a fox\na hare\n")
+        rows = read_rows(pipe)
+    assert prompts(rows) == prompts(rows) == ["a fox", "a hare"]
+
+
+def test_the_keys_of_a_file_can_be_looked_up(tmp_path: Path) -> None:
+    """A million keys take eight megabytes."""
+    rows = read_rows(written(tmp_path, "p.csv", "prompt,key\na fox,k1\na hare,\n"))
+    assert all(row.key in rows for row in rows)
+    assert "k2" not in rows

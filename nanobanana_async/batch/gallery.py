@@ -1,6 +1,6 @@
 """The gallery: one HTML page with images, prompts, status, time and cost, a search and a filter."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from html import escape
 from importlib.resources import files
 from pathlib import Path
@@ -8,6 +8,8 @@ from typing import Final
 from urllib.parse import quote
 
 import attrs
+
+from nanobanana_async.images.files import replacing
 
 _PAGE: Final = "gallery.html"
 
@@ -29,27 +31,26 @@ class GalleryCard:
     """Reason why there is no image."""
 
 
-def render(title: str, cards: Iterable[GalleryCard]) -> Iterator[str]:
-    """Yield the HTML of the page, one card at a time. All text is escaped."""
+def frame(title: str) -> tuple[str, str]:
+    """Return the HTML before and after the cards. The title is escaped."""
     page = files("nanobanana_async.batch").joinpath(_PAGE).read_text(encoding="utf-8")
     head, _, tail = page.partition("$cards")
-    yield head.replace("$title", escape(title))
-    for card in cards:
-        yield f"{_card(card)}\n"
-    yield tail
+    return head.replace("$title", escape(title)), tail
 
 
 def write(page: Path, title: str, cards: Iterable[GalleryCard]) -> None:
-    """Write the page. Blocking.
+    """Write a page, and replace an earlier one. Blocking.
 
     Raises:
         OSError: The file could not be written.
     """
-    with page.open("w", encoding="utf-8") as file:
-        file.writelines(render(title, cards))
+    head, tail = frame(title)
+    with replacing(page) as file:
+        file.writelines(text.encode() for text in (head, *map(render, cards), tail))
 
 
-def _card(card: GalleryCard) -> str:
+def render(card: GalleryCard) -> str:
+    """Return the HTML of one card. All text is escaped."""
     prompt = escape(card.prompt)
     if card.file is None:
         image = f'<div class="none">{escape(card.note or card.status)}</div>'

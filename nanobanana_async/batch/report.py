@@ -1,40 +1,120 @@
-"""Write the gallery `index.html` and the manifest `manifest.jsonl` from the ledger."""
+"""Write the gallery `index.html`, the manifest `manifest.jsonl` and the table `results.csv` from the ledger."""
 
+import csv
+import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Final
+from types import TracebackType
+from typing import Final, Self
 
 from nanobanana_async._text import format_credits
 from nanobanana_async.batch import gallery
-from nanobanana_async.ledger.restored import MANIFEST_NAME
+from nanobanana_async.images.files import replacing
+from nanobanana_async.ledger.restored import GALLERY_MARK, GALLERY_NAME, manifest_path
 from nanobanana_async.ledger.schema import LedgerRow, RowState
+from nanobanana_async.models import JsonValue
 
-GALLERY_NAME: Final = "index.html"
+_RESULTS_NAME: Final = "results.csv"
+_OWN_COLUMNS: Final = ("file", "width", "height", "state", "credits", "reason")
+_RESULTS_HEADER: Final = re.compile(rb"\A[^\n]*,(nanobanana_)?credits,(nanobanana_)?reason\r?\n")
+_BOM: Final = "\ufeff"
+"""Excel takes a .csv for UTF-8 only with this mark."""
+_HEAD_BYTES: Final = 65_536
+_FORMULA_STARTS: Final = ("=", "+", "-", "@")
 
 _STATUS_LABELS: Final = {RowState.SAVED: "succeeded", RowState.FAILED: "failed", RowState.UNKNOWN: "unknown"}
 
 
-def write(folder: Path, records: Iterable[LedgerRow]) -> None:
-    """Write both files atomically, one row at a time. Blocking.
+def gallery_path(folder: Path) -> Path:
+    """Return the gallery of the batch in *folder*."""
+    return _own_path(folder / GALLERY_NAME, lambda head: GALLERY_MARK in head)
+
+
+def results_path(folder: Path) -> Path:
+    """Return the table of the batch in *folder*."""
+    return _own_path(folder / _RESULTS_NAME, lambda head: _RESULTS_HEADER.search(head) is not None)
+
+
+def _own_path(path: Path, is_own: Callable[[bytes], bool]) -> Path:
+    """Return *path*, or another one if there is a file of the user's."""
+    try:
+        with path.open("rb") as file:
+            return path if is_own(file.read(_HEAD_BYTES)) else path.with_name(f"nanobanana-{path.name}")
+    except FileNotFoundError:
+        return path
+
+
+class ReportWriter:
+    """Writes the three files, and replaces the earlier ones together when the block ends without an error. Blocking.
+
+    *columns* are those of the files of the batch. A table begins with them.
 
     Raises:
         OSError: A file could not be written.
     """
-    title = os.fsencode(folder.resolve().name).decode("utf-8", "replace")
-    manifest, page = folder / f".{MANIFEST_NAME}.part", folder / f".{GALLERY_NAME}.part"
-    with manifest.open("w", encoding="utf-8") as lines:
 
-        def cards() -> Iterator[gallery.GalleryCard]:
-            for record in records:
-                lines.write(f"{json.dumps(_manifest_line(record), ensure_ascii=False)}\n")
-                if not record.state.is_ready:
-                    yield _card(record)
+    def __init__(self, folder: Path, columns: Iterable[str]) -> None:
+        self._stack = ExitStack()
+        self._given = list(columns) or ["prompt"]
+        title = os.fsencode(folder.resolve().name).decode("utf-8", "replace")
+        head, self._tail = gallery.frame(title)
+        try:
+            self._page, self._manifest, results = (
+                io.TextIOWrapper(self._stack.enter_context(replacing(path)), "utf-8", newline="", write_through=True)
+                for path in (gallery_path(folder), manifest_path(folder), results_path(folder))
+            )
+            self._page.write(head)
+            results.write(_BOM)
+            self._results = csv.writer(results)
+            names = [f"nanobanana_{name}" if name in self._given else name for name in _OWN_COLUMNS]
+            self._results.writerow([*self._given, *names])
+        except BaseException as exc:
+            self._stack.__exit__(type(exc), exc, exc.__traceback__)
+            raise
 
-        gallery.write(page, title, cards())
-    manifest.replace(folder / MANIFEST_NAME)
-    page.replace(folder / GALLERY_NAME)
+    def add(self, records: Iterable[LedgerRow]) -> None:
+        """Write some rows."""
+        for record in records:
+            self._manifest.write(f"{json.dumps(_manifest_line(record), ensure_ascii=False)}\n")
+            self._results.writerow([*_given_cells(record, self._given), *_own_cells(record)])
+            if not record.state.is_ready:
+                self._page.write(f"{gallery.render(_card(record))}\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if exc is None:
+            self._page.write(self._tail)
+        self._stack.__exit__(kind, exc, trace)
+
+
+def _given_cells(record: LedgerRow, names: Iterable[str]) -> list[str]:
+    known = {"prompt": record.prompt, "key": record.key if "key" in record.columns else ""}
+    return [_cell(record.columns.get(name, known.get(name, ""))) for name in names]
+
+
+def _cell(value: JsonValue) -> str:
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
+
+
+def _own_cells(record: LedgerRow) -> list[object]:
+    first = record.files[0] if record.files else None
+    reason = record.reason or ""  # the service's words: a spreadsheet would run them as a formula
+    return [
+        "|".join(file.path.name for file in record.files),
+        None if first is None else first.width,
+        None if first is None else first.height,
+        record.state.value,
+        None if record.consumed is None else format_credits(record.consumed),
+        f"'{reason}" if reason.startswith(_FORMULA_STARTS) else reason,
+    ]
 
 
 def _card(record: LedgerRow) -> gallery.GalleryCard:
@@ -53,6 +133,7 @@ def _manifest_line(record: LedgerRow) -> dict[str, object]:
     return {
         "key": record.key,
         "number": record.number,
+        "line": record.line,
         "state": record.state.value,
         "prompt": record.prompt,
         "model": record.model,
@@ -60,7 +141,14 @@ def _manifest_line(record: LedgerRow) -> dict[str, object]:
         "fingerprint": record.fingerprint,
         "task_id": record.task_id,
         "files": [
-            {"file": file.path.name, "sha256": file.sha256, "size_bytes": file.size_bytes} for file in record.files
+            {
+                "file": file.path.name,
+                "sha256": file.sha256,
+                "size_bytes": file.size_bytes,
+                "width": file.width,
+                "height": file.height,
+            }
+            for file in record.files
         ],
         "consumed": None if record.consumed is None else f"{record.consumed:f}",
         "attempt": record.attempt,
@@ -68,6 +156,7 @@ def _manifest_line(record: LedgerRow) -> dict[str, object]:
         "held_charges": record.held_charges,
         "seconds": _seconds(record),
         "reason": record.reason,
+        "columns": dict(record.columns),
     }
 
 

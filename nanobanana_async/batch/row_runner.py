@@ -1,5 +1,7 @@
 """`RowRunner`: one row from its entry in the ledger to its outcome."""
 
+from functools import partial
+
 import anyio.to_thread
 import attrs
 
@@ -79,7 +81,9 @@ class RowRunner:
         self._run_state.in_flight += 1
         try:
             task = await self._wait(record, handle, timeout_s, has_image=entry.state in _HAS_IMAGE)
-            files = await self._save_images(entry.file_stem, task, handle.task_id)
+            files = await self._run_state.download(
+                partial(self._save_images, entry, task), is_new=is_new and not task.has_inline_image
+            )
             await self._ledger.record_saved(entry.key, files)
         except TaskLost as exc:
             return Unknown(key=entry.key, request=record.row.request, error=exc)
@@ -107,22 +111,20 @@ class RowRunner:
             raise no_image_error(task)
         return task
 
-    async def _save_images(self, stem: str, task: Task, task_id: str) -> tuple[SavedImage, ...]:
-        self._run_state.saving += 1
+    async def _save_images(self, entry: LedgerRow, task: Task) -> tuple[SavedImage, ...]:
         try:
             try:
-                return await self._store_images(stem, task)
+                return await self._store_images(entry.file_stem, task)
             except ImageError as exc:
-                if isinstance(exc.__cause__, OSError):  # the disk: every other image would fail, too
-                    self._run_state.stop(exc)
-                    raise RunStopped from None
-                fresh = await self._client.task(task_id).query()  # the URL may have expired
+                if isinstance(exc.__cause__, OSError):
+                    raise
+                fresh = await self._client.task(task.task_id).query()  # the URL may have expired
                 if not fresh.images:
                     raise
-                return await self._store_images(stem, fresh)
-        finally:
-            self._run_state.saving -= 1
-            self._run_state.notify_all()
+                return await self._store_images(entry.file_stem, fresh)
+        except ImageError as exc:
+            await self._ledger.note_failure(entry.key, str(exc))
+            raise
 
     async def _store_images(self, stem: str, task: Task) -> tuple[SavedImage, ...]:
         names = [stem, *(f"{stem}.{number}" for number in range(2, len(task.images) + 1))]

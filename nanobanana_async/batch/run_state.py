@@ -1,13 +1,18 @@
 """`RunState`: the state shared by the rows of one run."""
 
+import contextlib
+from collections.abc import Awaitable, Callable
 from decimal import Decimal
+from typing import TypeVar
 
 import anyio
 import attrs
 
 from nanobanana_async.batch.outage import OutageBackoff
-from nanobanana_async.errors import BudgetExceeded, NanoBananaError, RateLimited
+from nanobanana_async.errors import BudgetExceeded, ImageError, NanoBananaError, RateLimited
 from nanobanana_async.ledger.budget import Budget, BudgetStatus, PricedAs, Reservation
+
+T = TypeVar("T")
 
 
 @attrs.frozen(kw_only=True)
@@ -17,13 +22,21 @@ class BatchProgress:
     succeeded: int
     failed: int
     unknown: int
+    running: int
+    """Rows whose wait has timed out. Their tasks are charged, and the next run waits for them again."""
     replayed: int
-    """Outcomes among the three above that are from an earlier run."""
+    """Outcomes among those above that are from an earlier run."""
     in_flight: int
     """Submitted and not saved."""
+    is_learning_price: bool
+    """Whether submits wait until the first image of its kind tells its price."""
     budget: BudgetStatus
     last_error: str | None
-    """Error of the last submit while the run backs off; None otherwise."""
+    """Error of the last submit or download while the run backs off; None otherwise."""
+
+
+class _TryAgain(Exception):
+    """Downloads fail for every row, so that a failure says nothing about this one."""
 
 
 class RunStopped(Exception):
@@ -42,8 +55,13 @@ class RunState:
     def __init__(self, budget: Decimal | None, max_price: Decimal | None, max_downloads: int) -> None:
         self.budget = Budget(budget, max_price=max_price, on_change=self.notify_all)
         self.outage = OutageBackoff()
+        """Of submits."""
+        self._download_outage = OutageBackoff()
+        self._download_lock = anyio.Lock()
         self.last_error: str | None = None
-        """Error of the last submit, while the run backs off."""
+        """Error of the last submit or download, while the run backs off."""
+        self.is_learning_price = False
+        """Whether a submit waits for the price of its kind, which the budget needs."""
         self.in_flight = 0
         """Rows that are submitted and not saved."""
         self.saving = 0
@@ -77,8 +95,8 @@ class RunState:
 
     @property
     def has_download_queue(self) -> bool:
-        """Whether more images wait than are saved at once, so that submits wait."""
-        return self.saving > self._max_downloads
+        """Whether submits wait for images: more wait than are saved at once, or the last ones could not be had."""
+        return self.saving > self._max_downloads or self._download_outage.is_down
 
     async def reserve(self, priced_as: PricedAs) -> Reservation:
         """Wait until one more submit is allowed by outage, downloads and budget, and reserve its price.
@@ -92,10 +110,62 @@ class RunState:
             self.raise_if_stopped()
             if not self.has_download_queue:
                 if (reservation := self.budget.try_reserve(priced_as)) is not None:
+                    self.is_learning_price = False
                     return reservation
+                self.is_learning_price = self.budget.price(priced_as) is None
                 if not self.budget.open:
                     self.stop(BudgetExceeded(self.budget.refusal(priced_as, "--max-price CREDITS")))
             await self.wait_change()
+
+    async def download(self, fetch: Callable[[], Awaitable[T]], *, is_new: bool) -> T:
+        """Return the result of *fetch*, which saves the images of one row.
+
+        If several downloads of new images in a row have failed, nothing more is submitted, and one download at a time
+        is tried again. The run stops as for a service that is down. *is_new* is false for images whose URL may have
+        expired, or that need no download. Their failure says nothing about others.
+
+        Raises:
+            ImageError: The images cannot be downloaded, and others can.
+            RunStopped: The run has stopped.
+        """
+        self.saving += 1
+        try:
+            while True:
+                if not is_new or not self._download_outage.is_down:
+                    with contextlib.suppress(_TryAgain):
+                        return await self._try_download(fetch, is_new=is_new)
+                async with self._download_lock:
+                    if self._download_outage.is_down:
+                        with anyio.move_on_after(self._download_outage.backoff_s()):
+                            while True:
+                                await self.wait_change()
+                        with contextlib.suppress(_TryAgain):
+                            return await self._try_download(fetch, is_new=is_new)
+        finally:
+            self.saving -= 1
+            self.notify_all()
+
+    async def _try_download(self, fetch: Callable[[], Awaitable[T]], *, is_new: bool) -> T:
+        try:
+            found = await fetch()
+        except ImageError as exc:
+            if isinstance(exc.__cause__, OSError):  # the disk: every other image would fail, too
+                self.stop(exc)
+                raise RunStopped from None
+            if not is_new:
+                raise
+            now_s = anyio.current_time()
+            self._download_outage.record_failure(now_s)
+            if self._download_outage.should_give_up(now_s, rate_limited=False):
+                self.stop(exc)
+                raise RunStopped from None
+            if not self._download_outage.is_down:
+                raise
+            self.last_error = str(exc)
+            raise _TryAgain from None
+        self._download_outage.record_success()
+        self.last_error = self.last_error if self.outage.is_down else None
+        return found
 
     def record_success(self) -> None:
         """Record that a submit was accepted."""

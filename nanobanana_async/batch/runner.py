@@ -5,24 +5,34 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterable
 from decimal import Decimal
 from pathlib import Path
 from typing import Final
 
 import anyio
 import anyio.to_thread
+import attrs
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.map_unordered import map_unordered
 from nanobanana_async.batch import report
+from nanobanana_async.batch.preview import BatchPreview
 from nanobanana_async.batch.resume import check_service
+from nanobanana_async.batch.row_file import RowFile
 from nanobanana_async.batch.row_runner import RowRunner
 from nanobanana_async.batch.rows import Rows, with_keys
 from nanobanana_async.batch.run_state import BatchProgress, RunState
 from nanobanana_async.batch.submitter import Submitter
 from nanobanana_async.client import NanoBananaClient
-from nanobanana_async.errors import ClientClosed, ConfigurationError, KeyConflict, LedgerError, NanoBananaError
+from nanobanana_async.errors import (
+    ClientClosed,
+    ConfigurationError,
+    KeyConflict,
+    LedgerError,
+    NanoBananaError,
+    TaskTimeout,
+)
 from nanobanana_async.images.files import FileImageStore, remove_partial_files
 from nanobanana_async.ledger.batch_ledger import BatchLedger
 from nanobanana_async.ledger.schema import BatchRow, LedgerRow, RowState
@@ -36,7 +46,9 @@ _log: Final = logging.getLogger("nanobanana_async")
 _CONFIRM_INTERVAL_S: Final = 10.0
 """Minimum time between two queries that callbacks about one unknown row trigger."""
 _REPORT_INTERVAL_S: Final = 60.0
-"""Interval at which the gallery and the manifest are rewritten."""
+"""Interval at which the gallery, the manifest and the results are rewritten."""
+_REPORT_PAUSE_FACTOR: Final = 20
+"""Least pause between two reports, in multiples of the time that one takes: 100,000 rows take seconds."""
 
 
 class Batch:
@@ -63,8 +75,6 @@ class Batch:
         self._row_runner = RowRunner(client, ledger, run_state, submitter, image_store)
         self._outcome_counts: Counter[type[Outcome] | str] = Counter()
         self._last_confirm_s: dict[str, float] = {}
-        self._seen_keys: set[str] = set()
-        """Keys seen in this run. Charged rows of earlier runs without one are completed at its end."""
         self._callback = callback
         if callback is not None:
             callback.unmatched_hooks.append(self._on_unmatched_callback)
@@ -116,7 +126,8 @@ class Batch:
             await anyio.to_thread.run_sync(remove_partial_files, ledger.folder)
             run_state = RunState(budget, max_price, client.limits.max_downloads)
             run_state.budget.add_attempts(await ledger.attempt_costs())
-            batch = cls(ledger, client, run_state, image_store or FileImageStore(ledger.folder), callback)
+            store = image_store or FileImageStore(ledger.folder, replace=False)
+            batch = cls(ledger, client, run_state, store, callback)
         except BaseException:
             await ledger.aclose()
             raise
@@ -146,23 +157,25 @@ class Batch:
             AuthenticationError, InsufficientCredits: The service rejected the key, or the account is empty.
             BudgetExceeded: Another image could exceed the budget.
             LedgerError: The ledger could not be written.
-            ImageError: An image could not be written to the disk.
+            ImageError: An image could not be written to the disk, or no image was downloaded for an hour, or ever.
             NotSent, RateLimited, ServiceUnavailable, SubmissionUnknown: No submit has worked for an hour, or ever.
         """
         await self._background.ensure_started()
 
         async def work(entered: tuple[BatchRow, LedgerRow | None]) -> Outcome | None:
             row, record = entered
+            outcome: Outcome | None
             if record is None:
                 error = KeyConflict(f"row {row.key}: another row has this key")
-                return Failed(key=row.key, request=row.request, error=error)
+                return Failed(key=row.key, request=row.request, line=row.line, error=error)
             outcome = await self._row_runner.run(row, record, retry_failed=retry_failed, timeout_s=timeout_s)
             if outcome is not None:
-                self._outcome_counts[type(outcome)] += 1
+                outcome = attrs.evolve(outcome, line=row.line)
+                is_running = isinstance(outcome, Failed) and isinstance(outcome.error, TaskTimeout)
+                self._outcome_counts["running" if is_running else type(outcome)] += 1
                 self._outcome_counts["replayed"] += outcome.replayed
             return outcome
 
-        self._seen_keys.clear()
         outcomes: AsyncGenerator[Outcome] = map_unordered(
             self._background,
             self._registered_rows(rows),
@@ -176,6 +189,10 @@ class Batch:
         if self._run_state.stop_reason is not None:
             raise self._run_state.stop_reason
 
+    async def preview(self, rows: RowFile) -> BatchPreview:
+        """Return what `run` would do with *rows*, compared with what earlier runs have charged. Sends nothing."""
+        return BatchPreview.of(len(rows), await self._ledger.count_states(rows))
+
     def progress(self) -> BatchProgress:
         """Return a snapshot of the run. No I/O."""
         ended = self._outcome_counts
@@ -183,8 +200,10 @@ class Batch:
             succeeded=ended[Succeeded],
             failed=ended[Failed],
             unknown=ended[Unknown],
+            running=ended["running"],
             replayed=ended["replayed"],
             in_flight=self._run_state.in_flight,
+            is_learning_price=self._run_state.is_learning_price,
             budget=self._run_state.budget.status(),
             last_error=self._run_state.last_error,
         )
@@ -207,27 +226,34 @@ class Batch:
                 await self._ledger.aclose()
 
     async def _report(self) -> None:
-        def write(records: Iterator[LedgerRow]) -> OSError | None:
-            try:
-                report.write(self.folder, records)
-            except OSError as exc:  # not an error of the ledger, from which the report can be written again
-                return exc
-            return None
-
-        with contextlib.suppress(LedgerError):
-            if (failed := await self._ledger.query_rows(write)) is not None:
-                _log.warning("%s cannot be written: %s", report.GALLERY_NAME, failed)
+        """Write the report in threads, from small pages of the ledger, whose writes do not wait for it."""
+        try:
+            columns = await self._ledger.columns()
+            writer = await anyio.to_thread.run_sync(report.ReportWriter, self.folder, columns)
+            with contextlib.ExitStack() as stack:
+                stack.push(writer)
+                async with contextlib.aclosing(self._ledger.pages()) as pages:
+                    async for page in pages:
+                        await anyio.to_thread.run_sync(writer.add, page)
+                await anyio.to_thread.run_sync(stack.pop_all().close)
+        except LedgerError:
+            return
+        except OSError as exc:  # not an error of the ledger, from which the report can be written again
+            _log.warning("the gallery, the manifest or the results cannot be written: %s", exc)
 
     async def _report_periodically(self) -> None:
+        took_s = 0.0
         while True:
-            await anyio.sleep(_REPORT_INTERVAL_S)
+            await anyio.sleep(max(_REPORT_INTERVAL_S, took_s * _REPORT_PAUSE_FACTOR))
+            began_s = anyio.current_time()
             await self._report()
+            took_s = anyio.current_time() - began_s
 
     # --- unknown rows -----------------------------------------------------------------------------------------------
 
     async def unknown_rows(self) -> list[LedgerRow]:
         """Return the rows that may have been charged without a confirmation."""
-        return await self._ledger.query_rows(list, RowState.UNKNOWN)
+        return await self._ledger.list_rows(RowState.UNKNOWN)
 
     async def resubmit(self, key: str) -> None:
         """Let the next run submit the unknown row *key* again. It may be charged twice."""
@@ -266,36 +292,29 @@ class Batch:
     async def _registered_rows(self, rows: Rows) -> AsyncGenerator[tuple[BatchRow, LedgerRow | None]]:
         """Insert rows into the ledger, many per transaction, until the run stops. None marks a repeated key."""
         most = 1 if isinstance(rows, AsyncIterable) else _UPSERT_CHUNK  # the next one may arrive much later
+        listing = await self._ledger.begin_listing()
         waiting: list[BatchRow] = []
         error: Exception | None = None
         async with contextlib.aclosing(with_keys(rows)) as all_rows:
             async for row in all_rows:
                 if isinstance(row, Exception):
                     error = row
-                elif row.key in self._seen_keys:
-                    yield row, None
                 else:
-                    self._seen_keys.add(row.key)
                     waiting.append(row)
                 if error is not None or len(waiting) >= most:
-                    for pair in await self._register(waiting):
+                    for pair in await self._register(waiting, listing):
                         yield pair
                 if self._run_state.stop_reason is not None:
                     return
-        for pair in await self._register(waiting):
+        for pair in await self._register(waiting, listing):
             yield pair
         if error is not None:
             raise error
-        for pair in await self._leftover_rows():
-            yield pair
+        for record in await self._ledger.unlisted_rows(listing):
+            yield _row_from_ledger(record), record
 
-    async def _leftover_rows(self) -> list[tuple[BatchRow, LedgerRow]]:
-        """Return charged rows of earlier runs that are not saved and were not seen in this run."""
-        found = await self._ledger.query_rows(list, RowState.SUBMITTED, RowState.SUCCEEDED)
-        return [(_row_from_ledger(record), record) for record in found if record.key not in self._seen_keys]
-
-    async def _register(self, waiting: list[BatchRow]) -> list[tuple[BatchRow, LedgerRow]]:
-        entered = list(zip(waiting, await self._ledger.upsert_rows(waiting), strict=True))
+    async def _register(self, waiting: list[BatchRow], listing: int) -> list[tuple[BatchRow, LedgerRow | None]]:
+        entered = list(zip(waiting, await self._ledger.upsert_rows(waiting, listing=listing), strict=True))
         waiting.clear()
         return entered
 
@@ -307,7 +326,7 @@ def _check_credits(name: str, amount: object) -> None:
 
 def _row_from_ledger(record: LedgerRow) -> BatchRow:
     request = GenerationRequest(record.prompt, model=record.model, image_size=record.image_size)
-    return BatchRow(key=record.key, request=request, fingerprint=record.fingerprint)
+    return BatchRow(key=record.key, request=request, fingerprint=record.fingerprint, line=record.line)
 
 
 def _ignore_unconsumed(_: Outcome) -> None:

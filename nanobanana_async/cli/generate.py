@@ -17,7 +17,8 @@ from nanobanana_async.cli.runtime import CommandContext, json_option, print_json
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.images.formats import SUFFIXES, split_suffix
-from nanobanana_async.models import DEFAULT_MODEL, GenerationRequest, ImageSource
+from nanobanana_async.images.references import parse_reference
+from nanobanana_async.models import DEFAULT_MODEL, GenerationRequest
 from nanobanana_async.policies import PollPolicy
 
 
@@ -92,7 +93,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
         raise click.UsageError("--owner: expected text.")
     _check_output(output, len(prompts), force=force)
     try:
-        references = [_reference(image) for image in images]
+        references = [parse_reference(image, Path()) for image in images]
         requests = [GenerationRequest(prompt, images=references, **options) for prompt in prompts]
     except ValueError as exc:
         raise click.UsageError(str(exc)) from exc
@@ -149,10 +150,6 @@ def _check_output(output: str, count: int, *, force: bool) -> None:
 def poll_policy(poll_s: float | None) -> PollPolicy:
     """Return the policy for `--poll`; the learned schedule if it is None."""
     return PollPolicy() if poll_s is None else PollPolicy.fixed(poll_s)
-
-
-def _reference(text: str) -> ImageSource:
-    return text if text.startswith(("https://", "http://", "data:")) else Path(text)
 
 
 def _show(job: Job, progress: JobProgressBar, *, as_json: bool) -> None:

@@ -146,7 +146,7 @@ async def _unknown_keys(ledger: BatchLedger, keys: tuple[str, ...]) -> tuple[str
     Raises:
         ConfigurationError: A key is not that of an unknown row.
     """
-    known = {record.key for record in await ledger.query_rows(list, RowState.UNKNOWN)}
+    known = {record.key for record in await ledger.list_rows(RowState.UNKNOWN)}
     if unlisted := set(keys) - known:
         raise ConfigurationError(
             f"key: expected that of an unknown row, got {min(unlisted)!r}. To list the keys, run: nanobanana batch "
@@ -156,7 +156,7 @@ async def _unknown_keys(ledger: BatchLedger, keys: tuple[str, ...]) -> tuple[str
 
 
 async def _show(ledger: BatchLedger, *, as_json: bool) -> None:
-    unknown: list[LedgerRow] = await ledger.query_rows(list, RowState.UNKNOWN)
+    unknown: list[LedgerRow] = await ledger.list_rows(RowState.UNKNOWN)
     budget = Budget()
     budget.add_attempts(await ledger.attempt_costs())
     total: Decimal | None = Decimal(0)

@@ -2,11 +2,11 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import aclosing
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
+from typing import Final, Protocol
 
 import attrs
 import click
@@ -14,24 +14,52 @@ import click
 from nanobanana_async._text import format_credits
 from nanobanana_async.ledger.batch_ledger import BatchLedger
 from nanobanana_async.ledger.budget import Budget, BudgetStatus
-from nanobanana_async.ledger.schema import LedgerRow, RowState
+from nanobanana_async.ledger.schema import RowState
 
-_FAILED = (RowState.FAILED, RowState.ABANDONED)
+_PROBLEMS: Final = (RowState.FAILED, RowState.UNKNOWN)
+"""States of rows that are not in the file which explain the exit code."""
+
+
+class BatchOptions(Protocol):
+    """The options of a run that its summary depends on."""
+
+    @property
+    def out(self) -> Path:
+        """Folder of the batch."""
+        ...
+
+    @property
+    def ledger(self) -> Path | None:
+        """Folder of the ledger; None for that of the batch."""
+        ...
+
+    @property
+    def budget(self) -> Decimal | None:
+        """Credits that may be spent."""
+        ...
+
+    @property
+    def max_price(self) -> Decimal | None:
+        """Upper bound of a price that is not known."""
+        ...
+
+    @property
+    def retry_failed(self) -> bool:
+        """Whether failed rows are submitted again."""
+        ...
 
 
 @attrs.define
 class BatchSummary:
     """Prints the state of a batch on stderr, after its run has ended."""
 
-    out: Path
-    ledger: Path | None
+    options: BatchOptions
+    keys: Container[str]
+    """Keys of the rows of the run."""
+    total: int
+    """Number of rows of the run."""
     command: str
     """The command that resumes the batch."""
-    keys: set[str]
-    """Keys of the rows in the file."""
-    budget: Decimal | None
-    max_price: Decimal | None
-    retries_failed: bool
     before: "Account | None" = None
     """The account when the run began; None if the service did not say."""
     after: "Account | None" = None
@@ -43,9 +71,11 @@ class BatchSummary:
         Raises:
             LedgerError: The ledger cannot be read.
         """
-        budget = Budget(self.budget, max_price=self.max_price)
-        async with aclosing(await BatchLedger.open(self.out, ledger_folder=self.ledger, create=False)) as ledger:
-            counts = await ledger.query_rows(partial(_count, self.keys))
+        options = self.options
+        budget = Budget(options.budget, max_price=options.max_price)
+        opening = BatchLedger.open(options.out, ledger_folder=options.ledger, create=False)
+        async with aclosing(await opening) as ledger:
+            counts = _Counts(await ledger.count_states(self.keys), *await ledger.doubts())
             budget.add_attempts(await ledger.attempt_costs())
         click.echo(f"{', '.join(self._rows(counts))}; {self._money(counts, budget.status())}", err=True)
         for line in self._hints(counts, budget.status()):
@@ -53,13 +83,13 @@ class BatchSummary:
 
     def _rows(self, counts: "_Counts") -> list[str]:
         numbers = ((counts.failed, "failed"), (counts.unknown, "unknown"), (self._remaining(counts), "remaining"))
-        parts = [f"{counts.states[RowState.SAVED]} of {len(self.keys)} saved"]
+        parts = [f"{counts.listed(RowState.SAVED)} of {self.total} saved"]
         parts += [f"{number} {word}" for number, word in numbers if number]
         parts[-1] += f" ({counts.charged} submitted)" if counts.charged else ""
         return parts
 
     def _remaining(self, counts: "_Counts") -> int:
-        return len(self.keys) - counts.states[RowState.SAVED] - counts.failed - counts.unknown
+        return self.total - counts.listed(RowState.SAVED) - counts.failed - counts.unknown
 
     def _money(self, counts: "_Counts", status: BudgetStatus) -> str:
         parts = [f"{format_credits(status.spent)} credits spent"]
@@ -76,20 +106,22 @@ class BatchSummary:
         return ", ".join(parts)
 
     def _hints(self, counts: "_Counts", status: BudgetStatus) -> Iterator[str]:
-        folder = f"--out {shlex.quote(str(self.out))}"
-        folder += f" --ledger {shlex.quote(str(self.ledger))}" if self.ledger is not None else ""
+        out, home = self.options.out, self.options.ledger
+        folder = f"--out {shlex.quote(str(out))}"
+        folder += f" --ledger {shlex.quote(str(home))}" if home is not None else ""
         if (line := self._balance(counts)) is not None:
             yield line
-        if counts.unlisted:
-            yield f"{counts.unlisted} {_plural('row', counts.unlisted)} of earlier runs not in the file"
-        if counts.unknown:
-            yield f"{counts.unknown} may have been charged. To resolve them, run: nanobanana batch resolve {folder}"
-        if counts.states[RowState.FAILED] and not self.retries_failed:
+        if counts.unlisted():
+            parts = [f"{counts.unlisted()} {_plural('row', counts.unlisted())} of earlier runs not in the file"]
+            parts += [f"{n} {state.value}" for state in _PROBLEMS if (n := counts.unlisted(state))]
+            yield ", ".join(parts)
+        if unknown := counts.unknown + counts.unlisted(RowState.UNKNOWN):
+            yield f"{unknown} may have been charged. To resolve them, run: nanobanana batch resolve {folder}"
+        if counts.listed(RowState.FAILED) and not self.options.retry_failed:
             yield "To submit failed rows again, add --retry-failed. Each may be charged again."
         if self._remaining(counts):
-            yield f"To resume, run: {self.command}"
-            if status.remaining is not None and status.remaining <= 0:
-                yield "The budget is used up. Pass a larger --budget."
+            is_spent = status.remaining is not None and status.remaining <= 0
+            yield f"To resume, run{' with a larger --budget' if is_spent else ''}: {self.command}"
 
     def _balance(self, counts: "_Counts") -> str | None:
         """Return whether the account accounts for what may have been charged; None if it is not known."""
@@ -117,37 +149,30 @@ class Account:
     """Credits that the service has stated as charged for the batch."""
 
 
-@attrs.define
+@attrs.frozen
 class _Counts:
-    states: Counter[RowState] = attrs.field(factory=Counter[RowState])
-    unlisted: int = 0
-    """Rows that are not in the file."""
-    duplicates: int = 0
-    held: int = 0
+    states: Counter[tuple[RowState, bool]]
+    """Rows by state and whether they are in the run."""
+    duplicates: int
+    held: int
+
+    def listed(self, *states: RowState) -> int:
+        return sum(self.states[state, True] for state in states)
+
+    def unlisted(self, *states: RowState) -> int:
+        return sum(self.states[state, False] for state in states or RowState)
 
     @property
     def failed(self) -> int:
-        return sum(self.states[state] for state in _FAILED)
+        return self.listed(RowState.FAILED, RowState.ABANDONED)
 
     @property
     def unknown(self) -> int:
-        return self.states[RowState.UNKNOWN]
+        return self.listed(RowState.UNKNOWN)
 
     @property
     def charged(self) -> int:
-        return self.states[RowState.SUBMITTED] + self.states[RowState.SUCCEEDED]
-
-
-def _count(keys: set[str], records: Iterator[LedgerRow]) -> _Counts:
-    counts = _Counts()
-    for record in records:
-        counts.duplicates += record.possible_duplicates
-        counts.held += record.held_charges
-        if record.key in keys:
-            counts.states[record.state] += 1
-        else:
-            counts.unlisted += 1
-    return counts
+        return self.listed(RowState.SUBMITTED, RowState.SUCCEEDED)
 
 
 def _plural(word: str, number: int) -> str:

@@ -1,14 +1,17 @@
 """Write files atomically, and `FileImageStore`, the default `ImageStore`."""
 
+import contextlib
 import errno
 import hashlib
 import os
 import secrets
+from collections.abc import Generator
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 import anyio.to_thread
 
+from nanobanana_async.images.formats import image_size
 from nanobanana_async.models import SavedImage
 
 _TOKEN_BYTES: Final = 8
@@ -23,19 +26,89 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         OSError: The file could not be written. No partial file remains.
     """
+    with replacing(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Generator[BinaryIO]:
+    """Yield a new file that replaces *path* durably when the block ends without an error. Blocking.
+
+    Its name cannot be guessed, and links are not followed: in a shared folder, another user could point one at a file
+    of ours.
+
+    Raises:
+        OSError: The file could not be written. No partial file remains.
+    """
+    with _partial_file(path) as (file, part):
+        yield file
+        _finish(file)
+        part.replace(path)
+    _sync_folder(path.parent)
+
+
+def write_new(path: Path, data: bytes) -> Path:
+    """Write *data* to *path* durably, and return it. A file of other contents is left alone, and another name returned.
+
+    Missing folders are created. Blocking.
+
+    Raises:
+        OSError: The file could not be written. No partial file remains.
+    """
+    with _partial_file(path) as (file, part):
+        file.write(data)
+        _finish(file)
+        number, target = 1, path
+        while not _move_new(part, target):
+            if _has_contents(target, data):
+                part.unlink()
+                break
+            number += 1
+            target = path.with_stem(f"{path.stem}-{number}")
+    _sync_folder(path.parent)
+    return target
+
+
+@contextlib.contextmanager
+def _partial_file(path: Path) -> Generator[tuple[BinaryIO, Path]]:
+    """Yield a new file beside *path*, and its name. It is removed if the block raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{secrets.token_hex(_TOKEN_BYTES)}.part")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     try:
         with os.fdopen(os.open(part, flags, 0o666), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+            yield file, part
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+
+
+def _finish(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()  # Windows does not rename an open file
+
+
+def _move_new(part: Path, path: Path) -> bool:
+    """Rename *part* to *path*. Return False if *path* exists."""
+    try:
+        path.hardlink_to(part)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        if path.exists() or path.is_symlink():
+            return False
+        part.replace(path)
+    else:
+        part.unlink()
+    return True
+
+
+def _has_contents(path: Path, data: bytes) -> bool:
+    try:
+        return path.stat().st_size == len(data) and path.read_bytes() == data
+    except OSError:
+        return False
 
 
 def _sync_folder(folder: Path) -> None:
@@ -59,10 +132,14 @@ def remove_partial_files(folder: Path) -> None:
 
 
 class FileImageStore:
-    """Stores images as files of *folder*."""
+    """Stores images as files of *folder*.
 
-    def __init__(self, folder: Path) -> None:
+    *replace* says whether a file that exists is replaced. Otherwise another name is taken.
+    """
+
+    def __init__(self, folder: Path, *, replace: bool = True) -> None:
         self.folder: Final = folder
+        self._replace = replace
 
     async def put(self, name: str, data: bytes) -> SavedImage:
         """Write the file *name* atomically and durably. Cancelling waits for the write, which takes milliseconds."""
@@ -70,5 +147,9 @@ class FileImageStore:
 
     def _put(self, path: Path, data: bytes) -> SavedImage:
         digest = hashlib.sha256(data).hexdigest()
-        write_atomic(path, data)
-        return SavedImage(path=path, sha256=digest, size_bytes=len(data))
+        if self._replace:
+            write_atomic(path, data)
+        else:
+            path = write_new(path, data)
+        width, height = image_size(data) or (None, None)
+        return SavedImage(path=path, sha256=digest, size_bytes=len(data), width=width, height=height)

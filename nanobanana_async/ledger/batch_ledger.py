@@ -3,9 +3,11 @@
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import AsyncGenerator, Container, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 from nanobanana_async.ledger import batch_rows, schema
 from nanobanana_async.ledger.database import OpenDatabase, open_database
@@ -15,7 +17,8 @@ from nanobanana_async.ledger.sqlite import GROUP_COMMIT_S, LedgerFile, check_gro
 from nanobanana_async.models import SavedImage, Task
 from nanobanana_async.protocols import AttemptEnd
 
-T = TypeVar("T")
+_PAGE_ROWS: Final = 500
+"""Rows that are read at once, which takes about 10 ms."""
 
 
 class BatchLedger(LedgerFile):
@@ -61,11 +64,28 @@ class BatchLedger(LedgerFile):
 
     # --- one row ----------------------------------------------------------------------------------------------------
 
-    async def upsert_rows(self, rows: Iterable[BatchRow]) -> list[LedgerRow]:
-        """Return the ledger row of each of *rows*. New ones are inserted as ready."""
+    async def upsert_rows(self, rows: Iterable[BatchRow], *, listing: int | None = None) -> list[LedgerRow | None]:
+        """Return the ledger row of each of *rows*. New ones are inserted as ready.
+
+        None stands for a row whose key an earlier row of the same *listing* has.
+        """
         rows, stems = list(rows), self._image_stems
-        return await self.commit(
-            lambda db: [batch_rows.to_ledger_row(batch_rows.upsert_row(db, row, stems), self.folder) for row in rows]
+
+        def work(db: sqlite3.Connection) -> list[LedgerRow | None]:
+            batch_rows.add_columns(db, dict.fromkeys(name for row in rows for name in row.columns))
+            lines = [batch_rows.upsert_row(db, row, listing, stems) for row in rows]
+            return [None if line is None else batch_rows.to_ledger_row(line, self.folder) for line in lines]
+
+        return await self.commit(work)
+
+    async def begin_listing(self) -> int:
+        """Return the number of a new listing: the rows of one run."""
+        return await self.commit(batch_rows.begin_listing)
+
+    async def unlisted_rows(self, listing: int) -> list[LedgerRow]:
+        """Return charged rows that are not saved, and are not in this *listing*."""
+        return await self.query(
+            lambda db: [batch_rows.to_ledger_row(line, self.folder) for line in batch_rows.unlisted(db, listing)]
         )
 
     async def begin_attempt(self, key: str, *, resubmit: bool = False, nonce: str | None = None) -> None:
@@ -106,24 +126,43 @@ class BatchLedger(LedgerFile):
 
     async def record_saved(self, key: str, files: Iterable[SavedImage]) -> None:
         """Record that the images of *key* are saved."""
-        listed = json.dumps([[file.path.name, file.sha256, file.size_bytes] for file in files])
-        await self.transition(key, RowState.SAVED, files=listed, saved_at=time.time())
+        listed = [[file.path.name, file.sha256, file.size_bytes, file.width, file.height] for file in files]
+        await self.transition(key, RowState.SAVED, files=json.dumps(listed), saved_at=time.time(), reason=None)
+
+    async def note_failure(self, key: str, reason: str) -> None:
+        """Record why the image of *key*, which is charged, is not saved."""
+        await self.commit(lambda db: batch_rows.note_failure(db, key, reason))
 
     # --- all rows ---------------------------------------------------------------------------------------------------
 
-    async def query_rows(self, use: Callable[[Iterator[LedgerRow]], T], *states: RowState) -> T:
-        """Return the result of *use* on the rows in order, all or those in *states*. It runs in a thread."""
-        where = f" WHERE coalesce(state, 'ready') IN ({', '.join('?' * len(states))})" if states else ""
+    async def pages(self, *states: RowState) -> AsyncGenerator[list[LedgerRow]]:
+        """Yield the rows in order, all or those in *states*. Pages are small, so that writes do not wait for them."""
+        last = await self.query(batch_rows.last_number)
+        for first in range(1, last + 1, _PAGE_ROWS):
+            numbers = (first, first + _PAGE_ROWS - 1)
+            found = await self.query(partial(batch_rows.page, numbers=numbers, states=states, folder=self.folder))
+            if found:
+                yield found
 
-        def work(db: sqlite3.Connection) -> T:
-            found = db.execute(f"{schema.SELECT_ROWS}{where} ORDER BY number", states)
-            return use(batch_rows.to_ledger_row(line, self.folder) for line in found)
+    async def list_rows(self, *states: RowState) -> list[LedgerRow]:
+        """Return the rows in order, all or those in *states*."""
+        return [row async for page in self.pages(*states) for row in page]
 
-        return await self.commit(work)
+    async def count_states(self, listed: Container[str]) -> Counter[tuple[RowState, bool]]:
+        """Return the number of rows by state and whether their key is in *listed*."""
+        return await self.query(partial(batch_rows.count_states, listed=listed))
+
+    async def doubts(self) -> tuple[int, int]:
+        """Return the sums of `possible_duplicates` and of `held_charges` of all rows."""
+        return await self.query(batch_rows.doubts)
+
+    async def columns(self) -> list[str]:
+        """Return the columns of all files of the batch, in order."""
+        return await self.query(batch_rows.columns)
 
     async def attempt_costs(self) -> list[AttemptCost]:
-        """Return what each attempt of all runs says about money."""
-        return await self.commit(lambda db: list(map(schema.to_attempt_cost, db.execute(schema.SELECT_COSTS))))
+        """Return what the attempts of all runs say about money."""
+        return await self.query(lambda db: list(map(schema.to_attempt_cost, db.execute(schema.SELECT_COSTS))))
 
     async def service(self) -> batch_rows.ServiceIdentity | None:
         """Return the service that the ledger is about; None if it is new."""

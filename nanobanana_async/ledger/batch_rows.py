@@ -4,6 +4,8 @@ import json
 import re
 import sqlite3
 import time
+from collections import Counter
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -14,8 +16,10 @@ from nanobanana_async.ledger.schema import SELECT_ROWS, BatchRow, LedgerRow, Row
 from nanobanana_async.models import SavedImage
 
 
-def upsert_row(db: sqlite3.Connection, row: BatchRow, image_stems: frozenset[str]) -> sqlite3.Row:
-    """Insert *row* as ready, or update it if no charge is pending. Return its line.
+def upsert_row(
+    db: sqlite3.Connection, row: BatchRow, listing: int | None, image_stems: frozenset[str]
+) -> sqlite3.Row | None:
+    """Insert *row* as ready, or update it if no charge is pending. Return its line; None if *listing* has its key.
 
     A new row whose image exists (*image_stems*) was charged before the ledger was lost. It is inserted as unknown if
     the ledger has been adopted since.
@@ -24,6 +28,8 @@ def upsert_row(db: sqlite3.Connection, row: BatchRow, image_stems: frozenset[str
         ValueError: The image of a new row exists, and the ledger was not adopted.
     """
     found = find_row(db, row.key)
+    if found is not None and listing is not None and found["listing"] == listing:
+        return None
     content = (row.fingerprint, row.request.prompt, row.request.model, row.request.image_size)
     if found is None:
         number = db.execute("SELECT coalesce(max(number), 0) + 1 FROM rows").fetchone()[0]
@@ -36,10 +42,72 @@ def upsert_row(db: sqlite3.Connection, row: BatchRow, image_stems: frozenset[str
     elif found["fingerprint"] != row.fingerprint and found["state"] in _EDITABLE_STATES:
         update = "UPDATE rows SET fingerprint = ?, prompt = ?, model = ?, image_size = ? WHERE key = ?"
         db.execute(update, (*content, row.key))
-    else:
-        return found
+    given = json.dumps(dict(row.columns)) if row.columns else None
+    db.execute("UPDATE rows SET line = ?, columns = ?, listing = ? WHERE key = ?", (row.line, given, listing, row.key))
     entered: sqlite3.Row = db.execute(f"{SELECT_ROWS} WHERE key = ?", (row.key,)).fetchone()
     return entered
+
+
+def begin_listing(db: sqlite3.Connection) -> int:
+    """Return the number of a new listing."""
+    db.execute("UPDATE meta SET value = value + 1 WHERE name = 'listing'")
+    number: int = db.execute("SELECT value FROM meta WHERE name = 'listing'").fetchone()[0]
+    return number
+
+
+def unlisted(db: sqlite3.Connection, listing: int) -> list[sqlite3.Row]:
+    """Return the lines of charged rows that are not saved, and are not in this *listing*."""
+    where = "state IN ('submitted', 'succeeded') AND listing IS NOT ?"
+    return db.execute(f"{SELECT_ROWS} WHERE {where} ORDER BY number", (listing,)).fetchall()
+
+
+def last_number(db: sqlite3.Connection) -> int:
+    """Return the number of the last row; 0 if there is none."""
+    number: int = db.execute("SELECT coalesce(max(number), 0) FROM rows").fetchone()[0]
+    return number
+
+
+def page(
+    db: sqlite3.Connection, *, numbers: tuple[int, int], states: tuple[RowState, ...], folder: Path
+) -> list[LedgerRow]:
+    """Return the rows with these *numbers*, from first to last, all or those in *states*."""
+    where = "number BETWEEN ? AND ?"
+    where += f" AND coalesce(state, 'ready') IN ({', '.join('?' * len(states))})" if states else ""
+    found = db.execute(f"{SELECT_ROWS} WHERE {where} ORDER BY number", (*numbers, *states))
+    return [to_ledger_row(line, folder) for line in found]
+
+
+def count_states(db: sqlite3.Connection, listed: Container[str]) -> Counter[tuple[RowState, bool]]:
+    """Return the number of rows by state and whether their key is in *listed*."""
+    states = db.execute("SELECT key, coalesce(state, 'ready') FROM rows LEFT JOIN attempts USING (key, attempt)")
+    counts = Counter((state, key in listed) for key, state in states)
+    return Counter({(RowState(state), is_listed): count for (state, is_listed), count in counts.items()})
+
+
+def doubts(db: sqlite3.Connection) -> tuple[int, int]:
+    """Return the sums of `possible_duplicates` and of `held_charges` of all rows."""
+    line = db.execute(_SELECT_DOUBTS).fetchone()
+    return line[0], line[1]
+
+
+def columns(db: sqlite3.Connection) -> list[str]:
+    """Return the columns of all files of the batch, in order."""
+    found = db.execute("SELECT value FROM meta WHERE name = 'columns'").fetchone()
+    names: list[str] = json.loads(found[0]) if found is not None else []
+    return names
+
+
+def add_columns(db: sqlite3.Connection, names: Iterable[str]) -> None:
+    """Add *names* to the columns of the batch."""
+    known = columns(db)
+    if new := [name for name in names if name not in known]:
+        db.execute("INSERT OR REPLACE INTO meta VALUES ('columns', ?)", (json.dumps(known + new),))
+
+
+def note_failure(db: sqlite3.Connection, key: str, reason: str) -> None:
+    """Record why the image of *key* is not saved."""
+    current = "(key, attempt) = (SELECT key, attempt FROM rows WHERE key = ?)"
+    db.execute(f"UPDATE attempts SET reason = ? WHERE {current} AND state = 'succeeded'", (reason, key))
 
 
 def _is_restored(db: sqlite3.Connection, stem: str, image_stems: frozenset[str]) -> bool:
@@ -61,6 +129,12 @@ def add_restored_attempt(db: sqlite3.Connection, key: str, state: RowState, task
     )
 
 
+_SELECT_DOUBTS: Final = """
+SELECT coalesce(sum(max(charges - 1, 0)), 0), coalesce(sum(held), 0) FROM (
+    SELECT sum(may_be_charged AND (consumed IS NULL OR CAST(consumed AS REAL) > 0)) AS charges,
+        sum(may_be_charged AND consumed IS NULL) AS held FROM attempts GROUP BY key
+)
+"""
 _RESTORED_REASON: Final = "the ledger was restored, and the row may have been submitted after the backup"
 _EDITABLE_STATES: Final = (RowState.READY, RowState.REJECTED, RowState.FAILED)
 """States in which a row with a key of its own may get another prompt, because no charge is pending."""
@@ -69,9 +143,16 @@ _EDITABLE_STATES: Final = (RowState.READY, RowState.REJECTED, RowState.FAILED)
 def _stem(db: sqlite3.Connection, row: BatchRow, number: int) -> str:
     named = None if row.name is None else re.sub(r"\.(png|jpe?g|gif|webp)$", "", row.name, flags=re.IGNORECASE)
     stem = slugify(f"{number:04}-{row.request.prompt.lower()}", limit=45) if named is None else slugify(named)
-    while db.execute("SELECT 1 FROM rows WHERE file_stem = ?", (stem,)).fetchone():
+    foreign = foreign_stems(db)
+    while stem.lower() in foreign or db.execute("SELECT 1 FROM rows WHERE file_stem = ?", (stem,)).fetchone():
         stem = f"{stem}-{number}"
     return stem
+
+
+def foreign_stems(db: sqlite3.Connection) -> frozenset[str]:
+    """Return the stems, in lower case, of the images that were in the folder before the batch."""
+    found = db.execute("SELECT value FROM meta WHERE name = 'foreign'").fetchone()
+    return frozenset(json.loads(found[0]) if found is not None else ())
 
 
 @attrs.frozen
@@ -100,8 +181,10 @@ def set_service(db: sqlite3.Connection, base_url: str, account: str) -> None:
 def to_ledger_row(line: sqlite3.Row, folder: Path) -> LedgerRow:
     """Return a line of `SELECT_ROWS` as a `LedgerRow`."""
     fields = dict(line)
+    del fields["listing"]
     files = tuple(
-        SavedImage(path=folder / name, sha256=digest, size_bytes=size)
-        for name, digest, size in json.loads(fields.pop("files"))
+        SavedImage(path=folder / name, sha256=digest, size_bytes=size, width=width, height=height)
+        for name, digest, size, width, height in json.loads(fields.pop("files"))
     )
-    return LedgerRow(**fields, files=files)
+    columns = json.loads(fields.pop("columns") or "{}")
+    return LedgerRow(**fields, files=files, columns=columns)

@@ -29,6 +29,10 @@ class OpeningChecks(Protocol):
         """Raise LedgerError if there should be a ledger. *found* is what the lock file says."""
         ...
 
+    def on_created(self, db: sqlite3.Connection) -> None:
+        """Record what a new ledger has to know of its surroundings."""
+        ...
+
     def check_existing(self, db: sqlite3.Connection, found: LockRecord) -> None:
         """Raise LedgerError if the ledger knows less than its surroundings, or accept it."""
         ...
@@ -99,6 +103,7 @@ def _begin_run(opened: OpenDatabase, path: Path, checks: OpeningChecks) -> None:
     if version == 0:
         checks.check_new(found)
         _create(db, path)
+        checks.on_created(db)
     else:
         checks.check_existing(db, found)
     db.execute("UPDATE meta SET value = value + 1 WHERE name IN ('run', 'commits')")
@@ -109,7 +114,14 @@ def _begin_run(opened: OpenDatabase, path: Path, checks: OpeningChecks) -> None:
 def _create(db: sqlite3.Connection, path: Path) -> None:
     for statement in schema.SCHEMA.split(";"):
         db.execute(statement)
-    meta = {"ledger_id": secrets.token_hex(8), "instance": inode(path), "run": 0, "commits": 0, "attempts": 0}
+    meta = {
+        "ledger_id": secrets.token_hex(8),
+        "instance": inode(path),
+        "run": 0,
+        "commits": 0,
+        "attempts": 0,
+        "listing": 0,
+    }
     db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
     db.execute(f"PRAGMA user_version={schema.SCHEMA_VERSION}")
 

@@ -8,6 +8,7 @@ import contextlib
 import json
 import sqlite3
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Self, cast
 
@@ -21,10 +22,15 @@ from nanobanana_async.ledger.schema import RowState
 
 FILE_NAME: Final = "ledger.db"
 MANIFEST_NAME: Final = "manifest.jsonl"
+GALLERY_NAME: Final = "index.html"
+GALLERY_MARK: Final = b'name="generator" content="nanobanana-async"'
+"""What the begin of each gallery contains."""
 LOCATION_NAME: Final = "ledger.location"
 """In the folder of the images: where the ledger is, if it is elsewhere."""
 _MAX_ATTEMPTS: Final = 1000
-_IMAGE_SUFFIXES: Final = (".png", ".jpg", ".webp", ".gif")
+_IMAGE_SUFFIXES: Final = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+_MAX_LINES_TRIED: Final = 5
+_HEAD_BYTES: Final = 4096
 
 
 def find_file(folder: Path, ledger_folder: Path | None, *, create: bool) -> Path:
@@ -43,6 +49,11 @@ def find_file(folder: Path, ledger_folder: Path | None, *, create: bool) -> Path
     except OSError as exc:
         raise LedgerError(f"{path}: cannot be opened: {exc.strerror or exc}") from exc
     return path
+
+
+def has_ledger(folder: Path, ledger_folder: Path | None) -> bool:
+    """Return whether there is a ledger of the batch in *folder*. Raises as `ledger_location` does."""
+    return (ledger_location(folder, ledger_folder) / FILE_NAME).exists()
 
 
 def _create_folders(folder: Path, ledger_folder: Path) -> None:
@@ -73,7 +84,28 @@ def ledger_location(folder: Path, wanted: Path | None) -> Path:
 
 
 def _image_stems(folder: Path) -> frozenset[str]:
-    return frozenset(entry.stem.lower() for entry in folder.iterdir() if entry.suffix in _IMAGE_SUFFIXES)
+    return frozenset(entry.stem.lower() for entry in folder.iterdir() if entry.suffix.lower() in _IMAGE_SUFFIXES)
+
+
+def manifest_path(folder: Path) -> Path:
+    """Return the manifest of the batch in *folder*. A file of the user's with that name is left alone."""
+    path = folder / MANIFEST_NAME
+    return path if is_manifest(path) or not path.exists() else folder / f"nanobanana-{MANIFEST_NAME}"
+
+
+def _has_gallery(folder: Path) -> bool:
+    """Return whether a batch has written to *folder*, as a sign that a ledger is missing."""
+    with contextlib.suppress(OSError), (folder / GALLERY_NAME).open("rb") as page:
+        return GALLERY_MARK in page.read(_HEAD_BYTES)
+    return False
+
+
+def is_manifest(path: Path) -> bool:
+    """Return whether *path* is empty, or one of its first lines is about a row."""
+    with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as lines:
+        first = list(islice(lines, _MAX_LINES_TRIED))
+        return not first or any(_ManifestLine.parse_or_none(text) is not None for text in first)
+    return False
 
 
 def _meta(db: sqlite3.Connection) -> dict[str, str | int]:
@@ -93,21 +125,28 @@ class BatchChecks:
         self._folder = folder
         self._adopt = adopt
         try:
-            self.image_stems: Final = _image_stems(folder)
-            """Stems of the images in the folder when it was opened, in lower case."""
+            self.image_stems = _image_stems(folder)
+            """Stems of the images in the folder when it was opened, in lower case, but for those before the batch."""
         except OSError as exc:
             raise LedgerError(f"{path}: cannot be opened: {exc.strerror or exc}") from exc
 
     def check_new(self, found: LockRecord) -> None:
         """See `OpeningChecks.check_new`."""
-        if found.ledger_id or (self._folder / MANIFEST_NAME).exists():
+        if found.ledger_id or is_manifest(manifest_path(self._folder)):
             raise LedgerError(
                 f"{self._path}: missing or empty, but {self._folder} contains a batch that would be charged again. "
                 "Restore the file, or use another folder."
             )
 
+    def on_created(self, db: sqlite3.Connection) -> None:
+        """See `OpeningChecks.on_created`. Images that exist before the first row are not those of the batch."""
+        if not _has_gallery(self._folder):
+            db.execute("INSERT INTO meta VALUES ('foreign', ?)", (json.dumps(sorted(self.image_stems)),))
+            self.image_stems = frozenset()
+
     def check_existing(self, db: sqlite3.Connection, found: LockRecord) -> None:
         """See `OpeningChecks.check_existing`."""
+        self.image_stems -= batch_rows.foreign_stems(db)
         surroundings = _Surroundings(db, found, self._path, self._folder, self.image_stems)
         if self._adopt:
             surroundings.adopt()
@@ -170,14 +209,10 @@ class _Surroundings:
 
     def _rows_known_elsewhere(self) -> Iterator["_ManifestLine"]:
         """Yield the lines of the manifest about submits that the ledger does not have."""
-        manifest = self._folder / MANIFEST_NAME
+        manifest = manifest_path(self._folder)
         with contextlib.suppress(FileNotFoundError), manifest.open(encoding="utf-8", errors="replace") as lines:
-            for text in lines:
-                try:
-                    known = _ManifestLine.parse(text)
-                except (LookupError, ValueError, TypeError, RecursionError):
-                    continue  # not written by this package
-                if self._lacks(known):
+            for known in map(_ManifestLine.parse_or_none, lines):
+                if known is not None and self._lacks(known):
                     yield known
 
     def _lacks(self, known: "_ManifestLine") -> bool:
@@ -229,8 +264,15 @@ class _ManifestLine:
     task_id: str | None = attrs.field(validator=attrs.validators.optional(_text))
 
     @classmethod
-    def parse(cls, text: str) -> Self:
-        """Return a line of the manifest. Raises various exceptions if it is not one."""
+    def parse_or_none(cls, text: str) -> Self | None:
+        """Return a line of the manifest; None if this package has not written it."""
+        try:
+            return cls._parse(text)
+        except (LookupError, ValueError, TypeError, RecursionError):
+            return None
+
+    @classmethod
+    def _parse(cls, text: str) -> Self:
         document = cast("dict[str, Any]", json.loads(text))
         line = cls(**{name: document[name] for name in attrs.fields_dict(cls)})
         for value in (line.key, line.prompt, line.model, line.task_id or ""):

@@ -10,7 +10,7 @@ from typing import Final, TypeAlias
 import attrs
 
 from nanobanana_async.errors import SubmissionUnknown
-from nanobanana_async.models import GenerationRequest, SavedImage, Task
+from nanobanana_async.models import GenerationRequest, JsonValue, SavedImage, Task
 from nanobanana_async.protocols import AttemptEnd, Verdict
 
 
@@ -23,8 +23,12 @@ class BatchRow:
     request: GenerationRequest
     name: str | None = None
     """File name without suffix; None derives it from the prompt."""
-    fingerprint: str
-    """Hash of the request. Rows with the same key must have the same one."""
+    fingerprint: str = ""
+    """Hash of the request. Rows with the same key must have the same one. "" lets the batch compute it."""
+    line: int | None = None
+    """Line in the file that it was read from."""
+    columns: Mapping[str, JsonValue] = attrs.field(factory=dict[str, JsonValue])
+    """All columns of the row in that file, in order, for the results."""
 
 
 class RowState(enum.StrEnum):
@@ -83,7 +87,8 @@ CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE rows (
     key TEXT PRIMARY KEY, number INTEGER NOT NULL UNIQUE, file_stem TEXT NOT NULL UNIQUE COLLATE NOCASE,
     fingerprint TEXT NOT NULL, prompt TEXT NOT NULL, model TEXT NOT NULL, image_size TEXT,
-    attempt INTEGER NOT NULL DEFAULT 0, owner TEXT, note TEXT, acknowledged_at REAL
+    attempt INTEGER NOT NULL DEFAULT 0, line INTEGER, columns TEXT, listing INTEGER,
+    owner TEXT, note TEXT, acknowledged_at REAL
 ) WITHOUT ROWID;
 CREATE INDEX rows_owner ON rows (owner) WHERE owner IS NOT NULL;
 CREATE TABLE attempts (
@@ -96,10 +101,11 @@ CREATE INDEX attempts_task ON attempts (task_id) WHERE task_id IS NOT NULL;
 CREATE TABLE pruned (owner TEXT NOT NULL, day INTEGER NOT NULL, spent TEXT NOT NULL, PRIMARY KEY (owner, day))
 WITHOUT ROWID;
 """
-# `owner`, `note`, `acknowledged_at` and the table `pruned` are for single tasks (`ledger.tasks`), the other columns of
-# `rows` for both. One attempt is one POST. An attempt whose charge the service has stated as zero was not charged.
+# `owner`, `note`, `acknowledged_at` and the table `pruned` are for single tasks (`ledger.tasks`), `line`, `columns` and
+# `listing` for batches. `listing` is the last run with the row in its file. One attempt is one POST. An attempt whose
+# charge the service has stated as zero was not charged.
 SELECT_ROWS: Final = """
-SELECT key, number, file_stem, fingerprint, prompt, rows.model, rows.image_size, attempt,
+SELECT key, number, file_stem, fingerprint, prompt, rows.model, rows.image_size, attempt, line, columns, listing,
     coalesce(state, 'ready') AS state,
     task_id, intended_at, submitted_at, ended_at, saved_at, consumed, reason, coalesce(files, '[]') AS files,
     (SELECT count(*) FROM attempts AS every WHERE every.key = rows.key AND every.may_be_charged
@@ -110,7 +116,8 @@ SELECT key, number, file_stem, fingerprint, prompt, rows.model, rows.image_size,
 FROM rows LEFT JOIN attempts USING (key, attempt)
 """
 SELECT_COSTS: Final = """
-SELECT model, image_size, may_be_charged, consumed, state IN ('succeeded', 'saved') AS is_success FROM attempts
+SELECT model, image_size, may_be_charged, consumed, state IN ('succeeded', 'saved') AS is_success, count(*) AS count
+FROM attempts GROUP BY 1, 2, 3, 4, 5
 """
 _SELECT_CURRENT: Final = """
 SELECT attempt, coalesce(state, 'ready') AS state, task_id FROM rows LEFT JOIN attempts USING (key, attempt)
@@ -150,6 +157,10 @@ class LedgerRow:
     """Credits charged for the last attempt."""
     reason: str | None
     files: tuple[SavedImage, ...]
+    line: int | None
+    """Line in the file that it was read from last."""
+    columns: Mapping[str, JsonValue]
+    """All columns of the row in that file, in order."""
 
     @property
     def possible_duplicates(self) -> int:
@@ -288,4 +299,5 @@ def to_attempt_cost(line: sqlite3.Row) -> AttemptCost:
         may_be_charged=bool(line["may_be_charged"]),
         consumed=None if line["consumed"] is None else Decimal(line["consumed"]),
         is_success=bool(line["is_success"]),
+        count=line["count"],
     )

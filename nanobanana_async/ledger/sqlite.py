@@ -138,6 +138,15 @@ class LedgerFile:
             raise LedgerError(f"row {key}: not found, or its state does not allow this")
         return write.value  # type: ignore[return-value]  # `value` is set if `error` is None
 
+    async def query(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Return the result of *work*, which changes nothing, at once. Raises and ignores cancellation as `commit`."""
+        read: _Write[object] = _Write(work, is_checked=False)
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self._commit, [read], limiter=self._limiter)
+        if read.error is not None:
+            raise LedgerError(f"{self.path}: {read.error}")
+        return read.value  # type: ignore[return-value]  # `value` is set if `error` is None
+
     def enqueue(self, work: Callable[[sqlite3.Connection], T], *, is_checked: bool = False) -> "_Write[T]":
         """Add *work* to the next transaction, and return without waiting for it. Closing the file waits."""
         if not self._background.is_open:

@@ -102,6 +102,9 @@ class _TaskChecks:
                 "%s is missing or empty: %d submits and what they have cost are lost", self._path, found.attempts
             )
 
+    def on_created(self, db: sqlite3.Connection) -> None:
+        """See `OpeningChecks.on_created`."""
+
     def check_existing(self, db: sqlite3.Connection, found: LockRecord) -> None:
         """See `OpeningChecks.check_existing`."""
         meta = dict(db.execute("SELECT name, value FROM meta WHERE name IN ('ledger_id', 'commits')").fetchall())

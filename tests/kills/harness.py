@@ -146,7 +146,7 @@ def _is_whole(record: LedgerRow) -> bool:
 async def _records(folder: Path) -> list[LedgerRow]:
     ledger = await BatchLedger.open(folder, create=False)
     try:
-        return await ledger.query_rows(list)
+        return await ledger.list_rows()
     finally:
         await ledger.aclose()
 

@@ -173,9 +173,11 @@ def stores() -> list[nb.ImageStore]:
 async def batches(client: nb.NanoBananaClient, store: nb.ImageStore) -> list[nb.Outcome]:
     """Run a batch with a store of its own."""
     rows = nb.read_rows(Path("prompts.csv"))
-    assert_type(rows, list[nb.BatchRow])
+    assert_type(rows, nb.RowFile)
+    assert_type(list(rows), list[nb.BatchRow])
     async with nb.Batch.open("runs", client, budget=Decimal(5), image_store=store) as batch:
         outcomes = [outcome async for outcome in batch.run(rows)]
+        assert_type(await batch.preview(rows), nb.BatchPreview)
         assert_type(batch.progress(), nb.BatchProgress)
         assert_type(batch.progress().budget, nb.BudgetStatus)
         assert_type(await batch.unknown_rows(), list[nb.LedgerRow])

@@ -1,0 +1,56 @@
+"""`BatchPreview`: what a run over a file would submit, compared with what earlier runs have charged."""
+
+from collections.abc import Mapping
+from typing import Final
+
+import attrs
+
+from nanobanana_async.ledger.schema import RowState
+
+_CHARGED: Final = (
+    RowState.SUBMITTING,
+    RowState.UNKNOWN,
+    RowState.SUBMITTED,
+    RowState.SUCCEEDED,
+    RowState.SAVED,
+)
+_FEW_ROWS: Final = 2
+"""Fewer rows than these are a correction."""
+
+
+@attrs.frozen(kw_only=True)
+class BatchPreview:
+    """What a run over the rows of a file would do."""
+
+    rows: int
+    """Rows of the file."""
+    new: int
+    """Rows that no earlier run has seen."""
+    saved: int
+    """Rows whose image is saved."""
+    unlisted: int
+    """Charged rows of earlier runs that are not in the file."""
+    charged: int
+    """Charged rows of earlier runs."""
+
+    @classmethod
+    def of(cls, rows: int, counts: Mapping[tuple[RowState, bool], int]) -> "BatchPreview":
+        """Return the preview for *rows* rows. *counts*: rows of the ledger, by state and whether the file has them."""
+        known = sum(count for (_, is_listed), count in counts.items() if is_listed)
+        charged = {flag: sum(counts.get((state, flag), 0) for state in _CHARGED) for flag in (True, False)}
+        return cls(
+            rows=rows,
+            new=rows - known,
+            saved=counts.get((RowState.SAVED, True), 0),
+            unlisted=charged[False],
+            charged=charged[True] + charged[False],
+        )
+
+    @property
+    def replaces_charged_rows(self) -> bool:
+        """Whether about as many rows are new as charged ones have gone, and these are half of the batch or more.
+
+        Another option, encoding or column of keys makes every row a new one, which is charged again.
+        """
+        is_most = self.unlisted >= _FEW_ROWS and 2 * self.unlisted >= self.charged
+        return is_most and self.new >= _FEW_ROWS and 2 * self.new >= self.unlisted

@@ -1,0 +1,153 @@
+"""What is said about a file of rows before the first submit, and `nanobanana batch --dry-run`."""
+
+import time
+from collections import Counter
+from contextlib import aclosing
+from decimal import Decimal
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+import anyio.to_thread
+import attrs
+import click
+
+from nanobanana_async._text import format_credits, sanitize_line
+from nanobanana_async.batch.preview import BatchPreview
+from nanobanana_async.batch.row_file import RowFile, read_rows
+from nanobanana_async.batch.rows import digest
+from nanobanana_async.cli.runtime import EXIT_OK, print_json, print_result
+from nanobanana_async.client import NanoBananaClient
+from nanobanana_async.errors import NanoBananaError
+from nanobanana_async.ledger.batch_ledger import BatchLedger
+from nanobanana_async.ledger.budget import Budget, PricedAs
+from nanobanana_async.ledger.restored import has_ledger
+
+_PROGRESS_INTERVAL_S: Final = 2.0
+_MAX_COLUMNS: Final = 10
+
+
+async def read_file(
+    path: Path, *, file_format: str | None, once: bool, is_quiet: bool, **defaults: str | None
+) -> RowFile:
+    """Return the rows of a file. While it is read, a line is printed every two seconds."""
+    shown_s = time.monotonic()
+
+    def show(count: int) -> None:
+        nonlocal shown_s
+        if not is_quiet and time.monotonic() - shown_s >= _PROGRESS_INTERVAL_S:
+            shown_s = time.monotonic()
+            click.echo(f"reading {sanitize_line(str(path))}: {count:,} rows", err=True)
+
+    return await anyio.to_thread.run_sync(
+        lambda: read_rows(path, file_format=file_format, once=once, on_progress=show, **defaults)
+    )
+
+
+def check_preview(rows: RowFile, preview: BatchPreview, *, is_quiet: bool, is_confirmed: bool) -> None:
+    """Print what is unusual about *rows*. Exit if they seem to replace charged rows, unless *is_confirmed*."""
+    if not is_quiet:
+        for line in _notes(rows):
+            click.echo(line, err=True)
+    if preview.replaces_charged_rows and not is_confirmed:
+        raise click.UsageError(
+            f"{preview.unlisted} charged rows of earlier runs are not in the file, and {preview.new} of its rows are "
+            "new. Another option, key or text makes a row a new one, which is charged again. To submit them, pass "
+            "--yes. To compare without submitting, pass --dry-run."
+        )
+
+
+def _notes(rows: RowFile) -> list[str]:
+    notes = []
+    if rows.copies:
+        advice = "left out" if rows.once else "each is charged. To leave copies out, add --once"
+        notes.append(f"{_count(rows.copies, 'row')} with the content of an earlier row: {advice}")
+    if rows.extra_columns:
+        names = [sanitize_line(name)[:40] for name in rows.extra_columns[:_MAX_COLUMNS]]
+        names += ["..."] if len(rows.extra_columns) > _MAX_COLUMNS else []
+        notes.append(f"columns kept for the results, and not sent: {', '.join(names)}")
+    return notes
+
+
+async def dry_run(rows: RowFile, out: Path, ledger_folder: Path | None, *, limit: int | None, as_json: bool) -> int:
+    """Print what a run would do, and what it would cost as far as that is known. Submits nothing."""
+    plan = await _plan(rows, out, ledger_folder, limit)
+    balance: Decimal | str
+    try:
+        async with NanoBananaClient() as client:
+            balance = await client.balance()
+    except NanoBananaError as exc:
+        balance = f"not known: {sanitize_line(str(exc))}"
+    if as_json:
+        print_json(
+            {
+                **attrs.asdict(plan.preview),
+                "to_submit": plan.to_submit.total(),
+                "copies": rows.copies,
+                "references": rows.references,
+                "extra_columns": list(rows.extra_columns),
+                "max_cost": plan.max_cost,
+                "balance": balance if isinstance(balance, Decimal) else None,
+            }
+        )
+    else:
+        for line in [*plan.lines(rows), f"balance: {_credits(balance) if isinstance(balance, Decimal) else balance}"]:
+            print_result(line)
+        print_result("nothing was submitted")
+    return EXIT_OK
+
+
+@attrs.frozen
+class _Plan:
+    """What a run would submit."""
+
+    preview: BatchPreview
+    to_submit: Counter[PricedAs]
+    prices: dict[PricedAs, Decimal | None]
+
+    @property
+    def max_cost(self) -> Decimal | None:
+        """Cost at the largest known prices; None if a price is not known."""
+        cost = Decimal(0)
+        for kind, count in self.to_submit.items():
+            price = self.prices[kind]
+            if price is None:
+                return None
+            cost += price * count
+        return cost
+
+    def lines(self, rows: RowFile) -> list[str]:
+        """Return the plan as text."""
+        preview, total = self.preview, self.to_submit.total()
+        lines = [f"{_count(preview.rows, 'row')}: {total} to submit, {preview.saved} saved"]
+        lines += [f"{preview.unlisted} charged rows of earlier runs not in the file"] if preview.unlisted else []
+        lines += [_count(rows.references, "reference image")] if rows.references else []
+        lines += _notes(rows)
+        for kind, count in self.to_submit.items():
+            price, name = self.prices[kind], kind[0] if kind[1] is None else f"{kind[0]} at {kind[1]}"
+            text = "price not known before the first image" if price is None else f"{_credits(price)} each"
+            lines.append(f"{_count(count, 'image')} of {sanitize_line(name)}: {text}")
+        lines += [f"cost: up to {_credits(self.max_cost)}"] if self.max_cost is not None and total else []
+        return lines
+
+
+async def _plan(rows: RowFile, out: Path, ledger_folder: Path | None, limit: int | None) -> _Plan:
+    budget, done, counts = Budget(), set[int](), None
+    if has_ledger(out, ledger_folder):
+        async with aclosing(await BatchLedger.open(out, ledger_folder=ledger_folder, create=False)) as ledger:
+            budget.add_attempts(await ledger.attempt_costs())
+            counts = await ledger.count_states(rows)
+            async for page in ledger.pages():
+                done.update(digest(record.key) for record in page if not record.state.is_ready)
+    selected = islice(rows, limit)
+    to_submit = Counter((row.request.model, row.request.image_size) for row in selected if digest(row.key) not in done)
+    prices = {kind: budget.price(kind) for kind in to_submit}
+    return _Plan(BatchPreview.of(len(rows), counts or {}), to_submit, prices)
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def _credits(amount: Decimal) -> str:
+    return f"{format_credits(amount)} credits"
