@@ -39,8 +39,9 @@ def normalize(text: str) -> str:
 
     Spreadsheets and editors differ in all of these, and text that looks the same should be the same.
     """
+    text = text.strip()
     if text.isascii() and "\n" not in text and "\r" not in text:
-        return text.strip()
+        return text
     composed = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).translate(_INVISIBLE)
     return re.sub(r"[^\S\n]+$", "", composed, flags=re.MULTILINE).strip()
 

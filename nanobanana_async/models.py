@@ -89,12 +89,15 @@ def _repr_length(values: tuple[object, ...]) -> str:
     return f"<{len(values)}>"
 
 
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+
+
 def _check_text(_: object, field: "attrs.Attribute[str]", value: str) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{field.name}: expected str, got {_abbreviated(value)}")
     if not value.strip():
         raise ValueError(f"{field.name}: expected text, got {_abbreviated(value)}")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if not value.isascii() and _SURROGATE.search(value):
         raise ValueError(
             f"{field.name}: contains a lone surrogate, which JSON cannot encode, got {_abbreviated(value)}"
         )
@@ -125,7 +128,7 @@ def _lower(value: str | None) -> str | None:
 
 
 def _check_extra(request: "GenerationRequest", _: object, extra: Mapping[str, JsonValue]) -> None:
-    if clash := sorted(attrs.fields_dict(type(request)).keys() & extra.keys()):
+    if extra and (clash := sorted(attrs.fields_dict(type(request)).keys() & extra.keys())):
         raise ValueError(f"extra: got {', '.join(clash)}. Pass it as an argument instead.")
 
 

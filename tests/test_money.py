@@ -34,7 +34,7 @@ from nanobanana_async import (
 )
 from nanobanana_async.batch.rows import RowKeys
 from nanobanana_async.simulator import FAST_PROFILE, Simulator, SimulatorProfile
-from tests.batches import FOXES, batch_of, kinds, nth_post, rows_of, run
+from tests.batches import FOXES, SLOW, batch_of, kinds, nth_post, rows_of, run
 from tests.fakes import rejected, response
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time, pytest.mark.usefixtures("no_threads")]
@@ -365,3 +365,19 @@ async def test_a_store_that_fails_says_that_the_image_is_charged(tmp_path: Path,
     async with batch_of(simulator, tmp_path) as batch:
         assert kinds(await run(batch, ["fox"])) == ["Succeeded"]
     assert len(simulator.charges) == 1
+
+
+async def test_f3_the_wait_for_the_first_price_is_part_of_the_progress(tmp_path: Path) -> None:
+    """With a budget, one image at a time is sent until its price is known, which looks like a stall."""
+    async with batch_of(Simulator(FAST_PROFILE), tmp_path, budget=Decimal(10)) as batch:
+        seen = [batch.progress().is_learning_price async for _ in batch.run(FOXES)]
+    assert not any(seen), "the first image has told the price"
+    async with (
+        batch_of(Simulator(SLOW), tmp_path / "slow", budget=Decimal(10)) as batch,
+        anyio.create_task_group() as group,
+    ):
+        group.start_soon(run, batch)
+        with anyio.fail_after(5):
+            while not batch.progress().is_learning_price:
+                await anyio.sleep(0.01)
+        group.cancel_scope.cancel()

@@ -6,9 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from nanobanana_async import GenerationRequest, ImageError
+from nanobanana_async.images.formats import image_size, sniff
 from nanobanana_async.images.references import encode_images
 from nanobanana_async.models import ImageSource
 from tests.fakes import PNG
@@ -92,3 +95,30 @@ async def test_a_data_uri_has_the_same_limit() -> None:
     """The size limit applies to the decoded image."""
     with pytest.raises(ImageError, match="the data URI"):
         await encoded_images((PNG_URI + "A" * 2 * MIB,))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "lossy", "lossless", "animated"])
+def test_the_size_of_an_image_is_read_from_its_header(kind: str) -> None:
+    """Formats differ in order and place of width and height."""
+    file, image = io.BytesIO(), Image.new("RGBA" if kind == "lossless" else "RGB", (300, 200), "red")
+    if kind == "animated":
+        image.save(file, format="WEBP", save_all=True, append_images=[Image.new("RGB", (300, 200), "blue")])
+    else:
+        options = {"lossless": True} if kind == "lossless" else {}
+        image.save(file, format="WEBP" if kind in ("lossy", "lossless") else kind, **options)
+    data = file.getvalue()
+    assert image_size(data) == (300, 200)
+    found = sniff(data)
+    assert found is not None
+    assert [found.is_complete(data), found.is_complete(data + b"\0\0"), found.is_complete(data[:-9])] == [
+        True,
+        True,
+        False,
+    ]
+
+
+@given(st.binary(max_size=80), st.sampled_from([PNG[:8], b"\xff\xd8\xff", b"GIF89a", b"RIFF\0\0\0\0WEBPVP8X"]))
+def test_any_header_has_a_size_or_none(rest: bytes, start: bytes) -> None:
+    """Damaged files raise nothing."""
+    size = image_size(start + rest)
+    assert size is None or len(size) == 2

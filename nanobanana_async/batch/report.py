@@ -64,7 +64,12 @@ class ReportWriter:
         head, self._tail = gallery.frame(title)
         try:
             self._page, self._manifest, results = (
-                io.TextIOWrapper(self._stack.enter_context(replacing(path)), "utf-8", newline="", write_through=True)
+                io.TextIOWrapper(
+                    self._stack.enter_context(replacing(path, is_durable=False)),
+                    "utf-8",
+                    newline="",
+                    write_through=True,
+                )
                 for path in (gallery_path(folder), manifest_path(folder), results_path(folder))
             )
             self._page.write(head)

@@ -300,11 +300,12 @@ class _RowParser:
         if not any(character.isalnum() for character in request.prompt):
             raise ValueError(f"prompt: expected a letter or a digit, got {request.prompt!r:.80}")
         # The text as written, not the path: a row is the same in another working directory.
-        row = self.keys.row(request, key=given.get("key"), name=given.get("name"), images=texts)
+        key, fingerprint = self.keys.assign(request, given.get("key"), texts)
         columns: dict[str, JsonValue] = {}
         if len(record) > 1:
             columns.update((name, _kept(value)) for name, value in record.items())
-        return attrs.evolve(row, line=line, columns=columns)
+        name = given.get("name")
+        return BatchRow(key=key, request=request, name=name, fingerprint=fingerprint, line=line, columns=columns)
 
     def _load_image(self, text: str) -> ImageSource:
         max_bytes = Limits().max_reference_bytes

@@ -42,7 +42,14 @@ class RowKeys:
         name: str | None = None,
         images: Iterable[str] | None = None,
     ) -> BatchRow:
-        """Return the row of *request*. *images* are its references as written by the user.
+        """Return the row of *request*. *images* are its references as written by the user. Raises as `assign` does."""
+        key, fingerprint = self.assign(request, key, images)
+        return BatchRow(key=key, request=request, name=name, fingerprint=fingerprint)
+
+    def assign(
+        self, request: GenerationRequest, key: str | None = None, images: Iterable[str] | None = None
+    ) -> tuple[str, str]:
+        """Return key and fingerprint of the row of *request*.
 
         Raises:
             ValueError: The key is invalid, or another row has it.
@@ -61,7 +68,7 @@ class RowKeys:
             self._seen[number] += 1
             if self._seen[number] > 1:
                 raise ValueError(f"key: {key!r} is also the key of an earlier row. Use another key.")
-        return BatchRow(key=key, request=request, name=name, fingerprint=content)
+        return key, content
 
     def is_copy(self, row: BatchRow) -> bool:
         """Return whether *row*, the last one, has the content of an earlier row."""
@@ -99,7 +106,10 @@ def _fingerprint(request: GenerationRequest, images: list[str]) -> str:
     """
     prompt = " ".join(normalize(request.prompt).split())
     content = [prompt, images, request.model, request.aspect_ratio, request.image_size, dict(request.extra)]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(_encode(content).encode()).hexdigest()[:16]
+
+
+_encode: Final = json.JSONEncoder(sort_keys=True, default=str).encode
 
 
 async def _image_identities(request: GenerationRequest) -> list[str]:

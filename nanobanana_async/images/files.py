@@ -31,8 +31,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Generator[BinaryIO]:
-    """Yield a new file that replaces *path* durably when the block ends without an error. Blocking.
+def replacing(path: Path, *, is_durable: bool = True) -> Generator[BinaryIO]:
+    """Yield a new file that replaces *path* when the block ends without an error. Blocking.
+
+    *is_durable* false leaves the moment of writing to the system: an fsync of megabytes delays those of a ledger.
 
     Its name cannot be guessed, and links are not followed: in a shared folder, another user could point one at a file
     of ours.
@@ -42,9 +44,10 @@ def replacing(path: Path) -> Generator[BinaryIO]:
     """
     with _partial_file(path) as (file, part):
         yield file
-        _finish(file)
+        _finish(file, is_durable=is_durable)
         part.replace(path)
-    _sync_folder(path.parent)
+    if is_durable:
+        _sync_folder(path.parent)
 
 
 def write_new(path: Path, data: bytes) -> Path:
@@ -83,9 +86,10 @@ def _partial_file(path: Path) -> Generator[tuple[BinaryIO, Path]]:
         raise
 
 
-def _finish(file: BinaryIO) -> None:
+def _finish(file: BinaryIO, *, is_durable: bool = True) -> None:
     file.flush()
-    os.fsync(file.fileno())
+    if is_durable:
+        os.fsync(file.fileno())
     file.close()  # Windows does not rename an open file
 
 

@@ -17,8 +17,8 @@ from nanobanana_async.ledger.sqlite import GROUP_COMMIT_S, LedgerFile, check_gro
 from nanobanana_async.models import SavedImage, Task
 from nanobanana_async.protocols import AttemptEnd
 
-_PAGE_ROWS: Final = 500
-"""Rows that are read at once, which takes about 10 ms."""
+_PAGE_ROWS: Final = 100
+"""Rows that are read at once, which takes about 2 ms."""
 
 
 class BatchLedger(LedgerFile):

@@ -65,6 +65,8 @@ def open_database(path: Path, checks: OpeningChecks) -> OpenDatabase:
     Raises:
         LedgerError: Another process holds it, or it is damaged, of a newer version, or refused by *checks*.
     """
+    if path.is_symlink():  # SQLite follows links, and in a shared folder another user can make one
+        raise LedgerError(f"{path}: is a symbolic link. Pass the folder of the file itself.")
     lock = LedgerLock(path.with_suffix(".lock"))
     db: sqlite3.Connection | None = None
     try:

@@ -6,6 +6,7 @@ remembers more than the database gives it away: the lock file, the manifest, and
 
 import contextlib
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from itertools import islice
@@ -60,7 +61,9 @@ def _create_folders(folder: Path, ledger_folder: Path) -> None:
     for needed in (folder, ledger_folder):
         needed.mkdir(parents=True, exist_ok=True)
     if ledger_folder.resolve() != folder.resolve():
-        (folder / LOCATION_NAME).write_text(f"{ledger_folder.resolve()}\n", encoding="utf-8")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
+        with os.fdopen(os.open(folder / LOCATION_NAME, flags, 0o666), "w", encoding="utf-8") as file:
+            file.write(f"{ledger_folder.resolve()}\n")
 
 
 def ledger_location(folder: Path, wanted: Path | None) -> Path:
