@@ -226,8 +226,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "nothing is salvaged from a truncated body",
-        "wire/codec.py",
-        '    return found[1].decode("ascii") if found else None\n',
+        "wire/task_ids.py",
+        "    found = {first or second for first, second in _SALVAGED.findall(text)}\n",
         "    return None\n",
         "test_codec.py",
     ),
@@ -289,9 +289,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a private address is contacted",
-        "transport/addresses.py",
-        "        parsed.is_global\n",
-        "        True\n",
+        "wire/addresses.py",
+        "        and parsed.is_global\n",
+        "        and True\n",
         "test_httpx_transport.py::test_a_guarded_request_never_reaches_a_private_address",
     ),
     Mutant(
@@ -318,8 +318,8 @@ MUTANTS: Final = (
     Mutant(
         "rows are used up during an outage",
         "batch/outage.py",
-        "        return not self._has_worked or self._failures >= _PROBE_AFTER_FAILURES\n\n    def record_success",
-        "        return False\n\n    def record_success",
+        "        return not self._has_worked or self.is_down\n",
+        "        return False\n",
         "test_batch.py::test_an_early_outage_costs_three_rows_and_not_all",
     ),
     Mutant(

@@ -341,9 +341,47 @@ def test_a_task_id_is_salvaged_from_a_truncated_body(body: bytes) -> None:
     )
 
 
-def test_half_a_task_id_is_not_salvaged() -> None:
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b'{"code":0,"task_id":"ta-1"}', id="N1-top"),
+        pytest.param(b'[{"code":0,"data":{"task_id":"ta-1"}}]', id="N1-list"),
+        pytest.param(b'{"code":0,"data":[{"task_id":"ta-1"}]}', id="N1-list-in-data"),
+        pytest.param(b'{"code":0,"data":{"task":{"task_id":"ta-1"}}}', id="N1-nested"),
+        pytest.param(b'{"code":0,"data":{"task_id":null},"result":{"task_id":"ta-1"}}', id="N1-null-beside"),
+        pytest.param(b'{"code":0,"data":{"taskId":"ta-1"}}', id="N1-camel-case"),
+        pytest.param(b'"{\\"code\\":0,\\"data\\":{\\"task_id\\":\\"ta-1\\"}}"', id="N1-json-in-a-string"),
+        pytest.param(b'{"body":"{\\"task_id\\":\\"ta-1\\"}"}', id="N1-json-in-a-field"),
+        pytest.param('{"code":0,"data":{"task_id":"ta-1"'.encode("utf-16-le"), id="N1-cut-utf-16"),
+        pytest.param(b'{"data":"{\\"task_id\\":\\"ta-1\\"', id="N1-cut-json-in-a-string"),
+    ],
+)
+def test_n1_a_task_id_is_found_wherever_it_is(body: bytes) -> None:
+    """The same bytes cut by one would be salvaged."""
+    assert codec.decode_envelope(response(200, body=body)).task_id == "ta-1"
+
+
+def test_n1_the_id_in_a_callback_is_found_wherever_it_is() -> None:
+    """A callback is a path by which an id can come, too."""
+    assert codec.decode_callback(b'{"data":{"task_id":"ta-1","status":"success"}}').task_id == "ta-1"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b'{"tasks":[{"task_id":"ta-1"},{"task_id":"ta-2"}]}', id="decoded"),
+        pytest.param(b'{"tasks":[{"task_id":"ta-1"},{"task_id":"ta-2"}', id="cut"),
+    ],
+)
+def test_n1_several_ids_say_nothing(body: bytes) -> None:
+    """One of them would be the image of somebody else."""
+    assert codec.decode_envelope(response(200, body=body)).task_id is None
+
+
+@pytest.mark.parametrize("body", [b'{"code":0,"data":{"task_id":"ta-1', b'{"code":0,"data":{"task_id":12'])
+def test_half_a_task_id_is_not_salvaged(body: bytes) -> None:
     """A truncated id would be polled without end."""
-    assert codec.decode_envelope(response(200, body=b'{"code":0,"data":{"task_id":"ta-1')).task_id is None
+    assert codec.decode_envelope(response(200, body=body)).task_id is None
 
 
 def test_a_compression_bomb_is_decompressed_up_to_the_limit() -> None:

@@ -55,6 +55,11 @@ def test_the_base_url_is_given_or_from_the_environment_or_the_service(monkeypatc
         ("https://api.defapi.org?x=1", "query"),
         ("http://api.defapi.org", "unencrypted"),
         ("http://8.8.8.8", "unencrypted"),
+        pytest.param("http://134744072", "unencrypted", id="S2-integer"),
+        pytest.param("http://0x8080808", "unencrypted", id="S2-hexadecimal"),
+        pytest.param("http://8.8.2056", "unencrypted", id="S2-three-parts"),
+        pytest.param("http://[::ffff:8.8.8.8]", "unencrypted", id="S2-mapped"),
+        pytest.param("http://[64:ff9b::808:808]", "unencrypted", id="S2-nat64"),
         ("https://api.defapi.org\r\nX: y", "control"),
     ],
 )
@@ -72,6 +77,8 @@ def test_a_base_url_that_would_fail_or_leak_is_rejected(url: str, says: str) -> 
         "http://simulator:8787",
         "http://10.1.2.3",
         "http://[::1]:1",
+        "http://2130706433",
+        "http://[::ffff:10.0.0.1]",
         "http://nb.internal",
     ],
 )

@@ -30,8 +30,8 @@ from nanobanana_async import (
     WireRequest,
     WireResponse,
 )
-from nanobanana_async.transport import addresses
 from nanobanana_async.transport import httpx as transport_module
+from nanobanana_async.wire.addresses import is_public
 from tests.raw_server import Handler, RawServer, reset, response, sending, sending_then, serving
 
 pytestmark = pytest.mark.anyio
@@ -386,7 +386,7 @@ async def test_a_guarded_request_connects_to_the_address_that_was_checked(monkey
 )  # fmt: skip
 def test_private_addresses_are_recognized_in_every_notation(address: str, public: bool) -> None:  # noqa: FBT001 - a table
     """Mapped, embedded and special-purpose addresses are not public."""
-    assert addresses.is_public(address) is public
+    assert is_public(address) is public
 
 
 @pytest.mark.parametrize(

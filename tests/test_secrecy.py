@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gzip
 import io
 import logging
 import pickle
@@ -135,6 +136,49 @@ async def test_a_key_that_the_server_quotes_is_redacted() -> None:
         async with NanoBananaClient(KEY, base_url=server.url) as client:
             assert (await client.submit("a fox")).task_id == "ta-1"
             with pytest.raises(NanoBananaError, match=r"Invalid API key: \[API key\]") as caught:
+                await client.balance()
+    assert_secret(shown(caught.value))
+
+
+ECHO = f'{{"code":401,"message":"Invalid API key: {KEY}"}}'
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("body", "headers"),
+    [
+        pytest.param(gzip.compress(ECHO.encode()), {"Content_Encoding": "gzip"}, id="gzip"),
+        pytest.param(ECHO.encode("utf-16"), {}, id="utf-16"),
+        pytest.param(ECHO.encode("utf-16-be"), {}, id="utf-16-without-mark"),
+        pytest.param(ECHO.replace("d", "\\u0064").encode(), {}, id="unicode-escapes"),
+        pytest.param(ECHO.replace(KEY, KEY.replace("-", "\\u002D")).encode(), {}, id="one-escape"),
+        pytest.param(ECHO.replace(KEY, quote(KEY).replace("5", "%35")).encode(), {}, id="url"),
+        pytest.param(ECHO.replace(KEY, KEY.replace("5", "&#53;")).encode(), {}, id="html-in-json"),
+        pytest.param(f"<p>{KEY.replace('-', '&#45;')}".encode(), {}, id="html"),
+        pytest.param(ECHO.encode()[:-1], {}, id="cut"),
+        pytest.param(gzip.compress(ECHO.replace("5", "\\u0035").encode()), {"Content_Encoding": "gzip"}, id="both"),
+    ],
+)
+async def test_s1_a_key_that_the_server_quotes_in_another_encoding_is_redacted(
+    body: bytes, headers: dict[str, str]
+) -> None:
+    """Bodies are decoded before they are quoted, so the key is removed after that, too."""
+    with serving(sending(response(body, status="401 No", length=len(body), **headers))) as server:
+        async with NanoBananaClient(KEY, base_url=server.url) as client:
+            with pytest.raises(NanoBananaError) as caught:
+                await client.balance()
+    assert_secret(shown(caught.value))
+    assert "[API key]" in str(caught.value)
+
+
+@pytest.mark.anyio
+async def test_s1_a_slash_in_a_key_may_be_escaped() -> None:
+    """PHP escapes slashes."""
+    key = f"dk/{SECRET}"
+    body = f'{{"code":401,"message":"Invalid API key: {key}"}}'.replace("/", "\\/").encode()
+    with serving(sending(response(body, status="401 No"))) as server:
+        async with NanoBananaClient(key, base_url=server.url) as client:
+            with pytest.raises(NanoBananaError, match=r"\[API key\]") as caught:
                 await client.balance()
     assert_secret(shown(caught.value))
 

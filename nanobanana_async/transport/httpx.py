@@ -33,7 +33,8 @@ from nanobanana_async.transport._connections import (
     check_client,
     import_httpcore,
 )
-from nanobanana_async.transport.addresses import is_fake_ip, is_literal, is_public, resolve
+from nanobanana_async.transport.addresses import resolve
+from nanobanana_async.wire.addresses import is_fake_ip, is_public, parse_literal
 
 if TYPE_CHECKING:
     import httpx2
@@ -286,7 +287,7 @@ class HttpxTransport:
 
     async def _resolve_public(self, url: httpx.URL, headers: Mapping[str, str], timeout_s: float) -> list[Destination]:
         host = url.raw_host.decode("ascii")
-        if self._proxy_for(str(url)) and not is_literal(host):
+        if self._proxy_for(str(url)) and parse_literal(host) is None:
             return [Destination(url, headers, {})]  # the proxy resolves: answers of this resolver say nothing
         addresses: list[str] = []
         reason = f"{host} does not resolve in time"
@@ -297,7 +298,7 @@ class HttpxTransport:
                 reason = f"{host} does not resolve: {exc}"
         for address in addresses:
             is_allowed = is_public(address) or (
-                is_fake_ip(address) and not is_literal(host) and await self._is_behind_fake_ips()
+                is_fake_ip(address) and parse_literal(host) is None and await self._is_behind_fake_ips()
             )
             if not is_allowed:
                 raise ExchangeError(

@@ -31,6 +31,7 @@ from nanobanana_async.models import CallbackPayload, GeneratedImage, GenerationR
 from nanobanana_async.protocols import RequestKind, WireRequest, WireResponse
 from nanobanana_async.wire.body import decode_data_uri, decompress, parse_json
 from nanobanana_async.wire.refusals import says_empty_account
+from nanobanana_async.wire.task_ids import find_task_id, salvage_task_id
 
 SUBMIT_PATH: Final = "/api/image/gen"
 QUERY_PATH: Final = "/api/task/query"
@@ -97,7 +98,7 @@ class Envelope:
     """Message of the service, `detail` before `message`; an excerpt of the body if it is not JSON."""
     data: Mapping[str, JsonValue] = attrs.field(factory=dict[str, JsonValue], repr=False)
     task_id: str | None = None
-    """Task id in `data`, or salvaged from a body that was truncated or is not JSON."""
+    """Task id in `data`, else the only one anywhere in the body, also if it is truncated or not JSON."""
 
 
 def decode_envelope(response: WireResponse) -> Envelope:
@@ -106,9 +107,9 @@ def decode_envelope(response: WireResponse) -> Envelope:
     try:
         document = parse_json(body)
     except (ValueError, RecursionError):
-        return Envelope(message=excerpt(body), task_id=_salvage_task_id(body))
+        return Envelope(message=excerpt(body), task_id=salvage_task_id(body))
     if not isinstance(document, dict):
-        return Envelope(message=excerpt(body))
+        return Envelope(message=excerpt(body), task_id=find_task_id(None, document))
     code = document.get("code")
     data = document.get("data")
     fields: Mapping[str, JsonValue] = data if isinstance(data, dict) else {}
@@ -119,7 +120,7 @@ def decode_envelope(response: WireResponse) -> Envelope:
         code=_code(code),
         message=sanitize_line(message[:_MESSAGE_CHARS]) or excerpt(body),
         data=fields,
-        task_id=_to_task_id(fields.get("task_id")),
+        task_id=find_task_id(fields.get("task_id"), document),
     )
 
 
@@ -197,7 +198,7 @@ def decode_callback(body: bytes) -> CallbackPayload:
     except (ValueError, RecursionError):
         document = None
     payload = document if isinstance(document, dict) else {}
-    task_id = _to_task_id(payload.get("task_id"))
+    task_id = find_task_id(payload.get("task_id"), document)
     if task_id is None:
         raise ProtocolError(f"callback: expected a task_id, got {excerpt(body) or 'an empty body'}")
     return CallbackPayload(task_id=task_id, status=_status(payload.get("status"), None), raw=payload)
@@ -348,18 +349,6 @@ def _code(value: object) -> int | None:
     if isinstance(value, int | str) and not isinstance(value, bool) and re.fullmatch(r"-?\d{1,9}", str(value)):
         return int(value)
     return None
-
-
-def _to_task_id(value: object) -> str | None:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)  # undocumented, but the task is charged
-    return value.strip() or None if isinstance(value, str) else None
-
-
-def _salvage_task_id(body: bytes) -> str | None:
-    """Return a complete task id found in the bytes of a body that cannot be decoded."""
-    found = re.search(rb'"task_id"\s*:\s*"([!#-\[\]-~]{1,200})"', body)
-    return found[1].decode("ascii") if found else None
 
 
 def _make_converter() -> cattrs.Converter:

@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from ipaddress import ip_address
 from typing import Final, NoReturn
 from urllib.parse import urlsplit
 
@@ -14,6 +13,8 @@ import attrs
 from nanobanana_async.errors import ConfigurationError
 from nanobanana_async.models import url_problem
 from nanobanana_async.protocols import ExchangeError, WireResponse
+from nanobanana_async.wire.addresses import is_public, parse_literal
+from nanobanana_async.wire.redaction import redact_response
 
 DEFAULT_BASE_URL: Final = "https://api.defapi.org"
 KEY_VARIABLES: Final = ("DEFAPI_API_KEY", "DEFAPI_KEY", "NANO_BANANA_API_KEY")
@@ -90,10 +91,7 @@ class Endpoint:
 
     def redact_response(self, response: WireResponse) -> WireResponse:
         """Return *response* with the key removed. Some servers quote it, and errors quote their words."""
-        key = self._key.value.encode()
-        return (
-            attrs.evolve(response, body=response.body.replace(key, b"[API key]")) if key in response.body else response
-        )
+        return redact_response(response, self._key.value)
 
     def redact_error(self, failure: ExchangeError) -> ExchangeError:
         """Return a transport error with the key removed. A user's transport may quote the request."""
@@ -120,7 +118,6 @@ def _normalized_url(url: str, name: str) -> str:
 
 def _is_private_host(host: str) -> bool:
     """Return whether *host* names this machine or a private network, where plain http is accepted."""
-    try:
-        return not ip_address(host).is_global
-    except ValueError:
-        return "." not in host or host.endswith((".localhost", ".local", ".internal", ".test"))
+    if parse_literal(host) is not None:
+        return not is_public(host)
+    return "." not in host or host.endswith((".localhost", ".local", ".internal", ".test"))
