@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, TypeAlias
 
 import anyio
+import attrs
 
 from nanobanana_async._concurrency.fifo_cache import FifoCache
 from nanobanana_async.client import NanoBananaClient
@@ -32,6 +33,9 @@ _BODY_TIMEOUT_S: Final = 10.0
 _MIN_SECRET_BYTES: Final = 16
 _TOKEN_BYTES: Final = 16
 """Size of the nonce and of the signature in a token: 128 bits each."""
+_FORWARDED: Final = "~"
+"""End of a token that another worker has forwarded. It is not forwarded again, so that workers do not pass it around.
+"""
 _MAX_PENDING: Final = 100_000
 """Number of submits remembered. A callback for an older one is forwarded, and polling finds the result."""
 
@@ -45,16 +49,30 @@ def parse_callback(body: bytes, *, content_encoding: str = "") -> CallbackPayloa
     return codec.decode_callback(decompress(body, content_encoding, _MAX_BODY_BYTES))
 
 
+@attrs.define(eq=False)
 class _RegisteredCallback:
-    """The callback of one submit: the URL given to the service, and the task id once it is known."""
+    """The callback of one submit: the URL given to the service, and the task id once it is known.
 
-    def __init__(self, nonce: str, url: str) -> None:
-        self.nonce: Final = nonce
-        self.url: Final = url
-        self.task_id: str | None = None
-        self._claimed: str | None = None
-        self._event = anyio.Event()
-        self._received = False
+    It takes 300 bytes: a hundred thousand are remembered.
+    """
+
+    _public_url: str
+    _token: str
+    task_id: str | None = None
+    _claimed: str | None = None
+    _event: anyio.Event | None = None
+    """Set by a callback; None until one is waited for."""
+    _received: bool = False
+
+    @property
+    def nonce(self) -> str:
+        """Identifier of the submit."""
+        return self._token[:_NONCE_CHARS]
+
+    @property
+    def url(self) -> str:
+        """URL given to the service."""
+        return f"{self._public_url}/{self._token}"
 
     def bind(self, task_id: str) -> bool:
         """Record the task id of the submit. Return True if a callback has already arrived."""
@@ -67,14 +85,16 @@ class _RegisteredCallback:
             return self.task_id == task_id
         self._received = True
         self._claimed = task_id
-        self._event.set()
+        if self._event is not None:
+            self._event.set()
         return True
 
     async def wait_task_id(self) -> str:
         """Wait for a callback and return the task id in it."""
         while self._claimed is None:
+            self._event = anyio.Event()
             await self._event.wait()
-        claimed, self._claimed, self._event = self._claimed, None, anyio.Event()
+        claimed, self._claimed = self._claimed, None
         return claimed
 
 
@@ -90,7 +110,7 @@ class CallbackReceiver:
         secret: Key that signs the paths, at least 16 bytes. Use the same one in all workers and after a restart.
         previous_secret: Also accepted, while the secret is being changed.
         forward: Awaited with token and body if the submit is not from this process. Pass them to the other workers,
-            for their `deliver`.
+            for their `deliver`, or post the body to their path of the token. The token says that it was forwarded.
 
     Raises:
         ConfigurationError: The URL or the secret cannot be used.
@@ -112,8 +132,8 @@ class CallbackReceiver:
         self._secrets = [_to_hmac_key(given) for given in (secret, previous_secret) if given is not None]
         self._forward = forward
         self._pending: FifoCache[_RegisteredCallback] = FifoCache(_MAX_PENDING)
-        self.unmatched_hooks: list[Callable[[str, str], Awaitable[None]]] = []
-        """Functions awaited with nonce and task id when a callback belongs to a submit whose task id is unknown here.
+        self.unmatched_hooks: list[Callable[[str, str], Awaitable[None]]] = [client.on_unmatched_callback]
+        """Functions awaited with nonce and task id when a callback names a task whose submit is not known to have it.
         """
 
     def __repr__(self) -> str:
@@ -122,7 +142,7 @@ class CallbackReceiver:
     def register(self) -> _RegisteredCallback:
         """Register a callback for one submit, with its own URL, and return it."""
         nonce = secrets.token_urlsafe(_TOKEN_BYTES)
-        pending = _RegisteredCallback(nonce, f"{self._public_url}/{nonce}{_signature(self._secrets[0], nonce)}")
+        pending = _RegisteredCallback(self._public_url, nonce + _signature(self._secrets[0], nonce))
         self._pending.add(nonce, pending)
         return pending
 
@@ -131,7 +151,7 @@ class CallbackReceiver:
 
         Only the last segment of *path* counts. The comparison takes constant time.
         """
-        token = path.rpartition("/")[2]
+        token = path.rpartition("/")[2].removesuffix(_FORWARDED)
         nonce, proof = token[:_NONCE_CHARS], token[_NONCE_CHARS:]
         given = proof.encode("utf-8", "replace")
         matches = [hmac.compare_digest(_signature(secret, nonce).encode(), given) for secret in self._secrets]
@@ -159,18 +179,19 @@ class CallbackReceiver:
             _log.warning("callback could not be decoded: %s", exc)
             claimed = None
         pending = self._pending.get(nonce)
-        if claimed is not None and (pending is None or pending.task_id is None):
+        if claimed is not None and (pending is None or pending.task_id != claimed):
             for hook in list(self.unmatched_hooks):
                 try:
                     await hook(nonce, claimed)
                 except NanoBananaError as exc:
                     _log.warning("callback for task %s could not be recorded: %s", claimed, exc)
         if pending is None:
-            if may_forward and self._forward is not None:
-                await self._forward_to_workers(path.rpartition("/")[2], body)
+            token = path.rpartition("/")[2]
+            if may_forward and self._forward is not None and not token.endswith(_FORWARDED):
+                await self._forward_to_workers(token + _FORWARDED, body)
             return True
         if claimed is not None and not pending.record_callback(claimed):
-            _log.info("callback for task %s names another task; rejected", pending.task_id)
+            _log.info("callback for task %s names task %s; rejected", pending.task_id, claimed)
             return False
         if pending.task_id is not None:
             self._client.notify(pending.task_id)

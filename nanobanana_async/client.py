@@ -33,7 +33,8 @@ from nanobanana_async.models import (
 from nanobanana_async.outcomes import Outcome
 from nanobanana_async.policies import Limits, OwnerLimits, PollPolicy, RetryPolicy, Timeouts
 from nanobanana_async.protocols import ImageStore, SubmitRecord, TaskLedger, Transport
-from nanobanana_async.session import Session, SessionOptions
+from nanobanana_async.session import Session
+from nanobanana_async.session_options import SessionOptions
 from nanobanana_async.stream import stream
 from nanobanana_async.tracking.state import TrackerStatistics
 from nanobanana_async.wire.endpoint import ApiKey, Endpoint
@@ -235,6 +236,10 @@ class NanoBananaClient:
         """
         self.check_event_loop()
         self._session.tracker.notify(task_id)
+
+    async def on_unmatched_callback(self, nonce: str, task_id: str) -> None:
+        """Handle a callback that names a task whose submit is not known to have it. For a `CallbackReceiver`."""
+        await self._session.on_unmatched_callback(nonce, task_id)
 
     def check_event_loop(self) -> None:
         """Raise `WrongEventLoop` on another event loop or in another thread than the one the client is bound to."""

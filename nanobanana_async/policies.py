@@ -180,9 +180,15 @@ class Timeouts:
     """One query or balance call with its retries."""
     download_s: float = attrs.field(default=120.0, validator=[gt(0), lt(math.inf)])
     """One download with its retries, counted from when it gets a slot (`Limits.max_downloads`)."""
-    task_s: float = attrs.field(default=900.0, validator=[gt(0), lt(math.inf)])
-    """Default timeout of `generate`, `result`, `wait` and `updates`, and longest wait of a submit for its slot."""
-    recovery_s: float = attrs.field(default=600.0, validator=[ge(0), lt(math.inf)])
-    """How long a submit whose response was lost waits for its callback, which contains the task id."""
+    task_s: float = attrs.field(default=840.0, validator=[gt(0), lt(math.inf)])
+    """Default timeout of `generate`, `result`, `wait` and `updates`, and longest wait of a submit for its slot.
+
+    An interaction with a Discord bot lasts 900 s, which leaves it a minute to say something.
+    """
+    recovery_s: float = attrs.field(default=30.0, validator=[ge(0), lt(math.inf)])
+    """How long a submit whose response was lost waits for its callback, which contains the task id.
+
+    After that it raises `SubmissionUnknown`, and a later callback is recorded in the ledger and passed to `on_orphan`.
+    """
     close_s: float = attrs.field(default=10.0, validator=[gt(0), lt(math.inf)])
     """Extra time `aclose()` may take after submits in flight have finished."""

@@ -250,6 +250,17 @@ class TaskLedger(Protocol):
         """Return the submits that may have been charged, whose task id is not known, and that are not acknowledged."""
         ...
 
+    async def is_unresolved(self, nonce: str) -> bool:
+        """Return whether a submit with this *nonce* may have been charged, and its task id is not known."""
+        ...
+
+    async def bind(self, nonce: str, task_id: str) -> LedgerEntry | None:
+        """Record the task id of the submit with this *nonce*, which its callback has named and the service confirmed.
+
+        Return its entry; None if the task is a duplicate of another one, or the ledger has no such submit.
+        """
+        ...
+
     async def acknowledge(self, name: str, final: Task | None = None) -> bool:
         """Acknowledge a task by its task id or its key, and record its end if *final* is given.
 
@@ -297,7 +308,7 @@ class CallbackSource(Protocol):
     """A receiver of the service's callbacks, such as `CallbackReceiver`."""
 
     unmatched_hooks: list[Callable[[str, str], Awaitable[None]]]
-    """Functions awaited with nonce and task id when a callback belongs to a submit whose task id is unknown here."""
+    """Functions awaited with nonce and task id when a callback names a task whose submit is not known to have it."""
 
     def register(self) -> PendingCallback:
         """Register a callback for one submit and return it."""

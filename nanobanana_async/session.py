@@ -2,10 +2,10 @@
 
 import asyncio
 import contextlib
-import inspect
 import logging
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from functools import partial
 from typing import Final
@@ -14,13 +14,14 @@ import anyio
 import attrs
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
+from nanobanana_async._concurrency.fifo_cache import FifoCache
 from nanobanana_async._concurrency.slots import Slot, SlotPool
 from nanobanana_async.api.fair_queue import FairQueue
 from nanobanana_async.api.flow_control import FlowControl
 from nanobanana_async.api.operations import ServiceApi
 from nanobanana_async.api.submit import NO_RECORD, NO_SLOT_MESSAGE, AcceptedSubmit, SubmitLoop
 from nanobanana_async.calls import SubmitCall, SubmitOptions, make_call
-from nanobanana_async.errors import ConfigurationError, NanoBananaError, NotSent, SubmissionUnknown
+from nanobanana_async.errors import NanoBananaError, NotSent, SubmissionUnknown
 from nanobanana_async.events import (
     Event,
     EventHook,
@@ -36,7 +37,7 @@ from nanobanana_async.handle import TaskHandle, recover_by_callback
 from nanobanana_async.images.download import Downloader
 from nanobanana_async.images.references import encode_images
 from nanobanana_async.models import GenerationRequest, SavedImage, Task
-from nanobanana_async.policies import Limits, OwnerLimits, PollPolicy, RetryPolicy, Timeouts
+from nanobanana_async.policies import OwnerLimits
 from nanobanana_async.protocols import (
     AttemptEnd,
     LedgerEntry,
@@ -46,6 +47,8 @@ from nanobanana_async.protocols import (
     Transport,
     Verdict,
 )
+from nanobanana_async.recovery import CallbackRecovery
+from nanobanana_async.session_options import SessionOptions, limits_of
 from nanobanana_async.tracking.schedule import PollSchedule
 from nanobanana_async.tracking.state import SubmitInfo
 from nanobanana_async.tracking.tracker import TaskTracker
@@ -54,20 +57,18 @@ from nanobanana_async.transport.checked import CheckedTransport
 from nanobanana_async.transport.httpx import HttpxTransport
 from nanobanana_async.wire.endpoint import Endpoint
 
+_MAX_DOUBTFUL: Final = 10_000
 _log: Final = logging.getLogger("nanobanana_async")
 
 
-@attrs.frozen(kw_only=True)
-class SessionOptions:
-    """The policies and hooks of a client, as its arguments describe them."""
+@attrs.frozen
+class _DoubtfulSubmit:
+    """A submit with a POST that may have been charged, and whose task only a callback can name."""
 
-    limits: Limits
-    retry: RetryPolicy
-    polling: PollPolicy
-    timeouts: Timeouts
-    owner_limits: OwnerLimits | Callable[[str], OwnerLimits]
-    on_event: EventHook | None
-    on_orphan: Callable[[TaskHandle], None] | None
+    task_id: str | None
+    """The accepted task, of which another one would be a duplicate; None if there is none."""
+    bind: Callable[[str], Awaitable[None]] | None
+    """Records the task; None for a duplicate."""
 
 
 class Session:
@@ -76,7 +77,7 @@ class Session:
     def __init__(
         self, endpoint: Endpoint, transport: Transport | None, ledger: TaskLedger | None, options: SessionOptions
     ) -> None:
-        _check_options(ledger, options)
+        options.check(ledger)
         limits, timeouts = options.limits, options.timeouts
         self.endpoint: Final = endpoint
         self.ledger: Final = ledger
@@ -84,6 +85,10 @@ class Session:
         self.default_timeout_s: Final = timeouts.task_s
         self._ledger_lock = anyio.Lock()
         self._has_opened_ledger = False
+        self._doubtful: FifoCache[_DoubtfulSubmit] = FifoCache(_MAX_DOUBTFUL)
+        """Submits for which a callback may name a task, by nonce."""
+        self._recovering: set[str] = set()
+        """Nonces of the submits that wait for their callback."""
         self.background: Final = BackgroundTaskGroup()
         # Nothing that the background work refers to may refer to the session, which is collected once it is dropped.
         self.emit: Final = partial(_emit, options.on_event)
@@ -101,8 +106,8 @@ class Session:
             max_polls=limits.max_polls,
             observe=_ignore if ledger is None else ledger.observe,
         )
-        limits_of = partial(_owner_limits, options.owner_limits, ledger)
-        self.queue: Final = FairQueue(limits_of, self.background.start_soon)
+        owner_limits = partial(limits_of, options.owner_limits, ledger)
+        self.queue: Final = FairQueue(owner_limits, self.background.start_soon)
         self.slots: Final = SlotPool(limits.max_submits, self.background.start_soon, self.queue)
         self._submits = SubmitLoop(
             active,
@@ -115,6 +120,7 @@ class Session:
         schedule = PollSchedule(options.polling)
         self.tracker: Final = TaskTracker(self.api, schedule, self.background, partial(_emit_change, self.emit))
         self.background.call_when_stopped(self.tracker.close)
+        self._recovery = CallbackRecovery(self.background, self.api.query)
         self.downloader: Final = Downloader(
             active,
             limits=limits,
@@ -211,13 +217,16 @@ class Session:
                     deadline_s=call.deadline_s,
                     record=record,
                     nonce=None if pending is None else pending.nonce,
-                    on_orphan=lambda done: self.report_orphan(self._new_handle(call, done, entry)),
+                    on_orphan=lambda done: self.report_orphan(self._new_handle(call, done, entry, pending)),
                 )
         except SubmissionUnknown as exc:
             if pending is None:
                 raise
-            done = await self._recover(pending, record, exc)
-        handle = self._new_handle(call, done, entry)
+            recover = partial(self._bind_late, call, entry)
+            done = await self._recover(pending, record, exc, recover if call.record is None else None)
+        handle = self._new_handle(call, done, entry, pending)
+        if pending is not None and done.possible_duplicates:
+            self._doubtful.add(pending.nonce, _DoubtfulSubmit(handle.task_id, None))
         if pending is not None and pending.bind(handle.task_id):
             self.tracker.notify(handle.task_id)
         return handle
@@ -227,17 +236,60 @@ class Session:
             return None
         return self.ledger.new_entry(call.request, key=call.key, owner=call.owner, note=call.note, limits=limits)
 
-    async def _recover(self, pending: PendingCallback, record: SubmitRecord, exc: SubmissionUnknown) -> AcceptedSubmit:
-        """Wait for the callback of a submit whose response was lost. Raise *exc* if none comes."""
+    async def _recover(
+        self,
+        pending: PendingCallback,
+        record: SubmitRecord,
+        exc: SubmissionUnknown,
+        bind_late: Callable[[str], Awaitable[None]] | None,
+    ) -> AcceptedSubmit:
+        """Wait for the callback of a submit whose response was lost. Raise *exc* if none comes.
+
+        A callback that comes later is passed to *bind_late*.
+        """
         known = self.tracker.cache.submits
-        found = await recover_by_callback(
-            pending, self.handle, lambda task_id: known.get(task_id) is not None, self.options.timeouts.recovery_s
-        )
+        self._recovering.add(pending.nonce)
+        try:
+            found = await recover_by_callback(
+                pending, self.handle, lambda task_id: known.get(task_id) is not None, self.options.timeouts.recovery_s
+            )
+        finally:
+            self._recovering.discard(pending.nonce)
         if found is None:
+            if bind_late is not None:
+                self._doubtful.add(pending.nonce, _DoubtfulSubmit(None, bind_late))
             raise exc
         await record.end_attempt(AttemptEnd(verdict=Verdict.ACCEPTED, rule="callback", task_id=found.task_id))
         _log.warning("task %s was recovered by its callback; its submit had failed: %s", found.task_id, exc)
         return AcceptedSubmit(found.task_id, exc.possible_duplicates)
+
+    async def on_unmatched_callback(self, nonce: str, task_id: str) -> None:
+        """Handle a callback that names a task whose submit is not known to have it."""
+        is_expected = self._doubtful.get(nonce) is not None
+        if not is_expected and self.ledger is not None and nonce not in self._recovering:
+            await self.start()
+            is_expected = await self.ledger.is_unresolved(nonce)
+        if is_expected:
+            await self._recovery.recover(nonce, task_id, self._bind_callback)
+
+    async def _bind_callback(self, nonce: str, task_id: str) -> None:
+        """Record the task of a submit whose response was lost, or a duplicate, after the service has confirmed it."""
+        doubtful = self._doubtful.pop(nonce)
+        if doubtful is not None and doubtful.bind is not None:
+            await doubtful.bind(task_id)
+            return
+        entry = None if self.ledger is None else await self.ledger.bind(nonce, task_id)
+        if doubtful is not None:
+            _log.warning("task %s is a charged duplicate of task %s, by its callback", task_id, doubtful.task_id)
+        elif entry is None:
+            return
+        self.report_orphan(self.handle(task_id, entry=entry))
+
+    async def _bind_late(self, call: SubmitCall, entry: LedgerEntry | None, task_id: str) -> None:
+        if entry is not None:
+            await entry.end_attempt(AttemptEnd(verdict=Verdict.ACCEPTED, rule="callback", task_id=task_id))
+        _log.warning("task %s was recovered by its callback, after its submit had failed", task_id)
+        self.report_orphan(self._new_handle(call, AcceptedSubmit(task_id, 0), entry))
 
     def leave_task(self, handle: TaskHandle, exc: BaseException) -> None:
         """Report an orphan, and give *exc*, the cancellation of its caller, the task id as far as Python allows."""
@@ -281,14 +333,18 @@ class Session:
             self, task_id, submit_info=info, submitted_at=submitted_at, possible_duplicates=duplicates, entry=entry
         )
 
-    def _new_handle(self, call: SubmitCall, done: AcceptedSubmit, entry: LedgerEntry | None) -> TaskHandle:
+    def _new_handle(
+        self, call: SubmitCall, done: AcceptedSubmit, entry: LedgerEntry | None, pending: PendingCallback | None = None
+    ) -> TaskHandle:
         info = SubmitInfo(
             submitted_at_s=anyio.current_time(),
             model=call.request.model,
-            has_callback=call.callback is not None,
+            callback_url=None if pending is None else sys.intern(pending.url.rpartition("/")[0]),
             key=call.key,
             owner=call.owner,
         )
+        if self.tracker.cache.submits.get(done.task_id) is not None:
+            _log.warning("task %s: the service has given its id to two submits, so one image is missing", done.task_id)
         self.tracker.cache.submits.add(done.task_id, info)
         return TaskHandle(
             self,
@@ -298,32 +354,6 @@ class Session:
             possible_duplicates=done.possible_duplicates,
             entry=entry,
         )
-
-
-def _check_options(ledger: object, options: SessionOptions) -> None:
-    if ledger is not None and not hasattr(ledger, "new_entry"):
-        raise ConfigurationError(f"ledger: expected SqliteLedger(folder) or another TaskLedger, got {ledger!r:.80}")
-    if inspect.iscoroutinefunction(options.on_event) or inspect.iscoroutinefunction(options.on_orphan):
-        raise ConfigurationError("on_event, on_orphan: expected plain functions, got a coroutine function")
-    if isinstance(options.owner_limits, OwnerLimits):
-        _check_owner_limits(options.owner_limits, ledger)
-    elif not callable(options.owner_limits):
-        raise ConfigurationError(f"owner_limits: expected OwnerLimits or a function, got {options.owner_limits!r:.80}")
-
-
-def _check_owner_limits(limits: object, ledger: object) -> None:
-    if not isinstance(limits, OwnerLimits):
-        raise ConfigurationError(f"owner_limits: expected a function that returns OwnerLimits, got {limits!r:.80}")
-    if limits.budget is not None and ledger is None:
-        raise ConfigurationError("owner_limits: a budget needs a ledger. Pass ledger=SqliteLedger(folder).")
-
-
-def _owner_limits(
-    given: OwnerLimits | Callable[[str], OwnerLimits], ledger: TaskLedger | None, owner: str
-) -> OwnerLimits:
-    limits = given if isinstance(given, OwnerLimits) else given(owner)
-    _check_owner_limits(limits, ledger)
-    return limits
 
 
 async def _follow(tracker: TaskTracker, task_id: str, timeout_s: float, leave: Callable[[], None]) -> None:

@@ -37,7 +37,7 @@ from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.slots import SlotPool
 from nanobanana_async.api.flow_control import FlowControl
 from nanobanana_async.api.operations import ServiceApi
-from nanobanana_async.api.submit import NO_RECORD, NO_SLOT_MESSAGE, AcceptedSubmit, SubmitLoop
+from nanobanana_async.api.submit import NO_RECORD, NO_SLOT_MESSAGE, AcceptedSubmit, NoRecord, SubmitLoop
 from nanobanana_async.policies import ResubmitLevel
 from nanobanana_async.protocols import AttemptEnd, SubmitRecord, Verdict
 from nanobanana_async.transport.checked import CheckedTransport
@@ -324,12 +324,30 @@ async def test_a_timeout_in_the_queue_says_that_nothing_was_sent() -> None:
         group.cancel_scope.cancel()
 
 
-async def test_a_timeout_during_a_post_is_unknown(caplog: pytest.LogCaptureFixture) -> None:
-    """The submit may be charged, and The exchange continues."""
+async def test_n2_a_timeout_during_a_post_waits_for_its_response() -> None:
+    """N2: the task may be charged, and its id is in the response. `Timeouts.submit_s` bounds the wait."""
     async with running(script(slow_response(5))) as api:
-        with pytest.raises(SubmissionUnknown, match="The exchange continues"):
-            await api.submit(deadline_s=anyio.current_time() + 1)
-    assert "ta-late" in caplog.text
+        assert (await api.submit(deadline_s=anyio.current_time() + 1)).task_id == "ta-late"
+
+
+async def test_n6_a_record_that_hangs_ends_the_submit_before_it_is_sent() -> None:
+    """N6: a ledger of the application may wait for its database without end."""
+
+    class Hanging(NoRecord):
+        ends: tuple[AttemptEnd, ...] = ()
+
+        async def begin_attempt(self, _: str | None) -> None:
+            await anyio.sleep_forever()
+
+        async def end_attempt(self, end: AttemptEnd) -> None:
+            self.ends += (end,)
+
+    record, transport = Hanging(), script(accepted())
+    async with running(transport) as api:
+        with pytest.raises(NotSent, match="was not recorded within 60 s"):
+            await api.submit(record=record)
+    assert transport.requests == []
+    assert [end.verdict for end in record.ends] == [Verdict.NOT_CHARGED]
 
 
 async def test_closing_waits_for_a_post_in_flight() -> None:
@@ -481,11 +499,10 @@ async def test_an_unexpected_transport_exception_leaves_the_submit_unknown() -> 
         await submit(script(broken))
 
 
-async def test_a_timeout_after_a_possible_charge_is_unknown() -> None:
-    """The service's 500 may have been charged, and the second attempt never got a slot."""
+async def test_a_resubmit_that_began_in_time_is_waited_for() -> None:
+    """The service's 500 may have been charged, which is counted."""
     async with running(script(rejected(500), slow_response(50)), limits=Limits(max_submits=1, burst=1)) as api:
-        with pytest.raises((ServiceUnavailable, SubmissionUnknown)):
-            await api.submit(deadline_s=anyio.current_time() + 3)
+        assert (await api.submit(deadline_s=anyio.current_time() + 3)).possible_duplicates == 1
 
 
 async def test_a_submit_interrupted_by_closing_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -78,7 +78,7 @@ def test_f3_a_limit_takes_the_first_rows(shop: Shop) -> None:
     assert "4 of 4 saved; 2 credits spent" in shop.batch().err
 
 
-def test_e3_copies_are_told_before_they_are_charged_and_left_out_with_once(shop: Shop) -> None:
+def test_e3_copies_are_printed_before_they_are_charged_and_left_out_with_once(shop: Shop) -> None:
     """A row that was pasted twice is charged twice."""
     once = shop.batch("--once")
     assert "1 row with the content of an earlier row: left out" in once.err

@@ -4,6 +4,7 @@ import base64
 import gzip
 import hmac
 import json
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,8 +23,10 @@ from nanobanana_async import (
     NanoBananaClient,
     PollPolicy,
     ProtocolError,
+    SqliteLedger,
     SubmissionUnknown,
     Succeeded,
+    TaskHandle,
     TaskStatus,
     Timeouts,
     Unknown,
@@ -33,7 +36,7 @@ from nanobanana_async import (
 )
 from nanobanana_async.callbacks import Message, Scope
 from nanobanana_async.simulator import FAST_PROFILE, Simulator, SimulatorProfile
-from tests.fakes import lost
+from tests.fakes import lost, rejected
 
 pytestmark = pytest.mark.anyio
 
@@ -208,6 +211,16 @@ class CallbackSimulator:
     simulator: Simulator
     client: NanoBananaClient
     receiver: CallbackReceiver
+    earlier_queries: int = 0
+
+    async def trust(self) -> None:
+        """Let one callback come, so that polls are rare from now on."""
+        handle = await self.client.submit("a fox", callback=self.receiver)
+        async with anyio.create_task_group() as group:
+            group.start_soon(handle.wait)
+            await anyio.sleep(20.1)
+            await self.call(handle.task_id)
+        self.earlier_queries = self.queries()
 
     async def call(self, task_id: str, **change: Any) -> int:  # noqa: ANN401 - of `Posted`
         """Post the callback of one task."""
@@ -216,7 +229,7 @@ class CallbackSimulator:
 
     def queries(self) -> int:
         """Return the number of queries so far."""
-        return self.simulator.service.requests.count("GET /api/task/query")
+        return self.simulator.service.requests.count("GET /api/task/query") - self.earlier_queries
 
 
 @asynccontextmanager
@@ -231,6 +244,7 @@ async def callback_simulator() -> AsyncIterator[CallbackSimulator]:
 async def test_a_callback_ends_the_wait_with_one_query() -> None:
     """A callback triggers one query at once, without a poll before it."""
     async with callback_simulator() as service:
+        await service.trust()
         handle = await service.client.submit("a fox", callback=service.receiver)
         ends: list[float] = []
 
@@ -251,6 +265,7 @@ async def test_a_callback_ends_the_wait_with_one_query() -> None:
 async def test_a_missing_callback_only_costs_time() -> None:
     """Polling finds the result, and after three missed callbacks polls are as frequent as without."""
     async with callback_simulator() as service:
+        await service.trust()
         delays = []
         for _ in range(5):
             handle = await service.client.submit("a fox", callback=service.receiver)
@@ -259,6 +274,19 @@ async def test_a_missing_callback_only_costs_time() -> None:
             delays.append(anyio.current_time() - began_s - 20)
         assert all(30 < delay < 50 for delay in delays[:3])
         assert all(delay < 8 for delay in delays[3:])
+
+
+@pytest.mark.virtual_time
+async def test_f1_callbacks_that_never_came_cost_no_time_and_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """F1: a wrong URL made each image a minute late, without a word. The warning names the URL, once."""
+    async with callback_simulator() as service:
+        for _ in range(6):
+            handle = await service.client.submit("a fox", callback=service.receiver)
+            began_s = anyio.current_time()
+            await handle.wait()
+            assert anyio.current_time() - began_s < 28
+    assert caplog.text.count("no callback came for the last 3 tasks") == 1
+    assert f"Check that {PUBLIC} can be reached from the internet" in caplog.text
 
 
 @pytest.mark.virtual_time
@@ -344,6 +372,7 @@ async def test_a_worker_that_does_not_know_the_task_forwards_the_callback() -> N
             if len(forwarded) > 1:
                 raise RuntimeError("the broker is down")
 
+        await service.trust()
         other = receiver_of(service.client, forward=forward)
         handle = await service.client.submit("a fox", callback=service.receiver)
         url = service.simulator.service.tasks[handle.task_id].callback_url or ""
@@ -355,6 +384,36 @@ async def test_a_worker_that_does_not_know_the_task_forwards_the_callback() -> N
             assert await service.receiver.deliver(*forwarded[0])
         assert service.queries() == 1
         assert len(forwarded) == 2
+
+
+async def test_t5_a_callback_is_forwarded_once() -> None:
+    """T5: two workers that post to each other's path pass a callback around without end."""
+    async with Simulator(FAST_PROFILE).client() as client:
+        hops: list[str] = []
+
+        async def forward(token: str, body: bytes) -> None:
+            hops.append(token)
+            if len(hops) < 9:
+                assert await Posted(f"/nb/{token}", body).to(other) == 204
+
+        one, other = receiver_of(client, forward=forward), receiver_of(client, forward=forward)
+        path = path_of(receiver_of(client).register().url)
+        assert await Posted(path, body_for("ta-1")).to(one) == 204
+        assert len(hops) == 1
+        assert one.verify(hops[0]) == one.verify(path)
+
+
+async def test_g4_a_hundred_thousand_pending_callbacks_take_little_memory() -> None:
+    """G4: 1,350 bytes each made 135 MB."""
+    async with Simulator(FAST_PROFILE).client() as client:
+        receiver = receiver_of(client)
+        tracemalloc.start()
+        try:
+            kept = [receiver.register() for _ in range(2000)]
+            taken = tracemalloc.get_traced_memory()[0] / len(kept)
+        finally:
+            tracemalloc.stop()
+    assert taken < 600
 
 
 # --- lost responses -------------------------------------------------------------------------------------------------
@@ -438,7 +497,7 @@ async def test_in_a_batch_a_callback_binds_the_task_id(tmp_path: Path, when: str
     assert isinstance(outcome, Succeeded)
     assert outcome.task.task_id == simulator.charges[0].task_id
     assert len(simulator.charges) == 1
-    assert receiver.unmatched_hooks == []
+    assert receiver.unmatched_hooks == [second.on_unmatched_callback]
 
 
 async def _call_when_charged(service: CallbackSimulator) -> None:
@@ -453,3 +512,134 @@ def test_the_format_of_a_token_is_fixed() -> None:
     expected = receiver_of(NanoBananaClient("dk-test")).register()
     proof = hmac.digest(SECRET.encode(), expected.nonce.encode(), "sha256")[:16]
     assert expected.url == f"{PUBLIC}/{expected.nonce}{base64.urlsafe_b64encode(proof).decode().rstrip('=')}"
+
+
+@attrs.define
+class HiccupTransport:
+    """A transport that loses the responses to submits, and answers the next queries with a 500."""
+
+    inner: LosingTransport
+    failing: int = 0
+
+    async def send(self, request: WireRequest, **options: object) -> WireResponse:
+        """Fail a query, or pass the request on."""
+        if request.method == "GET" and self.failing:
+            self.failing -= 1
+            return rejected(500)
+        return await self.inner.send(request, **options)
+
+    async def aclose(self) -> None:
+        """Do nothing; nothing needs to be closed."""
+
+
+@pytest.mark.virtual_time
+@pytest.mark.usefixtures("no_threads")
+async def test_n3_a_callback_during_a_hiccup_of_the_service_is_confirmed_later(tmp_path: Path) -> None:
+    """N3: the service repeats no callback that got a 204."""
+    simulator = Simulator(FAST_PROFILE)
+    hiccup = HiccupTransport(LosingTransport(simulator))
+    async with (
+        simulator.client(timeouts=Timeouts(recovery_s=0.0), wrap=lambda _: hiccup) as client,
+        Batch.open(tmp_path, client, callback=(receiver := receiver_of(client))) as batch,
+    ):
+        _ = [outcome async for outcome in batch.run(["a fox"])]
+        hiccup.failing = 20
+        service = CallbackSimulator(simulator, client, receiver)
+        assert await service.call(simulator.charges[0].task_id) == 204
+        assert await service.call(simulator.charges[0].task_id) == 204
+        assert len(await batch.unknown_rows()) == 1
+        await anyio.sleep(700)
+        assert await batch.unknown_rows() == []
+
+
+@pytest.mark.virtual_time
+@pytest.mark.usefixtures("no_threads")
+@pytest.mark.parametrize("has_ledger", [False, True])
+async def test_a_callback_after_the_wait_for_it_becomes_an_orphan(tmp_path: Path, has_ledger: bool) -> None:  # noqa: FBT001 - a table
+    """F1: `submit` does not block for minutes. The task is recorded and passed to `on_orphan`."""
+    simulator, orphans = Simulator(FAST_PROFILE), list[TaskHandle]()
+    transport = LosingTransport(simulator)
+    ledger = SqliteLedger(tmp_path) if has_ledger else None
+    async with NanoBananaClient("dk-test", transport=transport, on_orphan=orphans.append, ledger=ledger) as client:
+        receiver = receiver_of(client)
+        began_s = anyio.current_time()
+        with pytest.raises(SubmissionUnknown):
+            await client.submit("a fox", callback=receiver, note="n")
+        assert anyio.current_time() - began_s < 40
+        await CallbackSimulator(simulator, client, receiver).call(simulator.charges[0].task_id)
+        (handle,) = orphans
+        assert handle.task_id == simulator.charges[0].task_id
+        assert (await handle.result()).images
+        if has_ledger:
+            assert [resumed.note async for resumed in client.resume()] == ["n"]
+            assert [attempt async for attempt in client.unresolved()] == []
+
+
+@pytest.mark.virtual_time
+@pytest.mark.usefixtures("no_threads")
+async def test_a_callback_after_a_restart_binds_a_single_task(tmp_path: Path) -> None:
+    """The nonce is in the ledger, so the program that has submitted need not be the one that gets the callback."""
+    simulator = Simulator(FAST_PROFILE)
+    transport = LosingTransport(simulator)
+    timeouts = Timeouts(recovery_s=0.0)
+    async with NanoBananaClient(
+        "dk-test", transport=transport, timeouts=timeouts, ledger=SqliteLedger(tmp_path)
+    ) as client:
+        with pytest.raises(SubmissionUnknown):
+            await client.submit("a fox", callback=receiver_of(client), owner="u1", note={"channel": 7})
+    orphans: list[TaskHandle] = []
+    async with NanoBananaClient(
+        "dk-test", transport=transport, on_orphan=orphans.append, ledger=SqliteLedger(tmp_path)
+    ) as client:
+        await CallbackSimulator(simulator, client, receiver_of(client)).call(simulator.charges[0].task_id)
+        assert [(handle.task_id, handle.owner, handle.note) for handle in orphans] == [
+            (simulator.charges[0].task_id, "u1", {"channel": 7})
+        ]
+        assert [handle.task_id async for handle in client.resume()] == [simulator.charges[0].task_id]
+
+
+@pytest.mark.virtual_time
+async def test_n4_the_callback_of_a_duplicate_keeps_its_id(caplog: pytest.LogCaptureFixture) -> None:
+    """N4: the first POST was charged and answered with a 500, and its image is as good as the second."""
+    profile = attrs.evolve(FAST_PROFILE, charged_errors=1.0)
+    simulator, orphans = Simulator(profile), list[TaskHandle]()
+    async with NanoBananaClient("dk-test", transport=simulator, on_orphan=orphans.append) as client:
+        receiver = receiver_of(client)
+
+        async def heal() -> None:
+            while not simulator.charges:
+                await anyio.sleep(0.001)
+            simulator.service.profile = FAST_PROFILE
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(heal)
+            handle = await client.submit("a fox", callback=receiver)
+        first, second = (charge.task_id for charge in simulator.charges)
+        assert (handle.task_id, handle.possible_duplicates) == (second, 1)
+        await CallbackSimulator(simulator, client, receiver).call(first)
+        assert [orphan.task_id for orphan in orphans] == [first]
+    assert f"task {first} is a charged duplicate of task {second}" in caplog.text
+
+
+@pytest.mark.virtual_time
+@pytest.mark.usefixtures("no_threads")
+@pytest.mark.parametrize("decision", ["abandon", "resubmit"])
+async def test_n5_a_callback_after_a_decision_does_not_end_the_run(tmp_path: Path, decision: str) -> None:
+    """N5: the image has come, which is better than what was decided without it."""
+    simulator = Simulator(FAST_PROFILE)
+    async with (
+        simulator.client(timeouts=Timeouts(recovery_s=60.0), wrap=lambda _: LosingTransport(simulator)) as client,
+        Batch.open(tmp_path, client, callback=(receiver := receiver_of(client)), group_commit_s=0) as batch,
+    ):
+
+        async def decide_and_call() -> None:
+            while not (unknown := await batch.unknown_rows()):
+                await anyio.sleep(0.1)
+            await getattr(batch, decision)(unknown[0].key)
+            await CallbackSimulator(simulator, client, receiver).call(simulator.charges[0].task_id)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(decide_and_call)
+            outcomes = [outcome async for outcome in batch.run(["a fox"])]
+    assert [type(outcome) for outcome in outcomes] == [Succeeded]
+    assert len(simulator.charges) == 1

@@ -374,7 +374,7 @@ def test_n1_the_id_in_a_callback_is_found_wherever_it_is() -> None:
     ],
 )
 def test_n1_several_ids_say_nothing(body: bytes) -> None:
-    """One of them would be the image of somebody else."""
+    """One of them would be the image of another user."""
     assert codec.decode_envelope(response(200, body=body)).task_id is None
 
 

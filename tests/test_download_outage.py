@@ -1,4 +1,4 @@
-"""A2: downloads that fail for everybody stop the submits, as submits that fail do."""
+"""A2: downloads that fail for all rows stop the submits, as submits that fail do."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def file_host(respond: "list[int] | int") -> Intercept:
     return intercept
 
 
-async def test_a2_a_host_that_refuses_everybody_ends_a_run_that_has_saved_nothing(tmp_path: Path) -> None:
+async def test_a2_a_host_that_refuses_all_ends_a_run_that_has_saved_nothing(tmp_path: Path) -> None:
     """A few rows are charged, not all, and the next run downloads them."""
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path, file_host(403), retry=QUICK) as batch:

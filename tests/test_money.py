@@ -371,7 +371,7 @@ async def test_f3_the_wait_for_the_first_price_is_part_of_the_progress(tmp_path:
     """With a budget, one image at a time is sent until its price is known, which looks like a stall."""
     async with batch_of(Simulator(FAST_PROFILE), tmp_path, budget=Decimal(10)) as batch:
         seen = [batch.progress().is_learning_price async for _ in batch.run(FOXES)]
-    assert not any(seen), "the first image has told the price"
+    assert not any(seen), "the price is known from the first image"
     async with (
         batch_of(Simulator(SLOW), tmp_path / "slow", budget=Decimal(10)) as batch,
         anyio.create_task_group() as group,

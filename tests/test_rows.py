@@ -272,7 +272,7 @@ def test_e4_further_columns_are_kept_in_their_order(tmp_path: Path) -> None:
         pytest.param("prompt,image_size\na fox,2K\n", "prompt,image_size\na fox,2k\n", id="case-of-a-size"),
     ],
 )
-def test_e2_a_difference_that_nobody_sees_makes_no_new_row(tmp_path: Path, before: str, after: str) -> None:
+def test_e2_an_invisible_difference_makes_no_new_row(tmp_path: Path, before: str, after: str) -> None:
     """Programs that save a file again differ in all of these, and a new row is charged."""
     rows = [next(iter(read_rows(written(tmp_path, "p.csv", text)))) for text in (before, after)]
     assert rows[0].key == rows[1].key

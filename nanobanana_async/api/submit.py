@@ -78,7 +78,7 @@ class _Submit:
     nonce: str | None
     on_orphan: Callable[[AcceptedSubmit], None]
     deadline_s: float
-    """When the caller gives up."""
+    """When the caller gives up waiting for a turn."""
     exchange_deadline_s: float = math.inf
     """When the exchanges of all attempts end, counted from the first one."""
     is_doubted: bool = False
@@ -139,9 +139,9 @@ class SubmitLoop:
     ) -> AcceptedSubmit:
         """Submit *request* with *slot* and return its task id. *nonce* identifies its callback, for the *record*.
 
-        *deadline_s*, on the event loop's clock, bounds the wait. If the caller is cancelled or times out during a POST,
-        the POST runs to its end in the background, with a share of the slot. The task id is then recorded, logged, and
-        passed to *on_orphan*.
+        *deadline_s*, on the event loop's clock, bounds the wait for a turn. A POST in flight is waited for within
+        `Timeouts.submit_s`, because its response has the task id. If the caller is cancelled, the POST runs to its end
+        in the background, with a share of the slot. The task id is then recorded, logged, and passed to *on_orphan*.
 
         Raises:
             NotSent: Nothing was charged: no connection, or no turn by *deadline_s*.
@@ -221,15 +221,13 @@ class SubmitLoop:
         No checkpoint separates the record of the attempt from its shield.
         """
         with self._background.keep_open():  # the ledger, too, until the attempt has an end
-            await submit.record.begin_attempt(submit.nonce)
+            await self._begin_attempt(submit)
             now_s = anyio.current_time()
             submit.exchange_deadline_s = min(submit.exchange_deadline_s, now_s + self._timeouts.submit_s)
             try:
                 self._background.check_open()
-                held = submit.slot.share()
-                attempt = partial(self._attempt, submit, held)
-                with anyio.CancelScope(deadline=submit.deadline_s):
-                    return await self._background.shield(attempt, on_abandoned=partial(self._on_abandoned, submit))
+                attempt = partial(self._attempt, submit, submit.slot.share())
+                return await self._background.shield(attempt, on_abandoned=partial(self._on_abandoned, submit))
             except ClientClosed as exc:  # while the attempt was recorded: nothing was sent
                 never = self._judge(submit, SubmitExchange(failure=ExchangeError(str(exc), phase=Phase.CONNECT)))
                 await submit.record.end_attempt(never.end)
@@ -237,8 +235,17 @@ class SubmitLoop:
             except ShieldedWorkCancelled:
                 failure = ExchangeError("the client was closed during the exchange", phase=Phase.SEND)
                 return self._judge(submit, SubmitExchange(failure=failure))
-        reason = "the caller timed out before the response. The exchange continues, and its task id will be logged"
-        return self._judge(submit, SubmitExchange(failure=ExchangeError(reason, phase=Phase.SEND)))
+
+    async def _begin_attempt(self, submit: _Submit) -> None:
+        """Record that an attempt begins, within `Timeouts.submit_s`: a ledger of the application may hang."""
+        with anyio.move_on_after(self._timeouts.submit_s):
+            await submit.record.begin_attempt(submit.nonce)
+            return
+        reason = f"the attempt was not recorded within {self._timeouts.submit_s:g} s. Nothing was sent"
+        never = self._judge(submit, SubmitExchange(failure=ExchangeError(reason, phase=Phase.CONNECT)))
+        with anyio.move_on_after(self._timeouts.close_s):  # it may be recorded all the same
+            await submit.record.end_attempt(never.end)
+        raise NotSent(reason)
 
     async def _attempt(self, submit: _Submit, slot: Slot) -> _Attempt:
         with slot:

@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import os
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable
@@ -30,7 +29,6 @@ from nanobanana_async.errors import (
     ConfigurationError,
     KeyConflict,
     LedgerError,
-    NanoBananaError,
     TaskTimeout,
 )
 from nanobanana_async.images.files import FileImageStore, remove_partial_files
@@ -40,11 +38,10 @@ from nanobanana_async.ledger.sqlite import GROUP_COMMIT_S
 from nanobanana_async.models import GenerationRequest
 from nanobanana_async.outcomes import Failed, Outcome, Succeeded, Unknown
 from nanobanana_async.protocols import CallbackSource, ImageStore
+from nanobanana_async.recovery import CallbackRecovery
 
 _UPSERT_CHUNK: Final = 100
 _log: Final = logging.getLogger("nanobanana_async")
-_CONFIRM_INTERVAL_S: Final = 10.0
-"""Minimum time between two queries that callbacks about one unknown row trigger."""
 _REPORT_INTERVAL_S: Final = 60.0
 """Interval at which the gallery, the manifest and the results are rewritten."""
 _REPORT_PAUSE_FACTOR: Final = 20
@@ -74,8 +71,8 @@ class Batch:
         submitter = Submitter(ledger, client, run_state, callback)
         self._row_runner = RowRunner(client, ledger, run_state, submitter, image_store)
         self._outcome_counts: Counter[type[Outcome] | str] = Counter()
-        self._last_confirm_s: dict[str, float] = {}
         self._callback = callback
+        self._recovery = CallbackRecovery(self._background, lambda task_id: client.task(task_id).query())
         if callback is not None:
             callback.unmatched_hooks.append(self._on_unmatched_callback)
 
@@ -273,19 +270,9 @@ class Batch:
         await self._ledger.bind(key, (await self._client.task(task_id).query()).task_id)
 
     async def _on_unmatched_callback(self, nonce: str, task_id: str) -> None:
-        """Handle a callback without a pending submit, which may belong to an unknown row."""
-        now_s = anyio.current_time()
-        if now_s < self._last_confirm_s.get(
-            nonce, -math.inf
-        ) + _CONFIRM_INTERVAL_S or not await self._ledger.is_unresolved(nonce):
-            return
-        self._last_confirm_s[nonce] = now_s
-        try:
-            await self._client.task(task_id).query()
-        except NanoBananaError as exc:
-            _log.warning("task %s was named by a callback for an unknown row and cannot be confirmed: %s", task_id, exc)
-        else:
-            await self._ledger.bind_by_nonce(nonce, task_id)
+        """Handle a callback that names a task whose submit is not known to have it."""
+        if await self._ledger.is_unresolved(nonce):
+            await self._recovery.recover(nonce, task_id, self._ledger.bind_by_nonce)
 
     # --- all rows ---------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ import anyio.to_thread
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.fifo_cache import FifoCache
 from nanobanana_async.errors import LedgerError
-from nanobanana_async.ledger import tasks
+from nanobanana_async.ledger import schema, tasks
 from nanobanana_async.ledger.budget import Budget, PricedAs
 from nanobanana_async.ledger.entry import TaskEntry
 from nanobanana_async.ledger.lock import LockHeld
@@ -261,6 +261,18 @@ class SqliteLedger:
         entry = self.find_entry(task.task_id or "") or TaskEntry.of(file, task)
         self._on_accepted(entry)
         return entry
+
+    async def is_unresolved(self, nonce: str) -> bool:
+        """Return whether a submit with this *nonce* may have been charged, and its task id is not known."""
+        return any([await file.query(lambda db: schema.is_unresolved(db, nonce)) for file in list(self._files)])
+
+    async def bind(self, nonce: str, task_id: str) -> TaskEntry | None:
+        """Record the task id of the submit with this *nonce*, which its callback has named. See `TaskLedger.bind`."""
+        for file in list(self._files):
+            if await file.commit(lambda db: schema.bind_by_nonce(db, nonce, task_id)) is not None:
+                task = await file.query(lambda db: tasks.find(db, task_id))
+                return None if task is None else self._entry_of(file, task)
+        return None
 
     async def unresolved(self) -> list[UnresolvedAttempt]:
         """Return the submits that may have been charged, whose task id is not known, and that are not acknowledged."""

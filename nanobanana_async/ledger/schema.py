@@ -67,7 +67,8 @@ class RowState(enum.StrEnum):
 
 
 ALLOWED_FROM: Final[Mapping[RowState, tuple[RowState, ...]]] = {
-    RowState.SUBMITTED: (RowState.SUBMITTING, RowState.UNKNOWN),
+    # An id may come, by a callback, after the user has decided. A charged image is better than none.
+    RowState.SUBMITTED: (RowState.SUBMITTING, RowState.UNKNOWN, RowState.REQUEUED, RowState.ABANDONED),
     RowState.REJECTED: (RowState.SUBMITTING,),
     RowState.UNKNOWN: (RowState.SUBMITTING, RowState.SUBMITTED),
     RowState.SUCCEEDED: (RowState.SUBMITTED,),
@@ -122,6 +123,10 @@ FROM attempts GROUP BY 1, 2, 3, 4, 5
 _SELECT_CURRENT: Final = """
 SELECT attempt, coalesce(state, 'ready') AS state, task_id FROM rows LEFT JOIN attempts USING (key, attempt)
 WHERE key = ?
+"""
+_SELECT_UNRESOLVED: Final = """
+SELECT key, attempts.attempt, attempts.attempt = rows.attempt AS is_last FROM attempts JOIN rows USING (key)
+WHERE nonce = ? AND task_id IS NULL AND may_be_charged AND state IN ('unknown', 'requeued', 'abandoned')
 """
 _CURRENT_ATTEMPT: Final = "(key, attempt) = (SELECT key, attempt FROM rows WHERE key = ?)"
 
@@ -270,20 +275,24 @@ def bind_task(db: sqlite3.Connection, key: str, task_id: str) -> bool:
     return transition(db, key, RowState.SUBMITTED, {"task_id": task_id, "may_be_charged": True})
 
 
-def bind_by_nonce(db: sqlite3.Connection, nonce: str, task_id: str) -> None:
-    """Record the task id of the unknown submit with this nonce, if it is the last attempt of its row."""
-    db.execute(
-        "UPDATE attempts SET state = 'submitted', task_id = ?, may_be_charged = 1 WHERE nonce = ? AND state = 'unknown'"
-        " AND (key, attempt) IN (SELECT key, attempt FROM rows)"
-        " AND NOT EXISTS (SELECT 1 FROM attempts AS others WHERE others.task_id = ? AND others.nonce IS NOT ?)",
-        (task_id, nonce, task_id, nonce),
-    )
+def bind_by_nonce(db: sqlite3.Connection, nonce: str, task_id: str) -> str | None:
+    """Record the task id of a POST with this nonce that may have been charged. Return the key of its row, or None.
+
+    The last attempt of a row is then submitted. An earlier one is a duplicate, whose id is kept.
+    """
+    if db.execute("SELECT 1 FROM attempts WHERE task_id = ?", (task_id,)).fetchone() is not None:
+        return None
+    found = db.execute(f"{_SELECT_UNRESOLVED} ORDER BY is_last DESC, attempts.attempt LIMIT 1", (nonce,)).fetchone()
+    if found is None:
+        return None
+    facts = "state = 'submitted', may_be_charged = 1, task_id = ?" if found["is_last"] else "task_id = ?"
+    db.execute(f"UPDATE attempts SET {facts} WHERE key = ? AND attempt = ?", (task_id, found["key"], found["attempt"]))
+    return str(found["key"])
 
 
 def is_unresolved(db: sqlite3.Connection, nonce: str) -> bool:
-    """Return whether the outcome of the submit with this nonce is unknown."""
-    found = db.execute("SELECT 1 FROM attempts WHERE nonce = ? AND state = 'unknown'", (nonce,))
-    return found.fetchone() is not None
+    """Return whether a POST with this nonce may have been charged, and its task id is not known."""
+    return db.execute(f"{_SELECT_UNRESOLVED} LIMIT 1", (nonce,)).fetchone() is not None
 
 
 def _storable(value: _Value) -> _Value:

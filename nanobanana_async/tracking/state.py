@@ -58,8 +58,8 @@ class SubmitInfo:
     model: str | None = None
     is_estimate: bool = False
     """Whether the time is an estimate, because the task was submitted elsewhere."""
-    has_callback: bool = False
-    """Whether the service posts a callback when the task ends."""
+    callback_url: str | None = None
+    """Where the service posts a callback when the task ends, without the token; None if it posts none."""
     key: str | None = None
     """Identifies the call that submitted it, for events; None if it was submitted elsewhere."""
     owner: str | None = None
@@ -136,7 +136,7 @@ def lost_task_error(tracked: TrackedTask, exc: TaskNotFound) -> TaskLost:
 
 def timeout_error(tracked: TrackedTask, timeout_s: float) -> TaskTimeout:
     """Return the error for a waiter whose deadline has passed."""
-    pending = "waiting for its callback" if tracked.submit.has_callback else "without a status"
+    pending = "waiting for its callback" if tracked.submit.callback_url else "without a status"
     status = pending if tracked.snapshot is None else tracked.snapshot.status
     error = tracked.history.last_error and f" (last poll failed: {tracked.history.last_error})"
     what = f"task {tracked.task_id} still {status} after {timeout_s:.3g} s{error}. "

@@ -84,6 +84,8 @@ class TaskTracker:
         self._warned_unrecognized = False
         self._missed_callbacks = 0
         """Consecutive tasks whose end was found by a poll although a callback was expected."""
+        self._has_callbacks = False
+        """Whether a callback has ever come. Until then, tasks are polled as if there were none."""
 
     async def wait(self, task_id: str, *, timeout_s: float, submit_info: SubmitInfo = SubmitInfo()) -> Task:
         """Return the task once its status is final. Cancelling stops the wait, not the task.
@@ -184,9 +186,9 @@ class TaskTracker:
                 return
             tracked = TrackedTask(task_id, submit)
             self.cache.tasks.add(task_id, tracked)
+        self._missed_callbacks, self._has_callbacks = 0, True
         if tracked.state is TaskState.FINISHED or not tracked.request_confirmation(anyio.current_time()):
             return
-        self._missed_callbacks = 0
         if tracked.state is TaskState.SCHEDULED and tracked.confirm_at_s < tracked.due_s:
             self._poll_queue.schedule(tracked, tracked.confirm_at_s)  # after a poll in flight, `_next_poll_s` sees it
 
@@ -283,7 +285,7 @@ class TaskTracker:
         if tracked.snapshot is not None and tracked.snapshot.status is TaskStatus.UNRECOGNIZED:
             return schedule.jittered_s(schedule.policy.max_interval_s)
         age_s = tracked.age_s(from_s)
-        if submit.has_callback and self._missed_callbacks < _DISTRUST_CALLBACKS_AFTER:
+        if submit.callback_url and self._has_callbacks and self._missed_callbacks < _DISTRUST_CALLBACKS_AFTER:
             wait_s = _CALLBACK_INTERVAL_FACTOR * schedule.policy.max_interval_s - (0 if polls else age_s)
             return schedule.jittered_s(max(0.0, wait_s))
         interval_s = schedule.next_poll_in_s(submit.model, age_s, polls)
@@ -375,8 +377,8 @@ class TaskTracker:
         if known is None or known.status is not task.status:
             self._on_change(submit, task)
         if task.is_final:
-            if submit.has_callback and tracked.confirm_at_s == -math.inf:
-                self._missed_callbacks += 1
+            if submit.callback_url is not None and tracked.confirm_at_s == -math.inf:
+                self._count_missed_callback(submit.callback_url)
             self._finish(tracked)
             return
         if task.status is TaskStatus.UNRECOGNIZED and not self._warned_unrecognized:
@@ -385,6 +387,16 @@ class TaskTracker:
         self._schedule_poll(tracked)
         if tracked.snapshot is not known:
             tracked.wake_all()
+
+    def _count_missed_callback(self, url: str) -> None:
+        self._missed_callbacks += 1
+        if self._missed_callbacks == _DISTRUST_CALLBACKS_AFTER:
+            _log.warning(
+                "no callback came for the last %d tasks, which polls have found; polling continues. Check that %s can "
+                "be reached from the internet, and that all workers have its secret and a forward",
+                self._missed_callbacks,
+                url,
+            )
 
     def _on_not_found(self, tracked: TrackedTask, exc: TaskNotFound) -> None:
         """Handle a 404. A foreign id that was never seen does not exist."""

@@ -21,6 +21,7 @@ import anyio.to_thread
 import attrs
 import httpx
 
+from nanobanana_async._concurrency.timeouts import run_within
 from nanobanana_async.models import url_problem
 from nanobanana_async.protocols import ExchangeError, Phase, RequestKind, WireRequest, WireResponse
 from nanobanana_async.transport._connections import (
@@ -178,25 +179,39 @@ class HttpxTransport:
         self, request: WireRequest, target: Destination, timeout_s: float
     ) -> WireResponse | ExchangeError:
         progress = _ExchangeState()
-        with anyio.move_on_after(timeout_s):
+        outcome: WireResponse | ExchangeError | None = None
+
+        async def work() -> None:
+            nonlocal outcome
+            outcome = await self._exchange(request, target, timeout_s, progress)
+
+        if request.kind is RequestKind.SUBMIT:  # its response may have arrived while the process was stopped
+            await run_within(timeout_s, work)
+        else:
+            with anyio.move_on_after(timeout_s):
+                await work()
+        return outcome or progress.to_error(f"no complete response within {timeout_s:.3g} s")
+
+    async def _exchange(
+        self, request: WireRequest, target: Destination, timeout_s: float, progress: _ExchangeState
+    ) -> WireResponse | ExchangeError:
+        try:
+            connection = await self._acquire_connection(request, target)
+            progress.phase = Phase.SEND
+            keep = False
             try:
-                connection = await self._acquire_connection(request, target)
-                progress.phase = Phase.SEND
-                keep = False
-                try:
-                    response = await self._send_and_read(connection, request, target, timeout_s, progress)
-                    keep = request.kind is RequestKind.READ and self._client is None and not self._closed
-                    return response
-                finally:
-                    if keep:
-                        self._idle_connections[_origin(request)].append(connection)
-                    else:
-                        await connection.aclose()
-            except ExchangeError as exc:
-                return exc
-            except Exception as exc:  # noqa: BLE001 - mapped, whatever the library raises
-                return self._map_exception(exc, progress)
-        return progress.to_error(f"no complete response within {timeout_s:.3g} s")
+                response = await self._send_and_read(connection, request, target, timeout_s, progress)
+                keep = request.kind is RequestKind.READ and self._client is None and not self._closed
+                return response
+            finally:
+                if keep:
+                    self._idle_connections[_origin(request)].append(connection)
+                else:
+                    await connection.aclose()
+        except ExchangeError as exc:
+            return exc
+        except Exception as exc:  # noqa: BLE001 - mapped, whatever the library raises
+            return self._map_exception(exc, progress)
 
     async def _send_and_read(
         self,
