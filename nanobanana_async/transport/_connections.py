@@ -32,11 +32,12 @@ _SINGLE_CONNECTION: Final = httpx.Limits(max_connections=1, max_keepalive_connec
 
 @attrs.frozen
 class Destination:
-    """Where to connect for one request. If the address is pinned, the host name remains in `Host` and in SNI."""
+    """Where to connect for one request."""
 
     url: httpx.URL
     headers: Mapping[str, str] = attrs.field(repr=False)
-    extensions: Mapping[str, object]
+    addresses: tuple[str, ...] = ()
+    """Addresses of the host that were checked; () leaves them to the library."""
 
 
 @attrs.frozen
@@ -128,11 +129,17 @@ def _core_request(request: WireRequest, target: Destination, extensions: dict[st
 class DirectConnection:
     """A direct httpcore connection. Call `import_httpcore` first."""
 
-    def __init__(self, url: httpx.URL, tls: ssl.SSLContext) -> None:
+    def __init__(self, target: Destination, tls: ssl.SSLContext) -> None:
         import httpcore  # noqa: PLC0415 - see `import_httpcore`
 
-        submit_info = _core_url(url).origin
-        self._connection = httpcore.AsyncHTTPConnection(submit_info, ssl_context=tls, keepalive_expiry=_KEEP_ALIVE_S)
+        from nanobanana_async.transport._dialing import PinnedBackend  # noqa: PLC0415 - it imports httpcore
+
+        self._connection = httpcore.AsyncHTTPConnection(
+            _core_url(target.url).origin,
+            ssl_context=tls,
+            keepalive_expiry=_KEEP_ALIVE_S,
+            network_backend=PinnedBackend(target.addresses) if target.addresses else None,
+        )
 
     async def send(self, request: WireRequest, target: Destination, extensions: dict[str, object]) -> StreamingResponse:
         """See `Connection.send`."""

@@ -12,8 +12,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
-from urllib.parse import quote
-from urllib.request import getproxies, proxy_bypass
 
 import anyio
 import anyio.lowlevel
@@ -35,6 +33,7 @@ from nanobanana_async.transport._connections import (
     import_httpcore,
 )
 from nanobanana_async.transport.addresses import resolve
+from nanobanana_async.transport.proxies import Proxies, masked
 from nanobanana_async.wire.addresses import is_fake_ip, is_public, parse_literal
 
 if TYPE_CHECKING:
@@ -42,6 +41,10 @@ if TYPE_CHECKING:
 
 _READ_TIMEOUT_S: Final = 30.0
 """How long a file host may send nothing before a retry helps."""
+_MIN_BYTES_PER_S: Final = 1024
+"""Least rate of a download. A slower one holds a slot that others need."""
+_RATE_WINDOW_S: Final = 10.0
+"""How long the rate is measured."""
 _MAX_ERROR_BODY_BYTES: Final = 2**20
 """Largest body of a response other than a 200."""
 _YIELD_AFTER_CHUNKS: Final = 256
@@ -80,20 +83,6 @@ class _ExchangeState:
 def _is_tunnel(request: object) -> bool:
     """Return whether *request* is a CONNECT to a proxy, which carries nothing of our request."""
     return getattr(request, "method", b"") == b"CONNECT"
-
-
-def proxy_url(value: str) -> str:
-    """Return the value of a proxy variable as a URL. Other tools take it without a scheme, and plain passwords."""
-    scheme, separator, rest = value.strip().rpartition("://")
-    user, at, host = rest.rpartition("@")
-    scheme = {"": "http", "socks": "socks5"}.get(scheme.lower(), scheme) if separator else "http"
-    return f"{scheme}://{quote(user, safe=':%')}{at}{host}"
-
-
-def masked(proxy: str) -> str:
-    """Return a proxy URL without its user and password."""
-    scheme, _, rest = proxy.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"
 
 
 @lru_cache(2048)  # a task is polled several times, and parsing costs a tenth of a request
@@ -143,8 +132,7 @@ class HttpxTransport:
         self._service_host: str | None = None
         """Host of the last API call."""
         self._has_fake_ips: bool | None = None
-        self._proxy = None if proxy is None else proxy_url(proxy)
-        self._proxies = getproxies() if trust_env else {}
+        self._proxies = Proxies(proxy, trust_env=trust_env)
         self._idle_connections: defaultdict[str, list[Connection]] = defaultdict(list)
         """Idle connections by origin."""
         self._tls: ssl.SSLContext | None = verify
@@ -153,20 +141,13 @@ class HttpxTransport:
 
     async def send(self, request: WireRequest, *, timeout_s: float) -> WireResponse:
         """See `Transport.send`."""
-        failure = ExchangeError("timed out before the request started", phase=Phase.CONNECT)
-        deadline = anyio.current_time() + timeout_s
-        for target in await self._destinations(request, timeout_s):
-            time_left_s = deadline - anyio.current_time()
-            if time_left_s <= 0:
-                break
-            outcome = await self._send_to(request, target, time_left_s)
-            if isinstance(outcome, WireResponse):
-                return outcome
-            failure = outcome
-            if failure.phase is not Phase.CONNECT or failure.permanent:
-                break
+        deadline_s = anyio.current_time() + timeout_s
+        target = await self._destination(request, timeout_s)
+        outcome = await self._send_to(request, target, deadline_s - anyio.current_time())
+        if isinstance(outcome, WireResponse):
+            return outcome
         # Raised outside every except block: an exception in `__context__` would hold the request with the key.
-        raise failure
+        raise outcome
 
     async def aclose(self) -> None:
         """Close idle connections now, and others when they are returned. A client that you passed stays open."""
@@ -223,8 +204,7 @@ class HttpxTransport:
     ) -> WireResponse:
         # A timeout per read only helps where the total deadline is long and a retry is possible.
         read_timeout_s = min(timeout_s, _READ_TIMEOUT_S) if request.kind is RequestKind.DOWNLOAD else None
-        extensions = {
-            **target.extensions,
+        extensions: dict[str, object] = {
             "timeout": {
                 "connect": self._connect_s,
                 "read": read_timeout_s,
@@ -241,7 +221,7 @@ class HttpxTransport:
             cap = request.max_bytes if streaming.status == 200 else min(request.max_bytes, _MAX_ERROR_BODY_BYTES)
             if request.before_body is not None and streaming.status == 200:
                 await request.before_body(progress.response)
-            await _read_body(streaming, cap, progress)
+            await _read_body(streaming, cap, progress, min_bytes_per_s=_MIN_BYTES_PER_S if read_timeout_s else 0)
         finally:
             await streaming.aclose()
         return attrs.evolve(progress.response, body=bytes(progress.received))
@@ -260,11 +240,11 @@ class HttpxTransport:
             if connection.is_reusable:
                 return connection
             await connection.aclose()
-        proxy = self._proxy_for(request.url)
+        proxy = self._proxies.for_url(request.url)
         await import_httpcore()
         try:
             tls = _NO_TLS if proxy is None and request.url.startswith("http://") else await self._tls_context()
-            return DirectConnection(target.url, tls) if proxy is None else ProxyConnection(proxy, tls)
+            return DirectConnection(target, tls) if proxy is None else ProxyConnection(proxy, tls)
         except OSError as exc:
             reason = f"a certificate file named in the environment cannot be used: {exc}"
         except ImportError as exc:
@@ -273,15 +253,6 @@ class HttpxTransport:
             reason = f"the proxy {masked(proxy or '')} cannot be used. Expected a URL such as http://127.0.0.1:3128"
         raise ExchangeError(reason, phase=Phase.CONNECT, permanent=True)
 
-    def _proxy_for(self, url: str) -> str | None:
-        if self._proxy is not None or not self._proxies:
-            return self._proxy
-        scheme, _, rest = url.lower().partition("://")
-        if proxy_bypass(rest.partition("/")[0]):
-            return None
-        found = self._proxies.get(scheme) or self._proxies.get("all")
-        return None if found is None else proxy_url(found)
-
     async def _tls_context(self) -> ssl.SSLContext:
         """Return the shared TLS context, created in a thread: loading the certificates takes 20-50 ms."""
         async with self._tls_lock:
@@ -289,8 +260,8 @@ class HttpxTransport:
                 self._tls = await anyio.to_thread.run_sync(lambda: httpx.create_ssl_context(trust_env=self._trust_env))
         return self._tls
 
-    async def _destinations(self, request: WireRequest, timeout_s: float) -> list[Destination]:
-        """Return where to connect, in order. A guarded request connects to the address that was checked."""
+    async def _destination(self, request: WireRequest, timeout_s: float) -> Destination:
+        """Return where to connect. A guarded request connects to the addresses that were checked."""
         url = _parse_url(request.url)
         if isinstance(url, str):
             raise ExchangeError(url, phase=Phase.CONNECT, permanent=True)
@@ -298,12 +269,12 @@ class HttpxTransport:
             self._service_host = url.host
         if request.public_only and self._check_addresses:
             return await self._resolve_public(url, request.headers, timeout_s)
-        return [Destination(url, request.headers, {})]
+        return Destination(url, request.headers)
 
-    async def _resolve_public(self, url: httpx.URL, headers: Mapping[str, str], timeout_s: float) -> list[Destination]:
+    async def _resolve_public(self, url: httpx.URL, headers: Mapping[str, str], timeout_s: float) -> Destination:
         host = url.raw_host.decode("ascii")
-        if self._proxy_for(str(url)) and parse_literal(host) is None:
-            return [Destination(url, headers, {})]  # the proxy resolves: answers of this resolver say nothing
+        if self._proxies.for_url(str(url)) and parse_literal(host) is None:
+            return Destination(url, headers)  # the proxy resolves: answers of this resolver say nothing
         addresses: list[str] = []
         reason = f"{host} does not resolve in time"
         with anyio.move_on_after(min(timeout_s, self._connect_s)):
@@ -324,8 +295,7 @@ class HttpxTransport:
                 )
         if not addresses:
             raise ExchangeError(reason, phase=Phase.CONNECT)
-        pinned = {**headers, "Host": url.netloc.decode("ascii")}
-        return [Destination(url.copy_with(host=address), pinned, {"sni_hostname": host}) for address in addresses]
+        return Destination(url, headers, tuple(addresses))
 
     async def _is_behind_fake_ips(self) -> bool:
         """Return whether the name of the service leads to a fake address, too."""
@@ -352,13 +322,36 @@ class HttpxTransport:
         return progress.to_error(reason, phase=Phase.CONNECT, permanent=permanent)
 
 
-async def _read_body(streaming: StreamingResponse, max_bytes: int, progress: _ExchangeState) -> None:
+@attrs.define
+class _RateCheck:
+    """Whether a body arrives too slowly, in windows of ten seconds."""
+
+    min_bytes_per_s: int
+    since_s: float
+    since_bytes: int = 0
+
+    def is_too_low(self, now_s: float, received_bytes: int) -> bool:
+        """Return whether a window has ended in which too little arrived."""
+        took_s = now_s - self.since_s
+        if took_s < _RATE_WINDOW_S:
+            return False
+        is_low = received_bytes - self.since_bytes < self.min_bytes_per_s * took_s
+        self.since_s, self.since_bytes = now_s, received_bytes
+        return is_low
+
+
+async def _read_body(
+    streaming: StreamingResponse, max_bytes: int, progress: _ExchangeState, *, min_bytes_per_s: int
+) -> None:
     """Read the body raw, so that bytes received before a failure are kept, and stop at the limit.
+
+    It also stops if fewer than *min_bytes_per_s* arrive for ten seconds.
 
     If the reading stops early, the connection is closed and the iteration continues to its end. Otherwise the garbage
     collector would finalize the libraries' nested generators, and trio warns about that.
     """
     chunks, left = 0, max_bytes
+    rate = _RateCheck(min_bytes_per_s, anyio.current_time())
     stopped: BaseException | None = None
     try:
         async for chunk in streaming.chunks:
@@ -369,8 +362,11 @@ async def _read_body(streaming: StreamingResponse, max_bytes: int, progress: _Ex
                 continue
             progress.received += chunk[:left]
             left -= len(chunk)
+            if rate.is_too_low(anyio.current_time(), len(progress.received)):
+                stopped = progress.to_error(f"the body arrives at less than {min_bytes_per_s} bytes per second")
             if left < 0:
                 stopped = progress.to_error("the body exceeds the limit", permanent=True)
+            if stopped is not None:
                 await streaming.aclose()
     except Exception:  # reading after the close fails differently on each backend
         if stopped is None:
