@@ -144,15 +144,19 @@ class TaskError(NanoBananaError):
 
     def __init__(self, message: str, *, task: Task | None = None, task_id: str | None = None) -> None:
         super().__init__(message, task_id=task_id or (task.task_id if task else None))
-        self.task = task
+        self.task: Task | None = task
 
 
 class TaskFailed(TaskError):
     """The task ended as failed. `task.reason` contains the reason, if the service gave one."""
 
+    task: Task
+
 
 class NoImage(TaskError):
     """The task ended as success and was charged, but contains no image. `task.texts` may contain the model's text."""
+
+    task: Task
 
 
 class TaskLost(TaskError):

@@ -206,7 +206,10 @@ class Task:
     """Reason for the failure in the service's words. Often None, even for a failed task."""
     created_at: datetime | None = None
     raw: Mapping[str, JsonValue] = attrs.field(factory=dict[str, JsonValue], repr=False, eq=False)
-    """The service's own `data` object, with unknown fields. Numbers with a decimal point are Decimal."""
+    """The service's own `data` object, with unknown fields. Numbers with a decimal point are Decimal.
+
+    Inline images are cut: `images` contains them.
+    """
 
     @property
     def is_final(self) -> bool:

@@ -49,7 +49,7 @@ class Failed(_OutcomeBase):
     def may_be_charged(self) -> bool:
         """Whether the service may have charged it without stating an amount."""
         if isinstance(self.error, TaskFailed | NoImage):
-            return self.error.task is None or self.error.task.consumed is None
+            return self.error.task.consumed is None
         return isinstance(self.error, SubmissionUnknown) or self.error.task_id is not None
 
 

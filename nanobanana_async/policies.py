@@ -134,7 +134,10 @@ class Limits:
     max_image_bytes: int = attrs.field(default=64 * 2**20, validator=ge(1))
     """Largest image that is downloaded."""
     max_download_bytes: int = attrs.field(default=256 * 2**20, validator=ge(1))
-    """Images that are downloaded and not yet stored, together. A larger one is downloaded alone."""
+    """Images that are downloaded and not yet stored, and responses with inline images, together.
+
+    A larger one is received alone.
+    """
     max_reference_bytes: int = attrs.field(default=10 * 2**20, validator=ge(1))
     """Largest reference image that is sent. Other clients of the service use 10 MB."""
 

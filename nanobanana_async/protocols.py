@@ -51,7 +51,10 @@ class WireRequest:
     public_only: bool = False
     """Whether to refuse connections to addresses that are not public."""
     before_body: "Callable[[WireResponse], Awaitable[None]] | None" = attrs.field(default=None, repr=False, eq=False)
-    """Awaited with the head of a 200 before its body is read, to wait for memory. A transport may ignore it."""
+    """Awaited with the head of a 200 before its body is read, to wait for memory. A transport may ignore it.
+
+    If the head states no length, it is awaited again once a MiB has arrived, with `max_bytes` as the length.
+    """
 
 
 def _check_headers(_: object, __: object, headers: Mapping[str, str]) -> None:

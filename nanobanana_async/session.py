@@ -14,6 +14,7 @@ import anyio
 import attrs
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
+from nanobanana_async._concurrency.byte_budget import ByteBudget
 from nanobanana_async._concurrency.fifo_cache import FifoCache
 from nanobanana_async._concurrency.slots import Slot, SlotPool
 from nanobanana_async.api.fair_queue import FairQueue
@@ -96,6 +97,7 @@ class Session:
             transport = HttpxTransport(connect_s=timeouts.connect_s)
             self.background.close_when_stopped(transport.aclose)
         active = CheckedTransport(transport)
+        memory = ByteBudget(limits.max_download_bytes)
         flow = FlowControl(limits, options.retry, partial(_emit_throttled, self.emit))
         self.api: Final = ServiceApi(
             active,
@@ -104,6 +106,7 @@ class Session:
             flow,
             timeouts,
             max_polls=limits.max_polls,
+            memory=memory,
             observe=_ignore if ledger is None else ledger.observe,
         )
         owner_limits = partial(limits_of, options.owner_limits, ledger)
@@ -127,6 +130,7 @@ class Session:
             retry=options.retry,
             timeouts=timeouts,
             public_only=ServiceNetwork(endpoint.base_url).is_public,
+            memory=memory,
         )
 
     async def start(self) -> None:
@@ -323,6 +327,8 @@ class Session:
         if submitted_at is None and entry is not None:
             submitted_at = entry.submitted_at
         info = self.tracker.cache.submits.get(task_id) or SubmitInfo()
+        if submitted_at is not None and submitted_at.tzinfo is None:
+            raise ValueError(f"submitted_at: expected a time with a time zone, got {submitted_at.isoformat()}")
         if submitted_at is not None:  # the wall clock may have been set back: no submit is in the future
             age_s = max(0.0, (datetime.now(UTC) - submitted_at).total_seconds())
             info = attrs.evolve(info, submitted_at_s=anyio.current_time() - age_s)

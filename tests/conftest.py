@@ -1,5 +1,6 @@
 """Fixtures shared by all tests. Tests marked `anyio` run on asyncio and on trio."""
 
+import os
 import secrets
 import signal
 from collections.abc import Callable, Iterator
@@ -17,9 +18,14 @@ from tests.virtual_time import backend_options
 
 @pytest.fixture(params=["asyncio", "trio"])
 def anyio_backend(request: pytest.FixtureRequest) -> object:
-    """Return asyncio and trio, in virtual time for the mark `virtual_time` without `real_time`."""
+    """Return asyncio and trio, in virtual time for the mark `virtual_time` without `real_time`.
+
+    With TEST_EVENT_LOOP=uvloop, asyncio runs on uvloop.
+    """
     if request.node.get_closest_marker("virtual_time") and not request.node.get_closest_marker("real_time"):
         return request.param, backend_options(request.param)
+    if request.param == "asyncio" and os.getenv("TEST_EVENT_LOOP") == "uvloop":
+        return request.param, {"use_uvloop": True}
     return request.param
 
 

@@ -34,6 +34,7 @@ from nanobanana_async import (
     WireResponse,
 )
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
+from nanobanana_async._concurrency.byte_budget import ByteBudget
 from nanobanana_async._concurrency.slots import SlotPool
 from nanobanana_async.api.flow_control import FlowControl
 from nanobanana_async.api.operations import ServiceApi
@@ -86,7 +87,8 @@ def service_over(
 
     background, checked, flow = BackgroundTaskGroup(), CheckedTransport(transport), FlowControl(limits, retry)
     endpoint = Endpoint.resolve(ApiKey("dk-test"), "https://api.example")
-    api = ServiceApi(checked, background, endpoint, flow, timeouts, max_polls=limits.max_polls)
+    memory = ByteBudget(limits.max_download_bytes)
+    api = ServiceApi(checked, background, endpoint, flow, timeouts, max_polls=limits.max_polls, memory=memory)
     loop = SubmitLoop(
         checked,
         background,
@@ -625,3 +627,31 @@ async def test_a_request_that_was_doubted_before_is_not_excused_again() -> None:
             with pytest.raises(SubmissionUnknown):
                 await api.submit(record=ListRecord(is_doubted=True))
         assert submits(transport.requests) == 1
+
+
+async def _query(api: Service, task_id: str) -> None:
+    await api.query(task_id)
+
+
+@pytest.mark.parametrize("states_length", [True, False])
+async def test_t2_responses_with_inline_images_wait_for_memory(states_length: bool) -> None:  # noqa: FBT001 - a table
+    """T2: sixty images of 6 MB took 756 MB. As many are received at once as the bound allows."""
+    at_once: list[int] = []
+    in_memory = 0
+
+    async def respond(request: WireRequest) -> WireResponse:
+        nonlocal in_memory
+        head = {"content-length": str(6 * 2**20)} if states_length else {"content-length": str(request.max_bytes)}
+        assert request.before_body is not None
+        await request.before_body(WireResponse(status=200, headers=head))
+        in_memory += 1
+        at_once.append(in_memory)
+        await anyio.sleep(1)
+        in_memory -= 1
+        return finished(request.url.partition("task_id=")[2])
+
+    limits = Limits(max_download_bytes=60 * 2**20)
+    async with running(script(respond), limits=limits) as api, anyio.create_task_group() as group:
+        for number in range(8):
+            group.start_soon(_query, api, f"ta-{number}")
+    assert max(at_once) == (2 if states_length else 1)

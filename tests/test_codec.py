@@ -449,3 +449,11 @@ def test_every_json_document_is_a_task_or_a_package_error(status: int, document:
 def test_decode_envelope_accepts_any_bytes(status: int, body: bytes, coding: str) -> None:
     """`decode_envelope` is total."""
     codec.decode_envelope(WireResponse(status=status, body=body, headers={"content-encoding": coding}))
+
+
+def test_t2_an_inline_image_is_kept_once() -> None:
+    """T2: its text in `raw` would double the memory."""
+    uri = f"data:image/png;base64,{base64.b64encode(bytes(30_000)).decode()}"
+    task = codec.decode_task(state("success", result=[{"image": uri, "text": "here"}]), "ta-1")
+    assert task.images[0].data == bytes(30_000)
+    assert task.raw["result"] == [{"image": f"{uri[:40]}...", "text": "here"}]

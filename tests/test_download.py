@@ -12,6 +12,7 @@ import anyio
 import pytest
 
 from nanobanana_async import GeneratedImage, ImageError, Limits, Phase, RetryPolicy, Timeouts, WireRequest, WireResponse
+from nanobanana_async._concurrency.byte_budget import ByteBudget
 from nanobanana_async._text import slugify
 from nanobanana_async.images.download import Downloader
 from nanobanana_async.images.files import FileImageStore
@@ -32,7 +33,11 @@ def downloader(transport: ScriptedTransport, **limits: int) -> Downloader:
     async def public_only() -> bool:
         return True
 
-    return Downloader(transport, limits=Limits(**limits), retry=QUICK, timeouts=Timeouts(), public_only=public_only)
+    bounds = Limits(**limits)
+    memory = ByteBudget(bounds.max_download_bytes)
+    return Downloader(
+        transport, limits=bounds, retry=QUICK, timeouts=Timeouts(), public_only=public_only, memory=memory
+    )
 
 
 async def test_an_image_is_downloaded_without_the_key() -> None:

@@ -190,3 +190,19 @@ async def test_a_poll_that_outlives_the_end_of_its_task_stops_nothing() -> None:
             group.start_soon(wait, "ta-2")
         await anyio.sleep(10)
         assert (await tracker.wait("ta-2", timeout_s=60)).is_final
+
+
+async def test_g4_a_time_without_a_zone_is_refused_with_words() -> None:
+    """G4: comparing it with a time that has one raised a bare TypeError."""
+    async with Simulator(FAST_PROFILE).client() as client:
+        with pytest.raises(ValueError, match="submitted_at: expected a time with a time zone, got 2026-11-26T10:00:00"):
+            client.task("ta-1", submitted_at=datetime(2026, 11, 26, 10))  # noqa: DTZ001 - the test's subject
+
+
+async def test_t6_one_id_for_two_submits_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """T6: both calls get the same image, and one was charged for nothing."""
+    async with NanoBananaClient("dk-1", transport=script(accepted("ta-1"))) as client:
+        await client.submit("a fox")
+        assert caplog.text == ""
+        await client.submit("a hare")
+    assert "task ta-1: the service has given its id to two submits" in caplog.text

@@ -202,6 +202,29 @@ async def test_a_connection_that_is_never_made_was_never_sent(make_transport: Tr
     assert caught.value.phase is Phase.CONNECT
 
 
+async def test_t8_a_body_that_trickles_ends_the_exchange(
+    make_transport: TransportFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T8: twenty images at one byte per second held all downloads for minutes."""
+    monkeypatch.setattr("nanobanana_async.transport.httpx._RATE_WINDOW_S", 0.2)
+
+    def trickle(peer: socket.socket, _: bytes) -> None:
+        peer.sendall(response(b"", length=1000))
+        for _unused in range(100):
+            peer.sendall(b"x")
+            time.sleep(0.02)
+
+    with serving(trickle) as server:
+        async with make_transport() as transport:
+            with pytest.raises(ExchangeError, match="less than 1024 bytes per second") as caught:
+                await transport.send(ask(server, RequestKind.DOWNLOAD), timeout_s=5)
+            assert not caught.value.permanent
+            began_s = time.monotonic()
+            with pytest.raises(ExchangeError):  # a query is bounded by its timeout alone
+                await transport.send(ask(server, RequestKind.READ), timeout_s=0.5)
+            assert time.monotonic() - began_s > 0.4
+
+
 async def test_a_body_over_the_limit_ends_the_exchange(make_transport: TransportFactory) -> None:
     """Memory stays bounded, and the beginning is kept."""
     with serving(sending(response(b"y" * 100_000))) as server:

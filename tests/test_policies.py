@@ -1,5 +1,6 @@
 """Policies are frozen values that validate themselves."""
 
+from multiprocessing import get_context
 from random import Random
 
 import attrs
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from nanobanana_async import Limits, PollPolicy, RetryPolicy, Timeouts
 from nanobanana_async.policies import RESUBMIT_LEVELS, ResubmitLevel
+from nanobanana_async.tracking.schedule import PollSchedule
 
 
 @pytest.mark.parametrize("policy", [Limits, PollPolicy, RetryPolicy, Timeouts])
@@ -47,3 +49,17 @@ def test_no_interval_is_infinite(name: str) -> None:
     """An infinite interval would never poll the task again."""
     with pytest.raises(ValueError, match=name):
         PollPolicy(**{name: float("inf")})  # type: ignore[arg-type]  # all three are floats
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # with the threads of pytest-xdist, from 3.12 on
+def test_g4_processes_that_were_forked_draw_different_waits() -> None:
+    """G4: workers of one preloaded app would poll at the same moments."""
+    schedule, processes = PollSchedule(PollPolicy()), get_context("fork")
+    drawn = processes.SimpleQueue()
+    workers = [processes.Process(target=lambda: drawn.put(schedule.jittered_s(10))) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    waits = {drawn.get() for _ in workers}
+    for worker in workers:
+        worker.join()
+    assert len(waits | {schedule.jittered_s(10)}) == 4

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from random import Random
+from random import SystemRandom
 from typing import Final
 
 import anyio
@@ -27,7 +27,7 @@ class FlowControl:
     ) -> None:
         self._on_throttle = on_throttle
         self.retry: Final = retry
-        self._rng = Random()
+        self._rng = SystemRandom()
         self._limiter = AdaptiveRateLimiter(limits.requests_per_s, limits.burst)
         self._quota = RetryQuota()
         self._submit_turn = anyio.Lock(fast_acquire=True)

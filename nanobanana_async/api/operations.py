@@ -12,6 +12,7 @@ import anyio.to_thread
 import attrs
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
+from nanobanana_async._concurrency.byte_budget import ByteBudget, ByteLease
 from nanobanana_async._concurrency.slots import Slot, SlotPool
 from nanobanana_async.api.flow_control import FlowControl
 from nanobanana_async.api.rate_limit import retry_after_s
@@ -35,12 +36,15 @@ _log: Final = logging.getLogger("nanobanana_async")
 
 _OFFLOAD_BYTES: Final = 2**20
 """Bodies above this size are encoded and decoded in a thread, because that would block the event loop."""
+_COPIES: Final = 4
+"""Size of a body while it is decoded, in multiples of its length."""
 
 
 class ServiceApi:
     """The operations of the service that cost nothing, within the client's limits.
 
-    *observe* is called with each snapshot of a task.
+    *memory* bounds the responses that are received and decoded, which may contain images. *observe* is called with each
+    snapshot of a task.
     """
 
     def __init__(  # noqa: PLR0913 - created by the client only
@@ -52,6 +56,7 @@ class ServiceApi:
         timeouts: Timeouts,
         *,
         max_polls: int,
+        memory: ByteBudget,
         observe: Callable[[Task], None] = lambda _: None,
     ) -> None:
         self._transport = transport
@@ -59,6 +64,7 @@ class ServiceApi:
         self._endpoint = endpoint
         self._flow = flow
         self._timeouts = timeouts
+        self._memory = memory
         self._observe = observe
         self._poll_slots = SlotPool(max_polls, background.start_soon)
 
@@ -133,24 +139,33 @@ class ServiceApi:
     async def _get_once(self, wire: WireRequest, decode: Callable[[WireResponse], T], timeout_s: float) -> T:
         """Send once and decode."""
         sent_s = anyio.current_time()
-        try:
-            response = await self._transport.send(authorized(wire, self._endpoint), timeout_s=timeout_s)
-        except ExchangeError as exc:
-            self._flow.observe(None, sent_s)
-            failure = self._endpoint.redact_error(exc)
-        else:
-            self._flow.observe(response, sent_s)
+        with self._memory.lease() as lease:
+            request = attrs.evolve(authorized(wire, self._endpoint), before_body=partial(_reserve_memory, lease))
             try:
-                return await run_maybe_in_thread(
-                    len(response.body), lambda: decode(self._endpoint.redact_response(response))
-                )
-            except ApiError as exc:
-                exc.retry_after_s = retry_after_s(response.headers)
-                raise
+                response = await self._transport.send(request, timeout_s=timeout_s)
+            except ExchangeError as exc:
+                self._flow.observe(None, sent_s)
+                failure = self._endpoint.redact_error(exc)
+            else:
+                self._flow.observe(response, sent_s)
+                try:
+                    return await run_maybe_in_thread(
+                        len(response.body), lambda: decode(self._endpoint.redact_response(response))
+                    )
+                except ApiError as exc:
+                    exc.retry_after_s = retry_after_s(response.headers)
+                    raise
         if failure.permanent and failure.phase is Phase.CONNECT:
             raise ConfigurationError(f"{self._endpoint.base_url} cannot be reached: {failure.reason}")
         error = NotSent if failure.phase is Phase.CONNECT else TransportError
         raise error(f"no response from {self._endpoint.base_url}: {failure.reason}")
+
+
+async def _reserve_memory(lease: ByteLease, head: WireResponse) -> None:
+    """Wait for the memory of a body with images: it is held as bytes, as text, and decoded."""
+    length = head.headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and len(length) < 19 and int(length) > _OFFLOAD_BYTES:
+        await lease.resize(int(length) * _COPIES)
 
 
 def authorized(wire: WireRequest, endpoint: Endpoint) -> WireRequest:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from random import Random
+from random import Random, SystemRandom
 from typing import Final
 
 import anyio
@@ -55,7 +55,7 @@ class AdaptiveRateLimiter:
         self._max_rate = rate
         self._min_rate = min(rate, _MIN_RATE)
         self._burst_tolerance_s = (burst - 1) / rate
-        self._rng = rng or Random()
+        self._rng = rng or SystemRandom()
         self._tat_s = -math.inf
         self._paused_until_s = -math.inf
         self._last_throttle_s = -math.inf

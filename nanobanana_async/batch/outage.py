@@ -1,7 +1,7 @@
 """`OutageBackoff`: slow down what fails in a row, submits or downloads, so that no rows are used up in an outage."""
 
 import math
-from random import Random
+from random import Random, SystemRandom
 from typing import Final
 
 GIVE_UP_AFTER_S: Final = 3600.0
@@ -15,7 +15,7 @@ class OutageBackoff:
     """Counts consecutive failures. Pure: the time is an argument."""
 
     def __init__(self, rng: Random | None = None) -> None:
-        self._rng = rng or Random()
+        self._rng = rng or SystemRandom()
         self._failures = 0
         self._since_s = math.inf
         self._has_worked = False

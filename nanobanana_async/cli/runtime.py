@@ -148,7 +148,7 @@ def exit_code(exc: Exception | None) -> int:
     if exc is None:
         return EXIT_OK
     if isinstance(exc, TaskFailed | NoImage):
-        return EXIT_UNKNOWN if exc.task is None or exc.task.consumed is None else EXIT_FAILED
+        return EXIT_UNKNOWN if exc.task.consumed is None else EXIT_FAILED
     return EXIT_UNKNOWN if isinstance(exc, SubmissionUnknown | TaskLost | TaskTimeout) else EXIT_FAILED
 
 

@@ -3,7 +3,7 @@
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from random import Random
+from random import SystemRandom
 from typing import Final
 from urllib.parse import urljoin
 
@@ -46,6 +46,7 @@ class Downloader:
         retry: RetryPolicy,
         timeouts: Timeouts,
         public_only: Callable[[], Awaitable[bool]],
+        memory: ByteBudget,
     ) -> None:
         self._transport = transport
         self._max_image_bytes = limits.max_image_bytes
@@ -53,8 +54,8 @@ class Downloader:
         self._timeouts = timeouts
         self._public_only = public_only
         self._slots = anyio.Semaphore(limits.max_downloads)
-        self._memory = ByteBudget(limits.max_download_bytes)
-        self._rng = Random()
+        self._memory = memory
+        self._rng = SystemRandom()
 
     async def download(self, image: GeneratedImage) -> bytes:
         """Return the encoded image.

@@ -144,6 +144,16 @@ def inode(path: Path) -> int | None:
 
 
 def _open_error(path: Path, exc: Exception) -> LedgerError:
-    if getattr(exc, "sqlite_errorcode", None) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return LedgerError(f"{path}: in use by another program. Close it, and try again.")
+    code = getattr(exc, "sqlite_errorcode", 0)
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        # The lock file is held, so this is no other run. File systems without POSIX locks report the same error.
+        return LedgerError(
+            f"{path}: cannot be locked. Another program has it open, or the file system does not lock files. Close the "
+            "program, or keep the ledger on a local disk: pass --ledger DIR."
+        )
+    if (path.exists() and not os.access(path, os.R_OK | os.W_OK)) or not os.access(path.parent, os.W_OK | os.X_OK):
+        return LedgerError(
+            f"{path}: this user may not write it, or its folder. Change the owner, or keep the ledger elsewhere: pass "
+            "--ledger DIR."
+        )
     return LedgerError(f"{path}: cannot be used: {getattr(exc, 'strerror', None) or exc}.")

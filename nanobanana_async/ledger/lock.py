@@ -133,6 +133,11 @@ def _open(path: Path) -> int:
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
         return os.open(path, flags, 0o600)
+    except PermissionError as exc:
+        raise LedgerError(
+            f"{path}: this user may not write it, or its folder. Change the owner, or keep the ledger elsewhere: pass "
+            "--ledger DIR."
+        ) from exc
     except OSError as exc:
         raise LedgerError(f"{path}: cannot be opened: {exc.strerror}") from exc
 

@@ -3,7 +3,7 @@
 import enum
 import math
 from collections.abc import Mapping, Sequence
-from random import Random
+from random import Random, SystemRandom
 from typing import Final
 
 import attrs
@@ -92,7 +92,7 @@ class PollSchedule:
 
     def __init__(self, policy: PollPolicy, rng: Random | None = None) -> None:
         self.policy: Final = policy
-        self._rng = rng or Random()
+        self._rng = rng or SystemRandom()
         self._prior = LatencyModel()
         self._latency_models = {model: _load_model(model, numbers) for model, numbers in policy.latency_models.items()}
 

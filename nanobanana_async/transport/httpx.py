@@ -9,8 +9,8 @@ cancelled request cannot block later ones.
 import contextlib
 import ssl
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -45,6 +45,7 @@ _MIN_BYTES_PER_S: Final = 1024
 """Least rate of a download. A slower one holds a slot that others need."""
 _RATE_WINDOW_S: Final = 10.0
 """How long the rate is measured."""
+_GROWTH_BYTES: Final = 2**20
 _MAX_ERROR_BODY_BYTES: Final = 2**20
 """Largest body of a response other than a 200."""
 _YIELD_AFTER_CHUNKS: Final = 256
@@ -221,7 +222,12 @@ class HttpxTransport:
             cap = request.max_bytes if streaming.status == 200 else min(request.max_bytes, _MAX_ERROR_BODY_BYTES)
             if request.before_body is not None and streaming.status == 200:
                 await request.before_body(progress.response)
-            await _read_body(streaming, cap, progress, min_bytes_per_s=_MIN_BYTES_PER_S if read_timeout_s else 0)
+            on_growth = None
+            if request.before_body is not None and "content-length" not in streaming.headers:
+                unstated = {**streaming.headers, "content-length": str(request.max_bytes)}
+                on_growth = partial(request.before_body, attrs.evolve(progress.response, headers=unstated))
+            watch = _BodyWatch(_MIN_BYTES_PER_S if read_timeout_s else 0, on_growth, anyio.current_time())
+            await _read_body(streaming, cap, progress, watch)
         finally:
             await streaming.aclose()
         return attrs.evolve(progress.response, body=bytes(progress.received))
@@ -323,35 +329,35 @@ class HttpxTransport:
 
 
 @attrs.define
-class _RateCheck:
-    """Whether a body arrives too slowly, in windows of ten seconds."""
+class _BodyWatch:
+    """What is checked while a body arrives: its rate, in windows of ten seconds, and memory if it states no length."""
 
     min_bytes_per_s: int
+    on_growth: Callable[[], Awaitable[None]] | None
+    """Awaited once a MiB has arrived."""
     since_s: float
     since_bytes: int = 0
 
-    def is_too_low(self, now_s: float, received_bytes: int) -> bool:
-        """Return whether a window has ended in which too little arrived."""
-        took_s = now_s - self.since_s
+    async def problem(self, received_bytes: int) -> str | None:
+        """Return why the body is not read any further; None if it is."""
+        if self.on_growth is not None and received_bytes > _GROWTH_BYTES:
+            await self.on_growth()
+            self.on_growth, self.since_s = None, anyio.current_time()
+        took_s = anyio.current_time() - self.since_s
         if took_s < _RATE_WINDOW_S:
-            return False
-        is_low = received_bytes - self.since_bytes < self.min_bytes_per_s * took_s
-        self.since_s, self.since_bytes = now_s, received_bytes
-        return is_low
+            return None
+        is_slow = received_bytes - self.since_bytes < self.min_bytes_per_s * took_s
+        self.since_s, self.since_bytes = self.since_s + took_s, received_bytes
+        return f"the body arrives at less than {self.min_bytes_per_s} bytes per second" if is_slow else None
 
 
-async def _read_body(
-    streaming: StreamingResponse, max_bytes: int, progress: _ExchangeState, *, min_bytes_per_s: int
-) -> None:
-    """Read the body raw, so that bytes received before a failure are kept, and stop at the limit.
-
-    It also stops if fewer than *min_bytes_per_s* arrive for ten seconds.
+async def _read_body(streaming: StreamingResponse, max_bytes: int, progress: _ExchangeState, watch: _BodyWatch) -> None:
+    """Read the body raw, so that bytes received before a failure are kept, and stop at the limit or at a problem.
 
     If the reading stops early, the connection is closed and the iteration continues to its end. Otherwise the garbage
     collector would finalize the libraries' nested generators, and trio warns about that.
     """
     chunks, left = 0, max_bytes
-    rate = _RateCheck(min_bytes_per_s, anyio.current_time())
     stopped: BaseException | None = None
     try:
         async for chunk in streaming.chunks:
@@ -362,8 +368,8 @@ async def _read_body(
                 continue
             progress.received += chunk[:left]
             left -= len(chunk)
-            if rate.is_too_low(anyio.current_time(), len(progress.received)):
-                stopped = progress.to_error(f"the body arrives at less than {min_bytes_per_s} bytes per second")
+            if (problem := await watch.problem(len(progress.received))) is not None:
+                stopped = progress.to_error(problem)
             if left < 0:
                 stopped = progress.to_error("the body exceeds the limit", permanent=True)
             if stopped is not None:

@@ -38,6 +38,8 @@ QUERY_PATH: Final = "/api/task/query"
 BALANCE_PATH: Final = "/api/user"
 
 _MAX_DIGITS: Final = 64
+_MAX_RAW_CHARS: Final = 10_000
+"""Longest data URI in `Task.raw`."""
 _MESSAGE_CHARS: Final = 1000
 """Number of characters of the service's message that an error quotes."""
 
@@ -175,7 +177,7 @@ def decode_task(response: WireResponse, task_id: str) -> Task:
     """
     envelope = _checked_envelope(response, task_id)
     try:
-        wire = _converter.structure({**envelope.data, "raw": envelope.data}, _TaskData)
+        wire = _converter.structure({**envelope.data, "raw": _without_images(envelope.data)}, _TaskData)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as exc:
         what = f"{type(exc).__name__}: {exc}"
     else:
@@ -185,6 +187,21 @@ def decode_task(response: WireResponse, task_id: str) -> Task:
     raise ProtocolError(
         f"task {task_id}: the response cannot be decoded: {what}", task_id=task_id, status=response.status
     )
+
+
+def _without_images(data: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
+    """Return *data* with inline images cut, which are megabytes and decoded elsewhere."""
+    result = data.get("result")
+    if not isinstance(result, list):
+        return data
+    return {**data, "result": [_cut(entry) for entry in result]}
+
+
+def _cut(entry: JsonValue) -> JsonValue:
+    if isinstance(entry, dict):
+        return {name: _cut(value) for name, value in entry.items()}
+    is_long = isinstance(entry, str) and len(entry) > _MAX_RAW_CHARS and entry.lstrip()[:5].lower() == "data:"
+    return f"{str(entry).lstrip()[:40]}..." if is_long else entry
 
 
 def decode_callback(body: bytes) -> CallbackPayload:

@@ -188,6 +188,8 @@ async def batches(client: nb.NanoBananaClient, store: nb.ImageStore) -> list[nb.
 def errors(error: nb.TaskError, unknown: nb.SubmissionUnknown, api: nb.ApiError) -> None:
     """Read the attributes of errors."""
     assert_type(error.task, nb.Task | None)
+    if isinstance(error, nb.NoImage | nb.TaskFailed):
+        assert_type(error.task, nb.Task)
     assert_type(error.task_id, str | None)
     assert_type(unknown.status, int | None)
     assert_type(unknown.possible_duplicates, int)
