@@ -34,55 +34,109 @@ class _EventBase:
 
 @attrs.frozen(kw_only=True)
 class Queued(_EventBase):
-    """The request waits for its turn to be submitted."""
+    """The request waits for its turn to be submitted.
+
+    Attributes:
+        key: Identifies the call that the event is about; the task id if this client did not submit the task.
+        owner: Whom the call is for; None if the application has not said.
+        task_id: The task, once it is accepted.
+        at: When it happened, in UTC.
+        position: Place in line: 1 is the next one.
+        eta: Time left until the image; None if it is not known.
+    """
 
     position: int
-    """Place in line: 1 is the next one."""
     eta: Eta | None = None
-    """Time left until the image; None if it is not known."""
 
 
 @attrs.frozen(kw_only=True)
 class Submitted(_EventBase):
-    """The service has accepted the request, and `task_id` is known."""
+    """The service has accepted the request, and `task_id` is known.
+
+    Attributes:
+        key: Identifies the call that the event is about; the task id if this client did not submit the task.
+        owner: Whom the call is for; None if the application has not said.
+        task_id: The task, once it is accepted.
+        at: When it happened, in UTC.
+        possible_duplicates: Earlier POSTs of the same call that may have been charged.
+    """
 
     possible_duplicates: int = 0
-    """Earlier POSTs of the same call that may have been charged."""
 
 
 @attrs.frozen(kw_only=True)
 class SubmitFailed(_EventBase):
-    """The request was not accepted, or no response confirmed it (`SubmissionUnknown`)."""
+    """The request was not accepted, or no response confirmed it (`SubmissionUnknown`).
+
+    Attributes:
+        key: Identifies the call that the event is about; the task id if this client did not submit the task.
+        owner: Whom the call is for; None if the application has not said.
+        task_id: The task, once it is accepted.
+        at: When it happened, in UTC.
+        error: Why it ended without a task.
+    """
 
     error: NanoBananaError
 
 
 @attrs.frozen(kw_only=True)
 class StatusChanged(_EventBase):
-    """The status of the task has changed and is not final."""
+    """The status of the task has changed and is not final.
+
+    Attributes:
+        key: Identifies the call that the event is about; the task id if this client did not submit the task.
+        owner: Whom the call is for; None if the application has not said.
+        task_id: The task, once it is accepted.
+        at: When it happened, in UTC.
+        task: The snapshot.
+        eta: Time left until the image; None if it is not known.
+    """
 
     task: Task
     eta: Eta | None = None
-    """Time left until the image; None if it is not known."""
 
 
 @attrs.frozen(kw_only=True)
 class Finished(_EventBase):
-    """The task is final: it has images, or it has failed."""
+    """The task is final: it has images, or it has failed.
+
+    Attributes:
+        key: Identifies the call that the event is about; the task id if this client did not submit the task.
+        owner: Whom the call is for; None if the application has not said.
+        task_id: The task, once it is accepted.
+        at: When it happened, in UTC.
+        task: The snapshot.
+    """
 
     task: Task
 
 
 @attrs.frozen(kw_only=True)
 class Saved(_EventBase):
-    """An image was checked and stored durably."""
+    """An image was checked and stored durably.
+
+    Attributes:
+        key: Identifies the call that the event is about; the task id if this client did not submit the task.
+        owner: Whom the call is for; None if the application has not said.
+        task_id: The task, once it is accepted.
+        at: When it happened, in UTC.
+        image: Where it was stored.
+    """
 
     image: SavedImage
 
 
 @attrs.frozen(kw_only=True)
 class Throttled(_EventBase):
-    """The service has asked for fewer requests (429). All requests of the client are paused. `key` is empty."""
+    """The service has asked for fewer requests (429). All requests of the client are paused. `key` is empty.
+
+    Attributes:
+        key: Identifies the call that the event is about; the task id if this client did not submit the task.
+        owner: Whom the call is for; None if the application has not said.
+        task_id: The task, once it is accepted.
+        at: When it happened, in UTC.
+        pause_s: Seconds for which requests are paused.
+    """
 
     pause_s: float
 

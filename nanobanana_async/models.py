@@ -36,6 +36,14 @@ class TaskStatus(enum.StrEnum):
     """Status of a task.
 
     `UNRECOGNIZED` stands for a status that this version does not know. The task is treated as running.
+
+    Attributes:
+        PENDING: It waits.
+        SUBMITTED: It was passed on.
+        IN_PROGRESS: It is being generated.
+        SUCCESS: It has ended. It may contain text instead of images.
+        FAILED: It has ended without an image.
+        UNRECOGNIZED: A status that this version does not know.
     """
 
     PENDING = "pending"
@@ -145,27 +153,31 @@ class GenerationRequest:
     """One image to generate. Invalid values raise ValueError or TypeError on construction, before anything is sent.
 
     Nano Banana has no `n` parameter. For several images, send several requests.
+
+    Attributes:
+        prompt: Text to generate from.
+        images: Reference images, at most four.
+        model: Name of the model. Any text is accepted, because the service adds models without notice.
+        aspect_ratio: `"16:9"` or another N:M, or `"auto"`. None leaves the choice to the service.
+        image_size: `"1k"`, `"2k"` or `"4k"`, for the -pro and -2 models only. None leaves the choice to the
+            service.
+        callback_url: URL to which the service posts the final state. It must be reachable from the internet.
+        extra: Additional JSON fields, sent unchanged. The service ignores fields that it does not know.
     """
 
     prompt: str = attrs.field(validator=_check_text, kw_only=False)
     images: tuple[ImageSource, ...] = attrs.field(
         default=(), converter=_as_images, validator=_check_images, repr=_repr_length
     )
-    """Reference images, at most four."""
     model: str = attrs.field(default=DEFAULT_MODEL, validator=_check_text)
-    """Name of the model. Any text is accepted, because the service adds models without notice."""
     aspect_ratio: str | None = attrs.field(default=None, validator=_check_aspect_ratio)
-    """`"16:9"` or another N:M, or `"auto"`. None leaves the choice to the service."""
     image_size: str | None = attrs.field(
         default=None,
         converter=_lower,
         validator=attrs.validators.optional(_check_text),
     )
-    """`"1k"`, `"2k"` or `"4k"`, for the -pro and -2 models only. None leaves the choice to the service."""
     callback_url: str | None = attrs.field(default=None, validator=_check_callback_url)
-    """URL to which the service posts the final state. It must be reachable from the internet."""
     extra: Mapping[str, JsonValue] = attrs.field(factory=dict[str, JsonValue], validator=_check_extra)
-    """Additional JSON fields, sent unchanged. The service ignores fields that it does not know."""
 
 
 class RequestOptions(TypedDict, total=False):
@@ -181,35 +193,44 @@ class RequestOptions(TypedDict, total=False):
 
 @attrs.frozen(kw_only=True)
 class GeneratedImage:
-    """One image of a finished task. Either `url` or `data` is set."""
+    """One image of a finished task. Either `url` or `data` is set.
+
+    Attributes:
+        url: Location of the image. Its lifetime is unknown: download it at once.
+        data: The encoded image, if the service returned it inline.
+        media_type: Media type that the service stated for inline data; None for a URL. Downloads check the
+            bytes instead.
+    """
 
     url: str | None = None
-    """Location of the image. Its lifetime is unknown: download it at once."""
     data: bytes | None = attrs.field(default=None, repr=lambda data: "None" if data is None else f"<{len(data)} bytes>")
-    """The encoded image, if the service returned it inline."""
     media_type: str | None = None
-    """Media type that the service stated for inline data; None for a URL. Downloads check the bytes instead."""
 
 
 @attrs.frozen(kw_only=True)
 class Task:
-    """A snapshot of one task, as the service last reported it."""
+    """A snapshot of one task, as the service last reported it.
+
+    Attributes:
+        task_id: Identifier of the task at the service.
+        status: Its status.
+        images: Images of a finished task; () if there are none.
+        texts: Text that the model returned beside or instead of images.
+        consumed: Credits charged; None if the service did not report them.
+        reason: Reason for the failure in the service's words. Often None, even for a failed task.
+        created_at: When the service created it; None if it does not say.
+        raw: The service's own `data` object, with unknown fields. Numbers with a decimal point are Decimal.
+            Inline images are cut: `images` contains them.
+    """
 
     task_id: str
     status: TaskStatus
     images: tuple[GeneratedImage, ...] = ()
     texts: tuple[str, ...] = ()
-    """Text that the model returned beside or instead of images."""
     consumed: Decimal | None = None
-    """Credits charged; None if the service did not report them."""
     reason: str | None = None
-    """Reason for the failure in the service's words. Often None, even for a failed task."""
     created_at: datetime | None = None
     raw: Mapping[str, JsonValue] = attrs.field(factory=dict[str, JsonValue], repr=False, eq=False)
-    """The service's own `data` object, with unknown fields. Numbers with a decimal point are Decimal.
-
-    Inline images are cut: `images` contains them.
-    """
 
     @property
     def is_final(self) -> bool:
@@ -224,31 +245,46 @@ class Task:
 
 @attrs.frozen(kw_only=True)
 class SavedImage:
-    """An image file that was checked and written durably."""
+    """An image file that was checked and written durably.
+
+    Attributes:
+        path: Where the image is.
+        sha256: Hex digest of the file.
+        size_bytes: Size of the file.
+        width: Width in pixels; None if it is not known.
+        height: Height in pixels; None if it is not known.
+    """
 
     path: Path
     sha256: str
-    """Hex digest of the file."""
     size_bytes: int
     width: int | None = None
-    """Width in pixels; None if it is not known."""
     height: int | None = None
-    """Height in pixels; None if it is not known."""
 
 
 @attrs.frozen(kw_only=True)
 class CallbackPayload:
-    """The body posted to a callback URL. It is not authenticated: query the task before you act on it."""
+    """The body posted to a callback URL. It is not authenticated: query the task before you act on it.
+
+    Attributes:
+        task_id: The task that the callback names.
+        status: The status that the callback states.
+        raw: The whole object that was posted.
+    """
 
     task_id: str
     status: TaskStatus
     raw: Mapping[str, JsonValue] = attrs.field(factory=dict[str, JsonValue], repr=False, eq=False)
-    """The whole object that was posted."""
 
 
 @attrs.frozen(kw_only=True)
 class Eta:
-    """Time left until a task is final, in seconds."""
+    """Time left until a task is final, in seconds.
+
+    Attributes:
+        median_s: Half of the tasks of this age are final by then.
+        p90_s: Nine of ten are.
+    """
 
     median_s: float
     p90_s: float
@@ -256,35 +292,48 @@ class Eta:
 
 @attrs.frozen(kw_only=True)
 class Spending:
-    """What submits were charged, and what they may have been charged, in credits."""
+    """What submits were charged, and what they may have been charged, in credits.
+
+    Attributes:
+        spent: Credits that the service reported as charged.
+        reserved: Largest amount that unfinished tasks may cost, at known prices.
+        unknown: Largest amount of submits that may have been charged without a statement of the service, at
+            known prices.
+        unpriced: Submits that are in neither of the two, because no price is known for them.
+    """
 
     spent: Decimal
-    """Credits that the service reported as charged."""
     reserved: Decimal
-    """Largest amount that unfinished tasks may cost, at known prices."""
     unknown: Decimal
-    """Largest amount of submits that may have been charged without a statement of the service, at known prices."""
     unpriced: int
-    """Submits that are in neither of the two, because no price is known for them."""
 
 
 @attrs.frozen(kw_only=True)
 class UnresolvedAttempt:
-    """A submit of a single task that may have been charged, and whose task id is not known."""
+    """A submit of a single task that may have been charged, and whose task id is not known.
+
+    Attributes:
+        key: Identifies the call, as in its events and in the error that it has raised (`exc.key`).
+        owner: Whom the image was for.
+        note: What the application has passed as `note`.
+        prompt: Empty if the ledger stores no prompts.
+        model: Model of the request.
+        image_size: Image size of the request; None leaves it to the service.
+        submitted_at: When the POST was about to be sent.
+        reason: What happened to it.
+        possible_charges: POSTs that may have been charged.
+        acknowledge: Called by `ack`.
+    """
 
     key: str
-    """Identifies the call, as in its events and in the error that it has raised (`exc.key`)."""
     owner: str | None
     note: JsonValue
-    """What the application has passed as `note`."""
     prompt: str
-    """Empty if the ledger stores no prompts."""
     model: str
     image_size: str | None
     submitted_at: datetime
     reason: str
     possible_charges: int
-    """POSTs that may have been charged."""
     acknowledge: Callable[[], Awaitable[None]] = attrs.field(repr=False, eq=False)
 
     async def ack(self) -> None:

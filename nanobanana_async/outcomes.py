@@ -31,17 +31,32 @@ class _OutcomeBase:
 
 @attrs.frozen(kw_only=True)
 class Succeeded(_OutcomeBase):
-    """The request produced an image."""
+    """The request produced an image.
+
+    Attributes:
+        key: Key of the batch row. For `generate_many`, the position of the request, counted from 0.
+        request: The request.
+        line: Line of the batch row in the file that it was read from; None if it was not read from a file.
+        replayed: Whether the outcome is from an earlier run of the same batch.
+        task: The final snapshot. If replayed, it has only what the ledger stores: no `images` and no `raw`.
+        files: Files that a batch has written durably; () from `generate_many`.
+    """
 
     task: Task
-    """The final snapshot. If replayed, it has only what the ledger stores: no `images` and no `raw`."""
     files: tuple[SavedImage, ...] = ()
-    """Files that a batch has written durably; () from `generate_many`."""
 
 
 @attrs.frozen(kw_only=True)
 class Failed(_OutcomeBase):
-    """The request produced no image. `error` is the reason. `error.task_id` is set if a task was accepted."""
+    """The request produced no image. `error` is the reason. `error.task_id` is set if a task was accepted.
+
+    Attributes:
+        key: Key of the batch row. For `generate_many`, the position of the request, counted from 0.
+        request: The request.
+        line: Line of the batch row in the file that it was read from; None if it was not read from a file.
+        replayed: Whether the outcome is from an earlier run of the same batch.
+        error: Why there is no image.
+    """
 
     error: NanoBananaError
 
@@ -58,6 +73,13 @@ class Unknown(_OutcomeBase):
     """The request may have been charged, and its image cannot be had. It is not resubmitted unless you request it.
 
     No response confirmed the submit (`SubmissionUnknown`), or the service has lost the task (`TaskLost`).
+
+    Attributes:
+        key: Key of the batch row. For `generate_many`, the position of the request, counted from 0.
+        request: The request.
+        line: Line of the batch row in the file that it was read from; None if it was not read from a file.
+        replayed: Whether the outcome is from an earlier run of the same batch.
+        error: Why it is not known whether there is one.
     """
 
     error: SubmissionUnknown | TaskLost

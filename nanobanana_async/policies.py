@@ -20,22 +20,23 @@ _DAY_S: Final = 86_400.0
 
 @attrs.frozen(kw_only=True)
 class RetryPolicy:
-    """Retry limits, and when a submit with an unknown outcome may be resubmitted."""
+    """Retry limits, and when a submit with an unknown outcome may be resubmitted.
+
+    Attributes:
+        attempts: Number of attempts, including the first.
+        initial_s: Upper bound of the first wait. It doubles with each further wait.
+        max_s: Upper bound of every wait.
+        resubmit: When a submit that may have been charged is sent again. `"never"`: not at all. `"api-5xx"`:
+            after the service's own JSON error with a 5xx status, as its documentation advises, and once after a
+            408, 421 or 425 without such a body. `"any-5xx"`: after any 5xx, also from a gateway. `"always"`:
+            also after timeouts and lost connections. Requests that did not reach the service are retried under
+            every level.
+    """
 
     attempts: int = attrs.field(default=3, validator=[ge(1), le(10)])
-    """Number of attempts, including the first."""
     initial_s: float = attrs.field(default=0.5, validator=gt(0))
-    """Upper bound of the first wait. It doubles with each further wait."""
     max_s: float = attrs.field(default=8.0, validator=gt(0))
-    """Upper bound of every wait."""
     resubmit: ResubmitLevel = attrs.field(default="api-5xx", validator=in_(RESUBMIT_LEVELS))
-    """When a submit that may have been charged is sent again.
-
-    `"never"`: not at all. `"api-5xx"`: after the service's own JSON error with a 5xx status, as its documentation
-    advises, and once after a 408, 421 or 425 without such a body. `"any-5xx"`: after any 5xx, also from a gateway.
-    `"always"`: also after timeouts and lost connections. Requests that did not reach the service are retried under
-    every level.
-    """
 
     def backoff_s(self, attempts: int, rng: Random) -> float:
         """Return the wait after *attempts* failed attempts: uniform in [0, min(max_s, initial_s * 2^(attempts-1))].
@@ -70,27 +71,26 @@ class PollPolicy:
     By default the schedule is learned. The client observes the latency of each model and polls a task when the
     expected delay that a poll can avoid exceeds the cost of one request. Most images take 8 to 60 seconds. `fixed`
     and `backoff` return policies with intervals that are not learned.
+
+    Attributes:
+        poll_cost_s: Cost of one poll, in seconds of expected delay. A task is polled when its expected delay
+            since the last poll reaches this value. Quadrupling it halves the polls and doubles the delay.
+        min_interval_s: Shortest time between two polls of one task.
+        max_interval_s: Longest time between two polls of one task. If more polls are due than
+            `Limits.requests_per_s` allows, they also wait in a queue, the most overdue first.
+        jitter: Largest relative deviation of an interval: 0.1 means +/-10 %.
+        latency_models: Latency models of an earlier client, by model name, from
+            `client.statistics().latency_models`. May be empty.
+        static_schedule: Intervals that are not learned; see `fixed` and `backoff`. None selects the learned
+            schedule.
     """
 
     poll_cost_s: float = attrs.field(default=0.21, validator=[gt(0), le(_DAY_S)])
-    """Cost of one poll, in seconds of expected delay.
-
-    A task is polled when its expected delay since the last poll reaches this value. Quadrupling it halves the polls
-    and doubles the delay.
-    """
     min_interval_s: float = attrs.field(default=0.5, validator=[gt(0), le(_DAY_S)])
-    """Shortest time between two polls of one task."""
     max_interval_s: float = attrs.field(default=15.0, validator=[gt(0), le(_DAY_S), _ge_min_interval])
-    """Longest time between two polls of one task.
-
-    If more polls are due than `Limits.requests_per_s` allows, they also wait in a queue, the most overdue first.
-    """
     jitter: float = attrs.field(default=0.1, validator=[ge(0), lt(1)])
-    """Largest relative deviation of an interval: 0.1 means +/-10 %."""
     latency_models: Mapping[str, Sequence[float]] = attrs.field(factory=dict[str, Sequence[float]], repr=False)
-    """Latency models of an earlier client, by model name, from `client.statistics().latency_models`. May be empty."""
     static_schedule: StaticSchedule | None = None
-    """Intervals that are not learned; see `fixed` and `backoff`. None selects the learned schedule."""
 
     @classmethod
     def fixed(cls, interval_s: float, *, jitter: float = 0.1) -> Self:
@@ -119,27 +119,28 @@ class PollPolicy:
 
 @attrs.frozen(kw_only=True)
 class Limits:
-    """How many requests may be in flight, and at which rate they may be sent."""
+    """How many requests may be in flight, and at which rate they may be sent.
+
+    Attributes:
+        max_submits: Submits in flight. Each may carry up to four reference images.
+        max_polls: Queries in flight, for any number of tasks.
+        max_downloads: Downloads in flight.
+        requests_per_s: API requests per second on average, submits and queries together.
+        burst: API requests that may be sent at once after an idle period.
+        max_image_bytes: Largest image that is downloaded.
+        max_download_bytes: Images that are downloaded and not yet stored, and responses with inline images,
+            together. A larger one is received alone.
+        max_reference_bytes: Largest reference image that is sent. Other clients of the service use 10 MB.
+    """
 
     max_submits: int = attrs.field(default=16, validator=ge(1))
-    """Submits in flight. Each may carry up to four reference images."""
     max_polls: int = attrs.field(default=64, validator=ge(1))
-    """Queries in flight, for any number of tasks."""
     max_downloads: int = attrs.field(default=16, validator=ge(1))
-    """Downloads in flight."""
     requests_per_s: float = attrs.field(default=300.0, validator=gt(0))
-    """API requests per second on average, submits and queries together."""
     burst: int = attrs.field(default=30, validator=ge(1))
-    """API requests that may be sent at once after an idle period."""
     max_image_bytes: int = attrs.field(default=64 * 2**20, validator=ge(1))
-    """Largest image that is downloaded."""
     max_download_bytes: int = attrs.field(default=256 * 2**20, validator=ge(1))
-    """Images that are downloaded and not yet stored, and responses with inline images, together.
-
-    A larger one is received alone.
-    """
     max_reference_bytes: int = attrs.field(default=10 * 2**20, validator=ge(1))
-    """Largest reference image that is sent. Other clients of the service use 10 MB."""
 
 
 def _check_credits(_: object, field: "attrs.Attribute[Decimal | None]", value: Decimal | None) -> None:
@@ -151,47 +152,48 @@ def _check_credits(_: object, field: "attrs.Attribute[Decimal | None]", value: D
 
 @attrs.frozen(kw_only=True)
 class OwnerLimits:
-    """What each owner of submits may use, such as one user of a bot. None means no limit."""
+    """What each owner of submits may use, such as one user of a bot. None means no limit.
+
+    Attributes:
+        max_in_flight: Tasks of one owner that are submitted and not final, in this process. Further submits
+            wait. A task counts until it is final, for at most `Timeouts.task_s`. The client polls it also if
+            nothing waits for it.
+        per_minute: Submits of one owner in any 60 seconds, in this process. Further submits wait.
+        budget: Credits that one owner may spend, in all processes that share the ledger. Needs a ledger. A
+            submit that could exceed it raises `BudgetExceeded`. Submits in flight, and those that may have been
+            charged, count at the largest price seen for their model and image size.
+        max_price: Upper bound of a price that was not seen yet. Without it, an owner with a budget has one
+            submit of unknown price.
+    """
 
     max_in_flight: int | None = attrs.field(default=None, validator=optional(ge(1)))
-    """Tasks of one owner that are submitted and not final, in this process. Further submits wait.
-
-    A task counts until it is final, for at most `Timeouts.task_s`. The client polls it also if nothing waits for it.
-    """
     per_minute: int | None = attrs.field(default=None, validator=optional(ge(1)))
-    """Submits of one owner in any 60 seconds, in this process. Further submits wait."""
     budget: Decimal | None = attrs.field(default=None, validator=_check_credits)
-    """Credits that one owner may spend, in all processes that share the ledger. Needs a ledger.
-
-    A submit that could exceed it raises `BudgetExceeded`. Submits in flight, and those that may have been charged,
-    count at the largest price seen for their model and image size.
-    """
     max_price: Decimal | None = attrs.field(default=None, validator=_check_credits)
-    """Upper bound of a price that was not seen yet. Without it, an owner with a budget has one submit of unknown price.
-    """
 
 
 @attrs.frozen(kw_only=True)
 class Timeouts:
-    """Time limits. All of them are finite."""
+    """Time limits. All of them are finite.
+
+    Attributes:
+        connect_s: One attempt to connect.
+        submit_s: One submit with its safe retries, counted from when it may be sent. It includes the upload of
+            reference images.
+        query_s: One query or balance call with its retries.
+        download_s: One download with its retries, counted from when it gets a slot (`Limits.max_downloads`).
+        task_s: Default timeout of `generate`, `result`, `wait` and `updates`, and longest wait of a submit for
+            its slot. An interaction with a Discord bot lasts 900 s, which leaves it a minute to say something.
+        recovery_s: How long a submit whose response was lost waits for its callback, which contains the task
+            id. After that it raises `SubmissionUnknown`, and a later callback is recorded in the ledger and
+            passed to `on_orphan`.
+        close_s: Extra time `aclose()` may take after submits in flight have finished.
+    """
 
     connect_s: float = attrs.field(default=10.0, validator=[gt(0), lt(math.inf)])
     submit_s: float = attrs.field(default=60.0, validator=[gt(0), lt(math.inf)])
-    """One submit with its safe retries, counted from when it may be sent. It includes the upload of reference images.
-    """
     query_s: float = attrs.field(default=20.0, validator=[gt(0), lt(math.inf)])
-    """One query or balance call with its retries."""
     download_s: float = attrs.field(default=120.0, validator=[gt(0), lt(math.inf)])
-    """One download with its retries, counted from when it gets a slot (`Limits.max_downloads`)."""
     task_s: float = attrs.field(default=840.0, validator=[gt(0), lt(math.inf)])
-    """Default timeout of `generate`, `result`, `wait` and `updates`, and longest wait of a submit for its slot.
-
-    An interaction with a Discord bot lasts 900 s, which leaves it a minute to say something.
-    """
     recovery_s: float = attrs.field(default=30.0, validator=[ge(0), lt(math.inf)])
-    """How long a submit whose response was lost waits for its callback, which contains the task id.
-
-    After that it raises `SubmissionUnknown`, and a later callback is recorded in the ledger and passed to `on_orphan`.
-    """
     close_s: float = attrs.field(default=10.0, validator=[gt(0), lt(math.inf)])
-    """Extra time `aclose()` may take after submits in flight have finished."""

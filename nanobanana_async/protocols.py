@@ -14,32 +14,51 @@ from nanobanana_async.policies import OwnerLimits
 
 
 class RequestKind(enum.Enum):
-    """The purpose of a request, which decides how it may be sent."""
+    """The purpose of a request, which decides how it may be sent.
+
+    Attributes:
+        SUBMIT: A request that may be charged. It uses a new connection. On a reused connection, 20 of 4800
+            submits failed ambiguously (measured).
+        READ: An API call that is safe to retry. It reuses connections.
+        DOWNLOAD: A file on a third-party host. It never carries credentials or cookies, and never uses the
+            caller's client.
+    """
 
     SUBMIT = enum.auto()
-    """A request that may be charged. It uses a new connection.
-
-    On a reused connection, 20 of 4800 submits failed ambiguously (measured).
-    """
     READ = enum.auto()
-    """An API call that is safe to retry. It reuses connections."""
     DOWNLOAD = enum.auto()
-    """A file on a third-party host. It never carries credentials or cookies, and never uses the caller's client."""
 
 
 class Phase(enum.IntEnum):
-    """How far an exchange got before it failed. Up to `CONNECT`, the peer received no byte of the request."""
+    """How far an exchange got before it failed. Up to `CONNECT`, the peer received no byte of the request.
+
+    Attributes:
+        CONNECT: No byte of the request has left.
+        SEND: The request was being sent. All of it, a part or nothing may have arrived.
+        RESPONSE: At least the status line of a response had arrived.
+    """
 
     CONNECT = 0
     SEND = 1
-    """The request was being sent. All of it, a part or nothing may have arrived."""
     RESPONSE = 2
-    """At least the status line of a response had arrived."""
 
 
 @attrs.frozen(kw_only=True)
 class WireRequest:
-    """One HTTP request, ready to be sent."""
+    """One HTTP request, ready to be sent.
+
+    Attributes:
+        kind: What it is for.
+        method: HTTP method.
+        url: Absolute URL.
+        headers: Headers to send. The repr hides them, because they contain the key.
+        body: Body to send; None for none.
+        max_bytes: Largest response body that is read. A longer one ends the exchange.
+        public_only: Whether to refuse connections to addresses that are not public.
+        before_body: Awaited with the head of a 200 before its body is read, to wait for memory. A transport may
+            ignore it. If the head states no length, it is awaited again once a MiB has arrived, with
+            `max_bytes` as the length.
+    """
 
     kind: RequestKind
     method: str
@@ -47,14 +66,8 @@ class WireRequest:
     headers: Mapping[str, str] = attrs.field(factory=dict[str, str], repr=False)
     body: bytes | None = attrs.field(default=None, repr=False)
     max_bytes: int = 2**20
-    """Largest response body that is read. A longer one ends the exchange."""
     public_only: bool = False
-    """Whether to refuse connections to addresses that are not public."""
     before_body: "Callable[[WireResponse], Awaitable[None]] | None" = attrs.field(default=None, repr=False, eq=False)
-    """Awaited with the head of a 200 before its body is read, to wait for memory. A transport may ignore it.
-
-    If the head states no length, it is awaited again once a MiB has arrived, with `max_bytes` as the length.
-    """
 
 
 def _check_headers(_: object, __: object, headers: Mapping[str, str]) -> None:
@@ -65,7 +78,13 @@ def _check_headers(_: object, __: object, headers: Mapping[str, str]) -> None:
 
 @attrs.frozen(kw_only=True)
 class WireResponse:
-    """One HTTP response. Header names are lower case. `body` is the body as received, never decompressed."""
+    """One HTTP response. Header names are lower case. `body` is the body as received, never decompressed.
+
+    Attributes:
+        status: HTTP status.
+        headers: Headers by name in lower case.
+        body: Body as received, up to `WireRequest.max_bytes`.
+    """
 
     status: int = attrs.field(validator=instance_of(int))
     headers: Mapping[str, str] = attrs.field(factory=dict[str, str], repr=False, validator=_check_headers)
@@ -115,31 +134,39 @@ class Transport(Protocol):
 
 
 class Verdict(enum.Enum):
-    """What one POST of a submit has led to."""
+    """What one POST of a submit has led to.
+
+    Attributes:
+        ACCEPTED: The task id is known: the task is charged.
+        REJECTED: The service rejected this request: nothing is charged.
+        NOT_CHARGED: The request was not processed, for a reason that is not its own: nothing is charged.
+        UNKNOWN: The request may have been charged, but no response confirmed it.
+    """
 
     ACCEPTED = "accepted"
-    """The task id is known: the task is charged."""
     REJECTED = "rejected"
-    """The service rejected this request: nothing is charged."""
     NOT_CHARGED = "not charged"
-    """The request was not processed, for a reason that is not its own: nothing is charged."""
     UNKNOWN = "unknown"
-    """The request may have been charged, but no response confirmed it."""
 
 
 @attrs.frozen(kw_only=True)
 class AttemptEnd:
-    """The end of one POST."""
+    """The end of one POST.
+
+    Attributes:
+        verdict: The verdict on it.
+        rule: Name of the rule that decided.
+        is_doubtful: Whether the response does not prove that nothing was charged. It is excused once per
+            request.
+        task_id: Set if accepted.
+        error: What the caller gets; None if accepted. It speaks for all attempts of the call.
+    """
 
     verdict: Verdict
     rule: str
-    """Name of the rule that decided."""
     is_doubtful: bool = False
-    """Whether the response does not prove that nothing was charged. It is excused once per request."""
     task_id: str | None = None
-    """Set if accepted."""
     error: NanoBananaError | None = None
-    """What the caller gets; None if accepted. It speaks for all attempts of the call."""
 
 
 class SubmitRecord(Protocol):

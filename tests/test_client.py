@@ -237,13 +237,13 @@ async def test_a_client_may_be_opened_in_one_task_and_closed_in_another(nanobana
 
 
 @pytest.mark.real_time
-async def test_another_event_loop_gets_a_clear_error(nanobanana_simulator: Simulator, anyio_backend: str) -> None:
+async def test_another_event_loop_gets_a_clear_error(nanobanana_simulator: Simulator, anyio_backend_name: str) -> None:
     """Another event loop gets a `WrongEventLoop` instead of foreign futures."""
     async with nanobanana_simulator.client() as client:
         await client.balance()
         for use in (client.balance, client.aclose):
             with pytest.raises(WrongEventLoop, match="another event loop"):
-                await anyio.to_thread.run_sync(partial(anyio.run, use, backend=anyio_backend))
+                await anyio.to_thread.run_sync(partial(anyio.run, use, backend=anyio_backend_name))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")

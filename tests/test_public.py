@@ -1,11 +1,18 @@
 """The public names and their types are deliberate."""
 
+import enum
+import inspect
 import pkgutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
 
 import nanobanana_async as nb
+from nanobanana_async import simulator
 from tests.typing import surface
 
 
@@ -42,3 +49,15 @@ def test_errors_are_caught_by_their_base_class() -> None:
     """The hierarchy of errors is what the surface states."""
     for base, errors in surface.hierarchy().items():
         assert all(issubclass(error, base) for error in errors)
+
+
+def _has_fields(value: object) -> bool:
+    return isinstance(value, type) and (attrs.has(value) or issubclass(value, enum.Enum))
+
+
+@pytest.mark.parametrize("value", [one for one in (*vars(nb).values(), *vars(simulator).values()) if _has_fields(one)])
+def test_g4_help_describes_each_field_of_a_value(value: Any) -> None:  # noqa: ANN401 - an enum or an attrs class
+    """G4: docstrings below a field do not reach `help`."""
+    fields = attrs.fields_dict(value) if attrs.has(value) else value.__members__
+    doc = inspect.cleandoc(value.__doc__ or "")
+    assert [name for name in fields if not name.startswith("_") and f"\n    {name}: " not in doc] == []

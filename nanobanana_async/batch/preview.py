@@ -20,18 +20,21 @@ _FEW_ROWS: Final = 2
 
 @attrs.frozen(kw_only=True)
 class BatchPreview:
-    """What a run over the rows of a file would do."""
+    """What a run over the rows of a file would do.
+
+    Attributes:
+        rows: Rows of the file.
+        new: Rows that no earlier run has seen.
+        saved: Rows whose image is saved.
+        unlisted: Charged rows of earlier runs that are not in the file.
+        charged: Charged rows of earlier runs.
+    """
 
     rows: int
-    """Rows of the file."""
     new: int
-    """Rows that no earlier run has seen."""
     saved: int
-    """Rows whose image is saved."""
     unlisted: int
-    """Charged rows of earlier runs that are not in the file."""
     charged: int
-    """Charged rows of earlier runs."""
 
     @classmethod
     def of(cls, rows: int, counts: Mapping[tuple[RowState, bool], int]) -> "BatchPreview":

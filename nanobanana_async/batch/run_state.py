@@ -17,22 +17,29 @@ T = TypeVar("T")
 
 @attrs.frozen(kw_only=True)
 class BatchProgress:
-    """A snapshot of a run."""
+    """A snapshot of a run.
+
+    Attributes:
+        succeeded: Rows with an image.
+        failed: Rows without an image.
+        unknown: Rows that may have been charged, and whose image cannot be had.
+        running: Rows whose wait has timed out. Their tasks are charged, and the next run waits for them again.
+        replayed: Outcomes among those above that are from an earlier run.
+        in_flight: Submitted and not saved.
+        is_learning_price: Whether submits wait until the first image of its kind tells its price.
+        budget: State of the budget.
+        last_error: Error of the last submit or download while the run backs off; None otherwise.
+    """
 
     succeeded: int
     failed: int
     unknown: int
     running: int
-    """Rows whose wait has timed out. Their tasks are charged, and the next run waits for them again."""
     replayed: int
-    """Outcomes among those above that are from an earlier run."""
     in_flight: int
-    """Submitted and not saved."""
     is_learning_price: bool
-    """Whether submits wait until the first image of its kind tells its price."""
     budget: BudgetStatus
     last_error: str | None
-    """Error of the last submit or download while the run backs off; None otherwise."""
 
 
 class _TryAgain(Exception):

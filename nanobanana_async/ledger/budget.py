@@ -21,16 +21,21 @@ PricedAs: TypeAlias = tuple[str, str | None]
 
 @attrs.frozen(kw_only=True)
 class BudgetStatus:
-    """State of the budget, in credits."""
+    """State of the budget, in credits.
+
+    Attributes:
+        spent: Credits that the service reported as charged, in all runs of the batch.
+        reserved: Largest amount that submits in flight, and submits that may have been charged, may cost at
+            known prices.
+        unpriced: Submits that may cost something and are not in `reserved`, because no price is known for them.
+        remaining: Budget minus spent and reserved; None without a budget. Negative if a price was higher than
+            those before it.
+    """
 
     spent: Decimal
-    """Credits that the service reported as charged, in all runs of the batch."""
     reserved: Decimal
-    """Largest amount that submits in flight, and submits that may have been charged, may cost at known prices."""
     unpriced: int
-    """Submits that may cost something and are not in `reserved`, because no price is known for them."""
     remaining: Decimal | None
-    """Budget minus spent and reserved; None without a budget. Negative if a price was higher than those before it."""
 
 
 class Budget:

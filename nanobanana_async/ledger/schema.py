@@ -16,44 +16,52 @@ from nanobanana_async.protocols import AttemptEnd, Verdict
 
 @attrs.frozen(kw_only=True)
 class BatchRow:
-    """One row of a batch: one image to generate."""
+    """One row of a batch: one image to generate.
+
+    Attributes:
+        key: Identifies the row in later runs.
+        request: What to generate.
+        name: File name without suffix; None derives it from the prompt.
+        fingerprint: Hash of the request. Rows with the same key must have the same one. "" lets the batch
+            compute it.
+        line: Line in the file that it was read from.
+        columns: All columns of the row in that file, in order, for the results.
+    """
 
     key: str
-    """Identifies the row in later runs."""
     request: GenerationRequest
     name: str | None = None
-    """File name without suffix; None derives it from the prompt."""
     fingerprint: str = ""
-    """Hash of the request. Rows with the same key must have the same one. "" lets the batch compute it."""
     line: int | None = None
-    """Line in the file that it was read from."""
     columns: Mapping[str, JsonValue] = attrs.field(factory=dict[str, JsonValue])
-    """All columns of the row in that file, in order, for the results."""
 
 
 class RowState(enum.StrEnum):
-    """State of a row: that of its last attempt, or `READY` if there is none."""
+    """State of a row: that of its last attempt, or `READY` if there is none.
+
+    Attributes:
+        READY: Not submitted.
+        SUBMITTING: A POST is about to be sent, or was sent.
+        REJECTED: The service provably did not accept it. It is ready again.
+        UNKNOWN: It may have been charged, but no response confirmed it.
+        SUBMITTED: The task id is known.
+        SUCCEEDED: The task has an image, which is not saved yet.
+        FAILED: It ended without an image.
+        SAVED: The image is saved.
+        REQUEUED: It was unknown, and the user accepts a possible second charge. It is ready again.
+        ABANDONED: It was unknown, and the user has given it up.
+    """
 
     READY = "ready"
-    """Not submitted."""
     SUBMITTING = "submitting"
-    """A POST is about to be sent, or was sent."""
     REJECTED = "rejected"
-    """The service provably did not accept it. It is ready again."""
     UNKNOWN = "unknown"
-    """It may have been charged, but no response confirmed it."""
     SUBMITTED = "submitted"
-    """The task id is known."""
     SUCCEEDED = "succeeded"
-    """The task has an image, which is not saved yet."""
     FAILED = "failed"
-    """It ended without an image."""
     SAVED = "saved"
-    """The image is saved."""
     REQUEUED = "requeued"
-    """It was unknown, and the user accepts a possible second charge. It is ready again."""
     ABANDONED = "abandoned"
-    """It was unknown, and the user has given it up."""
 
     @property
     def is_ready(self) -> bool:
@@ -133,39 +141,56 @@ _CURRENT_ATTEMPT: Final = "(key, attempt) = (SELECT key, attempt FROM rows WHERE
 
 @attrs.frozen(kw_only=True)
 class LedgerRow:
-    """One row in the ledger, with its last attempt. Times are Unix seconds; None if not reached."""
+    """One row in the ledger, with its last attempt. Times are Unix seconds; None if not reached.
+
+    Attributes:
+        key: Identifies the row in all runs.
+        number: Position in the order in which rows were first seen, from 1.
+        file_stem: Name of its files without suffix. Unique in the ledger, ignoring case.
+        fingerprint: Hash of the request.
+        prompt: Text of the request.
+        model: Model of the request.
+        image_size: Image size of the request; None leaves it to the service.
+        attempt: Number of POSTs in all runs.
+        state: State of the row.
+        possible_charges: POSTs in all runs that were or may have been charged. More than one means possible
+            duplicates.
+        held_charges: Those of `possible_charges` for which the service has not stated an amount.
+        is_doubted: Whether a POST got a response that does not prove that nothing was charged.
+        task_id: Task of the last attempt; None if it is not known.
+        intended_at: When its POST was about to be sent.
+        submitted_at: When it was accepted.
+        ended_at: When its task was final.
+        saved_at: When its image was saved.
+        consumed: Credits charged for the last attempt.
+        reason: Why there is no image; None if there is one, or nothing is known.
+        files: Saved images.
+        line: Line in the file that it was read from last.
+        columns: All columns of the row in that file, in order.
+    """
 
     key: str
     number: int
-    """Position in the order in which rows were first seen, from 1."""
     file_stem: str
-    """Name of its files without suffix. Unique in the ledger, ignoring case."""
     fingerprint: str
     prompt: str
     model: str
     image_size: str | None
     attempt: int
-    """Number of POSTs in all runs."""
     state: RowState = attrs.field(converter=RowState)
     possible_charges: int
-    """POSTs in all runs that were or may have been charged. More than one means possible duplicates."""
     held_charges: int
-    """Those of `possible_charges` for which the service has not stated an amount."""
     is_doubted: bool = attrs.field(converter=bool)
-    """Whether a POST got a response that does not prove that nothing was charged."""
     task_id: str | None
     intended_at: float | None
     submitted_at: float | None
     ended_at: float | None
     saved_at: float | None
     consumed: Decimal | None = attrs.field(converter=attrs.converters.optional(Decimal))
-    """Credits charged for the last attempt."""
     reason: str | None
     files: tuple[SavedImage, ...]
     line: int | None
-    """Line in the file that it was read from last."""
     columns: Mapping[str, JsonValue]
-    """All columns of the row in that file, in order."""
 
     @property
     def possible_duplicates(self) -> int:

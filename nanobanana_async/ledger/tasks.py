@@ -51,30 +51,43 @@ SELECT owner, intended_at, consumed FROM rows JOIN attempts USING (key) WHERE ke
 
 @attrs.frozen(kw_only=True)
 class LedgerTask:
-    """One single task in a ledger, with its last attempt. Times are Unix seconds; None if not reached."""
+    """One single task in a ledger, with its last attempt. Times are Unix seconds; None if not reached.
+
+    Attributes:
+        key: Identifies the call.
+        number: Position in its file, from 1.
+        owner: Whom the task is for.
+        note: What the application has passed as `note`.
+        prompt: Empty with `SqliteLedger(store_requests=False)`.
+        model: Model of the request.
+        image_size: Image size of the request; None leaves it to the service.
+        state: State of the last attempt.
+        task_id: Identifier of the task; None if it is not known.
+        intended_at: When the POST was about to be sent.
+        submitted_at: When it was accepted.
+        ended_at: When it was final.
+        consumed: Credits charged for the last attempt; None if the service has not stated them.
+        reason: Why there is no image; None if there is one, or nothing is known.
+        acknowledged_at: When the application has used the result.
+        possible_charges: POSTs that were or may have been charged. More than one means possible duplicates.
+    """
 
     key: str
     number: int
-    """Position in its file, from 1."""
     owner: str | None
     note: JsonValue
-    """What the application has passed as `note`."""
     prompt: str
-    """Empty with `SqliteLedger(store_requests=False)`."""
     model: str
     image_size: str | None
     state: RowState
     task_id: str | None
     intended_at: float
-    """When the POST was about to be sent."""
     submitted_at: float | None
     ended_at: float | None
     consumed: Decimal | None
-    """Credits charged for the last attempt; None if the service has not stated them."""
     reason: str | None
     acknowledged_at: float | None
     possible_charges: int
-    """POSTs that were or may have been charged. More than one means possible duplicates."""
 
     @property
     def snapshot(self) -> Task | None:

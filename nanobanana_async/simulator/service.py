@@ -30,46 +30,52 @@ def _rate() -> float:
 
 @attrs.frozen(kw_only=True)
 class SimulatorProfile:
-    """Behaviour of the simulated service. Rates are fractions of submits, in [0, 1]."""
+    """Behaviour of the simulated service. Rates are fractions of submits, in [0, 1].
+
+    Attributes:
+        median_s: Median of the lognormal latency of a task (the real service: 8 to 60 s).
+        sigma: Spread of the latency: the standard deviation of its logarithm.
+        visibility_delay_s: Time for which a new id returns 404 (the real service: up to 30 s).
+        failed_tasks: Rate of tasks that end as failed.
+        text_only: Rate of tasks that end as success, with text and without an image.
+        inline_images: Rate of tasks whose image is a data URI.
+        server_errors: Rate of submits that get the service's own 500 and are not charged.
+        rate_limited: Rate of submits that get a 429 with Retry-After: 1.
+        lost_responses: Rate of submits that are charged and get a gateway's 502.
+        charged_errors: Rate of submits that are charged and get the service's own 500.
+        charged_timeouts: Rate of submits that are charged and get a gateway's 408.
+        captive_portals: Rate of submits that get a redirect to a login page and are not charged.
+        unstated_charges: Rate of tasks with an image whose `consumed` is null.
+        price: Price of an image, in credits.
+        size_prices: Price by `image_size`; `price` for others.
+        failed_charge: `consumed` of tasks without an image. They are charged, except with `"zero"`, which gives
+            the credits back.
+        balance: Credits of the account at first.
+        keys: API keys that are accepted.
+        accounts: Account by key, whose tasks only its own keys can query. Keys that are not listed share one.
+    """
 
     median_s: float = attrs.field(default=20.0, validator=gt(0))
-    """Median of the lognormal latency of a task (the real service: 8 to 60 s)."""
     sigma: float = attrs.field(default=0.5, validator=ge(0))
-    """Spread of the latency: the standard deviation of its logarithm."""
     visibility_delay_s: float = attrs.field(default=1.0, validator=ge(0))
-    """Time for which a new id returns 404 (the real service: up to 30 s)."""
     failed_tasks: float = _rate()
-    """Rate of tasks that end as failed."""
     text_only: float = _rate()
-    """Rate of tasks that end as success, with text and without an image."""
     inline_images: float = _rate()
-    """Rate of tasks whose image is a data URI."""
     server_errors: float = _rate()
-    """Rate of submits that get the service's own 500 and are not charged."""
     rate_limited: float = _rate()
-    """Rate of submits that get a 429 with Retry-After: 1."""
     lost_responses: float = _rate()
-    """Rate of submits that are charged and get a gateway's 502."""
     charged_errors: float = _rate()
-    """Rate of submits that are charged and get the service's own 500."""
     charged_timeouts: float = _rate()
-    """Rate of submits that are charged and get a gateway's 408."""
     captive_portals: float = _rate()
-    """Rate of submits that get a redirect to a login page and are not charged."""
     unstated_charges: float = _rate()
-    """Rate of tasks with an image whose `consumed` is null."""
     price: Decimal = Decimal("0.5")
     size_prices: Mapping[str, Decimal] = attrs.field(factory=dict[str, Decimal])
-    """Price by `image_size`; `price` for others."""
     failed_charge: Literal["null", "missing", "zero", "price"] = attrs.field(
         default="null", validator=in_(("null", "missing", "zero", "price"))
     )
-    """`consumed` of tasks without an image. They are charged, except with `"zero"`, which gives the credits back."""
     balance: Decimal = Decimal(100_000)
     keys: frozenset[str] = frozenset({"dk-test"})
-    """API keys that are accepted."""
     accounts: Mapping[str, str] = attrs.field(factory=dict[str, str])
-    """Account by key, whose tasks only its own keys can query. Keys that are not listed share one."""
 
     @classmethod
     def from_faults(cls, text: str, **settings: object) -> "SimulatorProfile":
@@ -90,7 +96,14 @@ class SimulatorProfile:
 
 @attrs.frozen(kw_only=True)
 class Charge:
-    """One submit that was charged."""
+    """One submit that was charged.
+
+    Attributes:
+        task_id: Task that was charged.
+        prompt: Its prompt.
+        credits: Amount.
+        at_s: When, on the service's clock.
+    """
 
     task_id: str
     prompt: str

@@ -167,23 +167,27 @@ class TaskCache:
 
 @attrs.frozen(kw_only=True)
 class TrackerStatistics:
-    """A snapshot of the client's tracker."""
+    """A snapshot of the client's tracker.
+
+    Attributes:
+        tracked: Unfinished tasks with at least one waiter.
+        in_flight: Polls in flight; never above `Limits.max_polls`.
+        overdue_tasks: Tasks whose poll is overdue, because it waits for a slot or the rate limiter.
+        overdue_s: Delay of the most overdue poll in seconds; 0.0 if there is none.
+        pressure: Demand for polls divided by what `Limits.requests_per_s` allows; at least 1.0.
+        polls: Polls sent since the client was created.
+        wakeups: Wake-ups of the scheduler since the client was created.
+        median_latency_s: Learned median latency in seconds, by model. Its resolution is that of the polls.
+        latency_models: Learned latency models, for `PollPolicy(latency_models=...)` of a later client. Plain
+            numbers, valid in JSON.
+    """
 
     tracked: int
-    """Unfinished tasks with at least one waiter."""
     in_flight: int
-    """Polls in flight; never above `Limits.max_polls`."""
     overdue_tasks: int
-    """Tasks whose poll is overdue, because it waits for a slot or the rate limiter."""
     overdue_s: float
-    """Delay of the most overdue poll in seconds; 0.0 if there is none."""
     pressure: float
-    """Demand for polls divided by what `Limits.requests_per_s` allows; at least 1.0."""
     polls: int
-    """Polls sent since the client was created."""
     wakeups: int
-    """Wake-ups of the scheduler since the client was created."""
     median_latency_s: Mapping[str, float]
-    """Learned median latency in seconds, by model. Its resolution is that of the polls."""
     latency_models: Mapping[str, tuple[float, ...]] = attrs.field(repr=False)
-    """Learned latency models, for `PollPolicy(latency_models=...)` of a later client. Plain numbers, valid in JSON."""

@@ -26,6 +26,7 @@ from nanobanana_async.errors import (
     TransportError,
 )
 from nanobanana_async.models import Task, TaskStatus
+from nanobanana_async.tracking.callback_trust import CallbackTrust
 from nanobanana_async.tracking.schedule import DEFAULT_AGE_S, Lost, PollSchedule, Presence, latest_status
 from nanobanana_async.tracking.state import (
     PollSource,
@@ -46,8 +47,6 @@ _TIMER_SLACK_S: Final = 0.2
 _WARN_AFTER_ERRORS: Final = 3
 _CALLBACK_INTERVAL_FACTOR: Final = 4
 """Poll interval of a task with a pending callback, in multiples of `PollPolicy.max_interval_s`."""
-_DISTRUST_CALLBACKS_AFTER: Final = 3
-"""Consecutive missed callbacks after which polling no longer relies on them, until one arrives."""
 
 
 class TaskTracker:
@@ -82,10 +81,7 @@ class TaskTracker:
         self._in_flight = 0
         self._polls = 0
         self._warned_unrecognized = False
-        self._missed_callbacks = 0
-        """Consecutive tasks whose end was found by a poll although a callback was expected."""
-        self._has_callbacks = False
-        """Whether a callback has ever come. Until then, tasks are polled as if there were none."""
+        self._callback_trust = CallbackTrust()
 
     async def wait(self, task_id: str, *, timeout_s: float, submit_info: SubmitInfo = SubmitInfo()) -> Task:
         """Return the task once its status is final. Cancelling stops the wait, not the task.
@@ -186,7 +182,7 @@ class TaskTracker:
                 return
             tracked = TrackedTask(task_id, submit)
             self.cache.tasks.add(task_id, tracked)
-        self._missed_callbacks, self._has_callbacks = 0, True
+        self._callback_trust.record_callback()
         if tracked.state is TaskState.FINISHED or not tracked.request_confirmation(anyio.current_time()):
             return
         if tracked.state is TaskState.SCHEDULED and tracked.confirm_at_s < tracked.due_s:
@@ -285,7 +281,7 @@ class TaskTracker:
         if tracked.snapshot is not None and tracked.snapshot.status is TaskStatus.UNRECOGNIZED:
             return schedule.jittered_s(schedule.policy.max_interval_s)
         age_s = tracked.age_s(from_s)
-        if submit.callback_url and self._has_callbacks and self._missed_callbacks < _DISTRUST_CALLBACKS_AFTER:
+        if submit.callback_url is not None and self._callback_trust.is_given:
             wait_s = _CALLBACK_INTERVAL_FACTOR * schedule.policy.max_interval_s - (0 if polls else age_s)
             return schedule.jittered_s(max(0.0, wait_s))
         interval_s = schedule.next_poll_in_s(submit.model, age_s, polls)
@@ -378,7 +374,7 @@ class TaskTracker:
             self._on_change(submit, task)
         if task.is_final:
             if submit.callback_url is not None and tracked.confirm_at_s == -math.inf:
-                self._count_missed_callback(submit.callback_url)
+                self._callback_trust.record_missed(submit.callback_url)
             self._finish(tracked)
             return
         if task.status is TaskStatus.UNRECOGNIZED and not self._warned_unrecognized:
@@ -387,16 +383,6 @@ class TaskTracker:
         self._schedule_poll(tracked)
         if tracked.snapshot is not known:
             tracked.wake_all()
-
-    def _count_missed_callback(self, url: str) -> None:
-        self._missed_callbacks += 1
-        if self._missed_callbacks == _DISTRUST_CALLBACKS_AFTER:
-            _log.warning(
-                "no callback came for the last %d tasks, which polls have found; polling continues. Check that %s can "
-                "be reached from the internet, and that all workers have its secret and a forward",
-                self._missed_callbacks,
-                url,
-            )
 
     def _on_not_found(self, tracked: TrackedTask, exc: TaskNotFound) -> None:
         """Handle a 404. A foreign id that was never seen does not exist."""
