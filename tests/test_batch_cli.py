@@ -145,6 +145,7 @@ def _respond_never(peer: socket.socket, _: bytes) -> None:
     peer.recv(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [0, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_second_interrupt_exits_at_once_and_lists_unknown_rows(tmp_path: Path, more: int) -> None:
     """A submit without a response may be charged, and `resolve` lists it without a key."""

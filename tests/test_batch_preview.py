@@ -88,6 +88,7 @@ def test_e3_copies_are_printed_before_they_are_charged_and_left_out_with_once(sh
     assert shop.charges == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "options"),
     [
@@ -109,6 +110,7 @@ def test_e2_rows_that_replace_charged_ones_are_confirmed_first(shop: Shop, rows:
     assert shop.charges > 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rows",
     [

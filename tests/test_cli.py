@@ -283,6 +283,7 @@ def test_on_a_terminal_results_are_printed_above_the_bar(tmp_path: Path) -> None
     assert re.search(r"(?:^|\n|\x1b\[2K)fox\.png\r\n", shown), shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
     ['exec "$@" 2> /dev/full', 'exec "$@" > /dev/full 2>&1', '"$@" 2>&1 | head -1', 'exec "$@" >&- 2>&-'],
@@ -300,6 +301,7 @@ def test_c1_the_display_ends_and_the_work_goes_on(
     assert len(list(tmp_path.glob("*.png"))) == len(server.service.charges) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variables", "columns"), [({}, 80), ({}, 40), ({"TERM": "dumb"}, 80)])
 def test_c2_the_count_is_shown_at_any_width_and_without_a_capable_terminal(
     tmp_path: Path, variables: dict[str, str], columns: int, monkeypatch: pytest.MonkeyPatch

@@ -5,7 +5,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from nanobanana_async import ImageError, RetryPolicy, RowState, WireRequest, WireResponse
+from nanobanana_async import ImageError, Limits, RetryPolicy, RowState, WireRequest, WireResponse
 from nanobanana_async.simulator import FAST_PROFILE, Simulator
 from tests.batches import batch_of, kinds, rows_of, run, run_until_stopped
 from tests.fakes import Intercept, response
@@ -47,21 +47,25 @@ async def test_a2_a_host_that_refuses_all_ends_a_run_that_has_saved_nothing(tmp_
 
 async def test_a2_a_host_that_recovers_is_waited_for(tmp_path: Path) -> None:
     """Nothing is submitted meanwhile. All but the images that failed before the third are saved in the same run."""
-    simulator = Simulator(FAST_PROFILE)
-    waits: list[str | None] = []
-    async with batch_of(simulator, tmp_path, file_host([200] + [503] * 60), retry=QUICK) as batch:
+    simulator = Simulator(FAST_PROFILE, delay_s=0.5)
+    limits = Limits(max_submits=2, requests_per_s=10_000, burst=1_000)
+    waits: list[tuple[str, int]] = []
+    host = file_host([200] + [503] * 60)
+    async with batch_of(simulator, tmp_path, host, retry=QUICK, limits=limits) as batch:
 
         async def watch() -> None:
             while True:
                 await anyio.sleep(1)
-                waits.append(batch.progress().last_error)
+                if (error := batch.progress().last_error) is not None:
+                    waits.append((error, len(simulator.charges)))
 
         async with anyio.create_task_group() as group:
             group.start_soon(watch)
-            outcomes = await run(batch, ROWS, max_in_flight=4)
+            outcomes = await run(batch, ROWS)
             group.cancel_scope.cancel()
     assert kinds(outcomes) == ["Failed"] * 2 + ["Succeeded"] * 22
-    assert any("HTTP 503" in (wait or "") for wait in waits), "the display says what is waited for"
+    assert all("HTTP 503" in error for error, _ in waits), "the display says what is waited for"
+    assert waits[0][1] == waits[-1][1] < 24, "nothing is submitted meanwhile"
     assert batch.progress().last_error is None
 
 

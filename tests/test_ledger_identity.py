@@ -179,6 +179,7 @@ async def test_m8_after_an_adoption_new_rows_are_unknown(tmp_path: Path) -> None
     assert len(simulator.charges) == len(FOXES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost_lock", [False, True])
 async def test_m8_rows_that_were_rejected_before_a_backup_are_unknown_after_it(
     tmp_path: Path, *, lost_lock: bool

@@ -202,6 +202,7 @@ async def test_limits_may_depend_on_the_owner() -> None:
     assert service.posts == ["A", "B", "B", "B", "A"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 @pytest.mark.real_time
 @pytest.mark.other_clients

@@ -23,9 +23,7 @@ def listen(*, port: int, host: str, as_json: bool) -> None:
 
         from nanobanana_async.simulator.server import open_listener  # noqa: PLC0415 - needs an extra
     except ModuleNotFoundError as exc:
-        sys.exit(
-            f"nanobanana: listen needs {exc.name}. To install it, run: pip install 'nanobanana-async[cli,simulator]'"
-        )
+        sys.exit(f"nanobanana: listen needs {exc.name}. In a clone, run: pip install '.[cli,simulator]'")
     with exit_on_bind_error(host, port):
         socket = open_listener(host, port)
     address = f"http://{host}:{socket.getsockname()[1]}"

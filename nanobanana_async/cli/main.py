@@ -13,7 +13,7 @@ def main() -> NoReturn:
     except ModuleNotFoundError as exc:
         if exc.name not in ("click", "platformdirs", "rich"):
             raise
-        sys.exit("nanobanana: packages are missing. To install them, run: pip install 'nanobanana-async[cli]'")
+        sys.exit("nanobanana: packages are missing. In a clone, run: pip install '.[cli]'")
     protect_standard_streams()
     cli()
     sys.exit(0)

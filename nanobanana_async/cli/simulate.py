@@ -77,9 +77,7 @@ def _make_server(
     try:
         from nanobanana_async.simulator.server import SimulatorServer  # noqa: PLC0415 - needs an extra
     except ModuleNotFoundError as exc:
-        sys.exit(
-            f"nanobanana: simulate needs {exc.name}. To install it, run: pip install 'nanobanana-async[cli,simulator]'"
-        )
+        sys.exit(f"nanobanana: simulate needs {exc.name}. In a clone, run: pip install '.[cli,simulator]'")
     try:
         profile = SimulatorProfile.from_faults(faults, **settings)
     except ValueError as exc:

@@ -75,8 +75,7 @@ class RowState(enum.StrEnum):
 
 
 ALLOWED_FROM: Final[Mapping[RowState, tuple[RowState, ...]]] = {
-    # An id may come, by a callback, after the user has decided. A charged image is better than none.
-    RowState.SUBMITTED: (RowState.SUBMITTING, RowState.UNKNOWN, RowState.REQUEUED, RowState.ABANDONED),
+    RowState.SUBMITTED: (RowState.SUBMITTING, RowState.UNKNOWN),
     RowState.REJECTED: (RowState.SUBMITTING,),
     RowState.UNKNOWN: (RowState.SUBMITTING, RowState.SUBMITTED),
     RowState.SUCCEEDED: (RowState.SUBMITTED,),
@@ -132,6 +131,7 @@ _SELECT_CURRENT: Final = """
 SELECT attempt, coalesce(state, 'ready') AS state, task_id FROM rows LEFT JOIN attempts USING (key, attempt)
 WHERE key = ?
 """
+# Also after a decision of the user: a charged image that comes late is better than none.
 _SELECT_UNRESOLVED: Final = """
 SELECT key, attempts.attempt, attempts.attempt = rows.attempt AS is_last FROM attempts JOIN rows USING (key)
 WHERE nonce = ? AND task_id IS NULL AND may_be_charged AND state IN ('unknown', 'requeued', 'abandoned')

@@ -31,7 +31,9 @@ def nanobanana_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatorServ
         from nanobanana_async.simulator.in_memory import FAST_PROFILE  # noqa: PLC0415 - imported in the fixture
         from nanobanana_async.simulator.server import SimulatorServer  # noqa: PLC0415 - imported in the fixture
     except ModuleNotFoundError as exc:
-        pytest.fail(f"nanobanana_server: {exc}. Run: pip install 'nanobanana-async[simulator]'", pytrace=False)
+        pytest.fail(
+            f"nanobanana_server: {exc}. Run: pip install '.[simulator]' in a clone of nanobanana-async", pytrace=False
+        )
 
     with SimulatorServer(FAST_PROFILE) as server:
         monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
