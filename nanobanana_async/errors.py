@@ -102,8 +102,9 @@ class ProtocolError(TransportError):
 class ApiError(NanoBananaError):
     """The service responded with an error.
 
-    `status` is the HTTP status. `code` is the number in the body, or None. `retry_after_s` is the wait that the
-    service asked for, or None. A submit that ends with this error was not charged.
+    `status` is the HTTP status. `code` is the number in the body, or None. `retry_after_s` is the wait that the service
+    asked for, or for a 429 the wait that its rate suggests; otherwise None. A submit that ends with this error was not
+    charged.
     """
 
     def __init__(

@@ -122,7 +122,7 @@ class Limits:
     """How many requests may be in flight, and at which rate they may be sent.
 
     Attributes:
-        max_submits: Submits in flight. Each may carry up to four reference images.
+        max_submits: Submits in flight at most. The client begins with 32 and adapts to the service.
         max_polls: Queries in flight, for any number of tasks.
         max_downloads: Downloads in flight.
         requests_per_s: API requests per second on average, submits and queries together.
@@ -133,7 +133,7 @@ class Limits:
         max_reference_bytes: Largest reference image that is sent. Other clients of the service use 10 MB.
     """
 
-    max_submits: int = attrs.field(default=16, validator=ge(1))
+    max_submits: int = attrs.field(default=256, validator=ge(1))
     max_polls: int = attrs.field(default=64, validator=ge(1))
     max_downloads: int = attrs.field(default=16, validator=ge(1))
     requests_per_s: float = attrs.field(default=300.0, validator=gt(0))

@@ -21,6 +21,7 @@ from nanobanana_async.api.fair_queue import FairQueue
 from nanobanana_async.api.flow_control import FlowControl
 from nanobanana_async.api.operations import ServiceApi
 from nanobanana_async.api.submit import NO_RECORD, NO_SLOT_MESSAGE, AcceptedSubmit, SubmitLoop
+from nanobanana_async.api.turn import Turn
 from nanobanana_async.calls import SubmitCall, SubmitOptions, make_call
 from nanobanana_async.errors import NanoBananaError, NotSent, SubmissionUnknown
 from nanobanana_async.events import (
@@ -111,7 +112,8 @@ class Session:
         )
         owner_limits = partial(limits_of, options.owner_limits, ledger)
         self.queue: Final = FairQueue(owner_limits, self.background.start_soon)
-        self.slots: Final = SlotPool(limits.max_submits, self.background.start_soon, self.queue)
+        self.slots: Final = SlotPool(flow.max_submits, self.background.start_soon, self.queue)
+        flow.on_limit = self.slots.resize
         self._submits = SubmitLoop(
             active,
             self.background,
@@ -211,14 +213,13 @@ class Session:
         pending: PendingCallback | None = None
         record: SubmitRecord = NO_RECORD
         try:
-            with slot:
+            with Turn(self.slots, self.queue, call.waiter, slot, call.deadline_s) as turn:
                 entry = self._new_entry(call, limits)
                 record = call.record or entry or NO_RECORD
                 pending = None if call.callback is None else call.callback.register()
                 done = await self._submits.submit(
                     call.request if pending is None else attrs.evolve(call.request, callback_url=pending.url),
-                    slot,
-                    deadline_s=call.deadline_s,
+                    turn,
                     record=record,
                     nonce=None if pending is None else pending.nonce,
                     on_orphan=lambda done: self.report_orphan(self._new_handle(call, done, entry, pending)),

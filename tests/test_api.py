@@ -1,10 +1,12 @@
 """The operations of the service: rate-limited, classified, and retried as the policy allows."""
 
+import json
 import logging
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any
 
 import anyio
@@ -35,11 +37,13 @@ from nanobanana_async import (
 )
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.byte_budget import ByteBudget
-from nanobanana_async._concurrency.slots import SlotPool
+from nanobanana_async._concurrency.slots import SlotPool, SlotWaiter
+from nanobanana_async.api.fair_queue import FairQueue
 from nanobanana_async.api.flow_control import FlowControl
 from nanobanana_async.api.operations import ServiceApi
 from nanobanana_async.api.submit import NO_RECORD, NO_SLOT_MESSAGE, AcceptedSubmit, NoRecord, SubmitLoop
-from nanobanana_async.policies import ResubmitLevel
+from nanobanana_async.api.turn import Turn
+from nanobanana_async.policies import OwnerLimits, ResubmitLevel
 from nanobanana_async.protocols import AttemptEnd, SubmitRecord, Verdict
 from nanobanana_async.transport.checked import CheckedTransport
 from nanobanana_async.wire.endpoint import ApiKey, Endpoint
@@ -61,16 +65,28 @@ class Service:
     balance: Callable[[], Awaitable[Decimal]]
     loop: SubmitLoop
     slots: SlotPool
+    queue: FairQueue
 
-    async def submit(self, *, deadline_s: float = math.inf, record: SubmitRecord = NO_RECORD) -> AcceptedSubmit:
+    async def submit_prompt(self, prompt: str) -> None:
+        """Submit one request for this prompt."""
+        await self.submit(request=GenerationRequest(prompt))
+
+    async def submit(
+        self,
+        *,
+        deadline_s: float = math.inf,
+        record: SubmitRecord = NO_RECORD,
+        request: GenerationRequest = FOX,
+    ) -> AcceptedSubmit:
         """Submit one request."""
         await self.background.ensure_started()
+        waiter = SlotWaiter()
         try:
-            slot = await self.slots.acquire(deadline_s)
+            slot = await self.slots.acquire(deadline_s, waiter)
         except TimeoutError:
             raise NotSent(NO_SLOT_MESSAGE) from None
-        with slot:
-            return await self.loop.submit(FOX, slot, deadline_s=deadline_s, record=record)
+        with Turn(self.slots, self.queue, waiter, slot, deadline_s) as turn:
+            return await self.loop.submit(request, turn, record=record)
 
 
 def service_over(
@@ -97,8 +113,10 @@ def service_over(
         timeouts,
         prepare=unchanged,
     )
-    slots = SlotPool(limits.max_submits, background.start_soon)
-    return Service(background, api.query, api.balance, loop, slots)
+    queue = FairQueue(lambda _: OwnerLimits(), background.start_soon)
+    slots = SlotPool(flow.max_submits, background.start_soon, queue)
+    flow.on_limit = slots.resize
+    return Service(background, api.query, api.balance, loop, slots, queue)
 
 
 @asynccontextmanager
@@ -143,7 +161,6 @@ async def test_a_submit_that_never_connected_is_retried() -> None:
         pytest.param(response(408, body=b""), SubmissionUnknown, 2, id="408-once-more"),
         pytest.param(rejected(400, 1, "prompt is required"), InvalidRequest, 1, id="400"),
         pytest.param(rejected(401), AuthenticationError, 1, id="401"),
-        pytest.param(rejected(429, retry_after="1"), RateLimited, 3, id="429"),
         pytest.param(rejected(500), SubmissionUnknown, 3, id="service-500"),
         pytest.param(rejected(500, 1, "insufficient credit"), SubmissionUnknown, 3, id="service-500-about-credit"),
         pytest.param(HTML, SubmissionUnknown, 1, id="gateway-502"),
@@ -231,27 +248,65 @@ async def test_an_unknown_submit_says_what_is_known_and_what_to_do() -> None:
     assert caught.value.status == 502
 
 
-async def test_a_429_pauses_all_requests_for_retry_after() -> None:
-    """The next request of any caller is sent after Retry-After."""
-    transport = script(rejected(429, retry_after="7"), accepted())
-    await submit(transport)
-    assert transport.times_s[1] - transport.times_s[0] >= 7
+async def test_a_429_is_a_wait_and_no_failure() -> None:
+    """It is proven not charged, so it is sent again after the wait, however often, and counts as no attempt."""
+    transport = script(*[rejected(429, retry_after="7")] * 20, rejected(500), rejected(429), accepted("ta-9"))
+    assert await submit(transport) == AcceptedSubmit("ta-9", 1)
+    assert all(later - earlier >= 7 for earlier, later in pairwise(transport.times_s[:20]))
+
+
+async def test_a_429_with_a_long_wait_pauses_all_submits() -> None:
+    """A short one delays only the submit that received it."""
+    for asked, is_paused in (("60", True), ("3", False)):
+        transport = script(rejected(429, retry_after=asked), accepted())
+        async with running(transport) as api, anyio.create_task_group() as group:
+            group.start_soon(api.submit)
+            await anyio.sleep(0.5)
+            began_s = anyio.current_time()
+            await api.submit()
+            assert (anyio.current_time() - began_s > 50) is is_paused
+
+
+async def test_a_throttled_submit_gives_back_its_slot_and_keeps_its_place() -> None:
+    """Others go on while it waits, and after the wait it comes before those that arrived later."""
+    order: list[int] = []
+
+    async def respond(request: WireRequest) -> WireResponse:
+        number = int(json.loads(request.body or b"")["prompt"])
+        order.append(number)
+        await anyio.sleep(1)
+        return (
+            rejected(429, retry_after="1.5") if order.count(number) == 1 and number == 0 else accepted(f"ta-{number}")
+        )
+
+    async with running(script(respond), limits=Limits(max_submits=1)) as api, anyio.create_task_group() as group:
+        for number in range(6):
+            group.start_soon(api.submit_prompt, str(number))
+            await anyio.sleep(0.01)
+    assert order == [0, 1, 2, 0, 3, 4, 5]
 
 
 async def test_a_wait_that_exceeds_the_time_left_is_raised_at_once() -> None:
     """If the wait would pass the deadline, the error is raised at once and contains the wait."""
-    async with running(script(rejected(429, retry_after="200")), timeouts=Timeouts(submit_s=30)) as api:
+    async with running(script(rejected(429, retry_after="200"))) as api:
         start_s = anyio.current_time()
         with pytest.raises(RateLimited) as caught:
-            await api.submit()
+            await api.submit(deadline_s=start_s + 100)
         assert anyio.current_time() - start_s < 1
         assert caught.value.retry_after_s == 200
+
+
+async def test_a_429_after_a_possible_charge_is_still_unknown_at_the_deadline() -> None:
+    """The 500 before it may have been charged."""
+    async with running(script(rejected(500), rejected(429, retry_after="200"))) as api:
+        with pytest.raises(SubmissionUnknown):
+            await api.submit(deadline_s=anyio.current_time() + 100)
 
 
 async def test_a_slot_acquired_too_late_does_not_hide_the_service_error() -> None:
     """If the loop stalls past the deadline, the service's last error is still raised."""
     transport = script(rejected(429, retry_after="7"))
-    async with running(transport, timeouts=Timeouts(submit_s=10)) as api, anyio.create_task_group() as group:
+    async with running(transport) as api, anyio.create_task_group() as group:
 
         async def stall() -> None:
             await anyio.sleep(5)
@@ -259,7 +314,7 @@ async def test_a_slot_acquired_too_late_does_not_hide_the_service_error() -> Non
 
         group.start_soon(stall)
         with pytest.raises(RateLimited):
-            await api.submit()
+            await api.submit(deadline_s=anyio.current_time() + 10)
     assert len(transport.times_s) == 1
 
 

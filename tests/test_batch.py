@@ -41,7 +41,7 @@ from nanobanana_async import (
     WireResponse,
 )
 from nanobanana_async.batch.rows import RowKeys
-from nanobanana_async.simulator import FAST_PROFILE, Simulator, SimulatorProfile
+from nanobanana_async.simulator import FAST_LIMITS, FAST_PROFILE, Simulator, SimulatorProfile
 from tests.batches import FOXES, SLOW, batch_of, client_of, kinds, nth_post, rows_of, run, run_until_stopped
 from tests.fakes import InterceptingTransport, lost, rejected, response
 
@@ -602,8 +602,9 @@ async def test_submits_wait_while_downloads_queue(tmp_path: Path) -> None:
             return SavedImage(path=tmp_path / name, sha256="", size_bytes=len(data))
 
     rows = [f"fox {number}" for number in range(60)]
+    limits = attrs.evolve(FAST_LIMITS, max_submits=4)
     async with (
-        simulator.client() as client,
+        simulator.client(limits=limits) as client,
         Batch.open(tmp_path, client, image_store=Slow()) as batch,
         anyio.create_task_group() as group,
     ):

@@ -45,7 +45,7 @@ CALLS: dict[str, Callable[[NanoBananaClient], Awaitable[object]]] = {
 
 def assert_all_is_released(client: NanoBananaClient) -> None:
     """Assert that every slot is free, and nothing is tracked or running."""
-    assert client._session.slots.free == FAST_LIMITS.max_submits
+    assert client._session.slots.free == client._session.slots.size
     assert client._session.api._poll_slots.free == FAST_LIMITS.max_polls
     assert client._session.downloader._slots.value == FAST_LIMITS.max_downloads
     assert client._session.tracker._tasks == {}

@@ -28,6 +28,8 @@ class SlotWaiter:
     event: OneShotEvent | None = None
     acquired: bool = False
     has_left: bool = False
+    number: int = 0
+    """Place in the order of arrival, from 1, which it keeps if it waits again; 0 before it first waits."""
 
     def wake(self) -> None:
         """Wake the caller."""
@@ -43,12 +45,23 @@ class WaitQueue(Protocol):
         ...
 
     def push(self, waiter: SlotWaiter) -> None:
-        """Add a waiter."""
+        """Add a waiter. One that had a slot gets its old place, before all that arrived after it."""
         ...
 
     def pop(self) -> SlotWaiter | None:
         """Remove and return the next waiter that has not left; None if none may have a slot now."""
         ...
+
+
+def insert_in_order(waiters: deque[SlotWaiter], waiter: SlotWaiter) -> None:
+    """Insert *waiter* by its number, near one of the ends."""
+    at = 0
+    if not waiters or waiters[-1].number < waiter.number:
+        waiters.append(waiter)
+        return
+    while waiters[at].number < waiter.number:
+        at += 1
+    waiters.insert(at, waiter)
 
 
 class FifoWaitQueue:
@@ -62,7 +75,7 @@ class FifoWaitQueue:
 
     def push(self, waiter: SlotWaiter) -> None:
         """See `WaitQueue.push`."""
-        self._waiters.append(waiter)
+        insert_in_order(self._waiters, waiter)
 
     def pop(self) -> SlotWaiter | None:
         """See `WaitQueue.pop`."""
@@ -87,7 +100,10 @@ class SlotPool:
 
     def __init__(self, size: int, start_soon: StartSoon, queue: WaitQueue | None = None) -> None:
         self.free = size
-        """Slots that are not taken."""
+        """Slots that are not taken. Negative while more are taken than there are since the last `resize`."""
+        self.size = size
+        """Number of slots."""
+        self._arrived = 0
         self._start_soon = start_soon
         self._queue = queue or FifoWaitQueue()
         self._queue.attach(self._hand_out)
@@ -97,12 +113,16 @@ class SlotPool:
     async def acquire(self, deadline_s: float = math.inf, waiter: SlotWaiter | None = None) -> "Slot":
         """Return a slot, to be used as a context manager. Cancelling gives up the place in the queue.
 
-        *waiter*, which is new, lets the caller follow its place in the queue.
+        *waiter* lets the caller follow its place in the queue. If it had a slot before, it gets its old place.
 
         Raises:
             TimeoutError: No slot was free by *deadline_s*, on the event loop's clock.
         """
         waiter = waiter or SlotWaiter()
+        if not waiter.number:
+            self._arrived += 1
+            waiter.number = self._arrived
+        waiter.acquired = waiter.has_left = False
         self._queue.push(waiter)
         self._hand_out()
         if waiter.acquired:
@@ -126,13 +146,19 @@ class SlotPool:
         return Slot(self._release)
 
     def _hand_out(self) -> None:
-        while self.free and (waiter := self._queue.pop()) is not None:
+        while self.free > 0 and (waiter := self._queue.pop()) is not None:
             self.free -= 1
             waiter.acquired = True
             waiter.wake()
 
     def _release(self) -> None:
         self.free += 1
+        self._hand_out()
+
+    def resize(self, size: int) -> None:
+        """Change the number of slots. Slots that are taken stay so."""
+        self.free += size - self.size
+        self.size = size
         self._hand_out()
 
     def _schedule_timeout(self, waiter: SlotWaiter, deadline_s: float) -> None:
@@ -155,7 +181,7 @@ class Slot:
     """One slot of a pool. It is free again once each of its holders has released it."""
 
     def __init__(self, give_back: Callable[[], None]) -> None:
-        self._give_back = give_back
+        self._callbacks = [give_back]
         self._holders = 1
 
     def share(self) -> Self:
@@ -163,11 +189,16 @@ class Slot:
         self._holders += 1
         return self
 
+    def call_when_released(self, callback: Callable[[], None]) -> None:
+        """Call *callback* once each holder has released it: for what is held as long as the slot."""
+        self._callbacks.append(callback)
+
     def release(self) -> None:
         """Release it for one holder."""
         self._holders -= 1
         if not self._holders:
-            self._give_back()
+            for callback in reversed(self._callbacks):
+                callback()
 
     def __enter__(self) -> Self:
         return self

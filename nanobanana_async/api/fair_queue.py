@@ -9,7 +9,7 @@ import anyio
 import attrs
 
 from nanobanana_async._concurrency.delay_queue import DelayQueue
-from nanobanana_async._concurrency.slots import SlotWaiter, StartSoon
+from nanobanana_async._concurrency.slots import SlotWaiter, StartSoon, insert_in_order
 from nanobanana_async.policies import OwnerLimits
 
 LimitsOf: TypeAlias = Callable[[str], OwnerLimits]
@@ -69,6 +69,8 @@ class FairQueue:
         """Owners that have a waiting submit and may send it, in order."""
         self._rate_limited: DelayQueue[_Owner] = DelayQueue(_TIMER_SLACK_S)
         self._timer_started = False
+        self._newest = 0
+        """Largest number of a waiter so far."""
         self._on_change: Callable[[], None] = lambda: None
 
     def attach(self, on_change: Callable[[], None]) -> None:
@@ -87,10 +89,12 @@ class FairQueue:
             limits = self._new_limits(waiter.owner)
             sent_s = None if limits.per_minute is None else list[float]()
             owner = self._owners[waiter.owner] = _Owner(waiter.owner, limits, sent_s=sent_s)
-        owner.waiting.append(waiter)
+        insert_in_order(owner.waiting, waiter)
         if len(owner.waiting) % _COMPACT_EVERY == 0:  # those that have left behind one that waits
             owner.waiting = deque(waiting for waiting in owner.waiting if not waiting.has_left)
-        self._take_turn(owner)
+        is_back = waiter.number < self._newest
+        self._newest = max(self._newest, waiter.number)
+        self._take_turn(owner, is_first=is_back)
 
     def pop(self) -> SlotWaiter | None:
         """See `WaitQueue.pop`."""
@@ -121,6 +125,13 @@ class FairQueue:
         self._forget_idle(owner)
         self._on_change()
 
+    def give_back(self, waiter: SlotWaiter) -> None:
+        """End the submit of *waiter*, which was not accepted and does not count as sent."""
+        owner = self._owners.get(waiter.owner)
+        if waiter.acquired and owner is not None and owner.sent_s:
+            owner.sent_s.pop()
+        self.leave(waiter)
+
     def position(self, waiter: SlotWaiter) -> int:
         """Return how many submits leave before *waiter* does, plus 1. Owners above their limits do not count.
 
@@ -143,8 +154,8 @@ class FairQueue:
     def _new_limits(self, owner: str | None) -> OwnerLimits:
         return NO_LIMITS if owner is None else self._limits_of(owner)
 
-    def _take_turn(self, owner: _Owner) -> None:
-        """Append *owner* to the turns if it has a submit that may be sent now."""
+    def _take_turn(self, owner: _Owner, *, is_first: bool = False) -> None:
+        """Add *owner* to the turns, at the front if *is_first*, if it has a submit that may be sent now."""
         owner.drop_left()
         if owner.is_in_turn or not owner.waiting or owner.is_full():
             return
@@ -153,7 +164,10 @@ class FairQueue:
             self._wake_at(owner, allowed_at_s)
         else:
             owner.is_in_turn = True
-            self._turns.append(owner)
+            if is_first:
+                self._turns.appendleft(owner)
+            else:
+                self._turns.append(owner)
 
     def _forget_idle(self, owner: _Owner) -> None:
         """Forget an owner without submits. One with `per_minute` is kept until a minute after its last submit."""

@@ -7,19 +7,21 @@ from typing import Final
 
 import anyio
 
-from nanobanana_async.api.rate_limit import AdaptiveRateLimiter, retry_after_s
+from nanobanana_async.api.concurrency import AdaptiveLimit
+from nanobanana_async.api.rate_limit import AdaptiveRateLimiter, asked_wait_s
 from nanobanana_async.api.retry import RetryQuota
 from nanobanana_async.policies import Limits, RetryPolicy
 from nanobanana_async.protocols import RequestKind, WireResponse
 
-_OUTAGE_AFTER_ERRORS: Final = 3
-"""Consecutive requests without a response that count as an outage of the service."""
+_PAUSE_ABOVE_S: Final = 5.0
+"""Retry-After above which all requests of the kind wait, and not only the one that received it."""
 
 
 class FlowControl:
-    """The rate limiter, the retry quota and the back-off of one client, shared by all of its API requests.
+    """The rate limiters, the retry quota and the back-off of one client, shared by all of its API requests.
 
-    *on_throttle* is called with the seconds for which requests are paused after a 429.
+    Submits and queries have a limiter each, under a total: four queries per image would not fit beside the submits in
+    one rate. *on_throttle* is called with the seconds that a 429 costs.
     """
 
     def __init__(
@@ -28,11 +30,16 @@ class FlowControl:
         self._on_throttle = on_throttle
         self.retry: Final = retry
         self._rng = SystemRandom()
-        self._limiter = AdaptiveRateLimiter(limits.requests_per_s, limits.burst)
+        self._total = AdaptiveRateLimiter(limits.requests_per_s, limits.burst)
+        self._limiters = {
+            kind: AdaptiveRateLimiter(limits.requests_per_s, limits.burst)
+            for kind in (RequestKind.SUBMIT, RequestKind.READ)
+        }
+        self._in_flight = AdaptiveLimit(limits.max_submits)
+        self.on_limit: Callable[[int], None] = lambda _: None
+        """Called with `max_submits` after it may have changed."""
         self._quota = RetryQuota()
         self._submit_turn = anyio.Lock(fast_acquire=True)
-        self._consecutive_throttles = 0
-        self._consecutive_errors = 0
 
     async def acquire(self, kind: RequestKind) -> None:
         """Return when one request may be sent. Cancelling gives up the place in the queue.
@@ -41,32 +48,54 @@ class FlowControl:
         get one turn in seventeen while submits wait.
         """
         async with self._submit_turn if kind is RequestKind.SUBMIT else contextlib.nullcontext():
-            await self._limiter.acquire()
+            await self._limiters[kind].acquire()
+            await self._total.acquire()
 
     @property
     def polls_per_s(self) -> float:
-        """Queries that may be sent per second: the limiter's rate, or half of it while submits wait."""
-        return self._limiter.rate * (0.5 if self._submit_turn.locked() else 1.0)
+        """Queries that may be sent per second: at most half of the total while submits wait."""
+        return min(self._limiters[RequestKind.READ].rate, self._total.rate * (0.5 if self._submit_turn.locked() else 1))
 
-    def observe(self, response: WireResponse | None, sent_s: float) -> None:
-        """Adapt the rate to a response to a request sent at *sent_s*, or to its absence."""
-        asked_s = None if response is None else retry_after_s(response.headers)
-        if response is not None and (response.status == 429 or (response.status == 503 and asked_s is not None)):
-            if self._limiter.record_throttle(sent_s):
-                self._consecutive_throttles += 1
-            backoff_s = self.retry.initial_s + self.retry.backoff_s(self._consecutive_throttles, self._rng)
-            self._limiter.pause(asked_s or backoff_s)
-            self._on_throttle(asked_s or backoff_s)
-        elif response is None or response.status >= 500:
-            self._consecutive_errors += 1
-            if self._consecutive_errors >= _OUTAGE_AFTER_ERRORS:
-                self._limiter.record_throttle(sent_s)
-        else:
-            self._consecutive_errors = 0
-            if response.status < 400:
-                self._consecutive_throttles = 0
+    @property
+    def max_submits(self) -> int:
+        """Submits that may be in flight at present."""
+        return self._in_flight.value
+
+    def observe_submit(self, response: WireResponse | None, sent_s: float, size_bytes: int) -> float | None:
+        """Adapt rate and number of submits to the end of one with a body of *size_bytes*. See `observe`."""
+        wait_s = self.observe(RequestKind.SUBMIT, response, sent_s)
+        if wait_s is None:
+            is_error = response is None or response.status >= 500
+            self._in_flight.record(is_error=is_error, elapsed_s=anyio.current_time() - sent_s, size_bytes=size_bytes)
+            self.on_limit(self._in_flight.value)
+        return wait_s
+
+    def observe(self, kind: RequestKind, response: WireResponse | None, sent_s: float) -> float | None:
+        """Adapt the rate to a response to a request sent at *sent_s*, or to its absence.
+
+        Return the seconds after which the request may be sent again if it was throttled: a 429, or for a query a 503
+        with a stated wait. Otherwise None.
+        """
+        limiter = self._limiters[kind]
+        if response is None or not self._is_throttled(kind, response):
+            if response is not None and response.status < 500:
+                limiter.record_accepted()
+            if response is not None and response.status < 400:
                 self._quota.release()
-                self._limiter.record_success()
+            return None
+        asked_s = asked_wait_s(response)
+        has_cut = limiter.record_throttle(sent_s)
+        wait_s = asked_s if asked_s is not None else self._rng.uniform(0.5, 1.5) / limiter.rate
+        if asked_s is not None and asked_s > _PAUSE_ABOVE_S:
+            limiter.pause(asked_s)
+        if has_cut:
+            self._on_throttle(wait_s)
+        return wait_s
+
+    @staticmethod
+    def _is_throttled(kind: RequestKind, response: WireResponse) -> bool:
+        is_busy = kind is RequestKind.READ and response.status == 503
+        return response.status == 429 or (is_busy and asked_wait_s(response) is not None)
 
     def may_retry(self, attempts: int) -> bool:
         """Return whether attempts are left after *attempts*, and take the retry from the quota."""
@@ -75,7 +104,7 @@ class FlowControl:
     async def back_off(self, attempts: int, deadline_s: float) -> bool:
         """Sleep before the next attempt. Return False at once if it could not begin before the deadline."""
         backoff_s = self.retry.backoff_s(attempts, self._rng)
-        if anyio.current_time() + max(backoff_s, self._limiter.pause_left_s) >= deadline_s:
+        if anyio.current_time() + backoff_s >= deadline_s:
             return False
         await anyio.sleep(backoff_s)
         return True

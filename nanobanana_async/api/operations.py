@@ -15,7 +15,7 @@ from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.byte_budget import ByteBudget, ByteLease
 from nanobanana_async._concurrency.slots import Slot, SlotPool
 from nanobanana_async.api.flow_control import FlowControl
-from nanobanana_async.api.rate_limit import retry_after_s
+from nanobanana_async.api.rate_limit import asked_wait_s
 from nanobanana_async.errors import (
     ApiError,
     ConfigurationError,
@@ -69,7 +69,7 @@ class ServiceApi:
         self._poll_slots = SlotPool(max_polls, background.start_soon)
 
     async def query(self, task_id: str) -> Task:
-        """Return a snapshot of the task, with retries within `Timeouts.query_s`.
+        """Return a snapshot of the task, with retries within `Timeouts.query_s`. A throttled request waits.
 
         Raises:
             TransportError: No usable response arrived.
@@ -126,12 +126,19 @@ class ServiceApi:
             attempts += 1
             is_last = attempts >= self._flow.retry.attempts
             left_s = deadline_s - anyio.current_time()
+            error: ApiError | TransportError
             with slot:
                 try:
                     # Half of the time left: a peer that never responds must not use up the other attempts.
                     return await self._get_once(wire, decode, left_s if is_last else left_s / 2)
                 except (RateLimited, ServiceUnavailable, TransportError) as exc:
                     error = exc
+            if isinstance(error, ApiError) and (wait_s := error.retry_after_s) is not None:
+                if anyio.current_time() + wait_s >= deadline_s:
+                    raise error
+                attempts -= 1  # a throttled request is no failure
+                await anyio.sleep(wait_s)
+                continue
             if not self._flow.may_retry(attempts) or not await self._flow.back_off(attempts, deadline_s):
                 raise error
             _log.info("%s %s: attempt %d failed; retrying: %s", wire.method, wire.url, attempts, error)
@@ -144,16 +151,16 @@ class ServiceApi:
             try:
                 response = await self._transport.send(request, timeout_s=timeout_s)
             except ExchangeError as exc:
-                self._flow.observe(None, sent_s)
+                self._flow.observe(RequestKind.READ, None, sent_s)
                 failure = self._endpoint.redact_error(exc)
             else:
-                self._flow.observe(response, sent_s)
+                wait_s = self._flow.observe(RequestKind.READ, response, sent_s)
                 try:
                     return await run_maybe_in_thread(
                         len(response.body), lambda: decode(self._endpoint.redact_response(response))
                     )
                 except ApiError as exc:
-                    exc.retry_after_s = retry_after_s(response.headers)
+                    exc.retry_after_s = asked_wait_s(response) if wait_s is None else wait_s
                     raise
         if failure.permanent and failure.phase is Phase.CONNECT:
             raise ConfigurationError(f"{self._endpoint.base_url} cannot be reached: {failure.reason}")

@@ -3,13 +3,18 @@
 import math
 import re
 import time
+from collections import deque
 from collections.abc import Mapping
 from datetime import UTC
+from decimal import Decimal
 from email.utils import parsedate_to_datetime
 from random import Random, SystemRandom
 from typing import Final
 
 import anyio
+
+from nanobanana_async.protocols import WireResponse
+from nanobanana_async.wire.body import parse_json
 
 MAX_RETRY_AFTER_S: Final = 300.0
 """Upper bound of a Retry-After, against absurd values."""
@@ -39,16 +44,34 @@ def _parse_http_date(text: str) -> float | None:
         return None
 
 
+def asked_wait_s(response: WireResponse) -> float | None:
+    """Return the seconds that a response asks to wait, in its header or as `retry_after` in its JSON; else None."""
+    if (header_s := retry_after_s(response.headers)) is not None or len(response.body) > _MAX_BODY_BYTES:
+        return header_s
+    try:
+        document = parse_json(response.body)
+    except (ValueError, RecursionError):
+        return None
+    parts = [document, *(document.values() if isinstance(document, dict) else ())]
+    for part in parts:
+        value = part.get("retry_after") if isinstance(part, dict) else None
+        if isinstance(value, int | Decimal | str) and not isinstance(value, bool):
+            return retry_after_s({"retry-after": str(value)})
+    return None
+
+
 class AdaptiveRateLimiter:
     """Allows *rate* requests per second, at most *burst* at once, and none during a pause.
 
     Callers are served in FIFO order: the first one sleeps, the others wait for it. The bucket is one number, the time
     at which it will be full again (generic cell rate algorithm, ITU-T I.371).
 
-    `record_throttle` lowers the rate by half the fraction of errors among the last responses, down to one request per
-    second. A rare 429 costs little, and a series of them half the rate (DCTCP: Alizadeh et al., 2010). Each success
-    raises it a little, so it recovers by a factor of e in ten seconds. Below the maximum rate half of each interval is
-    random, so that clients that were throttled together do not stay in step.
+    After a 429 the rate becomes 0.9 of what was accepted per second lately, or half of itself if nothing was. Then it
+    grows by 3 % per second; after less than a second of responses, which say little, it doubles per second.
+    Requests that were under way together cut it once. With 20 allowed requests per second, in fixed windows and in a
+    token bucket, at response times of 0.05 to 0.8 s, 95 % and more of them are used, and at most 2.4 % of the requests
+    are throttled after ten seconds (`tests/test_throttling.py`). Below the maximum rate, intervals are random by a
+    tenth, so that clients that were throttled together do not stay in step.
     """
 
     def __init__(self, rate: float, burst: int, rng: Random | None = None) -> None:
@@ -58,14 +81,23 @@ class AdaptiveRateLimiter:
         self._rng = rng or SystemRandom()
         self._tat_s = -math.inf
         self._paused_until_s = -math.inf
-        self._last_throttle_s = -math.inf
-        self._throttle_fraction = 0.0
-        """Fraction of errors among the last responses (EWMA)."""
-        self._rate_before_throttle = rate
-        """The rate before the current series of errors."""
+        self._cut_at_s = -math.inf
+        self._rate_after_cut = rate
+        self._is_early = False
+        """Whether the last cut came before a second of responses, so that it says little about the service."""
+        self._accepted_s: deque[float] = deque()
+        """Times of the requests that were accepted in the last three seconds."""
+        self._accepting_since_s = -math.inf
+        """When the first request was accepted after a rest."""
         self._lock = anyio.Lock(fast_acquire=True)
-        self.rate = rate
+
+    @property
+    def rate(self) -> float:
         """Current rate in requests per second."""
+        if self._cut_at_s == -math.inf:
+            return self._max_rate
+        growth_per_s = max(_MIN_GROWTH_PER_S, (_EARLY_GROWTH if self._is_early else _GROWTH) * self._rate_after_cut)
+        return min(self._max_rate, self._rate_after_cut + growth_per_s * (anyio.current_time() - self._cut_at_s))
 
     async def acquire(self) -> None:
         """Return when one request may be sent. Cancelling gives up the place in the queue without delaying others."""
@@ -81,41 +113,57 @@ class AdaptiveRateLimiter:
         return min(_COALESCE_S, self._burst_tolerance_s / 2) if self.rate == self._max_rate else 0.0
 
     def _interval_s(self) -> float:
-        return 1 / self.rate if self.rate == self._max_rate else self._rng.uniform(0.5, 1.5) / self.rate
+        rate = self.rate
+        return 1 / rate if rate == self._max_rate else self._rng.uniform(1 - _JITTER, 1 + _JITTER) / rate
 
     def pause(self, seconds: float) -> None:
-        """Block all requests for *seconds*, then start without a burst. Called after a 429."""
+        """Block all requests for *seconds*, then start without a burst."""
         self._paused_until_s = max(self._paused_until_s, anyio.current_time() + seconds)
         self._tat_s = max(self._tat_s, self._paused_until_s + self._burst_tolerance_s)
 
+    def record_accepted(self) -> None:
+        """Record a request that was not throttled."""
+        now_s = anyio.current_time()
+        if not self._accepted_s or self._accepted_s[-1] <= now_s - _MEMORY_S:
+            self._accepting_since_s = now_s
+        self._accepted_s.append(now_s)
+        while self._accepted_s[0] <= now_s - _MEMORY_S:
+            self._accepted_s.popleft()
+
     def record_throttle(self, sent_s: float) -> bool:
-        """Record an error for a request sent at *sent_s*, and lower the rate.
+        """Record a 429 to a request sent at *sent_s*. Return whether it has cut the rate."""
+        if sent_s <= self._cut_at_s:
+            return False
+        now_s, rate = anyio.current_time(), self.rate
+        accepted_per_s = self._accepted_per_s(now_s)
+        self._is_early = not accepted_per_s or now_s - self._accepting_since_s < 1
+        self._rate_after_cut = max(self._min_rate, min(rate, _CUT * accepted_per_s) if accepted_per_s else rate / 2)
+        self._cut_at_s = now_s
+        self._tat_s = max(self._tat_s, now_s + self._burst_tolerance_s + 1 / self._rate_after_cut)  # no burst
+        return True
 
-        Returns whether it starts a new series of errors. Requests in flight together count as one.
-        """
-        is_new_series = sent_s > self._last_throttle_s
-        if is_new_series:
-            self._last_throttle_s = anyio.current_time()
-            self._rate_before_throttle = self.rate
-        self._throttle_fraction += _EWMA_GAIN * (1 - self._throttle_fraction)
-        self.rate = max(self._min_rate, min(self.rate, self._rate_before_throttle * (1 - self._throttle_fraction / 2)))
-        return is_new_series
-
-    def record_success(self) -> None:
-        """Record a success, and raise the rate."""
-        self._throttle_fraction -= _EWMA_GAIN * self._throttle_fraction
-        self.rate = min(self._max_rate, self.rate + _ADDITIVE_INCREASE)
-
-    @property
-    def pause_left_s(self) -> float:
-        """Remaining time of the pause in seconds; 0.0 if there is none."""
-        return max(0.0, self._paused_until_s - anyio.current_time())
+    def _accepted_per_s(self, now_s: float) -> float:
+        """Return the larger of the last second and the mean of three. With fixed windows, a second may miss a burst."""
+        if not self._accepted_s or self._accepted_s[-1] <= now_s - _MEMORY_S:
+            return 0.0
+        recent = [at_s for at_s in self._accepted_s if at_s > now_s - _MEMORY_S]
+        span_s = max(_MIN_SPAN_S, now_s - self._accepting_since_s)
+        last = sum(at_s > now_s - 1 for at_s in recent) / min(1.0, span_s)
+        return max(last, len(recent) / min(_MEMORY_S, span_s))
 
 
 _ROUNDING_S: Final = 1e-6
 _COALESCE_S: Final = 0.1
-_MIN_RATE: Final = 1.0
-_EWMA_GAIN: Final = 1 / 16
-"""Weight of one response in the fraction of errors. The value is that of the DCTCP paper."""
-_ADDITIVE_INCREASE: Final = 0.1
-"""Increase of the rate per success, in requests per second."""
+_MIN_RATE: Final = 0.5
+_CUT: Final = 0.9
+_MEMORY_S: Final = 3.0
+_MIN_SPAN_S: Final = 0.25
+"""Shortest time over which accepted requests are counted."""
+_GROWTH: Final = 0.03
+"""Growth of the rate per second, as a fraction of the rate after the last cut."""
+_EARLY_GROWTH: Final = 1.0
+"""The same after an early cut."""
+_MIN_GROWTH_PER_S: Final = 0.2
+"""Least growth of the rate per second, in requests per second."""
+_JITTER: Final = 0.1
+_MAX_BODY_BYTES: Final = 65_536

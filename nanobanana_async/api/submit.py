@@ -17,8 +17,9 @@ from nanobanana_async._concurrency.background import BackgroundTaskGroup, Shield
 from nanobanana_async._concurrency.slots import Slot
 from nanobanana_async.api.flow_control import FlowControl
 from nanobanana_async.api.operations import authorized, run_maybe_in_thread
-from nanobanana_async.api.rate_limit import retry_after_s
+from nanobanana_async.api.rate_limit import asked_wait_s
 from nanobanana_async.api.retry import CircuitBreaker
+from nanobanana_async.api.turn import Turn
 from nanobanana_async.errors import ApiError, ClientClosed, NanoBananaError, NotSent
 from nanobanana_async.models import GenerationRequest
 from nanobanana_async.policies import Timeouts
@@ -72,13 +73,13 @@ NO_RECORD: Final = NoRecord()
 class _Submit:
     """The state of one call of `SubmitLoop.submit`."""
 
-    wire: WireRequest
-    slot: Slot
+    request: GenerationRequest
+    turn: Turn
     record: SubmitRecord
     nonce: str | None
     on_orphan: Callable[[AcceptedSubmit], None]
-    deadline_s: float
-    """When the caller gives up waiting for a turn."""
+    wire: WireRequest | None = None
+    """The encoded request, while the submit has a slot."""
     exchange_deadline_s: float = math.inf
     """When the exchanges of all attempts end, counted from the first one."""
     is_doubted: bool = False
@@ -95,6 +96,8 @@ class _Attempt:
     end: AttemptEnd
     refusal: ApiError | None = None
     """The rejection that every submit would get, of the key or of the account; None otherwise."""
+    wait_s: float | None = None
+    """After how many seconds the submit may be sent again, if it was throttled."""
 
 
 class SubmitLoop:
@@ -130,39 +133,42 @@ class SubmitLoop:
     async def submit(
         self,
         request: GenerationRequest,
-        slot: Slot,
+        turn: Turn,
         *,
-        deadline_s: float,
         record: SubmitRecord = NO_RECORD,
         nonce: str | None = None,
         on_orphan: Callable[[AcceptedSubmit], None] = lambda _: None,
     ) -> AcceptedSubmit:
-        """Submit *request* with *slot* and return its task id. *nonce* identifies its callback, for the *record*.
+        """Submit *request* with the slot of *turn*. *nonce* identifies its callback, for the *record*.
 
-        *deadline_s*, on the event loop's clock, bounds the wait for a turn. A POST in flight is waited for within
-        `Timeouts.submit_s`, because its response has the task id. If the caller is cancelled, the POST runs to its end
-        in the background, with a share of the slot. The task id is then recorded, logged, and passed to *on_orphan*.
+        After a 429 the slot is given back, and the submit waits for its turn again, until the deadline of *turn*. A
+        POST in flight is waited for within `Timeouts.submit_s`, because its response has the task id. If the caller is
+        cancelled, the POST runs to its end in the background, with a share of the slot. The task id is then recorded,
+        logged, and passed to *on_orphan*.
 
         Raises:
-            NotSent: Nothing was charged: no connection, or no turn by *deadline_s*.
+            NotSent: Nothing was charged: no connection, or no turn by the deadline.
+            RateLimited: The wait that the service asked for passes the deadline. Nothing was charged.
             SubmissionUnknown: At least one POST may have been charged, and no task id is known.
             ApiError: The service rejected the request. Nothing was charged.
             ConfigurationError: The service cannot be reached in this way.
         """
         await self._background.ensure_started()
-        wire = await self._encode(request)
-        submit = _Submit(wire, slot, record, nonce, on_orphan, deadline_s, is_doubted=record.is_doubted)
+        submit = _Submit(request, turn, record, nonce, on_orphan, is_doubted=record.is_doubted)
+        await self._encode(submit)
         return await self._attempt_until_settled(submit)
 
-    async def _encode(self, request: GenerationRequest) -> WireRequest:
-        ready = await self._prepare(request)
+    async def _encode(self, submit: _Submit) -> None:
+        ready = await self._prepare(submit.request)
         size_bytes = sum(len(image) for image in ready.images if isinstance(image, str))
-        return await run_maybe_in_thread(size_bytes, partial(codec.encode_submit, self._endpoint.base_url, ready))
+        encode = partial(codec.encode_submit, self._endpoint.base_url, ready)
+        submit.wire = await run_maybe_in_thread(size_bytes, encode)
 
     async def _attempt_until_settled(self, submit: _Submit) -> AcceptedSubmit:
         attempts = 0
         error: NanoBananaError = NotSent(NO_SLOT_MESSAGE)
-        while await self._may_send(submit, attempts, error):
+        has_waited = True
+        while await self._may_send(submit, 0 if has_waited else attempts, error):
             attempts += 1
             try:
                 attempt = await self._attempt_shielded(submit)
@@ -172,16 +178,36 @@ class SubmitLoop:
             if attempt.end.task_id is not None:
                 return AcceptedSubmit(attempt.end.task_id, submit.possible_charges)
             error = attempt.end.error or error
+            if attempt.wait_s is not None:
+                if not await self._wait_for_turn(submit, attempt.wait_s):
+                    break
+                attempts, has_waited = attempts - 1, True  # a 429 is no failure
+                continue
+            has_waited = False
             if not self._may_retry(attempt.rule, attempts):
                 break
             _log.info("submit: attempt %d ended as %r; retrying", attempts, attempt.rule.name)
         raise error
 
+    async def _wait_for_turn(self, submit: _Submit, wait_s: float) -> bool:
+        """Give the slot and the body back, and wait for the next turn. Return False if the deadline comes first."""
+        if anyio.current_time() + wait_s >= submit.turn.deadline_s:
+            return False
+        submit.wire, submit.exchange_deadline_s = None, math.inf
+        submit.turn.give_back()
+        await anyio.sleep(wait_s)
+        try:
+            await submit.turn.take()
+        except TimeoutError:
+            return False
+        await self._encode(submit)
+        return True
+
     async def _may_send(self, submit: _Submit, attempts: int, error: NanoBananaError) -> bool:
         """Wait for the next attempt. Return False if *error*, the last outcome, is to be raised instead."""
         if not attempts:
-            return await self._pass_gates(submit.deadline_s)
-        deadline_s = min(submit.deadline_s, submit.exchange_deadline_s)
+            return await self._pass_gates(submit.turn.deadline_s)
+        deadline_s = min(submit.turn.deadline_s, submit.exchange_deadline_s)
         try:
             return await self._flow.back_off(attempts, deadline_s) and await self._pass_gates(deadline_s)
         except NanoBananaError:
@@ -226,7 +252,8 @@ class SubmitLoop:
             submit.exchange_deadline_s = min(submit.exchange_deadline_s, now_s + self._timeouts.submit_s)
             try:
                 self._background.check_open()
-                attempt = partial(self._attempt, submit, submit.slot.share())
+                assert submit.turn.slot is not None  # noqa: S101 - taken before each attempt
+                attempt = partial(self._attempt, submit, submit.turn.slot.share())
                 return await self._background.shield(attempt, on_abandoned=partial(self._on_abandoned, submit))
             except ClientClosed as exc:  # while the attempt was recorded: nothing was sent
                 never = self._judge(submit, SubmitExchange(failure=ExchangeError(str(exc), phase=Phase.CONNECT)))
@@ -250,9 +277,10 @@ class SubmitLoop:
     async def _attempt(self, submit: _Submit, slot: Slot) -> _Attempt:
         with slot:
             sent_s = anyio.current_time()
+            assert submit.wire is not None  # noqa: S101 - encoded with the slot
             exchange = await self._exchange(submit.wire, submit.exchange_deadline_s - sent_s)
-        self._flow.observe(exchange.response, sent_s)
-        attempt = self._judge(submit, exchange)
+        wait_s = self._flow.observe_submit(exchange.response, sent_s, len(submit.wire.body or b""))
+        attempt = attrs.evolve(self._judge(submit, exchange), wait_s=wait_s)
         self._update_breaker(attempt)
         try:
             await submit.record.end_attempt(attempt.end)
@@ -294,7 +322,7 @@ class SubmitLoop:
             submit.possible_charges += 1
         error = submit_error(exchange, submit.possible_charges, self._endpoint.base_url)
         if isinstance(error, ApiError) and exchange.response is not None:
-            error.retry_after_s = retry_after_s(exchange.response.headers)
+            error.retry_after_s = asked_wait_s(exchange.response)
         end = AttemptEnd(verdict=rule.verdict, rule=rule.name, is_doubtful=rule.is_doubtful, error=error)
         return _Attempt(rule, end, refusal(exchange))
 

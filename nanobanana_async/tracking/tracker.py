@@ -22,6 +22,8 @@ from nanobanana_async.errors import (
     AuthenticationError,
     InvalidRequest,
     NanoBananaError,
+    RateLimited,
+    ServiceUnavailable,
     TaskNotFound,
     TransportError,
 )
@@ -258,8 +260,8 @@ class TaskTracker:
         self._demand_per_s += polls_per_s - tracked.demand_per_s
         tracked.demand_per_s = polls_per_s
 
-    def _schedule_poll(self, tracked: TrackedTask, *, failures: int = 0) -> None:
-        """Schedule the next poll, after *failures* consecutive polls without a response."""
+    def _schedule_poll(self, tracked: TrackedTask, *, failures: int = 0, not_before_s: float | None = None) -> None:
+        """Schedule the next poll, after *failures* consecutive polls without a response, or at *not_before_s*."""
         if self._tasks.get(tracked.task_id) is not tracked:  # all waiters left during the poll
             if self._unwatched.pop(tracked.task_id, None) is not None:
                 self._suspend(tracked)
@@ -271,7 +273,7 @@ class TaskTracker:
         if tracked.confirm_at_s > tracked.history.sent_s:
             due_s = min(due_s, tracked.confirm_at_s)
         tracked.state = TaskState.SCHEDULED
-        self._poll_queue.schedule(tracked, max(now_s, due_s))
+        self._poll_queue.schedule(tracked, max(now_s, due_s) if not_before_s is None else not_before_s)
 
     def _interval_s(self, tracked: TrackedTask, from_s: float) -> float:
         """Return the seconds from *from_s* to the next poll."""
@@ -329,6 +331,11 @@ class TaskTracker:
                 self._finish(other, with_task_id(exc, other.task_id))
         except TaskNotFound as exc:
             self._on_not_found(tracked, exc)
+        except (RateLimited, ServiceUnavailable) as exc:
+            if exc.retry_after_s is None:
+                self._on_poll_error(tracked, exc)
+            else:
+                self._on_throttled(tracked, exc, exc.retry_after_s)
         except NanoBananaError as exc:
             # Treat as transient unless the service rejected the query itself.
             if isinstance(exc, InvalidRequest) and exc.status in (400, 422) and exc.code is not None:
@@ -354,6 +361,11 @@ class TaskTracker:
             _log.warning("%d consecutive polls failed; polling continues: %s", self._consecutive_errors, exc)
         tracked.history = attrs.evolve(tracked.history, consecutive_errors=errors, last_error=str(exc))
         self._schedule_poll(tracked, failures=max(self._consecutive_errors, errors))
+
+    def _on_throttled(self, tracked: TrackedTask, exc: NanoBananaError, wait_s: float) -> None:
+        """Poll again after the wait that the service asked for. The rate limiter slows down the others."""
+        tracked.history = attrs.evolve(tracked.history, last_error=str(exc))
+        self._schedule_poll(tracked, not_before_s=anyio.current_time() + wait_s)
 
     def _on_snapshot(self, tracked: TrackedTask, task: Task) -> None:
         now_s, submit = anyio.current_time(), tracked.submit
