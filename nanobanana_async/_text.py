@@ -43,7 +43,7 @@ def normalize(text: str) -> str:
     if text.isascii() and "\n" not in text and "\r" not in text:
         return text
     composed = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).translate(_INVISIBLE)
-    return re.sub(r"[^\S\n]+$", "", composed, flags=re.MULTILINE).strip()
+    return "\n".join(line.rstrip() for line in composed.split("\n")).strip()
 
 
 def sanitize_line(text: str) -> str:

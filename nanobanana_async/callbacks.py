@@ -60,6 +60,8 @@ class _RegisteredCallback:
     _token: str
     task_id: str | None = None
     _claimed: str | None = None
+    _others: tuple[str, ...] = ()
+    """Further ids that callbacks have named before the submit had its own."""
     _event: anyio.Event | None = None
     """Set by a callback; None until one is waited for."""
     _received: bool = False
@@ -84,10 +86,17 @@ class _RegisteredCallback:
         if self.task_id is not None:
             return self.task_id == task_id
         self._received = True
+        if self._claimed not in (None, task_id):
+            self._others += (str(self._claimed),)
         self._claimed = task_id
         if self._event is not None:
             self._event.set()
         return True
+
+    def duplicates(self) -> list[str]:
+        """Return the ids of other tasks that callbacks have named."""
+        named = {*self._others, *([self._claimed] if self._claimed is not None else [])}
+        return sorted(named - {self.task_id})
 
     async def wait_task_id(self) -> str:
         """Wait for a callback and return the task id in it."""

@@ -126,6 +126,12 @@ def _check_aspect_ratio(_: object, __: object, value: str | None) -> None:
         raise ValueError(f"aspect_ratio: expected 'auto' or 'N:M' such as '16:9', got {_abbreviated(value)}")
 
 
+def _to_ratio(value: str | None) -> str | None:
+    """Return a ratio as the service takes it. Spreadsheets turn 16:9 into a time, such as 16:09 or 16:09:00."""
+    found = re.fullmatch(r"0*(\d+):0*(\d+)(?::00)?", value, re.ASCII) if isinstance(value, str) else None
+    return value if found is None else f"{found[1]}:{found[2]}"
+
+
 def _check_callback_url(_: object, __: object, value: str | None) -> None:
     if value is not None and (problem := url_problem(value)):
         raise ValueError(f"callback_url: {_abbreviated(value)} {problem}")
@@ -170,7 +176,7 @@ class GenerationRequest:
         default=(), converter=_as_images, validator=_check_images, repr=_repr_length
     )
     model: str = attrs.field(default=DEFAULT_MODEL, validator=_check_text)
-    aspect_ratio: str | None = attrs.field(default=None, validator=_check_aspect_ratio)
+    aspect_ratio: str | None = attrs.field(default=None, converter=_to_ratio, validator=_check_aspect_ratio)
     image_size: str | None = attrs.field(
         default=None,
         converter=_lower,

@@ -124,6 +124,8 @@ class Limits:
     Attributes:
         max_submits: Submits in flight at most. The client begins with 32 and adapts to the service.
         max_polls: Queries in flight, for any number of tasks.
+        max_upload_bytes: Bodies of the submits in flight, with their reference images, together. A larger one is sent
+            alone.
         max_downloads: Downloads in flight.
         requests_per_s: API requests per second on average, submits and queries together.
         burst: API requests that may be sent at once after an idle period.
@@ -135,7 +137,8 @@ class Limits:
 
     max_submits: int = attrs.field(default=256, validator=ge(1))
     max_polls: int = attrs.field(default=64, validator=ge(1))
-    max_downloads: int = attrs.field(default=16, validator=ge(1))
+    max_upload_bytes: int = attrs.field(default=256 * 2**20, validator=ge(1))
+    max_downloads: int = attrs.field(default=64, validator=ge(1))
     requests_per_s: float = attrs.field(default=300.0, validator=gt(0))
     burst: int = attrs.field(default=30, validator=ge(1))
     max_image_bytes: int = attrs.field(default=64 * 2**20, validator=ge(1))

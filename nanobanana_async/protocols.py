@@ -328,6 +328,10 @@ class PendingCallback(Protocol):
         """Record the task id of the submit. Return True if a callback for it has already arrived."""
         ...
 
+    def duplicates(self) -> list[str]:
+        """Return the ids of other tasks that callbacks have named before `bind`."""
+        ...
+
     async def wait_task_id(self) -> str:
         """Wait for a callback and return the task id in it."""
         ...

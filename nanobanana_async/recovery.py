@@ -30,7 +30,10 @@ class CallbackRecovery:
     async def recover(self, nonce: str, task_id: str, bind: Callable[[str, str], Awaitable[object]]) -> None:
         """Query *task_id*, and call *bind* with both if the service knows it. Otherwise, go on in the background."""
         claim = (nonce, task_id)
-        if claim in self._pending or len(self._pending) >= _MAX_PENDING:
+        if claim in self._pending:
+            return
+        if len(self._pending) >= _MAX_PENDING:
+            _log.warning("task %s was named by a callback, and too many others wait for a query", task_id)
             return
         await self._background.ensure_started()
         self._pending.add(claim)

@@ -60,6 +60,7 @@ from nanobanana_async.transport.httpx import HttpxTransport
 from nanobanana_async.wire.endpoint import Endpoint
 
 _MAX_DOUBTFUL: Final = 10_000
+_CLOSE_EXPIRED_S: Final = 5.0
 _log: Final = logging.getLogger("nanobanana_async")
 
 
@@ -94,8 +95,10 @@ class Session:
         self.background: Final = BackgroundTaskGroup()
         # Nothing that the background work refers to may refer to the session, which is collected once it is dropped.
         self.emit: Final = partial(_emit, options.on_event)
+        self._own_transport: HttpxTransport | None = None
+        """Until its background work has begun; None if the application has passed a transport."""
         if transport is None:
-            transport = HttpxTransport(connect_s=timeouts.connect_s)
+            transport = self._own_transport = HttpxTransport(connect_s=timeouts.connect_s)
             self.background.close_when_stopped(transport.aclose)
         active = CheckedTransport(transport)
         memory = ByteBudget(limits.max_download_bytes)
@@ -138,6 +141,9 @@ class Session:
     async def start(self) -> None:
         """Start the background work and open the ledger, on first use. It is closed when the work has stopped."""
         await self.background.ensure_started()
+        if self._own_transport is not None:
+            self.background.start_soon(partial(_close_expired, self._own_transport))
+            self._own_transport = None
         if self.ledger is None or self._has_opened_ledger:
             return
         with self.background.keep_open():  # closing waits, and closes the ledger after it was opened
@@ -234,6 +240,8 @@ class Session:
             self._doubtful.add(pending.nonce, _DoubtfulSubmit(handle.task_id, None))
         if pending is not None and pending.bind(handle.task_id):
             self.tracker.notify(handle.task_id)
+            for task_id in pending.duplicates():
+                await self._recovery.recover(pending.nonce, task_id, self._bind_callback)
         return handle
 
     def _new_entry(self, call: SubmitCall, limits: OwnerLimits) -> LedgerEntry | None:
@@ -361,6 +369,13 @@ class Session:
             possible_duplicates=done.possible_duplicates,
             entry=entry,
         )
+
+
+async def _close_expired(transport: HttpxTransport) -> None:
+    """Close connections that the server has closed, which would otherwise wait for the next query."""
+    while True:
+        await anyio.sleep(_CLOSE_EXPIRED_S)
+        await transport.close_expired()
 
 
 async def _follow(tracker: TaskTracker, task_id: str, timeout_s: float, leave: Callable[[], None]) -> None:

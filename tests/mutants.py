@@ -217,12 +217,11 @@ MUTANTS: Final = (
         "test_latency.py",
     ),
     Mutant(
-        "an outage does not lower the rate",
+        "each 429 of a series cuts the rate again",
         "api/rate_limit.py",
-        "        self.rate = max(self._min_rate, min(self.rate, self._rate_before_throttle * "
-        "(1 - self._throttle_fraction / 2)))\n",
+        "        self._cut_at_s = now_s\n",
         "",
-        "test_tracker_callbacks_and_outages.py",
+        "test_throttling.py",
     ),
     Mutant(
         "nothing is salvaged from a truncated body",
@@ -529,7 +528,7 @@ MUTANTS: Final = (
     Mutant(
         "A2: submits go on while no image can be downloaded",
         "batch/run_state.py",
-        "        return self.saving > self._max_downloads or self._download_outage.is_down\n",
+        "        return self.saving > self._max_downloads or (self._download_outage.is_down and self.in_flight > 0)\n",
         "        return self.saving > self._max_downloads\n",
         "test_download_outage.py::test_a2_a_host_that_recovers_is_waited_for",
     ),
@@ -546,6 +545,20 @@ MUTANTS: Final = (
         "            self._background.start_soon(partial(self._retry, nonce, task_id, bind))\n",
         "            pass\n",
         "test_callbacks.py",
+    ),
+    Mutant(
+        "a throttled submit keeps its slot",
+        "api/submit.py",
+        "        submit.turn.give_back()\n",
+        "        submit.turn.slot = None\n",
+        "test_api.py",
+    ),
+    Mutant(
+        "a throttled submit goes to the end of the line",
+        "_concurrency/slots.py",
+        "        if not waiter.number:\n",
+        "        if True:\n",
+        "test_api.py",
     ),
     Mutant(
         "N5: a callback after a decision ends the run",

@@ -41,7 +41,7 @@ from nanobanana_async._concurrency.slots import SlotPool, SlotWaiter
 from nanobanana_async.api.fair_queue import FairQueue
 from nanobanana_async.api.flow_control import FlowControl
 from nanobanana_async.api.operations import ServiceApi
-from nanobanana_async.api.submit import NO_RECORD, NO_SLOT_MESSAGE, AcceptedSubmit, NoRecord, SubmitLoop
+from nanobanana_async.api.submit import NO_RECORD, NO_SLOT_MESSAGE, AcceptedSubmit, NoRecord, Reserve, SubmitLoop
 from nanobanana_async.api.turn import Turn
 from nanobanana_async.policies import OwnerLimits, ResubmitLevel
 from nanobanana_async.protocols import AttemptEnd, SubmitRecord, Verdict
@@ -98,7 +98,7 @@ def service_over(
 ) -> Service:
     """Return the operations over *transport*."""
 
-    async def unchanged(request: GenerationRequest) -> GenerationRequest:
+    async def unchanged(request: GenerationRequest, _: Reserve) -> GenerationRequest:
         return request
 
     background, checked, flow = BackgroundTaskGroup(), CheckedTransport(transport), FlowControl(limits, retry)
@@ -710,3 +710,18 @@ async def test_t2_responses_with_inline_images_wait_for_memory(states_length: bo
         for number in range(8):
             group.start_soon(_query, api, f"ta-{number}")
     assert max(at_once) == (2 if states_length else 1)
+
+
+async def test_n1_an_id_of_the_request_itself_is_no_task() -> None:
+    """A response that quotes the request contains what the application has put into `extra`."""
+    request = GenerationRequest("a fox", extra={"previous": {"task_id": "ta-earlier"}})
+    quoting = response(200, {"code": 0, "request": {"previous": {"task_id": "ta-earlier"}}})
+    async with running(script(quoting)) as api:
+        with pytest.raises(SubmissionUnknown):
+            await api.submit(request=request)
+
+
+async def test_a_body_that_cannot_be_redacted_loses_no_id() -> None:
+    """A character reference of thousands of digits makes the HTML decoder of Python raise."""
+    body = {"code": 0, "data": {"task_id": "ta-7"}, "echo": "&#" + "1" * 5000}
+    assert (await submit(script(response(200, body)))).task_id == "ta-7"

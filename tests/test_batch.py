@@ -602,7 +602,7 @@ async def test_submits_wait_while_downloads_queue(tmp_path: Path) -> None:
             return SavedImage(path=tmp_path / name, sha256="", size_bytes=len(data))
 
     rows = [f"fox {number}" for number in range(60)]
-    limits = attrs.evolve(FAST_LIMITS, max_submits=4)
+    limits = attrs.evolve(FAST_LIMITS, max_submits=4, max_downloads=16)
     async with (
         simulator.client(limits=limits) as client,
         Batch.open(tmp_path, client, image_store=Slow()) as batch,

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import gc
 import io
 import shutil
@@ -282,7 +283,11 @@ async def test_a_report_that_cannot_be_written_does_not_stop_the_run(
 ) -> None:
     """The run continues, and the log says why there is no gallery."""
     monkeypatch.setattr("nanobanana_async.batch.runner._REPORT_INTERVAL_S", 0.01)
-    (tmp_path / "index.html").mkdir()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr("nanobanana_async.batch.report.ReportWriter", full)
     simulator = Simulator(FAST_PROFILE)
     async with batch_of(simulator, tmp_path) as batch:
         assert kinds(await run(batch)) == ["Succeeded"] * len(FOXES)

@@ -1,6 +1,7 @@
 """What is printed about a file before the first submit and after the last: `--dry-run`, `--limit`, `--once`."""
 
 import json
+from decimal import Decimal
 from pathlib import Path
 
 import attrs
@@ -159,6 +160,40 @@ def test_f4_the_summary_explains_the_exit_code_of_rows_that_are_not_in_the_file(
     assert "1 of 1 saved" in ended.err
     assert "1 row of earlier runs not in the file, 1 unknown" in ended.err
     assert "1 may have been charged. To resolve them" in ended.err
+
+
+def test_f3_a_dry_run_knows_what_a_run_would_retry_and_what_is_charged(shop: Shop) -> None:
+    """Failed rows are submitted with --retry-failed, and charged ones are downloaded."""
+    shop.server.service.profile = attrs.evolve(FAST_PROFILE, failed_tasks=1.0)
+    assert shop.batch("--limit", "2").code == 3
+    shop.server.service.profile = attrs.evolve(FAST_PROFILE, median_s=30.0)
+    assert shop.batch("--limit", "3", "--timeout", "0.3").code == 3
+    assert "4 rows: 1 to submit, 0 saved, 1 charged and to be downloaded" in shop.batch("--dry-run").out
+    assert "4 rows: 3 to submit" in shop.batch("--dry-run", "--retry-failed").out
+
+
+def test_f3_a_dry_run_says_that_balance_or_budget_is_not_enough(shop: Shop) -> None:
+    """The run would stop half way."""
+    assert shop.batch("--limit", "1").code == 0
+    shop.server.service.profile = attrs.evolve(FAST_PROFILE, balance=Decimal("1.2"))
+    out = shop.batch("--dry-run", "--budget", "1.5").out
+    assert "cost: up to 1.5 credits" in out
+    assert "balance: 0.7 credits, which is not enough for all of them" in out
+    assert "budget left: 1 credits, which is not enough for all of them" in out
+
+
+def test_the_table_of_the_batch_is_refused_as_its_file(shop: Shop) -> None:
+    """It is rewritten, and rows that were added to it would be lost."""
+    assert shop.batch("--limit", "1").code == 0
+    refused = nanobanana("batch", "run/results.csv", "--out", "run", cwd=shop.folder)
+    assert (refused.code, shop.charges) == (2, 1)
+    assert "is the table of this batch" in refused.err
+
+
+def test_f4_rows_beyond_the_limit_are_not_called_missing(shop: Shop) -> None:
+    """They are in the file."""
+    assert shop.batch().code == 0
+    assert "not in the file" not in shop.batch("--limit", "2").err
 
 
 def test_f4_a_budget_that_is_used_up_is_part_of_the_command_to_resume(shop: Shop) -> None:

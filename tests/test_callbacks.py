@@ -23,6 +23,7 @@ from nanobanana_async import (
     NanoBananaClient,
     PollPolicy,
     ProtocolError,
+    RetryPolicy,
     SqliteLedger,
     SubmissionUnknown,
     Succeeded,
@@ -619,6 +620,30 @@ async def test_n4_the_callback_of_a_duplicate_keeps_its_id(caplog: pytest.LogCap
         await CallbackSimulator(simulator, client, receiver).call(first)
         assert [orphan.task_id for orphan in orphans] == [first]
     assert f"task {first} is a charged duplicate of task {second}" in caplog.text
+
+
+@pytest.mark.virtual_time
+async def test_n4_callbacks_of_both_posts_during_the_second_lose_no_id() -> None:
+    """Each names a charged task, and the submit takes one of them."""
+    simulator, orphans = Simulator(FAST_PROFILE), list[TaskHandle]()
+    transport = LosingTransport(simulator)
+    retry, timeouts = RetryPolicy(resubmit="always", attempts=2), Timeouts(recovery_s=5)
+    async with NanoBananaClient(
+        "dk-test", transport=transport, on_orphan=orphans.append, retry=retry, timeouts=timeouts
+    ) as client:
+        service, handles = CallbackSimulator(simulator, client, receiver_of(client)), list[TaskHandle]()
+
+        async def submit() -> None:
+            handles.append(await client.submit("a fox", callback=service.receiver))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(submit)
+            while len(simulator.charges) < 2:
+                await anyio.sleep(0.001)
+            for charge in simulator.charges:
+                await service.call(charge.task_id)
+    found = {handles[0].task_id, *(orphan.task_id for orphan in orphans)}
+    assert found == {charge.task_id for charge in simulator.charges}
 
 
 @pytest.mark.virtual_time

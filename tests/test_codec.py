@@ -457,3 +457,19 @@ def test_t2_an_inline_image_is_kept_once() -> None:
     task = codec.decode_task(state("success", result=[{"image": uri, "text": "here"}]), "ta-1")
     assert task.images[0].data == bytes(30_000)
     assert task.raw["result"] == [{"image": f"{uri[:40]}...", "text": "here"}]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param({"detail": [{"input": {"task_id": "ta-0"}}]}, id="echo-of-the-input"),
+        pytest.param(
+            {"code": 400, "message": "bad", "data": {"prompt": '{"task_id": "scene-7"}'}}, id="echo-of-a-prompt"
+        ),
+        pytest.param({"code": 402, "message": "insufficient credits", "data": {"task_id": 0}}, id="zero"),
+        pytest.param({"code": 0, "data": {"task_id": -1}}, id="negative"),
+    ],
+)
+def test_n1_an_id_that_a_rejection_quotes_is_no_task(body: object) -> None:
+    """The rejected submit would be taken for an accepted one, with the image of another."""
+    assert codec.decode_envelope(response(422, body)).task_id is None

@@ -46,11 +46,11 @@ async def test_a2_a_host_that_refuses_all_ends_a_run_that_has_saved_nothing(tmp_
 
 
 async def test_a2_a_host_that_recovers_is_waited_for(tmp_path: Path) -> None:
-    """Nothing is submitted meanwhile. All but the images that failed before the third are saved in the same run."""
+    """Nothing is submitted meanwhile. All but the images that failed first are saved in the same run."""
     simulator = Simulator(FAST_PROFILE, delay_s=0.5)
     limits = Limits(max_submits=2, requests_per_s=10_000, burst=1_000)
     waits: list[tuple[str, int]] = []
-    host = file_host([200] + [503] * 60)
+    host = file_host([200] + [503] * 40)
     async with batch_of(simulator, tmp_path, host, retry=QUICK, limits=limits) as batch:
 
         async def watch() -> None:
@@ -84,3 +84,20 @@ async def test_a2_images_of_an_earlier_run_that_are_gone_stop_nothing(tmp_path: 
         outcomes = await run(batch, ROWS, max_in_flight=8)
     assert {prompt for prompt, outcome in outcomes.items() if type(outcome).__name__ == "Failed"} == gone
     assert kinds(outcomes).count("Succeeded") == 24 - len(gone)
+
+
+async def test_a2_a_few_broken_images_do_not_stop_a_run(tmp_path: Path) -> None:
+    """Three rows in a row have images that are none, and nothing else is in flight whose success could show it."""
+    simulator = Simulator(FAST_PROFILE)
+    broken = {"fox 2", "fox 3", "fox 4"}
+
+    def intercept(request: WireRequest) -> WireResponse | None:
+        is_broken = any(charge.task_id in request.url for charge in simulator.charges if charge.prompt in broken)
+        return response(200, body=b"<svg/>") if "/files/" in request.url and is_broken else None
+
+    async with batch_of(simulator, tmp_path, intercept, retry=QUICK) as batch:
+        began_s = anyio.current_time()
+        outcomes = await run(batch, ROWS, max_in_flight=1)
+        assert anyio.current_time() - began_s < 120
+    assert {prompt for prompt, outcome in outcomes.items() if type(outcome).__name__ == "Failed"} == broken
+    assert len(simulator.charges) == 24

@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+from base64 import b64encode
 from collections.abc import Iterator
 
 import anyio
@@ -10,6 +11,7 @@ import pytest
 
 from nanobanana_async import NanoBananaClient, SubmissionUnknown, Task
 from nanobanana_async.models import GenerationRequest
+from tests.fakes import PNG
 from tests.faults.table import FAULTS
 from tests.faults.trial import DEADLINES, QUICK, FaultServer, fault_server, try_all
 from tests.raw_server import response, serving
@@ -70,7 +72,7 @@ async def test_an_upload_that_is_never_read_is_unknown_in_time(server: FaultServ
     """A part of an upload that the server never reads may have arrived."""
     (hang,) = (fault for fault in FAULTS if fault.listener == "hang")
     url = server.url(hang, times=99, nonce="upload")
-    request = GenerationRequest("a fox", images=["data:image/png;base64," + "A" * 5_000_000])
+    request = GenerationRequest("a fox", images=[f"data:image/png;base64,{b64encode(PNG + bytes(4_000_000)).decode()}"])
     async with NanoBananaClient("dk-test", base_url=url, retry=QUICK, timeouts=DEADLINES) as client:
         with anyio.fail_after(DEADLINES.submit_s + 1), pytest.raises(SubmissionUnknown):
             await client.submit(request)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import time
+import unicodedata
 from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -106,6 +108,8 @@ def test_all_errors_are_listed_with_their_lines(tmp_path: Path) -> None:
             "p.jsonl", '{"prompt": "x", "image": 5}', "line 1: column: got 'image'. Rename it", id="typo-field"
         ),
         pytest.param("p.jsonl", '{"prompt": "\\ud800"}', "surrogate", id="half-a-character"),
+        pytest.param("p.jsonl", '{"prompt": "a", "Prompt": "b"}', "prompt: expected each name once", id="field-twice"),
+        pytest.param("p.txt", "sku;prompt\n1;a fox\n", "line 1 looks like the header of a table", id="csv-as-txt"),
         pytest.param("p.csv", "prompt,key\na,k\nb,k\n", "'k' is also the key of an earlier row", id="key-twice"),
         pytest.param("p.csv", "prompt,images\na,p.csv\n", "not a PNG, JPEG, WebP or GIF", id="no-image"),
         pytest.param("p.yaml", "- fox", ".txt, .csv, .tsv, .jsonl or .ndjson file", id="other-suffix"),
@@ -337,6 +341,33 @@ def test_a_file_that_was_changed_after_its_check_is_not_submitted(tmp_path: Path
     path.write_text("a fox\na hare\n")
     with pytest.raises(InvalidBatchFile, match="was changed after it was checked"):
         list(rows)
+
+
+@pytest.mark.parametrize("edit", ["a hare\na fox\na cat\n", "a f\u00fcx\na hare\na cat\n", ""])
+def test_a_file_that_is_edited_in_place_during_the_run_stops_it(tmp_path: Path, edit: str) -> None:
+    """Editors write into the same file, and a buffer would have the end of one version and the begin of another."""
+    path = written(tmp_path, "p.txt", "a fox\na hare\na cat\n" * 5000)
+    rows = iter(read_rows(path))
+    taken = [next(rows).request.prompt for _ in range(3)]
+    path.write_text(edit * 5000)
+    with pytest.raises(InvalidBatchFile, match="was changed after it was checked"):
+        next(rows)
+    assert taken == ["a fox", "a hare", "a cat"]
+
+
+def test_a_file_name_is_found_in_either_unicode_form(tmp_path: Path) -> None:
+    """MacOS decomposes letters, and spreadsheets compose them."""
+    (tmp_path / unicodedata.normalize("NFD", "hut gr\u00fcn.png")).write_bytes(PNG)
+    (row,) = read_rows(written(tmp_path, "p.csv", "prompt,images\na hat,hut gr\u00fcn.png\n"))
+    assert isinstance(row.request.images[0], Path)
+
+
+def test_a_line_of_blanks_takes_no_time(tmp_path: Path) -> None:
+    """It took 44 s: the expression for blanks at an end was quadratic."""
+    began_s = time.monotonic()
+    (row,) = read_rows(written(tmp_path, "p.txt", f"ein sch\u00f6ner{' ' * 40_000}Fuchs\n"))
+    assert time.monotonic() - began_s < 2
+    assert row.fingerprint == RowKeys().row(GenerationRequest("ein sch\u00f6ner Fuchs")).fingerprint
 
 
 def test_a_pipe_is_read_once_and_its_rows_many_times(tmp_path: Path) -> None:

@@ -56,10 +56,11 @@ class ByteLease:
 
     async def resize(self, size_bytes: int) -> None:
         """Hold *size_bytes* instead of what is held. Waits without holding any, so that two leases cannot deadlock."""
-        self._release()
+        self.release()
         self._held_bytes = await self._budget.acquire(size_bytes)
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Hold nothing any more."""
         self._budget.release(self._held_bytes)
         self._held_bytes = 0
 
@@ -69,4 +70,4 @@ class ByteLease:
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._release()
+        self.release()

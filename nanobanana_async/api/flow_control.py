@@ -7,6 +7,7 @@ from typing import Final
 
 import anyio
 
+from nanobanana_async._concurrency.byte_budget import ByteBudget
 from nanobanana_async.api.concurrency import AdaptiveLimit
 from nanobanana_async.api.rate_limit import AdaptiveRateLimiter, asked_wait_s
 from nanobanana_async.api.retry import RetryQuota
@@ -35,6 +36,8 @@ class FlowControl:
             kind: AdaptiveRateLimiter(limits.requests_per_s, limits.burst)
             for kind in (RequestKind.SUBMIT, RequestKind.READ)
         }
+        self.uploads: Final = ByteBudget(limits.max_upload_bytes)
+        """Memory for the bodies of submits."""
         self._in_flight = AdaptiveLimit(limits.max_submits)
         self.on_limit: Callable[[int], None] = lambda _: None
         """Called with `max_submits` after it may have changed."""

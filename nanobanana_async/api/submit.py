@@ -38,7 +38,9 @@ from nanobanana_async.wire import codec
 from nanobanana_async.wire.classify import RetryRule, Rule, SubmitExchange, classify, describe, refusal, submit_error
 from nanobanana_async.wire.endpoint import Endpoint
 
-PrepareRequest: TypeAlias = Callable[[GenerationRequest], Awaitable[GenerationRequest]]
+Reserve: TypeAlias = Callable[[int], Awaitable[None]]
+"""Waits until as many bytes may be held in memory."""
+PrepareRequest: TypeAlias = Callable[[GenerationRequest, Reserve], Awaitable[GenerationRequest]]
 
 _log: Final = logging.getLogger("nanobanana_async")
 
@@ -109,7 +111,8 @@ class SubmitLoop:
         endpoint: Base URL and key.
         flow: Rate limiter and retries.
         timeouts: `submit_s` bounds the attempts of one call together.
-        prepare: Turns the images of a request into strings. Waiting calls hold no images, because the slot comes first.
+        prepare: Turns the images of a request into strings, after it has reserved their memory. Waiting calls hold no
+            images, because the slot comes first.
     """
 
     def __init__(
@@ -159,10 +162,21 @@ class SubmitLoop:
         return await self._attempt_until_settled(submit)
 
     async def _encode(self, submit: _Submit) -> None:
-        ready = await self._prepare(submit.request)
-        size_bytes = sum(len(image) for image in ready.images if isinstance(image, str))
-        encode = partial(codec.encode_submit, self._endpoint.base_url, ready)
-        submit.wire = await run_maybe_in_thread(size_bytes, encode)
+        """Encode the request. Its memory is held as long as the slot.
+
+        Raises:
+            NotSent: The deadline came before there was memory.
+        """
+        assert submit.turn.slot is not None  # noqa: S101 - taken before
+        lease = self._flow.uploads.lease()
+        submit.turn.slot.call_when_released(lease.release)
+        with anyio.CancelScope(deadline=submit.turn.deadline_s):
+            ready = await self._prepare(submit.request, lease.resize)
+            size_bytes = sum(len(image) for image in ready.images if isinstance(image, str))
+            encode = partial(codec.encode_submit, self._endpoint.base_url, ready)
+            submit.wire = await run_maybe_in_thread(size_bytes, encode)
+            return
+        raise NotSent(NO_SLOT_MESSAGE)
 
     async def _attempt_until_settled(self, submit: _Submit) -> AcceptedSubmit:
         attempts = 0
@@ -305,7 +319,12 @@ class SubmitLoop:
         if response is None:
             return SubmitExchange(failure=failure)
         response = self._endpoint.redact_response(response)
-        return SubmitExchange(response=response, envelope=codec.decode_envelope(response), failure=failure)
+        envelope = codec.decode_envelope(response)
+        if envelope.task_id is not None and envelope.data.get("task_id") != envelope.task_id:
+            # Found elsewhere in the response: an id that the request itself contains is quoted.
+            is_quoted = envelope.task_id.encode("utf-8", "replace") in (wire.body or b"")
+            envelope = attrs.evolve(envelope, task_id=None) if is_quoted else envelope
+        return SubmitExchange(response=response, envelope=envelope, failure=failure)
 
     def _judge(self, submit: _Submit, exchange: SubmitExchange) -> _Attempt:
         """Classify *exchange*, the end of one attempt, and count what it may have been charged."""

@@ -16,6 +16,8 @@ _CHARGED: Final = (
 )
 _FEW_ROWS: Final = 2
 """Fewer rows than these are a correction."""
+_MANY_ROWS: Final = 10
+_MANY_SHARE: Final = 5
 
 
 @attrs.frozen(kw_only=True)
@@ -26,6 +28,7 @@ class BatchPreview:
         rows: Rows of the file.
         new: Rows that no earlier run has seen.
         saved: Rows whose image is saved.
+        unfinished: Rows of the file that are charged, and whose image is still to be saved.
         unlisted: Charged rows of earlier runs that are not in the file.
         charged: Charged rows of earlier runs.
     """
@@ -33,6 +36,7 @@ class BatchPreview:
     rows: int
     new: int
     saved: int
+    unfinished: int
     unlisted: int
     charged: int
 
@@ -45,15 +49,17 @@ class BatchPreview:
             rows=rows,
             new=rows - known,
             saved=counts.get((RowState.SAVED, True), 0),
+            unfinished=sum(counts.get((state, True), 0) for state in (RowState.SUBMITTED, RowState.SUCCEEDED)),
             unlisted=charged[False],
             charged=charged[True] + charged[False],
         )
 
     @property
     def replaces_charged_rows(self) -> bool:
-        """Whether about as many rows are new as charged ones have gone, and these are half of the batch or more.
+        """Whether about as many rows are new as charged ones have gone, and these are ten, or a fifth of the batch.
 
-        Another option, encoding or column of keys makes every row a new one, which is charged again.
+        Another option, encoding or column of keys makes rows new ones, which are charged again.
         """
-        is_most = self.unlisted >= _FEW_ROWS and 2 * self.unlisted >= self.charged
-        return is_most and self.new >= _FEW_ROWS and 2 * self.new >= self.unlisted
+        are_many = self.unlisted >= _MANY_ROWS or _MANY_SHARE * self.unlisted >= self.charged
+        are_as_many = self.unlisted <= 2 * self.new and self.new <= 2 * self.unlisted
+        return self.unlisted >= _FEW_ROWS and are_many and are_as_many

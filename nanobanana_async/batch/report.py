@@ -4,23 +4,21 @@ import csv
 import io
 import json
 import os
-import re
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 from nanobanana_async._text import format_credits
 from nanobanana_async.batch import gallery
+from nanobanana_async.batch.row_file import RESULT_COLUMNS, is_result_header
 from nanobanana_async.images.files import replacing
 from nanobanana_async.ledger.restored import GALLERY_MARK, GALLERY_NAME, manifest_path
 from nanobanana_async.ledger.schema import LedgerRow, RowState
 from nanobanana_async.models import JsonValue
 
 _RESULTS_NAME: Final = "results.csv"
-_OWN_COLUMNS: Final = ("file", "width", "height", "state", "credits", "reason")
-_RESULTS_HEADER: Final = re.compile(rb"\A[^\n]*,(nanobanana_)?credits,(nanobanana_)?reason\r?\n")
 _BOM: Final = "\ufeff"
 """Excel takes a .csv for UTF-8 only with this mark."""
 _HEAD_BYTES: Final = 65_536
@@ -36,29 +34,45 @@ def gallery_path(folder: Path) -> Path:
 
 def results_path(folder: Path) -> Path:
     """Return the table of the batch in *folder*."""
-    return _own_path(folder / _RESULTS_NAME, lambda head: _RESULTS_HEADER.search(head) is not None)
+    return _own_path(folder / _RESULTS_NAME, _is_table)
+
+
+def _is_table(head: bytes) -> bool:
+    text = head.decode("utf-8-sig", "replace")
+    for delimiter in ",;\t":
+        with suppress(csv.Error, StopIteration):
+            if is_result_header(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))):
+                return True
+    return False
 
 
 def _own_path(path: Path, is_own: Callable[[bytes], bool]) -> Path:
     """Return *path*, or another one if there is a file of the user's."""
     try:
-        with path.open("rb") as file:
-            return path if is_own(file.read(_HEAD_BYTES)) else path.with_name(f"nanobanana-{path.name}")
-    except FileNotFoundError:
-        return path
+        if path.is_file():  # and not a pipe, which would block
+            with path.open("rb") as file:
+                if is_own(file.read(_HEAD_BYTES)):
+                    return path
+        elif not path.is_symlink() and not path.exists():
+            return path
+    except OSError:
+        pass
+    return path.with_name(f"nanobanana-{path.name}")
 
 
 class ReportWriter:
     """Writes the three files, and replaces the earlier ones together when the block ends without an error. Blocking.
 
-    *columns* are those of the files of the batch. A table begins with them.
+    *columns* are those of the files of the batch. A table begins with them, and has their *delimiter*. With semicolons,
+    which spreadsheets write where the comma is the decimal sign, credits have one, too.
 
     Raises:
         OSError: A file could not be written.
     """
 
-    def __init__(self, folder: Path, columns: Iterable[str]) -> None:
+    def __init__(self, folder: Path, columns: Iterable[str], delimiter: str = ",") -> None:
         self._stack = ExitStack()
+        self._decimal_sign = "," if delimiter == ";" else "."
         self._given = list(columns) or ["prompt"]
         title = os.fsencode(folder.resolve().name).decode("utf-8", "replace")
         head, self._tail = gallery.frame(title)
@@ -67,6 +81,7 @@ class ReportWriter:
                 io.TextIOWrapper(
                     self._stack.enter_context(replacing(path, is_durable=False)),
                     "utf-8",
+                    errors="replace",
                     newline="",
                     write_through=True,
                 )
@@ -74,8 +89,8 @@ class ReportWriter:
             )
             self._page.write(head)
             results.write(_BOM)
-            self._results = csv.writer(results)
-            names = [f"nanobanana_{name}" if name in self._given else name for name in _OWN_COLUMNS]
+            self._results = csv.writer(results, delimiter=delimiter)
+            names = [f"nanobanana_{name}" if name in self._given else name for name in RESULT_COLUMNS]
             self._results.writerow([*self._given, *names])
         except BaseException as exc:
             self._stack.__exit__(type(exc), exc, exc.__traceback__)
@@ -85,7 +100,7 @@ class ReportWriter:
         """Write some rows."""
         for record in records:
             self._manifest.write(f"{json.dumps(_manifest_line(record), ensure_ascii=False)}\n")
-            self._results.writerow([*_given_cells(record, self._given), *_own_cells(record)])
+            self._results.writerow([*_given_cells(record, self._given), *_own_cells(record, self._decimal_sign)])
             if not record.state.is_ready:
                 self._page.write(f"{gallery.render(_card(record))}\n")
 
@@ -109,7 +124,7 @@ def _cell(value: JsonValue) -> str:
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, default=str)
 
 
-def _own_cells(record: LedgerRow) -> list[object]:
+def _own_cells(record: LedgerRow, decimal_sign: str) -> list[object]:
     first = record.files[0] if record.files else None
     reason = record.reason or ""  # the service's words: a spreadsheet would run them as a formula
     return [
@@ -117,7 +132,7 @@ def _own_cells(record: LedgerRow) -> list[object]:
         None if first is None else first.width,
         None if first is None else first.height,
         record.state.value,
-        None if record.consumed is None else format_credits(record.consumed),
+        None if record.consumed is None else format_credits(record.consumed).replace(".", decimal_sign),
         f"'{reason}" if reason.startswith(_FORMULA_STARTS) else reason,
     ]
 

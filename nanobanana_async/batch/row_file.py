@@ -10,6 +10,7 @@ import functools
 import json
 import re
 import sys
+import unicodedata
 from array import array
 from bisect import bisect_left
 from collections import Counter
@@ -30,6 +31,8 @@ from nanobanana_async.policies import Limits
 
 COLUMNS: Final = ("prompt", "images", "model", "aspect_ratio", "image_size", "key", "name")
 """Columns that have a meaning. Others are kept for the results."""
+RESULT_COLUMNS: Final = ("file", "width", "height", "state", "credits", "reason")
+"""Columns that a table of results adds at its end."""
 _OPTIONS: Final = ("model", "aspect_ratio", "image_size")
 _MAX_CELL_CHARS: Final = 2**27
 """Longest cell of a .csv: four data URIs of 20 MiB."""
@@ -72,7 +75,7 @@ def read_rows(
         OSError: The file cannot be read.
     """
     try:
-        options = {name: _to_option(name, value) for name, value in defaults.items() if value}
+        options = {name: value for name, value in defaults.items() if value}
         GenerationRequest("-", **options)  # type: ignore[arg-type]  # checked here, so that it is one error
     except ValueError as exc:
         raise InvalidBatchFile(str(exc)) from None
@@ -107,6 +110,8 @@ class RowFile:
         """Rows with the content of an earlier row. They are among the rows, unless `once` is set."""
         self.extra_columns: tuple[str, ...] = ()
         """Columns that have no meaning. They are kept for the results, and not sent."""
+        self.delimiter: str | None = None
+        """What separates the cells of a .csv or .tsv; None for another format."""
         self.references: int = 0
         """Reference images of all rows."""
         self._keys = array("Q")
@@ -127,11 +132,15 @@ class RowFile:
         Raises:
             InvalidBatchFile: The file was changed after it was checked.
         """
-        self._source.check_unchanged()
-        for _, row in self._parsed_rows(RowKeys()):
-            if not isinstance(row, BatchRow):
-                raise InvalidBatchFile(f"{self._source.path}: was changed while it was read. Run the batch again.")
-            yield row
+        changed = f"{self._source.path}: was changed after it was checked. Run the batch again."
+        try:
+            for _, row in self._parsed_rows(RowKeys()):
+                # An editor may write into the file that is being read, for as long as the run lasts.
+                if not isinstance(row, BatchRow) or not self._source.is_unchanged():
+                    raise InvalidBatchFile(changed)
+                yield row
+        except (FileError, OSError):
+            raise InvalidBatchFile(changed) from None
 
     def _check(self, on_progress: Callable[[int], None]) -> None:
         keys, errors, columns = RowKeys(), list[str](), dict[str, None]()
@@ -156,6 +165,9 @@ class RowFile:
         if not self._keys:
             raise InvalidBatchFile(f"{path}: contains no rows")
         self._keys = array("Q", sorted(self._keys))
+        if self._reader is _from_csv:
+            with self._source.open() as file:
+                self.delimiter = _header(read_lines(file, path))[0]
         self.copies = keys.copies
         self.extra_columns = tuple(name for name in columns if name not in COLUMNS)
 
@@ -178,28 +190,35 @@ class RowFile:
 def _from_txt(lines: Iterator[str]) -> Iterator[_Record]:
     for number, line in enumerate(lines, start=1):
         prompt = normalize(line)
+        if number == 1 and "prompt" in map(str.strip, re.split("[,;\t]", prompt.lower())) and not prompt.isalpha():
+            raise FileError("line 1 looks like the header of a table. Pass --format csv.")
         if prompt and not prompt.startswith("#"):
             yield number, {"prompt": prompt.removeprefix("\\") if prompt.startswith("\\#") else prompt}
 
 
 def _from_csv(lines: Iterator[str]) -> Iterator[_Record]:
-    header, first_line = next(lines, ""), 1
-    separator = re.fullmatch(r"sep=(.)\n?", header)  # Excel writes it, and reads it
-    if separator is not None:
-        header, first_line = next(lines, ""), 2
-    # Spreadsheets in many locales write semicolons. No column name contains any of these.
-    delimiter = max(",;\t", key=header.count) if separator is None else separator.group(1)
+    delimiter, header, first_line = _header(lines)
     csv.field_size_limit(_MAX_CELL_CHARS)
     reader = csv.reader(_prepended(header, lines), delimiter=delimiter, strict=True, skipinitialspace=True)
-    columns = _columns(_next_csv_row(reader, first_line) or [], header)
+    names = _next_csv_row(reader, first_line) or []
+    columns, width = _columns(names, header), len(names)
     line = reader.line_num + first_line
     while (cells := _next_csv_row(reader, first_line)) is not None:
         given = [cell.strip() for cell in cells]
-        if any(given[len(columns) :]):
-            yield line, ValueError(f"{len(cells)} cells, but {len(columns)} columns. Quote text that contains a comma.")
+        if any(given[width:]):
+            yield line, ValueError(f"{len(cells)} cells, but {width} columns. Quote text that contains a comma.")
         elif any(given):
             yield line, {name: cell for name, cell in zip(columns, given, strict=False) if name}
         line = reader.line_num + first_line
+
+
+def _header(lines: Iterator[str]) -> tuple[str, str, int]:
+    """Return the delimiter of a .csv, its header, and the line number of the header."""
+    header = next(lines, "")
+    if (separator := re.fullmatch(r"sep=(.)\n?", header)) is not None:  # Excel writes it, and reads it
+        return separator.group(1), next(lines, ""), 2
+    # Spreadsheets in many locales write semicolons. No column name contains any of these.
+    return max(",;\t", key=header.count), header, 1
 
 
 def _prepended(first: str, lines: Iterator[str]) -> Iterator[str]:
@@ -218,6 +237,7 @@ def _next_csv_row(reader: Iterator[list[str]], first_line: int) -> list[str] | N
 
 def _columns(cells: list[str], header: str) -> list[str]:
     """Return the names of the columns; "" for one without a name, such as the index that pandas writes."""
+    cells = cells[: -len(RESULT_COLUMNS)] if is_result_header(cells) else cells  # the table of an earlier run
     names = [_column(cell) for cell in cells]
     while names and not names[-1]:
         names.pop()
@@ -226,6 +246,12 @@ def _columns(cells: list[str], header: str) -> list[str]:
     if "prompt" not in names:
         raise FileError(f"line 1: expected a header with a column 'prompt', got {header.strip()!r:.80}")
     return names
+
+
+def is_result_header(cells: list[str]) -> bool:
+    """Return whether *cells* end as the header of a table of results."""
+    last = [cell.strip().removeprefix("nanobanana_") for cell in cells[-len(RESULT_COLUMNS) :]]
+    return last == list(RESULT_COLUMNS)
 
 
 @functools.lru_cache(1000)
@@ -250,17 +276,35 @@ def _from_jsonl(lines: Iterator[str]) -> Iterator[_Record]:
     for number, line in enumerate(lines, start=1):
         if line.strip("\ufeff \t\n"):
             try:
-                record = json.loads(line.strip("\ufeff \t\n"), parse_constant=lambda _: None)  # pandas writes NaN
+                text = line.strip("\ufeff \t\n")
+                record = json.loads(text, parse_constant=lambda _: None, object_pairs_hook=_Pairs)  # pandas writes NaN
             except json.JSONDecodeError as exc:
                 record = ValueError(f"not JSON: {exc.msg} at column {exc.colno}")
             except (ValueError, RecursionError) as exc:
                 record = ValueError(f"not JSON: {exc}")
-            if isinstance(record, dict):
-                try:
-                    record = {_column(name): value for name, value in record.items()}
-                except FileError as exc:
-                    record = ValueError(str(exc).removeprefix("line 1: "))
-            yield number, record if isinstance(record, dict | ValueError) else ValueError("not a JSON object")
+            yield number, _to_record(record) if isinstance(record, _Pairs | ValueError) else _NO_OBJECT
+
+
+class _Pairs(list[tuple[str, JsonValue]]):
+    """The fields of a JSON object, which may have a name twice."""
+
+
+_NO_OBJECT: Final = ValueError("not a JSON object")
+
+
+def _to_record(pairs: "_Pairs | ValueError") -> "Mapping[str, JsonValue] | ValueError":
+    if isinstance(pairs, ValueError):
+        return pairs
+    record: dict[str, JsonValue] = {}
+    for name, value in pairs:
+        try:
+            column = _column(name)
+        except FileError as exc:
+            return ValueError(str(exc).removeprefix("line 1: "))
+        if column in record:
+            return ValueError(f"{column}: expected each name once, got it twice")
+        record[column] = value
+    return record
 
 
 _READERS: Final[Mapping[str, Callable[[Iterator[str]], Iterable[_Record]]]] = {
@@ -294,7 +338,7 @@ class _RowParser:
         given = {name: text for name, text in cells.items() if text}
         texts = _references(record.get("images"))
         options = dict(self.options)
-        options.update((name, _to_option(name, given[name])) for name in _OPTIONS if name in given)
+        options.update((name, given[name]) for name in _OPTIONS if name in given)
         sources = [self._load_image(text) for text in texts]
         request = GenerationRequest(given.get("prompt", ""), images=sources, **options)  # type: ignore[arg-type]
         if not any(character.isalnum() for character in request.prompt):
@@ -303,8 +347,8 @@ class _RowParser:
         key, fingerprint = self.keys.assign(request, given.get("key"), texts)
         columns: dict[str, JsonValue] = {}
         if len(record) > 1:
-            columns.update((name, _kept(value)) for name, value in record.items())
-        name = given.get("name")
+            columns.update((_storable(name), _kept(value)) for name, value in record.items())
+        name = _storable(given["name"]) if "name" in given else None
         return BatchRow(key=key, request=request, name=name, fingerprint=fingerprint, line=line, columns=columns)
 
     def _load_image(self, text: str) -> ImageSource:
@@ -312,6 +356,7 @@ class _RowParser:
         try:
             source = parse_reference(text, self.folder)
             if isinstance(source, Path):
+                source = _as_on_disk(source)
                 self._check_file(source, max_bytes)
             elif is_data_uri(source):
                 check_data_uri(source, max_bytes)
@@ -329,10 +374,10 @@ def _to_text(name: str, value: JsonValue) -> str:
     return normalize(value or "")
 
 
-def _to_option(name: str, text: str) -> str:
-    """Return an option as the service takes it. Spreadsheets turn 16:9 into a time, such as 16:09 or 16:09:00."""
-    found = re.fullmatch(r"0*(\d+):0*(\d+)(?::00)?", text) if name == "aspect_ratio" else None
-    return text if found is None else f"{found[1]}:{found[2]}"
+def _as_on_disk(path: Path) -> Path:
+    """Return *path* with composed or decomposed letters, whichever exists: macOS and other systems differ."""
+    forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
+    return path if path.exists() else next((form for form in forms if form.exists()), path)
 
 
 def _references(value: JsonValue) -> list[str]:
@@ -345,6 +390,16 @@ def _references(value: JsonValue) -> list[str]:
 
 
 def _kept(value: JsonValue) -> JsonValue:
-    """Return a cell for the results. Long ones, such as data URIs, are cut."""
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return value if len(text) <= _MAX_KEPT_CHARS else f"{text[:_MAX_KEPT_CHARS]}..."
+    """Return a cell for the results. Lists and objects become text. Long ones, such as data URIs, are cut."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+    except RecursionError:
+        text = "..."
+    return _storable(text if len(text) <= _MAX_KEPT_CHARS else f"{text[:_MAX_KEPT_CHARS]}...")
+
+
+def _storable(text: str) -> str:
+    """Return *text* without halves of characters, which cannot be written."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()

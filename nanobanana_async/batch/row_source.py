@@ -12,8 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from nanobanana_async.errors import InvalidBatchFile
-
 _CONTROL: Final = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -47,16 +45,18 @@ class RowSource:
         self._copy.seek(0)
         return open(self._copy.fileno(), "rb", closefd=False)
 
-    def check_unchanged(self) -> None:
-        """Raise `InvalidBatchFile` if the file is not the one that was checked."""
-        if self._version() != self._checked:
-            raise InvalidBatchFile(f"{self.path}: was changed after it was checked. Run the batch again.")
+    def is_unchanged(self) -> bool:
+        """Return whether the file is the one that was checked. It takes a microsecond."""
+        return self._version() == self._checked
 
-    def _version(self) -> tuple[int, int] | None:
+    def _version(self) -> tuple[int, int, int] | None:
         if self._copy is not None:
             return None
-        status = self.path.stat()
-        return status.st_size, status.st_mtime_ns
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_lines(file: BinaryIO, path: Path) -> Iterator[str]:

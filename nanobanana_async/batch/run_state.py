@@ -1,9 +1,8 @@
 """`RunState`: the state shared by the rows of one run."""
 
-import contextlib
 from collections.abc import Awaitable, Callable
 from decimal import Decimal
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import anyio
 import attrs
@@ -13,6 +12,9 @@ from nanobanana_async.errors import BudgetExceeded, ImageError, NanoBananaError,
 from nanobanana_async.ledger.budget import Budget, BudgetStatus, PricedAs, Reservation
 
 T = TypeVar("T")
+
+_MAX_TRIES: Final = 3
+"""How often one image is tried again while downloads fail for all rows."""
 
 
 @attrs.frozen(kw_only=True)
@@ -44,6 +46,10 @@ class BatchProgress:
 
 class _TryAgain(Exception):
     """Downloads fail for every row, so that a failure says nothing about this one."""
+
+    def __init__(self, error: ImageError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class RunStopped(Exception):
@@ -103,14 +109,19 @@ class RunState:
     @property
     def has_download_queue(self) -> bool:
         """Whether submits wait for images: more wait than are saved at once, or the last ones could not be had."""
-        return self.saving > self._max_downloads or self._download_outage.is_down
+        return self.saving > self._max_downloads or (self._download_outage.is_down and self.in_flight > 0)
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether submits go one at a time, because the last ones failed, or their images could not be had."""
+        return self.outage.is_probing or self._download_outage.is_down
 
     async def reserve(self, priced_as: PricedAs) -> Reservation:
         """Wait until one more submit is allowed by outage, downloads and budget, and reserve its price.
 
         The run stops if the budget does not allow it, and no submit is left whose end could.
         """
-        with anyio.move_on_after(self.outage.backoff_s()):
+        with anyio.move_on_after(max(self.outage.backoff_s(), self._download_outage.backoff_s())):
             while True:
                 await self.wait_change()
         while True:
@@ -127,27 +138,31 @@ class RunState:
     async def download(self, fetch: Callable[[], Awaitable[T]], *, is_new: bool) -> T:
         """Return the result of *fetch*, which saves the images of one row.
 
-        If several downloads of new images in a row have failed, nothing more is submitted, and one download at a time
-        is tried again. The run stops as for a service that is down. *is_new* is false for images whose URL may have
-        expired, or that need no download. Their failure says nothing about others.
+        If several downloads of new images in a row have failed, no row is submitted while others are in flight, and one
+        download at a time is tried again, three times each. The run stops as for a service that is down. *is_new* is
+        false for images whose URL may have expired, or that need no download. Their failure says nothing about others.
 
         Raises:
             ImageError: The images cannot be downloaded, and others can.
             RunStopped: The run has stopped.
         """
         self.saving += 1
+        tries = 0
         try:
             while True:
-                if not is_new or not self._download_outage.is_down:
-                    with contextlib.suppress(_TryAgain):
+                try:
+                    if not is_new or not self._download_outage.is_down:
                         return await self._try_download(fetch, is_new=is_new)
-                async with self._download_lock:
-                    if self._download_outage.is_down:
-                        with anyio.move_on_after(self._download_outage.backoff_s()):
-                            while True:
-                                await self.wait_change()
-                        with contextlib.suppress(_TryAgain):
+                    async with self._download_lock:
+                        if self._download_outage.is_down:
+                            tries += 1
+                            with anyio.move_on_after(self._download_outage.backoff_s()):
+                                while True:
+                                    await self.wait_change()
                             return await self._try_download(fetch, is_new=is_new)
+                except _TryAgain as exc:
+                    if tries >= _MAX_TRIES:  # it may be this image alone, and others find out
+                        raise exc.error from None
         finally:
             self.saving -= 1
             self.notify_all()
@@ -169,7 +184,7 @@ class RunState:
             if not self._download_outage.is_down:
                 raise
             self.last_error = str(exc)
-            raise _TryAgain from None
+            raise _TryAgain(exc) from None
         self._download_outage.record_success()
         self.last_error = self.last_error if self.outage.is_down else None
         return found

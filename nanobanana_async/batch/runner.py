@@ -225,8 +225,8 @@ class Batch:
     async def _report(self) -> None:
         """Write the report in threads, from small pages of the ledger, whose writes do not wait for it."""
         try:
-            columns = await self._ledger.columns()
-            writer = await anyio.to_thread.run_sync(report.ReportWriter, self.folder, columns)
+            columns, delimiter = await self._ledger.columns(), await self._ledger.delimiter()
+            writer = await anyio.to_thread.run_sync(report.ReportWriter, self.folder, columns, delimiter)
             with contextlib.ExitStack() as stack:
                 stack.push(writer)
                 async with contextlib.aclosing(self._ledger.pages()) as pages:
@@ -237,6 +237,8 @@ class Batch:
             return
         except OSError as exc:  # not an error of the ledger, from which the report can be written again
             _log.warning("the gallery, the manifest or the results cannot be written: %s", exc)
+        except Exception:  # noqa: BLE001 - a report is no reason to end a run of charged images
+            _log.exception("the gallery, the manifest or the results cannot be written")
 
     async def _report_periodically(self) -> None:
         took_s = 0.0
@@ -280,6 +282,8 @@ class Batch:
         """Insert rows into the ledger, many per transaction, until the run stops. None marks a repeated key."""
         most = 1 if isinstance(rows, AsyncIterable) else _UPSERT_CHUNK  # the next one may arrive much later
         listing = await self._ledger.begin_listing()
+        if isinstance(rows, RowFile) and rows.delimiter is not None:
+            await self._ledger.set_delimiter(rows.delimiter)
         waiting: list[BatchRow] = []
         error: Exception | None = None
         async with contextlib.aclosing(with_keys(rows)) as all_rows:

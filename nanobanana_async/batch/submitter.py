@@ -83,7 +83,7 @@ class RowRecord:
             self._reserve_again()
         else:
             self._run_state.raise_if_stopped()
-            is_blocked = self._run_state.outage.is_probing and not self.is_probe
+            is_blocked = self._run_state.is_probing and not self.is_probe
             if is_blocked or self._run_state.has_download_queue:
                 raise _Deferred
         await self._ledger.begin_attempt(self.row.key, resubmit=self._is_unknown, nonce=nonce)
@@ -144,11 +144,11 @@ class Submitter:
         """
         handle = None
         while handle is None:
-            if not self._run_state.outage.is_probing:
+            if not self._run_state.is_probing:
                 handle = await self._submit_once(record)
                 continue
             async with self._probe_lock:
-                record.is_probe = self._run_state.outage.is_probing  # still, after the wait for the lock
+                record.is_probe = self._run_state.is_probing  # still, after the wait for the lock
                 if record.is_probe:
                     handle = await self._submit_once(record)
             record.is_probe = False

@@ -3,7 +3,7 @@
 import contextlib
 import shlex
 import sys
-from collections.abc import Container, Iterable
+from collections.abc import AsyncGenerator, Container, Iterable
 from decimal import Decimal, InvalidOperation
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from nanobanana_async.cli.resolve import ledger_option, resolve
 from nanobanana_async.cli.runtime import EXIT_FAILED, CommandContext, json_option, print_result, run
 from nanobanana_async.cli.summary import Account, BatchSummary
 from nanobanana_async.client import NanoBananaClient
-from nanobanana_async.errors import NanoBananaError
+from nanobanana_async.errors import ConfigurationError, NanoBananaError
 from nanobanana_async.ledger.schema import BatchRow
 
 _BALANCE_TIMEOUT_S: Final = 2.0
@@ -140,11 +140,15 @@ def run_batch(**given: Any) -> None:  # noqa: ANN401 - the arguments and options
     async def work(context: CommandContext) -> int:
         rows = await options.read_rows()
         if options.is_dry_run:
-            return await dry_run(rows, options.out, options.ledger, limit=options.limit, as_json=options.as_json)
+            return await dry_run(rows, options)
+        if options.file.exists() and options.file.resolve() == report.results_path(options.out).resolve():
+            raise click.UsageError(f"{options.file}: is the table of this batch, which is rewritten. Run a copy of it.")
         check_writable(options.out, is_folder=True)
         await _run(rows, options, command, context)
         if not options.as_json:
             print_result(report.gallery_path(options.out))
+            if (table := report.results_path(options.out)).name.startswith("nanobanana-"):
+                click.echo(f"results.csv is not of this batch and was left alone. Results: {table}", err=True)
         return context.code
 
     run(work, as_json=options.as_json)
@@ -152,21 +156,14 @@ def run_batch(**given: Any) -> None:  # noqa: ANN401 - the arguments and options
 
 async def _run(rows: RowFile, options: _Options, command: str, context: CommandContext) -> None:
     total, selected, keys = _select(rows, options.limit)
-    summary = BatchSummary(options, keys, total, command)
+    summary = BatchSummary(options, rows, keys, total, command)
     if not options.as_json:
         context.print_summary = summary.print
     async with (
         NanoBananaClient(polling=poll_policy(options.poll_s)) as client,
-        Batch.open(
-            options.out,
-            client,
-            budget=options.budget,
-            max_price=options.max_price,
-            ledger_folder=options.ledger,
-            new_account=options.new_account,
-        ) as batch,
+        _opened(client, options, context) as batch,
     ):
-        check_preview(rows, await batch.preview(rows), is_quiet=options.as_json, is_confirmed=options.is_confirmed)
+        check_preview(rows, await batch.preview(rows), options)
         summary.before = await _account(client, batch)
         outcomes = batch.run(
             selected,
@@ -181,6 +178,26 @@ async def _run(rows: RowFile, options: _Options, command: str, context: CommandC
             summary.after = await _account(client, batch)
         if (batch.progress().budget.remaining or 0) < 0:  # a price has risen
             context.code = max(context.code, EXIT_FAILED)
+
+
+@contextlib.asynccontextmanager
+async def _opened(client: NanoBananaClient, options: _Options, context: CommandContext) -> AsyncGenerator[Batch]:
+    """Open the batch. If it is about another service or account, the same command would fail again."""
+    opening = Batch.open(
+        options.out,
+        client,
+        budget=options.budget,
+        max_price=options.max_price,
+        ledger_folder=options.ledger,
+        new_account=options.new_account,
+    )
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            batch = await stack.enter_async_context(opening)
+        except ConfigurationError:
+            context.print_summary = None
+            raise
+        yield batch
 
 
 def _select(rows: RowFile, limit: int | None) -> tuple[int, Iterable[BatchRow], Container[str]]:

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
@@ -47,6 +47,9 @@ poll_option = click.option(
     metavar="SECONDS",
     help="Poll each task at this interval.  [default: learned]",
 )
+
+_OTHER_SUFFIXES: Final = frozenset({".tif", ".tiff", ".bmp", ".heic", ".heif", ".avif", ".svg", ".pdf", ".psd", ".jxl"})
+"""Suffixes of images that the service does not return. As a folder they would be a surprise."""
 
 force_option = click.option("--force", is_flag=True, help="Replace an image with the name of -o.")
 
@@ -142,6 +145,9 @@ def _check_output(output: str, count: int, *, force: bool) -> None:
     """Exit before anything is charged if *output* cannot be what *count* images are saved to."""
     if output == "-":
         raise click.UsageError("-o: expected a file or a folder, got '-'. Images are not written to stdout.")
+    suffix = Path(output).suffix.lower()
+    if suffix in _OTHER_SUFFIXES:
+        raise click.UsageError(f"-o: expected .png, .jpg, .webp, .gif, or a folder, got {suffix}.")
     if count > 1 and split_suffix(output)[1]:
         raise click.UsageError(f"-o: expected a folder for {count} prompts, got the file {output}.")
     check_not_replaced(Path(output), force=force)

@@ -163,6 +163,7 @@ def report_cost(jobs: Sequence[Job]) -> None:
     line = f"{saved} {'image' if saved == 1 else 'images'}"
     line += f", {format_credits(sum((one for one in charges if one is not None), Decimal(0)))} credits charged"
     unstated = charges.count(None) + sum(job.exit_code == EXIT_UNKNOWN and job.task is None for job in jobs)
+    unstated += sum(getattr(job.error, "possible_duplicates", 0) or job.possible_duplicates for job in jobs)
     line += f", {unstated} more may have been charged" if unstated else ""
     if charges or unstated:
         click.echo(line, err=True)

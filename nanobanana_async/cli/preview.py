@@ -2,11 +2,12 @@
 
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import aclosing
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import anyio.to_thread
 import attrs
@@ -17,11 +18,13 @@ from nanobanana_async.batch.preview import BatchPreview
 from nanobanana_async.batch.row_file import RowFile, read_rows
 from nanobanana_async.batch.rows import digest
 from nanobanana_async.cli.runtime import EXIT_OK, print_json, print_result
+from nanobanana_async.cli.summary import BatchOptions
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NanoBananaError
 from nanobanana_async.ledger.batch_ledger import BatchLedger
 from nanobanana_async.ledger.budget import Budget, PricedAs
 from nanobanana_async.ledger.restored import has_ledger
+from nanobanana_async.ledger.schema import RowState
 
 _PROGRESS_INTERVAL_S: Final = 2.0
 _MAX_COLUMNS: Final = 10
@@ -44,17 +47,39 @@ async def read_file(
     )
 
 
-def check_preview(rows: RowFile, preview: BatchPreview, *, is_quiet: bool, is_confirmed: bool) -> None:
-    """Print what is unusual about *rows*. Exit if they seem to replace charged rows, unless *is_confirmed*."""
-    if not is_quiet:
+class PreviewOptions(BatchOptions, Protocol):
+    """The options of a run that are compared with earlier runs."""
+
+    @property
+    def limit(self) -> int | None:
+        """Number of rows to run; None for all."""
+        ...
+
+    @property
+    def is_confirmed(self) -> bool:
+        """Whether rows that seem to replace charged ones are submitted."""
+        ...
+
+    @property
+    def as_json(self) -> bool:
+        """Whether only JSON is printed."""
+        ...
+
+
+def check_preview(rows: RowFile, preview: BatchPreview, options: PreviewOptions) -> None:
+    """Print what is unusual about *rows*. Exit if they seem to replace charged rows, unless that is confirmed."""
+    if not options.as_json and preview.new:
         for line in _notes(rows):
             click.echo(line, err=True)
-    if preview.replaces_charged_rows and not is_confirmed:
-        raise click.UsageError(
-            f"{preview.unlisted} charged rows of earlier runs are not in the file, and {preview.new} of its rows are "
-            "new. Another option, key or text makes a row a new one, which is charged again. To submit them, pass "
-            "--yes. To compare without submitting, pass --dry-run."
-        )
+    if preview.replaces_charged_rows and not options.is_confirmed:
+        raise click.UsageError(f"{_replaced(preview)} To submit them, pass --yes.")
+
+
+def _replaced(preview: BatchPreview) -> str:
+    return (
+        f"{preview.unlisted} charged rows of earlier runs are not in the file, and {preview.new} of its rows are new. "
+        "Another option, key, text or image path makes a row a new one, which is charged again."
+    )
 
 
 def _notes(rows: RowFile) -> list[str]:
@@ -69,16 +94,16 @@ def _notes(rows: RowFile) -> list[str]:
     return notes
 
 
-async def dry_run(rows: RowFile, out: Path, ledger_folder: Path | None, *, limit: int | None, as_json: bool) -> int:
+async def dry_run(rows: RowFile, options: PreviewOptions) -> int:
     """Print what a run would do, and what it would cost as far as that is known. Submits nothing."""
-    plan = await _plan(rows, out, ledger_folder, limit)
+    plan = await _plan(rows, options)
     balance: Decimal | str
     try:
         async with NanoBananaClient() as client:
             balance = await client.balance()
     except NanoBananaError as exc:
         balance = f"not known: {sanitize_line(str(exc))}"
-    if as_json:
+    if options.as_json:
         print_json(
             {
                 **attrs.asdict(plan.preview),
@@ -88,13 +113,26 @@ async def dry_run(rows: RowFile, out: Path, ledger_folder: Path | None, *, limit
                 "extra_columns": list(rows.extra_columns),
                 "max_cost": plan.max_cost,
                 "balance": balance if isinstance(balance, Decimal) else None,
+                "needs_yes": plan.preview.replaces_charged_rows,
             }
         )
     else:
-        for line in [*plan.lines(rows), f"balance: {_credits(balance) if isinstance(balance, Decimal) else balance}"]:
+        for line in [*plan.lines(rows), *_means(plan, balance, options.budget)]:
             print_result(line)
         print_result("nothing was submitted")
     return EXIT_OK
+
+
+def _means(plan: "_Plan", balance: Decimal | str, budget: Decimal | None) -> Iterator[str]:
+    """Yield what there is to pay with, and whether it is enough."""
+    cost = plan.max_cost
+    text = _credits(balance) if isinstance(balance, Decimal) else balance
+    is_short = isinstance(balance, Decimal) and cost is not None and cost > balance
+    yield f"balance: {text}{', which is not enough for all of them' if is_short else ''}"
+    if budget is not None:
+        left = budget - plan.spent
+        is_short = cost is not None and cost > left
+        yield f"budget left: {_credits(left)}{', which is not enough for all of them' if is_short else ''}"
 
 
 @attrs.frozen
@@ -104,6 +142,8 @@ class _Plan:
     preview: BatchPreview
     to_submit: Counter[PricedAs]
     prices: dict[PricedAs, Decimal | None]
+    spent: Decimal
+    """Credits that earlier runs have spent or may have spent."""
 
     @property
     def max_cost(self) -> Decimal | None:
@@ -119,8 +159,12 @@ class _Plan:
     def lines(self, rows: RowFile) -> list[str]:
         """Return the plan as text."""
         preview, total = self.preview, self.to_submit.total()
-        lines = [f"{_count(preview.rows, 'row')}: {total} to submit, {preview.saved} saved"]
-        lines += [f"{preview.unlisted} charged rows of earlier runs not in the file"] if preview.unlisted else []
+        unfinished = f", {preview.unfinished} charged and to be downloaded" if preview.unfinished else ""
+        lines = [f"{_count(preview.rows, 'row')}: {total} to submit, {preview.saved} saved{unfinished}"]
+        if preview.replaces_charged_rows:
+            lines.append(f"{_replaced(preview)} A run needs --yes.")
+        elif preview.unlisted:
+            lines.append(f"{preview.unlisted} charged rows of earlier runs not in the file")
         lines += [_count(rows.references, "reference image")] if rows.references else []
         lines += _notes(rows)
         for kind, count in self.to_submit.items():
@@ -131,18 +175,25 @@ class _Plan:
         return lines
 
 
-async def _plan(rows: RowFile, out: Path, ledger_folder: Path | None, limit: int | None) -> _Plan:
+async def _plan(rows: RowFile, options: PreviewOptions) -> _Plan:
     budget, done, counts = Budget(), set[int](), None
-    if has_ledger(out, ledger_folder):
-        async with aclosing(await BatchLedger.open(out, ledger_folder=ledger_folder, create=False)) as ledger:
+    if has_ledger(options.out, options.ledger):
+        opening = BatchLedger.open(options.out, ledger_folder=options.ledger, create=False)
+        async with aclosing(await opening) as ledger:
             budget.add_attempts(await ledger.attempt_costs())
             counts = await ledger.count_states(rows)
             async for page in ledger.pages():
-                done.update(digest(record.key) for record in page if not record.state.is_ready)
-    selected = islice(rows, limit)
+                done.update(digest(record.key) for record in page if not _is_submitted(record.state, options))
+    selected = islice(rows, options.limit)
     to_submit = Counter((row.request.model, row.request.image_size) for row in selected if digest(row.key) not in done)
     prices = {kind: budget.price(kind) for kind in to_submit}
-    return _Plan(BatchPreview.of(len(rows), counts or {}), to_submit, prices)
+    status = budget.status()
+    return _Plan(BatchPreview.of(len(rows), counts or {}), to_submit, prices, status.spent + status.reserved)
+
+
+def _is_submitted(state: RowState, options: PreviewOptions) -> bool:
+    """Return whether a run submits a row in this state."""
+    return state.is_submittable if options.retry_failed else state.is_ready
 
 
 def _count(number: int, word: str) -> str:

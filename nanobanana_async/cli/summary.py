@@ -54,6 +54,8 @@ class BatchSummary:
     """Prints the state of a batch on stderr, after its run has ended."""
 
     options: BatchOptions
+    file: Container[str]
+    """Keys of the rows of the file."""
     keys: Container[str]
     """Keys of the rows of the run."""
     total: int
@@ -75,7 +77,8 @@ class BatchSummary:
         budget = Budget(options.budget, max_price=options.max_price)
         opening = BatchLedger.open(options.out, ledger_folder=options.ledger, create=False)
         async with aclosing(await opening) as ledger:
-            counts = _Counts(await ledger.count_states(self.keys), *await ledger.doubts())
+            in_file = await ledger.count_states(self.file)
+            counts = _Counts(await ledger.count_states(self.keys), in_file, *await ledger.doubts())
             budget.add_attempts(await ledger.attempt_costs())
         click.echo(f"{', '.join(self._rows(counts))}; {self._money(counts, budget.status())}", err=True)
         for line in self._hints(counts, budget.status()):
@@ -153,6 +156,8 @@ class Account:
 class _Counts:
     states: Counter[tuple[RowState, bool]]
     """Rows by state and whether they are in the run."""
+    in_file: Counter[tuple[RowState, bool]]
+    """Rows by state and whether they are in the file."""
     duplicates: int
     held: int
 
@@ -160,7 +165,7 @@ class _Counts:
         return sum(self.states[state, True] for state in states)
 
     def unlisted(self, *states: RowState) -> int:
-        return sum(self.states[state, False] for state in states or RowState)
+        return sum(self.in_file[state, False] for state in states or RowState)
 
     @property
     def failed(self) -> int:

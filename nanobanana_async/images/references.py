@@ -5,8 +5,8 @@ import io
 import os
 import re
 import stat
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Generator, Iterable
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 from urllib.parse import urlsplit
@@ -24,14 +24,36 @@ _TAIL_BYTES: Final = 65_536
 """Part of a file that is read to find its end. Cameras append more, and then the whole file is read."""
 
 
-async def encode_images(request: GenerationRequest, *, max_bytes: int) -> GenerationRequest:
+async def encode_images(
+    request: GenerationRequest, reserve: Callable[[int], Awaitable[None]], *, max_bytes: int
+) -> GenerationRequest:
     """Return *request* with its images as URLs and data URIs. Files are read and encoded in threads.
+
+    *reserve* is awaited with their size as text before any of them is read.
 
     Raises:
         ImageError: A file cannot be read, is truncated, is not a PNG, JPEG, WebP or GIF, or exceeds *max_bytes*.
     """
+    if not request.images:
+        return request
+    await reserve(await anyio.to_thread.run_sync(_text_bytes, request.images, max_bytes))
     images = tuple([await _encode_reference(image, max_bytes) for image in request.images])
     return request if images == request.images else attrs.evolve(request, images=images)
+
+
+def _text_bytes(images: Iterable[ImageSource], max_bytes: int) -> int:
+    """Return the size of *images* as text, at most. Blocking."""
+    return sum(len(image) if isinstance(image, str) else _size_bytes(image, max_bytes) * 4 // 3 for image in images)
+
+
+def _size_bytes(image: Path | bytes | SupportsSave, max_bytes: int) -> int:
+    if isinstance(image, bytes):
+        return len(image)
+    if isinstance(image, Path):
+        with suppress(OSError):  # it is reported when it is read
+            return min(image.stat().st_size, max_bytes)
+        return 0
+    return max_bytes
 
 
 async def _encode_reference(image: ImageSource, max_bytes: int) -> str:
@@ -106,6 +128,8 @@ def _to_data_uri(image: Path | bytes | SupportsSave, max_bytes: int) -> str:
 
 def _sniffed(name: str, data: bytes) -> ImageFormat:
     image_format = sniff(data[:SNIFF_BYTES])
+    if not data:
+        raise ImageError(f"{name}: is empty")
     if image_format is None:
         raise ImageError(f"{name}: not a PNG, JPEG, WebP or GIF (it starts with {data[:SNIFF_BYTES]!r})")
     return image_format

@@ -160,6 +160,14 @@ class BatchLedger(LedgerFile):
         """Return the columns of all files of the batch, in order."""
         return await self.query(batch_rows.columns)
 
+    async def delimiter(self) -> str:
+        """Return what separates the cells of the last file of the batch; a comma if it was no table."""
+        return await self.query(batch_rows.delimiter)
+
+    async def set_delimiter(self, delimiter: str) -> None:
+        """Record what separates the cells of the file."""
+        await self.commit(lambda db: batch_rows.set_delimiter(db, delimiter))
+
     async def attempt_costs(self) -> list[AttemptCost]:
         """Return what the attempts of all runs say about money."""
         return await self.query(lambda db: list(map(schema.to_attempt_cost, db.execute(schema.SELECT_COSTS))))

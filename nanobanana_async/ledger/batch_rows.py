@@ -43,6 +43,8 @@ def upsert_row(
         update = "UPDATE rows SET fingerprint = ?, prompt = ?, model = ?, image_size = ? WHERE key = ?"
         db.execute(update, (*content, row.key))
     given = json.dumps(dict(row.columns)) if row.columns else None
+    if found is not None and found["fingerprint"] != row.fingerprint and found["state"] not in _EDITABLE_STATES:
+        given = found["columns"]  # the image was made from what the row was before
     db.execute("UPDATE rows SET line = ?, columns = ?, listing = ? WHERE key = ?", (row.line, given, listing, row.key))
     entered: sqlite3.Row = db.execute(f"{SELECT_ROWS} WHERE key = ?", (row.key,)).fetchone()
     return entered
@@ -104,6 +106,17 @@ def add_columns(db: sqlite3.Connection, names: Iterable[str]) -> None:
         db.execute("INSERT OR REPLACE INTO meta VALUES ('columns', ?)", (json.dumps(known + new),))
 
 
+def delimiter(db: sqlite3.Connection) -> str:
+    """Return what separates the cells of the last file of the batch; a comma if it was no table."""
+    found = db.execute("SELECT value FROM meta WHERE name = 'delimiter'").fetchone()
+    return "," if found is None else str(found[0])
+
+
+def set_delimiter(db: sqlite3.Connection, value: str) -> None:
+    """Record what separates the cells of the file."""
+    db.execute("INSERT OR REPLACE INTO meta VALUES ('delimiter', ?)", (value,))
+
+
 def note_failure(db: sqlite3.Connection, key: str, reason: str) -> None:
     """Record why the image of *key* is not saved."""
     current = "(key, attempt) = (SELECT key, attempt FROM rows WHERE key = ?)"
@@ -141,12 +154,19 @@ _EDITABLE_STATES: Final = (RowState.READY, RowState.REJECTED, RowState.FAILED)
 
 
 def _stem(db: sqlite3.Connection, row: BatchRow, number: int) -> str:
-    named = None if row.name is None else re.sub(r"\.(png|jpe?g|gif|webp)$", "", row.name, flags=re.IGNORECASE)
+    named = None if row.name is None else re.sub(r"(\.(png|jpe?g|gif|webp))+$", "", row.name, flags=re.IGNORECASE)
     stem = slugify(f"{number:04}-{row.request.prompt.lower()}", limit=45) if named is None else slugify(named)
     foreign = foreign_stems(db)
     while stem.lower() in foreign or db.execute("SELECT 1 FROM rows WHERE file_stem = ?", (stem,)).fetchone():
         stem = f"{stem}-{number}"
     return stem
+
+
+def saved_stems(db: sqlite3.Connection) -> frozenset[str]:
+    """Return the stems, in lower case, of the images that rows were saved to."""
+    found = db.execute("SELECT files FROM attempts WHERE files != '[]'")
+    names = (name for (listed,) in found for name, *_ in json.loads(listed))
+    return frozenset(name.rpartition(".")[0].lower() for name in names)
 
 
 def foreign_stems(db: sqlite3.Connection) -> frozenset[str]:

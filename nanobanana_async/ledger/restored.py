@@ -7,6 +7,7 @@ remembers more than the database gives it away: the lock file, the manifest, and
 import contextlib
 import json
 import os
+import secrets
 import sqlite3
 from collections.abc import Iterator
 from itertools import islice
@@ -61,9 +62,29 @@ def _create_folders(folder: Path, ledger_folder: Path) -> None:
     for needed in (folder, ledger_folder):
         needed.mkdir(parents=True, exist_ok=True)
     if ledger_folder.resolve() != folder.resolve():
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
-        with os.fdopen(os.open(folder / LOCATION_NAME, flags, 0o666), "w", encoding="utf-8") as file:
-            file.write(f"{ledger_folder.resolve()}\n")
+        _claim(folder, ledger_folder.resolve())
+
+
+def _claim(folder: Path, ledger_folder: Path) -> None:
+    """Write where the ledger of *folder* is, once and for all runs.
+
+    Raises:
+        LedgerError: Another process has just begun with another ledger.
+    """
+    place = folder / LOCATION_NAME
+    if place.exists() and not place.stat().st_size:  # of a run that was killed, or on a full disk
+        place.unlink()
+    written = place.with_name(f".{secrets.token_hex(8)}.part")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        with os.fdopen(os.open(written, flags, 0o666), "w", encoding="utf-8") as file:
+            file.write(f"{ledger_folder}\n")
+        with contextlib.suppress(FileExistsError):  # written whole before it has its name
+            place.hardlink_to(written)
+    finally:
+        written.unlink(missing_ok=True)
+    if ledger_location(folder, ledger_folder) != ledger_folder or (folder / FILE_NAME).exists():
+        raise LedgerError(f"{folder}: another process has begun with a ledger elsewhere. Run the batch again.")
 
 
 def ledger_location(folder: Path, wanted: Path | None) -> Path:
@@ -74,8 +95,9 @@ def ledger_location(folder: Path, wanted: Path | None) -> Path:
     """
     known = None
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        known = Path((folder / LOCATION_NAME).read_text(encoding="utf-8", errors="replace").strip())
-        if not known.is_absolute():
+        text = (folder / LOCATION_NAME).read_text(encoding="utf-8", errors="replace").strip()
+        known = Path(text) if text or wanted is None else None
+        if known is not None and not known.is_absolute():
             raise LedgerError(
                 f"{folder / LOCATION_NAME}: expected the path of the ledger's folder, got {str(known)!r:.80}"
             )
@@ -93,18 +115,25 @@ def _image_stems(folder: Path) -> frozenset[str]:
 def manifest_path(folder: Path) -> Path:
     """Return the manifest of the batch in *folder*. A file of the user's with that name is left alone."""
     path = folder / MANIFEST_NAME
-    return path if is_manifest(path) or not path.exists() else folder / f"nanobanana-{MANIFEST_NAME}"
+    is_free = not path.is_symlink() and not path.exists()
+    return path if is_free or is_manifest(path) else folder / f"nanobanana-{MANIFEST_NAME}"
 
 
 def _has_gallery(folder: Path) -> bool:
     """Return whether a batch has written to *folder*, as a sign that a ledger is missing."""
-    with contextlib.suppress(OSError), (folder / GALLERY_NAME).open("rb") as page:
-        return GALLERY_MARK in page.read(_HEAD_BYTES)
+    page = folder / GALLERY_NAME
+    with contextlib.suppress(OSError):
+        if page.is_file():
+            with page.open("rb") as file:
+                return GALLERY_MARK in file.read(_HEAD_BYTES)
     return False
 
 
 def is_manifest(path: Path) -> bool:
     """Return whether *path* is empty, or one of its first lines is about a row."""
+    with contextlib.suppress(OSError):
+        if not path.is_file():  # a pipe would block
+            return False
     with contextlib.suppress(OSError), path.open(encoding="utf-8", errors="replace") as lines:
         first = list(islice(lines, _MAX_LINES_TRIED))
         return not first or any(_ManifestLine.parse_or_none(text) is not None for text in first)
@@ -135,6 +164,10 @@ class BatchChecks:
 
     def check_new(self, found: LockRecord) -> None:
         """See `OpeningChecks.check_new`."""
+        if self._path.parent.resolve() == self._folder.resolve() and (self._folder / LOCATION_NAME).exists():
+            raise LedgerError(
+                f"{self._folder}: another process has begun with a ledger elsewhere. Run the batch again."
+            )
         if found.ledger_id or is_manifest(manifest_path(self._folder)):
             raise LedgerError(
                 f"{self._path}: missing or empty, but {self._folder} contains a batch that would be charged again. "
@@ -149,7 +182,8 @@ class BatchChecks:
 
     def check_existing(self, db: sqlite3.Connection, found: LockRecord) -> None:
         """See `OpeningChecks.check_existing`."""
-        self.image_stems -= batch_rows.foreign_stems(db)
+        if self.image_stems:
+            self.image_stems -= batch_rows.foreign_stems(db) | batch_rows.saved_stems(db)
         surroundings = _Surroundings(db, found, self._path, self._folder, self.image_stems)
         if self._adopt:
             surroundings.adopt()

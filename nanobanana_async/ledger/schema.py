@@ -305,7 +305,8 @@ def bind_by_nonce(db: sqlite3.Connection, nonce: str, task_id: str) -> str | Non
 
     The last attempt of a row is then submitted. An earlier one is a duplicate, whose id is kept.
     """
-    if db.execute("SELECT 1 FROM attempts WHERE task_id = ?", (task_id,)).fetchone() is not None:
+    is_known = "SELECT 1 FROM attempts WHERE task_id = ? OR (nonce = ? AND state = 'submitting')"
+    if db.execute(is_known, (task_id, nonce)).fetchone() is not None:  # a POST in flight may have this task
         return None
     found = db.execute(f"{_SELECT_UNRESOLVED} ORDER BY is_last DESC, attempts.attempt LIMIT 1", (nonce,)).fetchone()
     if found is None:

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 _CLOSE_TIMEOUT_S: Final = 2.0
 """Bound on closing one connection, which a TLS peer may delay."""
-_KEEP_ALIVE_S: Final = 5.0
-"""How long an idle connection is reused; the default of httpx."""
+_CHUNK_BYTES: Final = 2**18
+_KEEP_ALIVE_S: Final = 120.0
+"""How long an idle connection is reused, unless the server closes it first."""
 _SINGLE_CONNECTION: Final = httpx.Limits(max_connections=1, max_keepalive_connections=1)
 
 
@@ -70,19 +71,25 @@ class Connection(Protocol):
         """Whether it can carry another exchange."""
         ...
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a connection of this transport, and not a client of the user's."""
+        ...
+
     async def aclose(self) -> None:
         """Close the connection."""
         ...
 
 
 class _RequestBody(httpx.AsyncByteStream):
-    """A request body in one chunk.
+    """A request body in chunks, so that a body of megabytes is not copied as a whole by each layer below.
 
     The libraries' own are async generators, which remain unfinished if writing fails, and trio warns about those.
     """
 
     def __init__(self, data: bytes | None) -> None:
-        self._chunks = iter([data] if data else [])
+        data = data or b""
+        self._chunks = (data[at : at + _CHUNK_BYTES] for at in range(0, len(data), _CHUNK_BYTES))
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
@@ -129,6 +136,8 @@ def _core_request(request: WireRequest, target: Destination, extensions: dict[st
 class DirectConnection:
     """A direct httpcore connection. Call `import_httpcore` first."""
 
+    is_own = True
+
     def __init__(self, target: Destination, tls: ssl.SSLContext) -> None:
         import httpcore  # noqa: PLC0415 - see `import_httpcore`
 
@@ -170,6 +179,7 @@ class ProxyConnection:
         ValueError: The URL is not that of a proxy.
     """
 
+    is_own = True
     is_reusable = True
     """httpx decides about reuse."""
 
@@ -209,6 +219,7 @@ class ClientConnection:
 
     client: "httpx.AsyncClient | httpx2.AsyncClient"
     is_reusable = True
+    is_own = False
 
     async def send(self, request: WireRequest, target: Destination, extensions: dict[str, object]) -> StreamingResponse:
         """See `Connection.send`."""

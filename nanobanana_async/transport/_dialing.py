@@ -42,6 +42,12 @@ def _interleaved(addresses: Iterable[str]) -> list[str]:
     return [address for group in zip_longest(*families.values()) for address in group if address is not None]
 
 
+async def _close(streams: Iterable[httpcore.AsyncNetworkStream]) -> None:
+    with anyio.CancelScope(shield=True):  # closing a socket takes no time
+        for stream in streams:
+            await stream.aclose()
+
+
 async def _first(
     addresses: Iterable[str], connect: Callable[[str], Awaitable[httpcore.AsyncNetworkStream]]
 ) -> httpcore.AsyncNetworkStream:
@@ -51,20 +57,23 @@ async def _first(
     async def attempt(address: str, failed: anyio.Event) -> None:
         try:
             streams.append(await connect(address))
-        except (httpcore.ConnectError, httpcore.ConnectTimeout) as exc:
+        except Exception as exc:  # noqa: BLE001 - the last one is raised if no address works
             errors.append(exc)
             failed.set()
         else:
             group.cancel_scope.cancel()
 
-    async with anyio.create_task_group() as group:
-        for address in addresses:
-            failed = anyio.Event()
-            group.start_soon(attempt, address, failed)
-            with anyio.move_on_after(_ATTEMPT_DELAY_S):
-                await failed.wait()
-    for stream in streams[1:]:  # two have connected at the same moment
-        await stream.aclose()
+    try:
+        async with anyio.create_task_group() as group:
+            for address in addresses:
+                failed = anyio.Event()
+                group.start_soon(attempt, address, failed)
+                with anyio.move_on_after(_ATTEMPT_DELAY_S):
+                    await failed.wait()
+    except BaseException:
+        await _close(streams)
+        raise
+    await _close(streams[1:])  # two have connected at the same moment
     if not streams:
         raise errors[-1]
     return streams[0]

@@ -134,8 +134,8 @@ class HttpxTransport:
         """Host of the last API call."""
         self._has_fake_ips: bool | None = None
         self._proxies = Proxies(proxy, trust_env=trust_env)
-        self._idle_connections: defaultdict[str, list[Connection]] = defaultdict(list)
-        """Idle connections by origin."""
+        self._idle_connections: defaultdict[tuple[str, bool], list[Connection]] = defaultdict(list)
+        """Idle connections by origin, and by whether its addresses were checked."""
         self._tls: ssl.SSLContext | None = verify
         self._tls_lock = anyio.Lock()
         self._closed = False
@@ -156,6 +156,16 @@ class HttpxTransport:
         while self._idle_connections:
             for connection in self._idle_connections.popitem()[1]:
                 await connection.aclose()
+
+    async def close_expired(self) -> None:
+        """Close idle connections that the server has closed, or that were idle for two minutes."""
+        for key, idle in list(self._idle_connections.items()):
+            expired = [connection for connection in idle if not connection.is_reusable]
+            self._idle_connections[key] = [connection for connection in idle if connection not in expired]
+            for connection in expired:
+                await connection.aclose()
+            if not self._idle_connections.get(key):
+                self._idle_connections.pop(key, None)
 
     async def _send_to(
         self, request: WireRequest, target: Destination, timeout_s: float
@@ -183,11 +193,11 @@ class HttpxTransport:
             keep = False
             try:
                 response = await self._send_and_read(connection, request, target, timeout_s, progress)
-                keep = request.kind is RequestKind.READ and self._client is None and not self._closed
+                keep = request.kind is not RequestKind.SUBMIT and connection.is_own and not self._closed
                 return response
             finally:
                 if keep:
-                    self._idle_connections[_origin(request)].append(connection)
+                    self._idle_connections[_pool_key(request)].append(connection)
                 else:
                     await connection.aclose()
         except ExchangeError as exc:
@@ -240,7 +250,7 @@ class HttpxTransport:
                     "client: expected an open client, got a closed one", phase=Phase.CONNECT, permanent=True
                 )
             return ClientConnection(self._client)
-        idle = self._idle_connections[_origin(request)] if request.kind is RequestKind.READ else []
+        idle = [] if request.kind is RequestKind.SUBMIT else self._idle_connections[_pool_key(request)]
         while idle:
             connection = idle.pop()
             if connection.is_reusable:
@@ -381,8 +391,9 @@ async def _read_body(streaming: StreamingResponse, max_bytes: int, progress: _Ex
         raise stopped
 
 
-def _origin(request: WireRequest) -> str:
-    return "/".join(request.url.split("/", 3)[:3])
+def _pool_key(request: WireRequest) -> tuple[str, bool]:
+    """Return what requests that may share a connection have in common: the origin, and whether it was checked."""
+    return "/".join(request.url.split("/", 3)[:3]), request.public_only
 
 
 def _cause_chain(exc: BaseException) -> Iterator[BaseException]:

@@ -74,6 +74,21 @@ def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+_MIN_SPLICED_CHARS: Final = 65_536
+
+
+def is_plain_data_uri(value: object) -> bool:
+    """Return whether *value* is a long data URI that JSON needs no escapes for."""
+    return (
+        isinstance(value, str)
+        and len(value) >= _MIN_SPLICED_CHARS
+        and value[:5].lower() == "data:"
+        and value.isascii()
+        and value.partition(",")[0].isprintable()
+        and not any(sign in value for sign in ('"', "\\", "\n", "\r", "\t", "\0"))
+    )
+
+
 def decode_data_uri(uri: str) -> GeneratedImage | None:
     """Return the image in a base64 data URI; None if *uri* is not one, or is damaged.
 

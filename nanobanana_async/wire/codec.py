@@ -6,6 +6,7 @@ the errors of this package. Wire facts name their source where they matter.
 
 import json
 import re
+import secrets
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
@@ -29,7 +30,7 @@ from nanobanana_async.errors import (
 )
 from nanobanana_async.models import CallbackPayload, GeneratedImage, GenerationRequest, JsonValue, Task, TaskStatus
 from nanobanana_async.protocols import RequestKind, WireRequest, WireResponse
-from nanobanana_async.wire.body import decode_data_uri, decompress, parse_json
+from nanobanana_async.wire.body import decode_data_uri, decompress, is_plain_data_uri, parse_json
 from nanobanana_async.wire.refusals import says_empty_account
 from nanobanana_async.wire.task_ids import find_task_id, salvage_task_id
 
@@ -59,10 +60,19 @@ def encode_submit(base_url: str, request: GenerationRequest) -> WireRequest:
         ValueError: `extra` contains a value that JSON cannot encode.
     """
     document = {**_converter.unstructure(request), **request.extra}
+    images, mark = document.get("images"), secrets.token_hex(8)
+    listed = images if isinstance(images, list | tuple) else ()
+    spliced = [image for image in listed if is_plain_data_uri(image)]
+    if spliced:
+        document["images"] = [mark if is_plain_data_uri(image) else image for image in listed]
     try:
-        body = json.dumps(document, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
+        text = json.dumps(document, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as exc:
         raise ValueError(f"extra: cannot be encoded as JSON: {exc}") from exc
+    # Megabytes of base64 need no escapes, and `json` would hold the interpreter's lock while it looks for them.
+    head, *rest = text.split(mark)
+    pieces = [head, *(piece for pair in zip(spliced, rest, strict=True) for piece in pair)]
+    body = b"".join(piece.encode() for piece in pieces)
     return WireRequest(
         kind=RequestKind.SUBMIT,
         method="POST",
@@ -106,12 +116,13 @@ class Envelope:
 def decode_envelope(response: WireResponse) -> Envelope:
     """Decode the body of *response*. Never raises, and ignores the content type, which is not reliable."""
     body = decompress(response.body, response.headers.get("content-encoding", ""), MAX_JSON_BYTES)
+    is_searched = not 400 <= response.status < 500  # a rejection may quote the request, with ids of other tasks
     try:
         document = parse_json(body)
     except (ValueError, RecursionError):
-        return Envelope(message=excerpt(body), task_id=salvage_task_id(body))
+        return Envelope(message=excerpt(body), task_id=salvage_task_id(body) if is_searched else None)
     if not isinstance(document, dict):
-        return Envelope(message=excerpt(body), task_id=find_task_id(None, document))
+        return Envelope(message=excerpt(body), task_id=find_task_id(None, document) if is_searched else None)
     code = document.get("code")
     data = document.get("data")
     fields: Mapping[str, JsonValue] = data if isinstance(data, dict) else {}
@@ -122,7 +133,7 @@ def decode_envelope(response: WireResponse) -> Envelope:
         code=_code(code),
         message=sanitize_line(message[:_MESSAGE_CHARS]) or excerpt(body),
         data=fields,
-        task_id=find_task_id(fields.get("task_id"), document),
+        task_id=find_task_id(fields.get("task_id"), document if is_searched else None),
     )
 
 

@@ -37,10 +37,24 @@ def redact_response(response: WireResponse, key: str) -> WireResponse:
     return attrs.evolve(response, body=body, headers=headers)
 
 
-def _variants(text: str) -> tuple[str, ...]:
-    """Return *text* as the readers of JSON, URLs and HTML take it."""
-    plain = _ESCAPE.sub(lambda found: chr(int(found[1], 16)) if found[1] else found[2], text) if "\\" in text else text
-    return (plain, *([unquote(plain)] if "%" in plain else []), *([html.unescape(plain)] if "&" in plain else []))
+def _variants(text: str) -> list[str]:
+    """Return *text* as the readers of JSON, URLs and HTML take it, also of one inside another."""
+    found = [text]
+    for _ in range(2):
+        for decode in (_unescape_json, unquote, _unescape_html):
+            found += [plain for plain in map(decode, found) if plain not in found]
+    return found
+
+
+def _unescape_json(text: str) -> str:
+    return _ESCAPE.sub(lambda found: chr(int(found[1], 16)) if found[1] else found[2], text) if "\\" in text else text
+
+
+def _unescape_html(text: str) -> str:
+    try:
+        return html.unescape(text) if "&" in text else text
+    except ValueError:  # a reference of thousands of digits
+        return text
 
 
 def _redact_text(text: str, key: str) -> str:
@@ -52,7 +66,7 @@ def _redact_text(text: str, key: str) -> str:
 
 def _redact_value(value: JsonValue, key: str) -> JsonValue:
     if isinstance(value, str):
-        found = next((variant for variant in (value, *_variants(value)) if key in variant), None)
+        found = next((variant for variant in _variants(value) if key in variant), None)
         return value if found is None else found.replace(key, _MARK)
     if isinstance(value, list):
         return [_redact_value(entry, key) for entry in value]

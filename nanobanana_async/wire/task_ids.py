@@ -54,5 +54,6 @@ def _task_ids(value: JsonValue, depth: int) -> Iterator[str]:
 
 def _to_task_id(value: JsonValue) -> str | None:
     if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)  # undocumented, but the task is charged
-    return value.strip() or None if isinstance(value, str) else None
+        return str(value) if value > 0 else None  # undocumented, but the task is charged
+    text = value.strip() if isinstance(value, str) else ""
+    return None if text in ("", "0") else text

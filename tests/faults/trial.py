@@ -26,7 +26,7 @@ from nanobanana_async import (
 from tests.faults.table import FAULTS, Fault
 
 QUICK: Final = RetryPolicy(initial_s=0.01, max_s=0.02)
-DEADLINES: Final = Timeouts(connect_s=0.5, submit_s=1.9, query_s=6.0)
+DEADLINES: Final = Timeouts(connect_s=0.5, submit_s=1.9, query_s=6.0, task_s=2.0)
 _DOGGED: Final = attrs.evolve(QUICK, attempts=6)
 """For queries: a busy machine may cost one or two tries besides those that the fault costs."""
 _NONCES: Final = count()
