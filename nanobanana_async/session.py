@@ -23,17 +23,13 @@ from nanobanana_async.api.operations import ServiceApi
 from nanobanana_async.api.submit import NO_RECORD, NO_SLOT_MESSAGE, AcceptedSubmit, SubmitLoop
 from nanobanana_async.api.turn import Turn
 from nanobanana_async.calls import SubmitCall, SubmitOptions, make_call
+from nanobanana_async.emission import emit, emit_change, emit_throttled
 from nanobanana_async.errors import NanoBananaError, NotSent, SubmissionUnknown
 from nanobanana_async.events import (
-    Event,
-    EventHook,
-    Finished,
     Queued,
     Saved,
-    StatusChanged,
     SubmitFailed,
     Submitted,
-    Throttled,
 )
 from nanobanana_async.handle import TaskHandle, recover_by_callback
 from nanobanana_async.images.download import Downloader
@@ -94,7 +90,7 @@ class Session:
         """Nonces of the submits that wait for their callback."""
         self.background: Final = BackgroundTaskGroup()
         # Nothing that the background work refers to may refer to the session, which is collected once it is dropped.
-        self.emit: Final = partial(_emit, options.on_event)
+        self.emit: Final = partial(emit, options.on_event)
         self._own_transport: HttpxTransport | None = None
         """Until its background work has begun; None if the application has passed a transport."""
         if transport is None:
@@ -102,7 +98,7 @@ class Session:
             self.background.close_when_stopped(transport.aclose)
         active = CheckedTransport(transport)
         memory = ByteBudget(limits.max_download_bytes)
-        flow = FlowControl(limits, options.retry, partial(_emit_throttled, self.emit))
+        flow = FlowControl(limits, options.retry, partial(emit_throttled, self.emit))
         self.api: Final = ServiceApi(
             active,
             self.background,
@@ -126,7 +122,7 @@ class Session:
             prepare=partial(encode_images, max_bytes=limits.max_reference_bytes),
         )
         schedule = PollSchedule(options.polling)
-        self.tracker: Final = TaskTracker(self.api, schedule, self.background, partial(_emit_change, self.emit))
+        self.tracker: Final = TaskTracker(self.api, schedule, self.background, partial(emit_change, self.emit))
         self.background.call_when_stopped(self.tracker.close)
         self._recovery = CallbackRecovery(self.background, self.api.query)
         self.downloader: Final = Downloader(
@@ -386,28 +382,6 @@ async def _follow(tracker: TaskTracker, task_id: str, timeout_s: float, leave: C
         _log.debug("task %s no longer counts against the limits of its owner: %s", task_id, exc)
     finally:
         leave()
-
-
-def _emit(hook: EventHook | None, event: Event) -> None:
-    if hook is not None:
-        try:
-            hook(event)
-        except (Exception, asyncio.CancelledError):  # noqa: BLE001 - user code, such as `result()` of a cancelled future
-            _log.exception("on_event failed for %r", event)
-
-
-def _emit_change(emit: Callable[[Event], None], info: SubmitInfo, task: Task) -> None:
-    emit(to_event(info, task))
-
-
-def _emit_throttled(emit: Callable[[Event], None], pause_s: float) -> None:
-    emit(Throttled(key="", pause_s=pause_s))
-
-
-def to_event(info: SubmitInfo, task: Task) -> StatusChanged | Finished:
-    """Return the event for a snapshot."""
-    kind = Finished if task.is_final else StatusChanged
-    return kind(key=info.key or task.task_id, owner=info.owner, task_id=task.task_id, task=task)
 
 
 def _ignore(_: Task) -> None:

@@ -8,10 +8,11 @@ import anyio
 
 from nanobanana_async._concurrency.events import OneShotEvent
 from nanobanana_async.calls import SubmitCall
+from nanobanana_async.emission import to_event
 from nanobanana_async.errors import ClientClosed
 from nanobanana_async.events import Finished, Queued, StatusChanged, Submitted
 from nanobanana_async.handle import TaskHandle
-from nanobanana_async.session import Session, to_event
+from nanobanana_async.session import Session
 from nanobanana_async.tracking.state import SubmitInfo
 
 _POSITION_INTERVAL_S: Final = 1.0

@@ -254,8 +254,8 @@ MUTANTS: Final = (
     Mutant(
         "a submit uses a reused connection",
         "transport/httpx.py",
-        "        idle = self._idle_connections[_origin(request)] if request.kind is RequestKind.READ else []\n",
-        "        idle = self._idle_connections[_origin(request)]\n",
+        "        idle = [] if request.kind is RequestKind.SUBMIT else self._idle_connections[_pool_key(request)]\n",
+        "        idle = self._idle_connections[_pool_key(request)]\n",
         "test_httpx_transport.py::test_reads_reuse_a_connection_and_submits_never_do",
     ),
     Mutant(
@@ -507,7 +507,7 @@ MUTANTS: Final = (
     Mutant(
         "E2: a finished batch is bought again without a word",
         "batch/preview.py",
-        "        return is_most and self.new >= _FEW_ROWS and 2 * self.new >= self.unlisted\n",
+        "        return self.unlisted >= _FEW_ROWS and are_many and are_as_many\n",
         "        return False\n",
         "test_batch_preview.py::test_e2_rows_that_replace_charged_ones_are_confirmed_first",
     ),

@@ -12,7 +12,7 @@ from typing import Final, Self
 
 from nanobanana_async._text import format_credits
 from nanobanana_async.batch import gallery
-from nanobanana_async.batch.row_file import RESULT_COLUMNS, is_result_header
+from nanobanana_async.batch.result_columns import RESULT_COLUMNS, is_result_header
 from nanobanana_async.images.files import replacing
 from nanobanana_async.ledger.restored import GALLERY_MARK, GALLERY_NAME, manifest_path
 from nanobanana_async.ledger.schema import LedgerRow, RowState

@@ -21,6 +21,7 @@ from typing import Final, TypeAlias
 import attrs
 
 from nanobanana_async._text import normalize
+from nanobanana_async.batch.result_columns import RESULT_COLUMNS, is_result_header
 from nanobanana_async.batch.row_source import FileError, RowSource, read_lines
 from nanobanana_async.batch.rows import RowKeys, digest
 from nanobanana_async.errors import ImageError, InvalidBatchFile
@@ -31,8 +32,6 @@ from nanobanana_async.policies import Limits
 
 COLUMNS: Final = ("prompt", "images", "model", "aspect_ratio", "image_size", "key", "name")
 """Columns that have a meaning. Others are kept for the results."""
-RESULT_COLUMNS: Final = ("file", "width", "height", "state", "credits", "reason")
-"""Columns that a table of results adds at its end."""
 _OPTIONS: Final = ("model", "aspect_ratio", "image_size")
 _MAX_CELL_CHARS: Final = 2**27
 """Longest cell of a .csv: four data URIs of 20 MiB."""
@@ -246,12 +245,6 @@ def _columns(cells: list[str], header: str) -> list[str]:
     if "prompt" not in names:
         raise FileError(f"line 1: expected a header with a column 'prompt', got {header.strip()!r:.80}")
     return names
-
-
-def is_result_header(cells: list[str]) -> bool:
-    """Return whether *cells* end as the header of a table of results."""
-    last = [cell.strip().removeprefix("nanobanana_") for cell in cells[-len(RESULT_COLUMNS) :]]
-    return last == list(RESULT_COLUMNS)
 
 
 @functools.lru_cache(1000)

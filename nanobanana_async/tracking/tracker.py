@@ -4,6 +4,7 @@ The cost follows the polls that are due, not the tasks. A tracked task is an ent
 coroutine and not a timer.
 """
 
+import contextlib
 import copy
 import logging
 import math
@@ -19,11 +20,10 @@ from nanobanana_async._concurrency.delay_queue import DelayQueue
 from nanobanana_async._concurrency.events import OneShotEvent
 from nanobanana_async._concurrency.slots import Slot
 from nanobanana_async.errors import (
+    ApiError,
     AuthenticationError,
     InvalidRequest,
     NanoBananaError,
-    RateLimited,
-    ServiceUnavailable,
     TaskNotFound,
     TransportError,
 )
@@ -192,10 +192,9 @@ class TaskTracker:
 
     def statistics(self) -> TrackerStatistics:
         """Return a snapshot of the tracker. O(tracked tasks)."""
-        try:
+        now_s = -math.inf  # without a running event loop, nothing is overdue
+        with contextlib.suppress(RuntimeError):
             now_s = anyio.current_time()
-        except RuntimeError:  # no running event loop: nothing is overdue
-            now_s = -math.inf
         return TrackerStatistics(
             tracked=len(self._tasks),
             in_flight=self._in_flight,
@@ -331,11 +330,6 @@ class TaskTracker:
                 self._finish(other, with_task_id(exc, other.task_id))
         except TaskNotFound as exc:
             self._on_not_found(tracked, exc)
-        except (RateLimited, ServiceUnavailable) as exc:
-            if exc.retry_after_s is None:
-                self._on_poll_error(tracked, exc)
-            else:
-                self._on_throttled(tracked, exc, exc.retry_after_s)
         except NanoBananaError as exc:
             # Treat as transient unless the service rejected the query itself.
             if isinstance(exc, InvalidRequest) and exc.status in (400, 422) and exc.code is not None:
@@ -354,6 +348,10 @@ class TaskTracker:
 
     def _on_poll_error(self, tracked: TrackedTask, exc: NanoBananaError) -> None:
         """Back off after a failed poll, by the larger number of consecutive failures, of this task or of all tasks."""
+        if isinstance(exc, ApiError) and exc.retry_after_s is not None:  # throttled, which is no outage
+            tracked.history = attrs.evolve(tracked.history, last_error=str(exc))
+            self._schedule_poll(tracked, not_before_s=anyio.current_time() + exc.retry_after_s)
+            return
         self._consecutive_errors += 1
         errors = tracked.history.consecutive_errors + 1
         # Once per outage. Without a warning, an outage looks like a slow image.
@@ -361,11 +359,6 @@ class TaskTracker:
             _log.warning("%d consecutive polls failed; polling continues: %s", self._consecutive_errors, exc)
         tracked.history = attrs.evolve(tracked.history, consecutive_errors=errors, last_error=str(exc))
         self._schedule_poll(tracked, failures=max(self._consecutive_errors, errors))
-
-    def _on_throttled(self, tracked: TrackedTask, exc: NanoBananaError, wait_s: float) -> None:
-        """Poll again after the wait that the service asked for. The rate limiter slows down the others."""
-        tracked.history = attrs.evolve(tracked.history, last_error=str(exc))
-        self._schedule_poll(tracked, not_before_s=anyio.current_time() + wait_s)
 
     def _on_snapshot(self, tracked: TrackedTask, task: Task) -> None:
         now_s, submit = anyio.current_time(), tracked.submit

@@ -8,6 +8,7 @@ passes, go through httpx.
 import ssl
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -17,6 +18,7 @@ import attrs
 import httpx
 
 from nanobanana_async.errors import ConfigurationError
+from nanobanana_async.models import url_problem
 from nanobanana_async.protocols import WireRequest
 
 if TYPE_CHECKING:
@@ -230,6 +232,17 @@ class ClientConnection:
 
     async def aclose(self) -> None:
         """Do nothing. The user closes the client."""
+
+
+@lru_cache(2048)  # a task is polled several times, and parsing costs a tenth of a request
+def parse_url(text: str) -> httpx.URL | str:
+    """Return the parsed URL, or what is wrong with it."""
+    if problem := url_problem(text):
+        return f"the URL {problem}"
+    try:
+        return httpx.URL(text)
+    except httpx.InvalidURL as exc:
+        return f"not a URL: {exc}"
 
 
 def check_client(client: object) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import ssl
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -20,7 +20,6 @@ import attrs
 import httpx
 
 from nanobanana_async._concurrency.timeouts import run_within
-from nanobanana_async.models import url_problem
 from nanobanana_async.protocols import ExchangeError, Phase, RequestKind, WireRequest, WireResponse
 from nanobanana_async.transport._connections import (
     ClientConnection,
@@ -31,6 +30,7 @@ from nanobanana_async.transport._connections import (
     StreamingResponse,
     check_client,
     import_httpcore,
+    parse_url,
 )
 from nanobanana_async.transport.addresses import resolve
 from nanobanana_async.transport.proxies import Proxies, masked
@@ -84,17 +84,6 @@ class _ExchangeState:
 def _is_tunnel(request: object) -> bool:
     """Return whether *request* is a CONNECT to a proxy, which carries nothing of our request."""
     return getattr(request, "method", b"") == b"CONNECT"
-
-
-@lru_cache(2048)  # a task is polled several times, and parsing costs a tenth of a request
-def _parse_url(text: str) -> httpx.URL | str:
-    """Return the parsed URL, or what is wrong with it."""
-    if problem := url_problem(text):
-        return f"the URL {problem}"
-    try:
-        return httpx.URL(text)
-    except httpx.InvalidURL as exc:
-        return f"not a URL: {exc}"
 
 
 class HttpxTransport:
@@ -278,7 +267,7 @@ class HttpxTransport:
 
     async def _destination(self, request: WireRequest, timeout_s: float) -> Destination:
         """Return where to connect. A guarded request connects to the addresses that were checked."""
-        url = _parse_url(request.url)
+        url = parse_url(request.url)
         if isinstance(url, str):
             raise ExchangeError(url, phase=Phase.CONNECT, permanent=True)
         if request.kind is not RequestKind.DOWNLOAD:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 import zlib
+from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from itertools import pairwise
 from typing import Final
@@ -111,3 +112,21 @@ def decode_data_uri(uri: str) -> GeneratedImage | None:
 
 
 _TO_STANDARD_BASE64: Final = {ord("-"): "+", ord("_"): "/", **dict.fromkeys(map(ord, " \t\r\n="))}
+
+_MAX_RAW_CHARS: Final = 10_000
+"""Longest data URI in `Task.raw`."""
+
+
+def without_images(data: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
+    """Return *data* with inline images cut, which are megabytes and decoded elsewhere."""
+    result = data.get("result")
+    if not isinstance(result, list):
+        return data
+    return {**data, "result": [_cut(entry) for entry in result]}
+
+
+def _cut(entry: JsonValue) -> JsonValue:
+    if isinstance(entry, dict):
+        return {name: _cut(value) for name, value in entry.items()}
+    is_long = isinstance(entry, str) and len(entry) > _MAX_RAW_CHARS and entry.lstrip()[:5].lower() == "data:"
+    return f"{str(entry).lstrip()[:40]}..." if is_long else entry

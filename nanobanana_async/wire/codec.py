@@ -30,7 +30,7 @@ from nanobanana_async.errors import (
 )
 from nanobanana_async.models import CallbackPayload, GeneratedImage, GenerationRequest, JsonValue, Task, TaskStatus
 from nanobanana_async.protocols import RequestKind, WireRequest, WireResponse
-from nanobanana_async.wire.body import decode_data_uri, decompress, is_plain_data_uri, parse_json
+from nanobanana_async.wire.body import decode_data_uri, decompress, is_plain_data_uri, parse_json, without_images
 from nanobanana_async.wire.refusals import says_empty_account
 from nanobanana_async.wire.task_ids import find_task_id, salvage_task_id
 
@@ -39,8 +39,6 @@ QUERY_PATH: Final = "/api/task/query"
 BALANCE_PATH: Final = "/api/user"
 
 _MAX_DIGITS: Final = 64
-_MAX_RAW_CHARS: Final = 10_000
-"""Longest data URI in `Task.raw`."""
 _MESSAGE_CHARS: Final = 1000
 """Number of characters of the service's message that an error quotes."""
 
@@ -188,7 +186,7 @@ def decode_task(response: WireResponse, task_id: str) -> Task:
     """
     envelope = _checked_envelope(response, task_id)
     try:
-        wire = _converter.structure({**envelope.data, "raw": _without_images(envelope.data)}, _TaskData)
+        wire = _converter.structure({**envelope.data, "raw": without_images(envelope.data)}, _TaskData)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, RecursionError) as exc:
         what = f"{type(exc).__name__}: {exc}"
     else:
@@ -198,21 +196,6 @@ def decode_task(response: WireResponse, task_id: str) -> Task:
     raise ProtocolError(
         f"task {task_id}: the response cannot be decoded: {what}", task_id=task_id, status=response.status
     )
-
-
-def _without_images(data: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
-    """Return *data* with inline images cut, which are megabytes and decoded elsewhere."""
-    result = data.get("result")
-    if not isinstance(result, list):
-        return data
-    return {**data, "result": [_cut(entry) for entry in result]}
-
-
-def _cut(entry: JsonValue) -> JsonValue:
-    if isinstance(entry, dict):
-        return {name: _cut(value) for name, value in entry.items()}
-    is_long = isinstance(entry, str) and len(entry) > _MAX_RAW_CHARS and entry.lstrip()[:5].lower() == "data:"
-    return f"{str(entry).lstrip()[:40]}..." if is_long else entry
 
 
 def decode_callback(body: bytes) -> CallbackPayload:

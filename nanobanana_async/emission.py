@@ -1,0 +1,37 @@
+"""Pass events to the hook of the application."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+from nanobanana_async.events import Event, EventHook, Finished, StatusChanged, Throttled
+from nanobanana_async.models import Task
+from nanobanana_async.tracking.state import SubmitInfo
+
+_log: Final = logging.getLogger("nanobanana_async")
+
+
+def emit(hook: EventHook | None, event: Event) -> None:
+    """Call the *hook* of the application, whose errors are logged."""
+    if hook is not None:
+        try:
+            hook(event)
+        except (Exception, asyncio.CancelledError):  # noqa: BLE001 - user code, such as `result()` of a cancelled future
+            _log.exception("on_event failed for %r", event)
+
+
+def emit_change(pass_on: Callable[[Event], None], info: SubmitInfo, task: Task) -> None:
+    """Emit the event for a snapshot."""
+    pass_on(to_event(info, task))
+
+
+def emit_throttled(pass_on: Callable[[Event], None], pause_s: float) -> None:
+    """Emit that requests are paused."""
+    pass_on(Throttled(key="", pause_s=pause_s))
+
+
+def to_event(info: SubmitInfo, task: Task) -> StatusChanged | Finished:
+    """Return the event for a snapshot."""
+    kind = Finished if task.is_final else StatusChanged
+    return kind(key=info.key or task.task_id, owner=info.owner, task_id=task.task_id, task=task)
