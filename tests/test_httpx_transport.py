@@ -202,6 +202,27 @@ async def test_a_connection_that_is_never_made_was_never_sent(make_transport: Tr
     assert caught.value.phase is Phase.CONNECT
 
 
+async def test_t7_connections_that_the_server_has_closed_are_closed() -> None:
+    """T7: 64 of them rested in CLOSE_WAIT until the next query."""
+    async with contextlib.aclosing(HttpxTransport(trust_env=False)) as transport:
+        with serving(sending_then(lambda peer: peer.close(), response(b"{}"))) as server:
+            await transport.send(ask(server, RequestKind.READ), timeout_s=5)
+            assert len(transport._idle_connections) == 1  # noqa: SLF001 - what a user sees with ss
+            with anyio.fail_after(5):
+                while transport._idle_connections:  # noqa: SLF001 - the same
+                    await anyio.sleep(0.01)
+                    await transport.close_expired()
+
+
+async def test_downloads_reuse_a_connection_of_their_host() -> None:
+    """A fresh TLS connection for each image costs round trips."""
+    with serving(sending(response(b"image"))) as server:
+        async with contextlib.aclosing(HttpxTransport(trust_env=False)) as transport:
+            for _ in range(5):
+                assert (await transport.send(ask(server, RequestKind.DOWNLOAD), timeout_s=5)).body == b"image"
+        assert server.connections == 1
+
+
 async def test_t8_a_body_that_trickles_ends_the_exchange(
     make_transport: TransportFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -436,3 +436,15 @@ async def test_a_wait_for_a_group_commit_is_at_most_one_second(tmp_path: Path, g
     with pytest.raises(ValueError, match="group_commit_s: expected 0 to 1 second, got"):
         await BatchLedger.open(tmp_path, group_commit_s=group_commit_s)
     assert list(tmp_path.iterdir()) == []
+
+
+async def test_t3_a_report_reads_small_pages_between_the_writes(tmp_path: Path) -> None:
+    """T3: a report over 100,000 rows held the ledger for 2.5 s."""
+    async with opened(tmp_path) as ledger:
+        await ledger.upsert_rows([row(str(number)) for number in range(250)])
+        sizes = []
+        async for page in ledger.pages():
+            sizes.append(len(page))
+            await ledger.begin_attempt(page[0].key)
+        assert sizes == [100, 100, 50]
+        assert len(await ledger.list_rows(RowState.SUBMITTING)) == 3

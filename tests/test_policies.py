@@ -63,3 +63,8 @@ def test_g4_processes_that_were_forked_draw_different_waits() -> None:
     for worker in workers:
         worker.join()
     assert len(waits | {schedule.jittered_s(10)}) == 4
+
+
+def test_g5_a_bot_has_a_minute_left_when_an_image_takes_too_long() -> None:
+    """G5: the token of an interaction lives 900 s."""
+    assert Timeouts().task_s <= 900 - 60
