@@ -151,13 +151,13 @@ class TaskError(NanoBananaError):
 class TaskFailed(TaskError):
     """The task ended as failed. `task.reason` contains the reason, if the service gave one."""
 
-    task: Task
+    task: Task  # pyright: ignore[reportIncompatibleVariableOverride] - these two always have one
 
 
 class NoImage(TaskError):
     """The task ended as success and was charged, but contains no image. `task.texts` may contain the model's text."""
 
-    task: Task
+    task: Task  # pyright: ignore[reportIncompatibleVariableOverride] - these two always have one
 
 
 class TaskLost(TaskError):

@@ -15,6 +15,7 @@ import pytest
 
 from nanobanana_async import (
     AuthenticationError,
+    ClientClosed,
     ConfigurationError,
     GenerationRequest,
     InsufficientCredits,
@@ -301,6 +302,26 @@ async def test_a_429_after_a_possible_charge_is_still_unknown_at_the_deadline() 
     async with running(script(rejected(500), rejected(429, retry_after="200"))) as api:
         with pytest.raises(SubmissionUnknown):
             await api.submit(deadline_s=anyio.current_time() + 100)
+
+
+async def test_what_happens_during_the_wait_of_a_429_hides_no_possible_charge() -> None:
+    """The client is closed, or the key is refused, while the submit waits after a 500 that may have been charged."""
+    for is_doubted in (True, False):
+        first = [rejected(500)] if is_doubted else []
+        async with running(script(*first, rejected(429, retry_after="5"))) as api:
+
+            async def close(api: Service = api) -> None:
+                await anyio.sleep(4)
+                await api.background.aclose(drain_s=0)
+
+            with pytest.raises(SubmissionUnknown if is_doubted else ClientClosed):  # noqa: PT012 - the group re-raises
+                async with anyio.create_task_group() as group:
+                    group.start_soon(close)
+                    try:
+                        await api.submit()
+                    except NanoBananaError as exc:
+                        error = exc
+                raise error
 
 
 async def test_a_slot_acquired_too_late_does_not_hide_the_service_error() -> None:

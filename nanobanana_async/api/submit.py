@@ -20,7 +20,7 @@ from nanobanana_async.api.operations import authorized, run_maybe_in_thread
 from nanobanana_async.api.rate_limit import asked_wait_s
 from nanobanana_async.api.retry import CircuitBreaker
 from nanobanana_async.api.turn import Turn
-from nanobanana_async.errors import ApiError, ClientClosed, NanoBananaError, NotSent
+from nanobanana_async.errors import ApiError, ClientClosed, NanoBananaError, NotSent, RateLimited
 from nanobanana_async.models import GenerationRequest
 from nanobanana_async.policies import Timeouts
 from nanobanana_async.protocols import (
@@ -102,6 +102,10 @@ class _Attempt:
     """After how many seconds the submit may be sent again, if it was throttled."""
 
 
+_Wait: TypeAlias = Callable[[_Submit], Awaitable[bool]]
+"""Waits for the next attempt. Returns False if a deadline comes first."""
+
+
 class SubmitLoop:
     """Submits requests, each within a slot of the caller.
 
@@ -180,30 +184,42 @@ class SubmitLoop:
 
     async def _attempt_until_settled(self, submit: _Submit) -> AcceptedSubmit:
         attempts = 0
-        error: NanoBananaError = NotSent(NO_SLOT_MESSAGE)
-        has_waited = True
-        while await self._may_send(submit, 0 if has_waited else attempts, error):
+        error: NanoBananaError | None = None
+        wait: _Wait = self._pass_gates
+        while await self._may_send(submit, wait, error):
             attempts += 1
             try:
                 attempt = await self._attempt_shielded(submit)
             except NotSent as exc:  # the record refuses a further attempt
                 _log.info("submit: %s", exc)
-                raise (exc if attempts == 1 else error) from None
+                raise (exc if error is None else error) from None
             if attempt.end.task_id is not None:
                 return AcceptedSubmit(attempt.end.task_id, submit.possible_charges)
             error = attempt.end.error or error
             if attempt.wait_s is not None:
-                if not await self._wait_for_turn(submit, attempt.wait_s):
-                    break
-                attempts, has_waited = attempts - 1, True  # a 429 is no failure
-                continue
-            has_waited = False
-            if not self._may_retry(attempt.rule, attempts):
+                attempts -= 1  # a 429 is no failure
+                wait = partial(self._wait_for_turn, wait_s=attempt.wait_s)
+            elif self._may_retry(attempt.rule, attempts):
+                wait = partial(self._back_off, attempts=attempts)
+            else:
                 break
-            _log.info("submit: attempt %d ended as %r; retrying", attempts, attempt.rule.name)
-        raise error
+            _log.info("submit: an attempt ended as %r; sending again", attempt.rule.name)
+        raise error or NotSent(NO_SLOT_MESSAGE)
 
-    async def _wait_for_turn(self, submit: _Submit, wait_s: float) -> bool:
+    async def _may_send(self, submit: _Submit, wait: _Wait, error: NanoBananaError | None) -> bool:
+        """Wait for the next attempt. Return False if *error*, the last outcome, is to be raised."""
+        try:
+            return await wait(submit)
+        except NanoBananaError:
+            if error is None or (isinstance(error, RateLimited) and not submit.possible_charges):
+                raise
+            return False  # closed, rejected, or an image is gone, but an earlier attempt may have been charged
+        except BaseException:
+            if error is not None and not isinstance(error, RateLimited):
+                _log.warning("submit was cancelled between two attempts; the last one ended with: %s", error)
+            raise
+
+    async def _wait_for_turn(self, submit: _Submit, *, wait_s: float) -> bool:
         """Give the slot and the body back, and wait for the next turn. Return False if the deadline comes first."""
         if anyio.current_time() + wait_s >= submit.turn.deadline_s:
             return False
@@ -215,23 +231,15 @@ class SubmitLoop:
         except TimeoutError:
             return False
         await self._encode(submit)
-        return True
+        return await self._pass_gates(submit)
 
-    async def _may_send(self, submit: _Submit, attempts: int, error: NanoBananaError) -> bool:
-        """Wait for the next attempt. Return False if *error*, the last outcome, is to be raised instead."""
-        if not attempts:
-            return await self._pass_gates(submit.turn.deadline_s)
+    async def _back_off(self, submit: _Submit, *, attempts: int) -> bool:
         deadline_s = min(submit.turn.deadline_s, submit.exchange_deadline_s)
-        try:
-            return await self._flow.back_off(attempts, deadline_s) and await self._pass_gates(deadline_s)
-        except NanoBananaError:
-            return False  # closed or rejected, but an earlier attempt may have been charged
-        except BaseException:
-            _log.warning("submit was cancelled between two attempts; the last one ended with: %s", error)
-            raise
+        return await self._flow.back_off(attempts, deadline_s) and await self._pass_gates(submit)
 
-    async def _pass_gates(self, deadline_s: float) -> bool:
+    async def _pass_gates(self, submit: _Submit) -> bool:
         """Wait for the rate limiter. Return False if the deadline came first."""
+        deadline_s = min(submit.turn.deadline_s, submit.exchange_deadline_s)
         with anyio.CancelScope(deadline=deadline_s):
             await self._flow.acquire(RequestKind.SUBMIT)
             if anyio.current_time() >= deadline_s:

@@ -83,7 +83,7 @@ def _replaced(preview: BatchPreview) -> str:
 
 
 def _notes(rows: RowFile) -> list[str]:
-    notes = []
+    notes: list[str] = []
     if rows.copies:
         advice = "left out" if rows.once else "each is charged. To leave copies out, add --once"
         notes.append(f"{_count(rows.copies, 'row')} with the content of an earlier row: {advice}")

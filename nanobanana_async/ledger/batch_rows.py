@@ -172,7 +172,8 @@ def saved_stems(db: sqlite3.Connection) -> frozenset[str]:
 def foreign_stems(db: sqlite3.Connection) -> frozenset[str]:
     """Return the stems, in lower case, of the images that were in the folder before the batch."""
     found = db.execute("SELECT value FROM meta WHERE name = 'foreign'").fetchone()
-    return frozenset(json.loads(found[0]) if found is not None else ())
+    stems: list[str] = json.loads(found[0]) if found is not None else []
+    return frozenset(stems)
 
 
 @attrs.frozen

@@ -157,7 +157,7 @@ class BatchChecks:
         self._folder = folder
         self._adopt = adopt
         try:
-            self.image_stems = _image_stems(folder)
+            self.image_stems: frozenset[str] = _image_stems(folder)
             """Stems of the images in the folder when it was opened, in lower case, but for those before the batch."""
         except OSError as exc:
             raise LedgerError(f"{path}: cannot be opened: {exc.strerror or exc}") from exc

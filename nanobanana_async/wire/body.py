@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping
 from decimal import Decimal, InvalidOperation
 from itertools import pairwise
-from typing import Final
+from typing import Final, TypeGuard
 
 from nanobanana_async.models import GeneratedImage, JsonValue
 
@@ -78,7 +78,7 @@ def _reject_constant(name: str) -> None:
 _MIN_SPLICED_CHARS: Final = 65_536
 
 
-def is_plain_data_uri(value: object) -> bool:
+def is_plain_data_uri(value: object) -> TypeGuard[str]:
     """Return whether *value* is a long data URI that JSON needs no escapes for."""
     return (
         isinstance(value, str)

@@ -59,7 +59,7 @@ def encode_submit(base_url: str, request: GenerationRequest) -> WireRequest:
     """
     document = {**_converter.unstructure(request), **request.extra}
     images, mark = document.get("images"), secrets.token_hex(8)
-    listed = images if isinstance(images, list | tuple) else ()
+    listed = cast("list[object]", images) if isinstance(images, list) else []
     spliced = [image for image in listed if is_plain_data_uri(image)]
     if spliced:
         document["images"] = [mark if is_plain_data_uri(image) else image for image in listed]
