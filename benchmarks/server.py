@@ -140,7 +140,33 @@ class Protocols:
         return {"id": job, "status": status, "progress": 0, "prompt": "p", **fixed}
 
 
-def counted(app: Starlette, protocols: Protocols, delay_s: float, submit_delay_s: float) -> Starlette:
+class Throttle:
+    """Allows so many submits of this package in each second of the clock; 0 allows any number."""
+
+    def __init__(self, per_s: float, *, states_wait: bool) -> None:
+        self._per_s = per_s
+        self._states_wait = states_wait
+        self._windows: Counter[int] = Counter()
+        self.throttled_s: list[float] = []
+
+    def refusal(self) -> Response | None:
+        """Return a 429, or None if the submit is allowed."""
+        now_s = time.time()
+        if not self._per_s or self._windows[int(now_s)] < self._per_s:
+            self._windows[int(now_s)] += 1
+            return None
+        self.throttled_s.append(now_s)
+        headers = {"Retry-After": f"{1 - now_s % 1:.3f}"} if self._states_wait else {}
+        return JSONResponse({"code": 1, "message": "slow down"}, 429, headers)
+
+    async def report(self, _: Request) -> Response:
+        """Return when submits were throttled."""
+        return JSONResponse(self.throttled_s)
+
+
+def counted(
+    app: Starlette, protocols: Protocols, throttle: Throttle, delay_s: float, submit_delay_s: float
+) -> Starlette:
     """Return an app with all protocols that also counts this package's polls."""
 
     async def query(request: Request) -> Response:
@@ -151,13 +177,15 @@ def counted(app: Starlette, protocols: Protocols, delay_s: float, submit_delay_s
 
     async def submit(request: Request) -> Response:
         body = await request.body()
+        if (refusal := throttle.refusal()) is not None:
+            return refusal
         await anyio.sleep(submit_delay_s)
         handle = protocols.service.handle("POST", str(request.url), dict(request.headers), body)
         return Response(handle.body, handle.status, dict(handle.headers), handle.media_type)
 
     ours = [Route("/api/task/query", query), Route("/api/image/gen", submit, methods=["POST"])]
     return Starlette(
-        routes=[*protocols.routes(), *ours, Mount("/", app)],
+        routes=[Route("/throttled", throttle.report), *protocols.routes(), *ours, Mount("/", app)],
         lifespan=app.router.lifespan_context,
     )
 
@@ -170,6 +198,8 @@ def main() -> None:
         "--delay", type=float, default=0.0, help="delay of a response to this package's queries, in seconds"
     )
     parser.add_argument("--submit-delay", type=float, default=0.0, help="the same for submits")
+    parser.add_argument("--allow", type=float, default=0.0, help="submits of this package that are allowed per second")
+    parser.add_argument("--no-retry-after", action="store_true", help="state no wait in a 429")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     profile = SimulatorProfile(median_s=options.latency)
@@ -179,7 +209,13 @@ def main() -> None:
     socket = open_listener("127.0.0.1", 0)
     # Idle connections are kept longer than by any client; otherwise both sides close at the same time.
     config = uvicorn.Config(
-        counted(make_app(service), Protocols(service), options.delay, options.submit_delay),
+        counted(
+            make_app(service),
+            Protocols(service),
+            Throttle(options.allow, states_wait=not options.no_retry_after),
+            options.delay,
+            options.submit_delay,
+        ),
         log_level="error",
         access_log=False,
         backlog=4096,
