@@ -147,6 +147,23 @@ async def test_the_rate_grows_by_three_percent_per_second() -> None:
     assert limiter.rate == 100
 
 
+@pytest.mark.anyio
+@pytest.mark.virtual_time
+async def test_after_an_outage_successes_raise_the_rate_and_time_does_not() -> None:
+    """An unavailable service gets no more requests, and an available one a factor of e more in ten seconds."""
+    limiter = AdaptiveRateLimiter(100, 8)
+    for _ in range(20):
+        await anyio.sleep(1)
+        limiter.record_failure(anyio.current_time())
+    await anyio.sleep(1000)
+    assert limiter.rate == 1
+    start_s = anyio.current_time()
+    while limiter.rate < 100:
+        await limiter.acquire()
+        limiter.record_accepted()
+    assert 35 <= anyio.current_time() - start_s <= 60
+
+
 @pytest.mark.parametrize(
     ("body", "expected"),
     [

@@ -2,12 +2,21 @@
 
 from collections import Counter
 from collections.abc import Callable
+from random import Random
 
 import anyio
 import attrs
 import pytest
 
-from nanobanana_async import NanoBananaClient, NanoBananaError, Transport, WireRequest, WireResponse
+from nanobanana_async import (
+    Limits,
+    NanoBananaClient,
+    NanoBananaError,
+    OwnerLimits,
+    Transport,
+    WireRequest,
+    WireResponse,
+)
 from nanobanana_async.simulator import Simulator, SimulatorProfile
 from tests.fakes import rejected
 
@@ -110,3 +119,30 @@ async def test_a_limit_that_falls_is_found_again(is_bucket: bool) -> None:  # no
     late = sum(at_s > from_s for at_s in service.throttled_s)
     assert used > 0.85
     assert late <= 0.05 * (late + sum(at_s > from_s for at_s in service.accepted_s))
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_cancelled_and_throttled_submits_release_their_slots_and_lose_no_charge(seed: int) -> None:
+    """429s, possible charges, lost responses and cancellations in any order. The audit compares the charges."""
+    rng = Random(seed)
+    profile = attrs.evolve(PROFILE, median_s=0.5, rate_limited=0.3, charged_errors=0.1, lost_responses=0.1)
+    simulator = Simulator(profile, seed=seed, delay_s=0.05)
+    limits = Limits(max_submits=3, requests_per_s=200, burst=20)
+    owners = OwnerLimits(max_in_flight=4, per_minute=200)
+
+    async def one(number: int) -> None:
+        await anyio.sleep(rng.uniform(0, 2))
+        with anyio.move_on_after(rng.choice([rng.uniform(0, 4), 900])):
+            try:
+                await client.generate(f"fox {number}", owner=f"user {number % 3}")
+            except NanoBananaError:
+                return
+
+    async with NanoBananaClient("dk-test", transport=simulator, limits=limits, owner_limits=owners) as client:
+        async with anyio.create_task_group() as group:
+            for number in range(60):
+                group.start_soon(one, number)
+        await anyio.sleep(60)
+        session = client._session  # noqa: SLF001 - nothing else shows a slot that is lost
+        assert session.slots.free == session.slots.size
+        assert all(owner.in_flight == 0 for owner in session.queue._owners.values())  # noqa: SLF001 - the same

@@ -14,6 +14,8 @@ from nanobanana_async.api.retry import RetryQuota
 from nanobanana_async.policies import Limits, RetryPolicy
 from nanobanana_async.protocols import RequestKind, WireResponse
 
+_OUTAGE_AFTER_ERRORS: Final = 3
+"""Consecutive requests without a usable response that count as an outage of the service."""
 _PAUSE_ABOVE_S: Final = 5.0
 """Retry-After above which all requests of the kind wait, and not only the one that received it."""
 
@@ -42,6 +44,7 @@ class FlowControl:
         self.on_limit: Callable[[int], None] = lambda _: None
         """Called with `max_submits` after it may have changed."""
         self._quota = RetryQuota()
+        self._consecutive_errors = 0
         self._submit_turn = anyio.Lock(fast_acquire=True)
 
     async def acquire(self, kind: RequestKind) -> None:
@@ -81,10 +84,7 @@ class FlowControl:
         """
         limiter = self._limiters[kind]
         if response is None or not self._is_throttled(kind, response):
-            if response is not None and response.status < 500:
-                limiter.record_accepted()
-            if response is not None and response.status < 400:
-                self._quota.release()
+            self._observe_usual(kind, response, sent_s)
             return None
         asked_s = asked_wait_s(response)
         has_cut = limiter.record_throttle(sent_s)
@@ -94,6 +94,19 @@ class FlowControl:
         if has_cut:
             self._on_throttle(wait_s)
         return wait_s
+
+    def _observe_usual(self, kind: RequestKind, response: WireResponse | None, sent_s: float) -> None:
+        """Adapt to a response that is no throttling, or to its absence."""
+        if response is None or response.status >= 500:
+            self._consecutive_errors += 1
+            # Submits have their own measures: the number in flight, and the back-off of a batch.
+            if kind is RequestKind.READ and self._consecutive_errors >= _OUTAGE_AFTER_ERRORS:
+                self._limiters[kind].record_failure(sent_s)
+            return
+        self._consecutive_errors = 0
+        self._limiters[kind].record_accepted()
+        if response.status < 400:
+            self._quota.release()
 
     @staticmethod
     def _is_throttled(kind: RequestKind, response: WireResponse) -> bool:

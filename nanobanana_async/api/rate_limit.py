@@ -87,6 +87,8 @@ class AdaptiveRateLimiter:
         """Whether the last cut came before a second of responses, so that it says little about the service."""
         self._accepted_s: deque[float] = deque()
         """Times of the requests that were accepted in the last three seconds."""
+        self._is_outage = False
+        """Whether the rate was cut by failures, so that it grows with successes and not with time."""
         self._accepting_since_s = -math.inf
         """When the first request was accepted after a rest."""
         self._lock = anyio.Lock(fast_acquire=True)
@@ -96,6 +98,8 @@ class AdaptiveRateLimiter:
         """Current rate in requests per second."""
         if self._cut_at_s == -math.inf:
             return self._max_rate
+        if self._is_outage:
+            return self._rate_after_cut
         growth_per_s = max(_MIN_GROWTH_PER_S, (_EARLY_GROWTH if self._is_early else _GROWTH) * self._rate_after_cut)
         return min(self._max_rate, self._rate_after_cut + growth_per_s * (anyio.current_time() - self._cut_at_s))
 
@@ -124,11 +128,23 @@ class AdaptiveRateLimiter:
     def record_accepted(self) -> None:
         """Record a request that was not throttled."""
         now_s = anyio.current_time()
+        if self._is_outage:
+            self._rate_after_cut = min(self._max_rate, self._rate_after_cut + _INCREASE_PER_SUCCESS)
+            self._is_outage = self._rate_after_cut < self._max_rate
         if not self._accepted_s or self._accepted_s[-1] <= now_s - _MEMORY_S:
             self._accepting_since_s = now_s
         self._accepted_s.append(now_s)
         while self._accepted_s[0] <= now_s - _MEMORY_S:
             self._accepted_s.popleft()
+
+    def record_failure(self, sent_s: float) -> None:
+        """Record one of several failures in a row, to a request sent at *sent_s*, and halve the rate.
+
+        Then each success raises it a little, so that it recovers by a factor of e in ten seconds.
+        """
+        if sent_s > self._cut_at_s:
+            self._rate_after_cut = max(min(self._max_rate, _MIN_OUTAGE_RATE), self.rate / 2)
+            self._cut_at_s, self._is_outage = anyio.current_time(), True
 
     def record_throttle(self, sent_s: float) -> bool:
         """Record a 429 to a request sent at *sent_s*. Return whether it has cut the rate."""
@@ -139,6 +155,7 @@ class AdaptiveRateLimiter:
         self._is_early = not accepted_per_s or now_s - self._accepting_since_s < 1
         self._rate_after_cut = max(self._min_rate, min(rate, _CUT * accepted_per_s) if accepted_per_s else rate / 2)
         self._cut_at_s = now_s
+        self._is_outage = False
         self._tat_s = max(self._tat_s, now_s + self._burst_tolerance_s + 1 / self._rate_after_cut)  # no burst
         return True
 
@@ -165,5 +182,8 @@ _EARLY_GROWTH: Final = 1.0
 """The same after an early cut."""
 _MIN_GROWTH_PER_S: Final = 0.2
 """Least growth of the rate per second, in requests per second."""
+_INCREASE_PER_SUCCESS: Final = 0.1
+"""Growth of the rate per success after an outage, in requests per second."""
+_MIN_OUTAGE_RATE: Final = 1.0
 _JITTER: Final = 0.1
 _MAX_BODY_BYTES: Final = 65_536
