@@ -1,7 +1,9 @@
 """The asyncio-native client for the Nano Banana 2 image API.
 
-The names listed here and in `nanobanana_async.simulator` are public.
+The names listed here and in `nanobanana_async.simulator` are public. `AiohttpTransport` needs the extra `aiohttp`.
 """
+
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from nanobanana_async.batch.preview import BatchPreview
 from nanobanana_async.batch.row_file import RowFile, read_rows
@@ -96,6 +98,9 @@ from nanobanana_async.protocols import (
 from nanobanana_async.tracking.state import TrackerStatistics
 from nanobanana_async.transport.httpx import HttpxTransport
 
+if _TYPE_CHECKING:
+    from nanobanana_async.transport.aiohttp import AiohttpTransport as AiohttpTransport
+
 __all__ = [
     "ApiError",
     "AttemptEnd",
@@ -183,3 +188,14 @@ __all__ = [
     "parse_callback",
     "read_rows",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Import what needs an extra when it is first used."""
+    if name != "AiohttpTransport":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from nanobanana_async.transport.aiohttp import AiohttpTransport  # noqa: PLC0415 - see above
+    except ModuleNotFoundError as exc:
+        raise ImportError(f"AiohttpTransport needs a package: pip install 'nanobanana-async[aiohttp]' ({exc})") from exc
+    return AiohttpTransport

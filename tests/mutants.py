@@ -121,9 +121,9 @@ MUTANTS: Final = (
     Mutant(
         "every failure counts as never sent",
         "transport/httpx.py",
-        "        if sent:\n            return progress.to_error(reason)\n",
+        "    if sent:\n        return state.to_error(reason)\n",
         "",
-        "test_httpx_transport.py",
+        "test_transports.py",
     ),
     Mutant(
         "cancelling the caller interrupts the POST",
@@ -144,7 +144,7 @@ MUTANTS: Final = (
         "transport/_connections.py",
         "follow_redirects=False",
         "follow_redirects=True",
-        "test_httpx_transport.py",
+        "test_transports.py",
     ),
     Mutant(
         "a 404 within the grace ends the wait",
@@ -232,17 +232,17 @@ MUTANTS: Final = (
     ),
     Mutant(
         "bytes received before a failure are dropped",
-        "transport/httpx.py",
+        "transport/_exchange.py",
         "        response = self.response and attrs.evolve(self.response, body=bytes(self.received))\n",
         "        response = None\n",
-        "test_httpx_transport.py",
+        "test_transports.py",
     ),
     Mutant(
         "the key is in an error",
         "transport/httpx.py",
-        '        detail = "" if quotes else str(causes[-1]) or str(exc)\n',
-        "        detail = str(causes[-1]) or str(exc)\n",
-        "test_httpx_transport.py::test_an_error_contains_nothing_of_the_request",
+        '    detail = "" if quotes else str(causes[-1]) or str(exc)\n',
+        "    detail = str(causes[-1]) or str(exc)\n",
+        "test_transports.py::test_an_error_contains_nothing_of_the_request",
     ),
     Mutant(
         "the key is shown by a traceback with local variables",
@@ -256,7 +256,35 @@ MUTANTS: Final = (
         "transport/httpx.py",
         "        idle = [] if request.kind is RequestKind.SUBMIT else self._idle_connections[_pool_key(request)]\n",
         "        idle = self._idle_connections[_pool_key(request)]\n",
-        "test_httpx_transport.py::test_reads_reuse_a_connection_and_submits_never_do",
+        "test_transports.py::test_reads_reuse_a_connection_and_submits_never_do",
+    ),
+    Mutant(
+        "bytes that aiohttp holds when a response breaks are dropped",
+        "transport/aiohttp.py",
+        "            if not chunk:\n                raise\n",
+        "            raise\n",
+        "test_aiohttp_transport.py",
+    ),
+    Mutant(
+        "a submit over aiohttp counts as sent before it has a connection",
+        "transport/aiohttp.py",
+        "        if request.kind is not RequestKind.SUBMIT:  # the phase of a submit follows from trace events\n",
+        "        if True:\n",
+        "test_transports.py",
+    ),
+    Mutant(
+        "a submit over aiohttp uses a reused connection",
+        "transport/aiohttp.py",
+        "force_close=is_submit,\n                keepalive_timeout=None if is_submit else _KEEP_ALIVE_S",
+        "keepalive_timeout=_KEEP_ALIVE_S",
+        "test_transports.py::test_reads_reuse_a_connection_and_submits_never_do",
+    ),
+    Mutant(
+        "aiohttp resolves the host of an image itself",
+        "transport/aiohttp.py",
+        'resolver=_CheckedResolver(check, self._connect_s) if use == "checked" and check is not None else None',
+        "resolver=None",
+        "test_transports.py",
     ),
     Mutant(
         "the breaker never trips",
@@ -291,7 +319,7 @@ MUTANTS: Final = (
         "wire/addresses.py",
         "        and parsed.is_global\n",
         "        and True\n",
-        "test_httpx_transport.py::test_a_guarded_request_never_reaches_a_private_address",
+        "test_transports.py::test_a_guarded_request_never_reaches_a_private_address",
     ),
     Mutant(
         "a submit is sent without an attempt in the ledger",
@@ -330,9 +358,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a full disk is taken for a bad image",
-        "batch/row_runner.py",
-        "                if isinstance(exc.__cause__, OSError):",
-        "                if False:",
+        "batch/run_state.py",
+        "            if isinstance(exc.__cause__, OSError):  # the disk: every other image would fail, too\n",
+        "            if False:\n",
         "test_batch.py::test_a_full_disk_stops_the_submits",
     ),
     Mutant(
@@ -460,7 +488,7 @@ MUTANTS: Final = (
         "transport/httpx.py",
         ' and not _is_tunnel(info.get("request")):\n',
         ":\n",
-        "test_httpx_transport.py",
+        "test_transports.py",
     ),
     Mutant(
         "a submit that is cancelled before its POST stays unresolved",
@@ -471,10 +499,10 @@ MUTANTS: Final = (
     ),
     Mutant(
         "a fake address is taken in any network",
-        "transport/httpx.py",
+        "transport/addresses.py",
         " and await self._is_behind_fake_ips()",
         "",
-        "test_httpx_transport.py",
+        "test_transports.py",
     ),
     Mutant(
         "an owner is forgotten while it is in turn",

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final, TypeAlias
 
+from nanobanana_async import RequestKind, WireRequest
+
 Handler: TypeAlias = Callable[[socket.socket, bytes], None]
 
 
@@ -24,6 +26,7 @@ class RawServer:
         self.url: Final = f"http://127.0.0.1:{self.port}"
         self.requests: list[bytes] = []
         self.connections = 0
+        self.open_connections = 0
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -41,12 +44,14 @@ class RawServer:
 
     def _serve(self, peer: socket.socket) -> None:
         peer.settimeout(5)
+        self.open_connections += 1
         with contextlib.suppress(OSError), peer:
             if self._tls is None:
                 self._talk(peer)
             else:
                 with self._tls.wrap_socket(peer, server_side=True) as secure:
                     self._talk(secure)
+        self.open_connections -= 1
 
     def _talk(self, peer: socket.socket) -> None:
         if not self._reads:
@@ -128,3 +133,10 @@ def sending_then(end: Callable[[socket.socket], None], *chunks: bytes) -> Handle
         end(peer)
 
     return handle
+
+
+def ask(server: RawServer | str, kind: RequestKind = RequestKind.READ, **fields: object) -> WireRequest:
+    """Return a request to *server*."""
+    url = server if isinstance(server, str) else f"{server.url}/path"
+    body = b"{}" if kind is RequestKind.SUBMIT else None
+    return WireRequest(kind=kind, method="POST" if body else "GET", url=url, body=body, **fields)  # type: ignore[arg-type]

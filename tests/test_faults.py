@@ -13,7 +13,7 @@ from nanobanana_async import NanoBananaClient, SubmissionUnknown, Task
 from nanobanana_async.models import GenerationRequest
 from tests.fakes import PNG
 from tests.faults.table import FAULTS
-from tests.faults.trial import DEADLINES, QUICK, FaultServer, fault_server, try_all
+from tests.faults.trial import DEADLINES, QUICK, RUNS, FaultServer, fault_server, try_all
 from tests.raw_server import response, serving
 
 
@@ -25,11 +25,11 @@ def server() -> Iterator[FaultServer]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["asyncio", "trio"])
-def test_every_fault_ends_as_the_table_says(server: FaultServer, backend: str) -> None:
+@pytest.mark.parametrize(("transport", "backend"), RUNS)
+def test_every_fault_ends_as_the_table_says(server: FaultServer, transport: str, backend: str) -> None:
     """The verdict, its agreement with the charges, the end of a query and the deadline are those of the table."""
     problems: list[str] = []
-    for fault, (post, query) in anyio.run(try_all, server, backend=backend).items():
+    for fault, (post, query) in anyio.run(try_all, server, FAULTS, transport, backend=backend).items():
         name = f"{fault.number} {fault.name}"
         if post.verdict not in fault.post.split(" or "):
             problems.append(f"{name}: submit ended as {post.verdict}, not as {fault.post}: {post.message}")
@@ -43,21 +43,21 @@ def test_every_fault_ends_as_the_table_says(server: FaultServer, backend: str) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("numbers", [("F19", "F20", "F21")], ids=["bombs-and-floods"])
-def test_no_response_takes_more_memory_than_its_limit(numbers: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("transport", ["httpx", "aiohttp"])
+def test_no_response_takes_more_memory_than_its_limit(transport: str) -> None:
     """A gibibyte, an endless body and compression bombs need less than 64 MiB together."""
     code = (
         "import anyio, resource\n"
         "from tests.faults.trial import *\n"
-        f"wanted = [fault for fault in FAULTS if fault.number in {numbers}]\n"
+        "wanted = [fault for fault in FAULTS if fault.number in ('F19', 'F20', 'F21')]\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
         "with fault_server() as server:\n"
-        "    anyio.run(try_all, server, wanted[-1:])\n"
+        f"    anyio.run(try_all, server, wanted[-1:], {transport!r})\n"
         "    before = peak()\n"
-        "    anyio.run(try_all, server, [fault for fault in wanted if fault.number != 'F19'])\n"
+        f"    anyio.run(try_all, server, [fault for fault in wanted if fault.number != 'F19'], {transport!r})\n"
         "    bombs = peak()\n"
         "    for fault in wanted:\n"
-        "        if fault.number == 'F19': anyio.run(try_post, server, fault)\n"
+        f"        if fault.number == 'F19': anyio.run(try_post, server, fault, {transport!r})\n"
         "print(bombs - before, peak() - before)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - started here

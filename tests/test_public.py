@@ -26,7 +26,7 @@ def test_public_names_are_deliberate() -> None:
 
 def test_importing_the_package_imports_no_extra() -> None:
     """Only the runtime dependencies are imported, and what httpx itself imports."""
-    extras = "{'uvicorn', 'starlette', 'PIL', 'trio', 'httpx2', 'pytest'}"
+    extras = "{'aiohttp', 'uvicorn', 'starlette', 'PIL', 'trio', 'httpx2', 'pytest'}"
     code = f"import sys, nanobanana_async, nanobanana_async.simulator; print(sorted({extras} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)  # noqa: S603 - started here
     assert ran.stdout.strip() == "[]"

@@ -11,16 +11,17 @@ import traceback
 from pathlib import Path
 from urllib.parse import quote
 
+import aiohttp
 import anyio
 import attrs
 import httpx
 import pytest
 
-from nanobanana_async import ConfigurationError, HttpxTransport, NanoBananaClient, NanoBananaError
+from nanobanana_async import AiohttpTransport, ConfigurationError, HttpxTransport, NanoBananaClient, NanoBananaError
 from nanobanana_async.simulator import FAST_POLLING, SimulatorProfile
 from nanobanana_async.simulator.server import SimulatorServer
 from tests.faults.table import FAULTS
-from tests.faults.trial import DEADLINES, QUICK, fault_server
+from tests.faults.trial import DEADLINES, QUICK, TRANSPORTS, fault_server
 from tests.raw_server import response, sending, serving
 
 SECRET = "CANARY5hJ2kQ9"
@@ -53,15 +54,22 @@ def assert_secret(text: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.anyio
-async def test_no_fault_shows_the_key(caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
-    """Every fault of the table is tried with all loggers at DEBUG, also those of httpx."""
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_no_fault_shows_the_key(
+    transport: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every fault of the table is tried with all loggers at DEBUG, also those of httpx and aiohttp."""
     caplog.set_level(logging.DEBUG)
     texts: list[str] = []
     slots = anyio.Semaphore(12)
 
     async def one(index: int) -> None:
         url = server.url(FAULTS[index], times=99, nonce=f"secret{index}")
-        async with slots, NanoBananaClient(KEY, base_url=url, retry=QUICK, timeouts=BRISK) as client:
+        async with (
+            slots,
+            contextlib.aclosing(TRANSPORTS[transport]()) as sender,
+            NanoBananaClient(KEY, base_url=url, retry=QUICK, timeouts=BRISK, transport=sender) as client,
+        ):
             texts.append(
                 repr(client)
                 + repr(vars(client))
@@ -85,18 +93,24 @@ async def test_no_fault_shows_the_key(caplog: pytest.LogCaptureFixture, capfd: p
 
 
 @pytest.mark.anyio
-async def test_downloads_and_callbacks_carry_no_credentials() -> None:
+@pytest.mark.parametrize("lent", ["none", "httpx", "aiohttp"])
+async def test_downloads_and_callbacks_carry_no_credentials(lent: str) -> None:
     """The user's client does not pass its own credentials to the file host either."""
-    with SimulatorServer(SimulatorProfile(median_s=0.05, visibility_delay_s=0, keys=frozenset({KEY}))) as server:
-        async with httpx.AsyncClient(headers={"X-Api-Key": KEY}, cookies={"session": KEY}) as mine:
-            for transport in (None, HttpxTransport(mine)):
-                async with NanoBananaClient(
-                    KEY, base_url=server.url, polling=FAST_POLLING, transport=transport
-                ) as client:
-                    task = await client.generate("a fox")
-                    assert await client.download(task.images[0])
-                if transport is not None:
-                    await transport.aclose()
+    own = {"headers": {"X-Api-Key": KEY}, "cookies": {"session": KEY}}
+    async with contextlib.AsyncExitStack() as stack:
+        server = stack.enter_context(
+            SimulatorServer(SimulatorProfile(median_s=0.05, visibility_delay_s=0, keys=frozenset({KEY})))
+        )
+        transport: HttpxTransport | AiohttpTransport | None = None
+        if lent == "httpx":
+            transport = HttpxTransport(await stack.enter_async_context(httpx.AsyncClient(**own)))  # type: ignore[arg-type]
+        elif lent == "aiohttp":
+            transport = AiohttpTransport(await stack.enter_async_context(aiohttp.ClientSession(**own)))  # type: ignore[arg-type]
+        if transport is not None:
+            await stack.enter_async_context(contextlib.aclosing(transport))
+        async with NanoBananaClient(KEY, base_url=server.url, polling=FAST_POLLING, transport=transport) as client:
+            task = await client.generate("a fox")
+            assert await client.download(task.images[0])
         assert server.service.credential_leaks == []
 
 
@@ -184,10 +198,14 @@ async def test_s1_a_slash_in_a_key_may_be_escaped() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_timeout_around_a_call_shows_no_key() -> None:
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_timeout_around_a_call_shows_no_key(transport: str) -> None:
     """`fail_after` raises inside an exchange whose frames are all in the traceback."""
     with serving(lambda *_: time.sleep(0.5)) as server:
-        async with NanoBananaClient(KEY, base_url=server.url) as client:
+        async with (
+            contextlib.aclosing(TRANSPORTS[transport]()) as sender,
+            NanoBananaClient(KEY, base_url=server.url, transport=sender) as client,
+        ):
             for call in (client.balance, client.task("ta-1").query):
                 with pytest.raises(TimeoutError) as caught, anyio.fail_after(0.1):
                     await call()

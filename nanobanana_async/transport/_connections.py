@@ -7,7 +7,7 @@ passes, go through httpx.
 
 import ssl
 import sys
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterable, Mapping
 from functools import lru_cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Final, Protocol
@@ -20,6 +20,7 @@ import httpx
 from nanobanana_async.errors import ConfigurationError
 from nanobanana_async.models import url_problem
 from nanobanana_async.protocols import WireRequest
+from nanobanana_async.transport._exchange import BodyChunks, StreamingResponse, merged_headers
 
 if TYPE_CHECKING:
     import httpcore
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 _CLOSE_TIMEOUT_S: Final = 2.0
 """Bound on closing one connection, which a TLS peer may delay."""
-_CHUNK_BYTES: Final = 2**18
 _KEEP_ALIVE_S: Final = 120.0
 """How long an idle connection is reused, unless the server closes it first."""
 _SINGLE_CONNECTION: Final = httpx.Limits(max_connections=1, max_keepalive_connections=1)
@@ -41,24 +41,6 @@ class Destination:
     headers: Mapping[str, str] = attrs.field(repr=False)
     addresses: tuple[str, ...] = ()
     """Addresses of the host that were checked; () leaves them to the library."""
-
-
-@attrs.frozen
-class StreamingResponse:
-    """A response whose head has arrived. `chunks` is the body as received, never decompressed."""
-
-    status: int
-    headers: Mapping[str, str]
-    chunks: AsyncIterable[bytes]
-    _close: Callable[[], Awaitable[None]]
-
-    async def aclose(self) -> None:
-        """Release the connection: it becomes idle if the body was read to its end, else it is closed.
-
-        Bounded in time, also if cancelled.
-        """
-        with anyio.move_on_after(_CLOSE_TIMEOUT_S, shield=True):
-            await self._close()
 
 
 class Connection(Protocol):
@@ -83,23 +65,8 @@ class Connection(Protocol):
         ...
 
 
-class _RequestBody(httpx.AsyncByteStream):
-    """A request body in chunks, so that a body of megabytes is not copied as a whole by each layer below.
-
-    The libraries' own are async generators, which remain unfinished if writing fails, and trio warns about those.
-    """
-
-    def __init__(self, data: bytes | None) -> None:
-        data = data or b""
-        self._chunks = (data[at : at + _CHUNK_BYTES] for at in range(0, len(data), _CHUNK_BYTES))
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        for chunk in self._chunks:
-            return chunk
-        raise StopAsyncIteration
+class _RequestBody(BodyChunks, httpx.AsyncByteStream):
+    """A body as httpx takes it."""
 
 
 def _headers(request: WireRequest, target: Destination) -> dict[str, str]:
@@ -130,7 +97,7 @@ def _core_request(request: WireRequest, target: Destination, extensions: dict[st
         request.method,
         _core_url(target.url),
         headers=headers,
-        content=_RequestBody(request.body),
+        content=_RequestBody(request.body or b""),
         extensions=extensions,
     )
 
@@ -155,11 +122,8 @@ class DirectConnection:
     async def send(self, request: WireRequest, target: Destination, extensions: dict[str, object]) -> StreamingResponse:
         """See `Connection.send`."""
         response = await self._connection.handle_async_request(_core_request(request, target, extensions))
-        headers: dict[str, str] = {}
-        for raw_name, raw_value in response.headers:
-            name, value = raw_name.decode("ascii").lower(), raw_value.decode("latin-1")
-            headers[name] = f"{headers[name]}, {value}" if name in headers else value
         assert isinstance(response.stream, AsyncIterable)  # noqa: S101 - always true for an async connection
+        headers = merged_headers(response.headers)
         return StreamingResponse(response.status, headers, response.stream, response.aclose)
 
     @property
@@ -200,7 +164,7 @@ class ProxyConnection:
 
 
 def _to_httpx_request(request: WireRequest, target: Destination, extensions: dict[str, object]) -> httpx.Request:
-    stream = _RequestBody(request.body)
+    stream = _RequestBody(request.body or b"")
     return httpx.Request(
         request.method, target.url, headers=_headers(request, target), stream=stream, extensions=extensions
     )
@@ -232,6 +196,28 @@ class ClientConnection:
 
     async def aclose(self) -> None:
         """Do nothing. The user closes the client."""
+
+
+class TlsContext:
+    """The TLS context of a transport: *verify*, else one that trusts the usual certificates, created once."""
+
+    def __init__(self, verify: ssl.SSLContext | None, *, trust_env: bool) -> None:
+        self._context = verify
+        self._trust_env = trust_env
+        self._lock = anyio.Lock()
+
+    async def get(self) -> ssl.SSLContext:
+        """Return the context, which is created in a thread: loading the certificates takes 20-50 ms.
+
+        Raises:
+            OSError: A certificate file that is named in the environment cannot be used.
+        """
+        async with self._lock:
+            if self._context is None:
+                self._context = await anyio.to_thread.run_sync(
+                    lambda: httpx.create_ssl_context(trust_env=self._trust_env)
+                )
+        return self._context
 
 
 @lru_cache(2048)  # a task is polled several times, and parsing costs a tenth of a request

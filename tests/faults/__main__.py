@@ -13,9 +13,7 @@ import anyio
 
 from tests.faults.compare import compare
 from tests.faults.table import FAULTS
-from tests.faults.trial import Query, Result, fault_server, try_all
-
-BACKENDS = ("asyncio", "trio")
+from tests.faults.trial import RUNS, Query, Result, fault_server, try_all
 
 
 def _shown(post: Result, query: Query) -> str:
@@ -30,11 +28,11 @@ def main() -> int:
     options = parser.parse_args()
     logging.getLogger("nanobanana_async").setLevel(logging.ERROR)
     with fault_server() as server:
-        runs = {backend: anyio.run(try_all, server, backend=backend) for backend in BACKENDS}
-        print(f"{'':40}" + "".join(f"{backend:26}" for backend in BACKENDS))
-        print(f"{'fault':40}" + f"{'POST':9} {'charges':8}{'GET':10} " * 2)
+        runs = {run: anyio.run(try_all, server, FAULTS, run[0], backend=run[1]) for run in RUNS}
+        print(f"{'':40}" + "".join(f"{', '.join(run):28}" for run in RUNS))
+        print(f"{'fault':40}" + f"{'POST':9} {'charges':8}{'GET':9}  " * len(RUNS))
         for fault in FAULTS:
-            cells = "  ".join(_shown(*runs[backend][fault]) for backend in BACKENDS)
+            cells = "  ".join(_shown(*runs[run][fault]) for run in RUNS)
             print(f"{fault.number:4}{fault.name:36}{cells}")
         posts = [post for run in runs.values() for post, _ in run.values()]
         wrong = [each for run in runs.values() for pair in run.values() for each in pair if not each.as_expected]
@@ -46,7 +44,7 @@ def main() -> int:
         if options.compare:
             columns = ("jobs", "charges", "duplicates", "undeclared", "lost ids")
             print(f"\n{'the faults that cost money':28}" + "".join(f"{column:>12}" for column in columns))
-            for row in anyio.run(compare, server, [runs["asyncio"][fault][0] for fault in FAULTS]):
+            for row in anyio.run(compare, server, [runs[RUNS[0]][fault][0] for fault in FAULTS]):
                 sums = (row.jobs, row.charges, row.duplicates, row.undeclared, row.lost)
                 print(f"{row.name:28}" + "".join(f"{cell:12}" for cell in sums))
     return 1 if wrong else 0

@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from itertools import count
 from typing import Final
 from urllib.request import urlopen
@@ -14,14 +14,17 @@ import anyio
 import attrs
 
 from nanobanana_async import (
+    AiohttpTransport,
     ApiError,
     ConfigurationError,
+    HttpxTransport,
     NanoBananaClient,
     NanoBananaError,
     NotSent,
     RetryPolicy,
     SubmissionUnknown,
     Timeouts,
+    Transport,
 )
 from tests.faults.table import FAULTS, Fault
 
@@ -112,13 +115,28 @@ def fault_server() -> Iterator[FaultServer]:
             process.kill()
 
 
-async def try_post(server: FaultServer, fault: Fault) -> Result:
+TRANSPORTS: Final[dict[str, Callable[[], Transport]]] = {
+    "httpx": lambda: HttpxTransport(connect_s=DEADLINES.connect_s),
+    "aiohttp": lambda: AiohttpTransport(connect_s=DEADLINES.connect_s),
+}
+RUNS: Final = (("httpx", "asyncio"), ("httpx", "trio"), ("aiohttp", "asyncio"))
+"""Each transport on each event loop that it supports."""
+
+
+@contextlib.asynccontextmanager
+async def _client(name: str, url: str, retry: RetryPolicy) -> AsyncIterator[NanoBananaClient]:
+    async with (
+        contextlib.aclosing(TRANSPORTS[name]()) as transport,
+        NanoBananaClient("dk-test", base_url=url, retry=retry, timeouts=DEADLINES, transport=transport) as client,
+    ):
+        yield client
+
+
+async def try_post(server: FaultServer, fault: Fault, transport: str) -> Result:
     """Submit once, while the fault lasts."""
     nonce, possible_duplicates, message = f"n{next(_NONCES)}", 0, ""
     start_s = time.monotonic()
-    async with NanoBananaClient(
-        "dk-test", base_url=server.url(fault, times=99, nonce=nonce), retry=QUICK, timeouts=DEADLINES
-    ) as client:
+    async with _client(transport, server.url(fault, times=99, nonce=nonce), QUICK) as client:
         try:
             handle = await client.submit("a fox")
         except (NotSent, ConfigurationError) as exc:
@@ -136,14 +154,19 @@ async def try_post(server: FaultServer, fault: Fault) -> Result:
     return Result(fault, verdict, posts, len(charged), possible_duplicates, seconds, message)
 
 
-async def try_all(server: FaultServer, faults: Iterable[Fault] = FAULTS) -> dict[Fault, tuple[Result, Query]]:
+async def try_all(
+    server: FaultServer, faults: Iterable[Fault] = FAULTS, transport: str = "httpx"
+) -> dict[Fault, tuple[Result, Query]]:
     """Try every fault on POST and on GET, several at a time."""
     results: dict[Fault, tuple[Result, Query]] = {}
     slots = anyio.Semaphore(12)
 
     async def one(fault: Fault) -> None:
         async with slots:
-            results[fault] = await try_post(server, fault), await try_get(server, fault)
+            results[fault] = (
+                await try_post(server, fault, transport),
+                await try_get(server, fault, transport),
+            )
 
     async with anyio.create_task_group() as group:
         for fault in faults:
@@ -151,10 +174,10 @@ async def try_all(server: FaultServer, faults: Iterable[Fault] = FAULTS) -> dict
     return results
 
 
-async def try_get(server: FaultServer, fault: Fault) -> Query:
+async def try_get(server: FaultServer, fault: Fault, transport: str) -> Query:
     """Query once, with the fault for the first two requests."""
     url = server.url(fault, times=2, nonce=f"n{next(_NONCES)}")
-    async with NanoBananaClient("dk-test", base_url=url, retry=_DOGGED, timeouts=DEADLINES) as client:
+    async with _client(transport, url, _DOGGED) as client:
         try:
             await client.task("ta-1").query()
         except NanoBananaError as exc:

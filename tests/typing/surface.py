@@ -37,7 +37,7 @@ async def surface(client: nb.NanoBananaClient, image: nb.GeneratedImage) -> None
 
 def transports(one: httpx.AsyncClient, other: httpx2.AsyncClient) -> list[nb.Transport]:
     """Pass in every kind of transport."""
-    return [nb.HttpxTransport(), nb.HttpxTransport(one), nb.HttpxTransport(other), Simulator()]
+    return [nb.HttpxTransport(), nb.HttpxTransport(one), nb.HttpxTransport(other), nb.AiohttpTransport(), Simulator()]
 
 
 class FolderStore:
