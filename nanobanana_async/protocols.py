@@ -3,7 +3,7 @@
 import enum
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from datetime import datetime
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import attrs
 from attrs.validators import instance_of
@@ -67,7 +67,7 @@ class WireRequest:
     body: bytes | None = attrs.field(default=None, repr=False)
     max_bytes: int = 2**20
     public_only: bool = False
-    before_body: "Callable[[WireResponse], Awaitable[None]] | None" = attrs.field(default=None, repr=False, eq=False)
+    before_body: "BodyHook | None" = attrs.field(default=None, repr=False, eq=False)
 
 
 def _check_headers(_: object, __: object, headers: Mapping[str, str]) -> None:
@@ -89,6 +89,10 @@ class WireResponse:
     status: int = attrs.field(validator=instance_of(int))
     headers: Mapping[str, str] = attrs.field(factory=dict[str, str], repr=False, validator=_check_headers)
     body: bytes = attrs.field(default=b"", repr=False, validator=instance_of(bytes))
+
+
+BodyHook: TypeAlias = Callable[[WireResponse], Awaitable[None]]
+"""Called with the head of a response, before its body is read."""
 
 
 class ExchangeError(Exception):

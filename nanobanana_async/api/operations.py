@@ -26,7 +26,7 @@ from nanobanana_async.errors import (
 )
 from nanobanana_async.models import Task
 from nanobanana_async.policies import Timeouts
-from nanobanana_async.protocols import ExchangeError, Phase, RequestKind, Transport, WireRequest, WireResponse
+from nanobanana_async.protocols import BodyHook, ExchangeError, Phase, RequestKind, Transport, WireRequest, WireResponse
 from nanobanana_async.wire import codec
 from nanobanana_async.wire.endpoint import Endpoint
 
@@ -95,6 +95,8 @@ class ServiceApi:
         """
         slot = await self._poll_slots.acquire(deadline_s)
         try:
+            if self._flow.acquire_nowait(RequestKind.READ):
+                return slot
             with anyio.CancelScope(deadline=deadline_s):
                 await self._flow.acquire(RequestKind.READ)
                 if anyio.current_time() < deadline_s:
@@ -147,7 +149,7 @@ class ServiceApi:
         """Send once and decode."""
         sent_s = anyio.current_time()
         with self._memory.lease() as lease:
-            request = attrs.evolve(authorized(wire, self._endpoint), before_body=partial(_reserve_memory, lease))
+            request = authorized(wire, self._endpoint, partial(_reserve_memory, lease))
             try:
                 response = await self._transport.send(request, timeout_s=timeout_s)
             except ExchangeError as exc:
@@ -175,9 +177,9 @@ async def _reserve_memory(lease: ByteLease, head: WireResponse) -> None:
         await lease.resize(int(length) * _COPIES)
 
 
-def authorized(wire: WireRequest, endpoint: Endpoint) -> WireRequest:
-    """Return *wire* with the headers of *endpoint*, which contain the key."""
-    return attrs.evolve(wire, headers={**endpoint.headers, **wire.headers})
+def authorized(wire: WireRequest, endpoint: Endpoint, before_body: BodyHook | None = None) -> WireRequest:
+    """Return *wire* with the headers of *endpoint*, which contain the key, and with *before_body*."""
+    return attrs.evolve(wire, headers={**endpoint.headers, **wire.headers}, before_body=before_body)
 
 
 async def run_maybe_in_thread(size_bytes: int, work: Callable[[], T]) -> T:

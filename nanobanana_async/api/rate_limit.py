@@ -109,7 +109,15 @@ class AdaptiveRateLimiter:
             # Checked again after each sleep, because a pause may have begun meanwhile.
             while (wait_s := self._tat_s - self._burst_tolerance_s - anyio.current_time()) > _ROUNDING_S:  # noqa: ASYNC110 - the condition is the clock
                 await anyio.sleep(wait_s + self._coalesce_s)
-            self._tat_s = max(self._tat_s, anyio.current_time()) + self._interval_s()
+            self.take(anyio.current_time())
+
+    def is_ready(self, now_s: float) -> bool:
+        """Return whether a request may be sent at once, because none waits."""
+        return not self._lock.locked() and self._tat_s - self._burst_tolerance_s - now_s <= _ROUNDING_S
+
+    def take(self, now_s: float) -> None:
+        """Count a request that is sent now, which `is_ready` allowed."""
+        self._tat_s = max(self._tat_s, now_s) + self._interval_s()
 
     @property
     def _coalesce_s(self) -> float:

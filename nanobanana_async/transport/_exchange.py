@@ -34,12 +34,15 @@ class ExchangeState:
     """The state of one exchange, kept to classify a failure."""
 
     phase: Phase = Phase.CONNECT
-    response: WireResponse | None = None
+    head: "StreamingResponse | None" = None
+    """Set once the head of a response has arrived."""
     received: bytearray = attrs.field(factory=bytearray)
 
     def to_error(self, reason: str, *, phase: Phase | None = None, permanent: bool = False) -> ExchangeError:
         """Return the error of an exchange that has come this far, with what was received."""
-        response = self.response and attrs.evolve(self.response, body=bytes(self.received))
+        response = None
+        if self.head is not None:
+            response = WireResponse(status=self.head.status, headers=self.head.headers, body=bytes(self.received))
         phase = self.phase if phase is None else phase
         return ExchangeError(reason, phase=phase, permanent=permanent, response=response)
 
@@ -51,15 +54,16 @@ class StreamingResponse:
     status: int
     headers: Mapping[str, str]
     chunks: AsyncIterable[bytes]
-    _close: Callable[[], Awaitable[None]]
+    _close: Callable[[], Awaitable[None] | None]
 
     async def aclose(self) -> None:
         """Release the connection: it becomes idle if the body was read to its end, else it is closed.
 
         Bounded in time, also if cancelled.
         """
-        with anyio.move_on_after(_CLOSE_TIMEOUT_S, shield=True):
-            await self._close()
+        if (closing := self._close()) is not None:
+            with anyio.move_on_after(_CLOSE_TIMEOUT_S, shield=True):
+                await closing
 
 
 class BodyChunks:
@@ -133,22 +137,21 @@ async def run_exchange(
 
 async def read_response(streaming: StreamingResponse, request: WireRequest, state: ExchangeState) -> WireResponse:
     """Read the body within the limits of *request*, and release the connection. What has arrived is in *state*."""
-    head = WireResponse(status=streaming.status, headers=streaming.headers)
-    state.phase, state.response = Phase.RESPONSE, head
+    state.phase, state.head = Phase.RESPONSE, streaming
     try:
         cap = request.max_bytes if streaming.status == 200 else min(request.max_bytes, _MAX_ERROR_BODY_BYTES)
-        if request.before_body is not None and streaming.status == 200:
-            await request.before_body(head)
         on_growth = None
-        if request.before_body is not None and "content-length" not in streaming.headers:
-            unstated = {**streaming.headers, "content-length": str(request.max_bytes)}
-            on_growth = partial(request.before_body, attrs.evolve(head, headers=unstated))
-        is_watched = request.kind is RequestKind.DOWNLOAD
-        watch = _BodyWatch(_MIN_BYTES_PER_S if is_watched else 0, on_growth, anyio.current_time())
-        await _read_body(streaming, cap, state, watch)
+        if request.before_body is not None and streaming.status == 200:
+            head = WireResponse(status=200, headers=streaming.headers)
+            await request.before_body(head)
+            if "content-length" not in streaming.headers:
+                unstated = {**streaming.headers, "content-length": str(request.max_bytes)}
+                on_growth = partial(request.before_body, attrs.evolve(head, headers=unstated))
+        min_bytes_per_s = _MIN_BYTES_PER_S if request.kind is RequestKind.DOWNLOAD else 0
+        await _read_body(streaming, cap, state, _BodyWatch(min_bytes_per_s, on_growth))
     finally:
         await streaming.aclose()
-    return attrs.evolve(head, body=bytes(state.received))
+    return WireResponse(status=streaming.status, headers=streaming.headers, body=bytes(state.received))
 
 
 @attrs.define
@@ -156,9 +159,10 @@ class _BodyWatch:
     """What is checked while a body arrives: its rate, in windows of ten seconds, and memory if it states no length."""
 
     min_bytes_per_s: int
+    """0 for a body whose rate does not matter."""
     on_growth: Callable[[], Awaitable[None]] | None
     """Awaited once a MiB has arrived."""
-    since_s: float
+    since_s: float = attrs.field(factory=anyio.current_time)
     since_bytes: int = 0
 
     async def problem(self, received_bytes: int) -> str | None:
@@ -166,6 +170,8 @@ class _BodyWatch:
         if self.on_growth is not None and received_bytes > _GROWTH_BYTES:
             await self.on_growth()
             self.on_growth, self.since_s = None, anyio.current_time()
+        if not self.min_bytes_per_s:
+            return None
         took_s = anyio.current_time() - self.since_s
         if took_s < _RATE_WINDOW_S:
             return None

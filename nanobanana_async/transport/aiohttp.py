@@ -293,7 +293,7 @@ def _data(body: bytes | None) -> bytes | BodyChunks | None:
     return body if body is None or len(body) <= CHUNK_BYTES else BodyChunks(body)
 
 
-async def _close(response: aiohttp.ClientResponse) -> None:
+def _close(response: aiohttp.ClientResponse) -> None:
     """Return the connection to its pool if the body was read to its end, else close it."""
     if response.content.at_eof():
         response.release()

@@ -46,7 +46,7 @@ def parse_json(body: bytes) -> JsonValue:
         RecursionError: It is nested deeper than the interpreter can follow.
     """
     text = body.decode(json.detect_encoding(body))
-    document: JsonValue = json.loads(text, parse_float=_parse_decimal, parse_constant=_reject_constant)
+    document: JsonValue = _DECODER.decode(text)
     # A lone surrogate is valid here, but cannot be encoded when it is written to a file or database.
     return _replace_surrogates(document) if _SURROGATE.search(text) else document
 
@@ -74,6 +74,8 @@ def _parse_decimal(text: str) -> Decimal | str:
 def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
+
+_DECODER: Final = json.JSONDecoder(parse_float=_parse_decimal, parse_constant=_reject_constant)
 
 _MIN_SPLICED_CHARS: Final = 65_536
 
