@@ -1,6 +1,6 @@
 """One client of `outstanding.py`: many concurrent jobs through one package with its default settings.
 
-    python benchmarks/contestant.py NAME PORT JOBS LIMIT_S
+    python -m benchmarks.contestant NAME URL JOBS LIMIT_S
 
 Prints one JSON object: when each job was noticed to be finished (machine's clock), the exceptions, and the cost. Stops
 after LIMIT_S seconds.
@@ -29,6 +29,18 @@ def nanobanana_async(url: str) -> Job:
     from nanobanana_async import NanoBananaClient
 
     client = NanoBananaClient(KEY, base_url=url)
+
+    async def job() -> str:
+        return (await client.generate("a job", timeout_s=3600)).task_id
+
+    return job
+
+
+def nanobanana_async_aiohttp(url: str) -> Job:
+    """This package over aiohttp."""
+    from nanobanana_async import AiohttpTransport, NanoBananaClient
+
+    client = NanoBananaClient(KEY, base_url=url, transport=AiohttpTransport())
 
     async def job() -> str:
         return (await client.generate("a job", timeout_s=3600)).task_id
@@ -89,15 +101,35 @@ def openai(url: str) -> Job:
     return job
 
 
-CLIENTS = {client.__name__: client for client in (nanobanana_async, openai, runwayml, replicate, fal_client)}
+def nanobanana_async_no_bound(url: str) -> Job:
+    """This package, as no setting allows: all jobs are submitted at once."""
+    from nanobanana_async import Limits, NanoBananaClient
+    from nanobanana_async.api import concurrency
+
+    concurrency._START = 10_000  # type: ignore[misc]
+    client = NanoBananaClient(KEY, base_url=url, limits=Limits(max_submits=10_000))
+
+    async def job() -> str:
+        return (await client.generate("a job", timeout_s=3600)).task_id
+
+    return job
+
+
+CLIENTS = {
+    client.__name__: client
+    for client in (nanobanana_async, nanobanana_async_aiohttp, openai, runwayml, replicate, fal_client)
+}
+
+
+_VARIANTS = {**CLIENTS, "nanobanana_async_no_bound": nanobanana_async_no_bound}
 
 
 async def compete(name: str, url: str, jobs: int, limit_s: float, stalls: StallMeter) -> None:
     """Run all jobs concurrently, print the record, and exit."""
-    one = CLIENTS[name](url)
+    one = _VARIANTS[name](url)
     noticed_s: dict[str, float] = {}
     errors: Counter[str] = Counter()
-    cpu_s, wall_s = time.process_time(), time.monotonic()
+    cpu_s, began_s, wall_s = time.process_time(), time.time(), time.monotonic()
 
     async def run() -> None:
         try:
@@ -108,6 +140,7 @@ async def compete(name: str, url: str, jobs: int, limit_s: float, stalls: StallM
 
     def report() -> None:
         record = {
+            "began_s": began_s,
             "noticed_s": noticed_s.copy(),
             "errors": dict(errors),
             "cpu_s": time.process_time() - cpu_s,
@@ -131,7 +164,7 @@ async def compete(name: str, url: str, jobs: int, limit_s: float, stalls: StallM
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    contestant, port, many, limit = sys.argv[1:]
+    contestant, service, many, limit = sys.argv[1:]
     meter = StallMeter()
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(meter)) as runner:
-        runner.run(compete(contestant, f"http://127.0.0.1:{port}", int(many), float(limit), meter))
+        runner.run(compete(contestant, service, int(many), float(limit), meter))

@@ -39,10 +39,11 @@ class Result:
 def measure(name: str, jobs: int, latency_s: float, limit_s: float) -> Result:
     """Run one client against a server of its own."""
     with launch.server("--latency", str(latency_s)) as port:
-        record = launch.client("benchmarks.contestant", name, port, str(jobs), str(limit_s))
+        record = launch.client("benchmarks.contestant", name, f"http://127.0.0.1:{port}", str(jobs), str(limit_s))
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/truth", timeout=60) as response:
             truth = json.load(response)
     noticed_s = record.pop("noticed_s")
+    del record["began_s"]
     polls = sum(polls for _, _, polls in truth.values()) / max(len(noticed_s), 1)
     delays_s = sorted(at_s - truth[job][1] for job, at_s in noticed_s.items())
     return Result(name=name, jobs=jobs, finished=len(noticed_s), delays_s=delays_s, requests=polls, **record)

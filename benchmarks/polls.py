@@ -17,7 +17,7 @@ from typing import Final, TypeAlias
 
 from benchmarks import launch
 from benchmarks.server import KEY
-from nanobanana_async import HttpxTransport, Limits, NanoBananaClient
+from nanobanana_async import AiohttpTransport, HttpxTransport, Limits, NanoBananaClient
 
 HEADERS: Final = {"Authorization": f"Bearer {KEY}", "Accept": "application/json"}
 
@@ -101,13 +101,17 @@ async def with_sockets(url: str, polls: int, in_flight: int) -> float:
 async def measure(base_url: str, polls: int, in_flight: int) -> None:
     """Measure all clients and print the ratios."""
     limits = Limits(max_polls=in_flight, requests_per_s=1e6, burst=1_000_000)
-    async with NanoBananaClient(KEY, base_url=base_url, limits=limits, transport=HttpxTransport()) as client:
+    async with (
+        NanoBananaClient(KEY, base_url=base_url, limits=limits, transport=HttpxTransport()) as client,
+        NanoBananaClient(KEY, base_url=base_url, limits=limits, transport=AiohttpTransport()) as lean,
+    ):
         handle = await client.submit("a job")
         await asyncio.sleep(1.5)  # a new id is invisible for a moment
         url = f"{base_url}/api/task/query?task_id={handle.task_id}"
         ours = await cpu_ms(handle.query, polls, in_flight)
         rows = [
             ("nanobanana_async", ours),
+            ("  with AiohttpTransport", await cpu_ms(lean.task(handle.task_id).query, polls, in_flight)),
             ("httpx.AsyncClient", await with_httpx(url, polls, in_flight)),
             ("aiohttp.ClientSession", await with_aiohttp(url, polls, in_flight)),
             ("raw asyncio streams", await with_sockets(url, polls, in_flight)),

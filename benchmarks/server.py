@@ -9,9 +9,12 @@ the port, and serves until its stdin ends.
 
 import argparse
 import json
+import random
+import struct
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 
 import anyio
@@ -20,6 +23,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from nanobanana_async.simulator import SimulatorProfile
 from nanobanana_async.simulator.in_memory import tiny_png
@@ -141,7 +145,7 @@ class Protocols:
 
 
 class Throttle:
-    """Allows so many submits of this package in each second of the clock; 0 allows any number."""
+    """Allows so many submits in each second of the clock; 0 allows any number."""
 
     def __init__(self, per_s: float, *, states_wait: bool) -> None:
         self._per_s = per_s
@@ -164,28 +168,56 @@ class Throttle:
         return JSONResponse(self.throttled_s)
 
 
-def counted(
-    app: Starlette, protocols: Protocols, throttle: Throttle, delay_s: float, submit_delay_s: float
-) -> Starlette:
+class Weather:
+    """Delays, throttles and fails the submits and polls of all protocols, as a distant and busy service does."""
+
+    def __init__(self, app: ASGIApp, throttle: Throttle, options: argparse.Namespace) -> None:
+        self._app = app
+        self._throttle = throttle
+        self._delays_s = {"POST": options.submit_delay, "GET": options.delay}
+        self._fail = options.fail
+        self._random = random.Random(0)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http" or scope["path"].startswith(("/truth", "/throttled", "/files/")):
+            await self._app(scope, receive, send)
+            return
+        response = self._throttle.refusal() if scope["method"] == "POST" else None
+        if response is None and self._random.random() < self._fail:
+            response = JSONResponse({"code": 1, "message": "overloaded"}, 503)
+        if response is not None:
+            await _drain(receive)
+            await response(scope, receive, send)
+            return
+        await anyio.sleep(self._delays_s[scope["method"]])
+        await self._app(scope, receive, send)
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+async def _drain(receive: Receive) -> None:
+    while (await receive()).get("more_body"):
+        pass
+
+
+def counted(app: Starlette, protocols: Protocols, throttle: Throttle) -> Starlette:
     """Return an app with all protocols that also counts this package's polls."""
 
     async def query(request: Request) -> Response:
-        await anyio.sleep(delay_s)
         protocols.polls[request.query_params["task_id"]] += 1
         handle = protocols.service.handle("GET", str(request.url), dict(request.headers), b"")
         return Response(handle.body, handle.status, dict(handle.headers), handle.media_type)
 
-    async def submit(request: Request) -> Response:
-        body = await request.body()
-        if (refusal := throttle.refusal()) is not None:
-            return refusal
-        await anyio.sleep(submit_delay_s)
-        handle = protocols.service.handle("POST", str(request.url), dict(request.headers), body)
-        return Response(handle.body, handle.status, dict(handle.headers), handle.media_type)
-
-    ours = [Route("/api/task/query", query), Route("/api/image/gen", submit, methods=["POST"])]
     return Starlette(
-        routes=[Route("/throttled", throttle.report), *protocols.routes(), *ours, Mount("/", app)],
+        routes=[
+            Route("/throttled", throttle.report),
+            Route("/api/task/query", query),
+            *protocols.routes(),
+            Mount("/", app),
+        ],
         lifespan=app.router.lifespan_context,
     )
 
@@ -194,29 +226,26 @@ def main() -> None:
     """Parse the options and serve."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--latency", type=float, default=12.0)
-    parser.add_argument(
-        "--delay", type=float, default=0.0, help="delay of a response to this package's queries, in seconds"
-    )
+    parser.add_argument("--delay", type=float, default=0.0, help="delay of a response to a poll, in seconds")
     parser.add_argument("--submit-delay", type=float, default=0.0, help="the same for submits")
-    parser.add_argument("--allow", type=float, default=0.0, help="submits of this package that are allowed per second")
+    parser.add_argument("--allow", type=float, default=0.0, help="submits that are allowed per second")
+    parser.add_argument("--fail", type=float, default=0.0, help="share of requests that are answered 503")
+    parser.add_argument("--tls", metavar="FILE", help="certificate and key, for https")
+    parser.add_argument("--image-bytes", type=int, default=0, help="size of the images; 0 for small ones")
     parser.add_argument("--no-retry-after", action="store_true", help="state no wait in a 429")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     profile = SimulatorProfile(median_s=options.latency)
-    service = SimulatedService(
-        profile, seed=options.seed, now_s=time.monotonic, render=tiny_png
-    )  # rendering would use the CPU
+    padding = _chunk(b"pADd", bytes(options.image_bytes))  # rendering would use the CPU
+    render = (lambda spec: tiny_png(spec)[:-12] + padding + tiny_png(spec)[-12:]) if options.image_bytes else tiny_png
+    service = SimulatedService(profile, seed=options.seed, now_s=time.monotonic, render=render)
     socket = open_listener("127.0.0.1", 0)
     # Idle connections are kept longer than by any client; otherwise both sides close at the same time.
+    throttle = Throttle(options.allow, states_wait=not options.no_retry_after)
     config = uvicorn.Config(
-        counted(
-            make_app(service),
-            Protocols(service),
-            Throttle(options.allow, states_wait=not options.no_retry_after),
-            options.delay,
-            options.submit_delay,
-        ),
+        Weather(counted(make_app(service), Protocols(service), throttle), throttle, options),
         log_level="error",
+        ssl_certfile=options.tls,
         access_log=False,
         backlog=4096,
         timeout_keep_alive=75,
