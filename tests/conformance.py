@@ -8,6 +8,7 @@ import pytest
 
 from nanobanana_async import ApiError, ConfigurationError, NotSent, SubmissionUnknown
 from nanobanana_async.api.submit import SubmitLoop
+from nanobanana_async.protocols import Verdict
 from nanobanana_async.simulator.service import SimulatedService
 
 
@@ -38,6 +39,7 @@ def watch_charges(monkeypatch: pytest.MonkeyPatch) -> ChargeAudit:
     """Record every submit and every simulated service from now on."""
     audit = ChargeAudit()
     submit, begin = SubmitLoop.submit, SimulatedService.__init__
+    on_abandoned = SubmitLoop._on_abandoned  # noqa: SLF001 - the last place that knows how often it was sent
 
     async def watched_submit(self: SubmitLoop, *args: Any, **options: Any) -> Any:  # noqa: ANN401 - any arguments
         try:
@@ -55,10 +57,16 @@ def watch_charges(monkeypatch: pytest.MonkeyPatch) -> ChargeAudit:
         audit.declared += done.possible_duplicates
         return done
 
+    def watched_end(self: SubmitLoop, sent: Any, attempt: Any) -> None:  # noqa: ANN401 - both are private
+        possible = sent.possible_charges + (attempt.rule.verdict is Verdict.ACCEPTED)
+        audit.declared += max(0, possible - 1)  # one is counted as abandoned
+        on_abandoned(self, sent, attempt)
+
     def watched_begin(self: SimulatedService, *args: Any, **options: Any) -> None:  # noqa: ANN401 - passed through
         begin(self, *args, **options)
         audit.services.append(self)
 
     monkeypatch.setattr(SubmitLoop, "submit", watched_submit)
+    monkeypatch.setattr(SubmitLoop, "_on_abandoned", watched_end)
     monkeypatch.setattr(SimulatedService, "__init__", watched_begin)
     return audit
