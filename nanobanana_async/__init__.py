@@ -67,7 +67,6 @@ from nanobanana_async.models import (
     ImageSource,
     JsonValue,
     RequestOptions,
-    SavedImage,
     Spending,
     Task,
     TaskStatus,
@@ -95,6 +94,7 @@ from nanobanana_async.protocols import (
     WireRequest,
     WireResponse,
 )
+from nanobanana_async.saved import ImageInfo, Mismatch, MismatchKind, SavedImage
 from nanobanana_async.tracking.state import TrackerStatistics
 from nanobanana_async.transport.httpx import HttpxTransport
 
@@ -125,6 +125,7 @@ __all__ = [
     "GenerationRequest",
     "HttpxTransport",
     "ImageError",
+    "ImageInfo",
     "ImageSource",
     "ImageStore",
     "InsufficientCredits",
@@ -137,6 +138,8 @@ __all__ = [
     "LedgerRow",
     "LedgerTask",
     "Limits",
+    "Mismatch",
+    "MismatchKind",
     "NanoBananaClient",
     "NanoBananaError",
     "NoImage",

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Final, Self, Unpack
 
 import anyio
+import attrs
 
 from nanobanana_async._text import slugify
 from nanobanana_async.calls import SubmitOptions
@@ -22,17 +23,11 @@ from nanobanana_async.handle import TaskHandle
 from nanobanana_async.images.files import FileImageStore
 from nanobanana_async.images.formats import split_suffix
 from nanobanana_async.many import Requests, generate_many
-from nanobanana_async.models import (
-    GeneratedImage,
-    GenerationRequest,
-    SavedImage,
-    Spending,
-    Task,
-    UnresolvedAttempt,
-)
+from nanobanana_async.models import GeneratedImage, GenerationRequest, Spending, Task, UnresolvedAttempt
 from nanobanana_async.outcomes import Outcome
 from nanobanana_async.policies import Limits, OwnerLimits, PollPolicy, RetryPolicy, Timeouts
 from nanobanana_async.protocols import ImageStore, SubmitRecord, TaskLedger, Transport
+from nanobanana_async.saved import SavedImage
 from nanobanana_async.session import Session
 from nanobanana_async.session_options import SessionOptions
 from nanobanana_async.stream import stream
@@ -301,8 +296,8 @@ class NanoBananaClient:
         await self._session.start()
         return await self._session.downloader.download(image)
 
-    async def save(self, task: Task, path: str | os.PathLike[str], *, name: str | None = None) -> list[Path]:
-        """Write the images of *task* and return their paths in order; [] if it has none.
+    async def save(self, task: Task, path: str | os.PathLike[str], *, name: str | None = None) -> list[SavedImage]:
+        """Write the images of *task* and return the files in order; [] if it has none.
 
         Files are written atomically and replace existing files of the same name. They are named *name*, or by the task
         id if None, plus the suffix of their true type. Further images are `fox-2.png` and so on.
@@ -320,7 +315,7 @@ class NanoBananaClient:
         stem, suffix = split_suffix(path.name)
         folder = path.parent if suffix else path
         stem = stem if suffix else slugify(name or task.task_id)
-        paths: list[Path] = []
+        files: list[SavedImage] = []
         for number, image in enumerate(task.images, start=1):
             file_name = stem + (f"-{number}" if number > 1 else "") + suffix
             try:
@@ -328,8 +323,8 @@ class NanoBananaClient:
             except ImageError as exc:
                 exc.task_id = task.task_id
                 raise
-            paths.append(saved.path)
-        return paths
+            files.append(saved)
+        return files
 
     async def store(
         self,
@@ -338,22 +333,26 @@ class NanoBananaClient:
         name: str,
         *,
         task_id: str | None = None,
+        request: GenerationRequest | None = None,
     ) -> SavedImage:
         """Download one image, check it, and put it into *store*. At most `Limits.max_downloads` run at once.
 
         It is stored as *name* with the suffix of its true format. *task_id* is the task that `Saved` is about.
+        `SavedImage.mismatch` compares it with *request*; None stands for the request that this client has sent.
 
         Raises:
             ImageError: The download failed, or the store raised OSError.
         """
         await self._session.start()
-        saved = await self._session.downloader.store(image, store, name)
+        compare = partial(self._session.delivery.check, task_id=task_id, request=request)
+        saved = await self._session.downloader.store(image, store, name, compare)
         self._session.emit_saved(saved, task_id)
         return saved
 
     def statistics(self) -> TrackerStatistics:
-        """Return a snapshot of the tracker: tracked tasks, latencies, polls. No I/O. Any thread may call it."""
-        return self._session.tracker.statistics()
+        """Return a snapshot of the client: tracked tasks, latencies, polls. No I/O. Any thread may call it."""
+        mismatches = {kind.value: count for kind, count in list(self._session.delivery.counts.items())}
+        return attrs.evolve(self._session.tracker.statistics(), mismatches=mismatches)
 
     async def aclose(self) -> None:
         """End every wait, let submits in flight finish within `Timeouts.submit_s`, and close what the client opened.

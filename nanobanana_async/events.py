@@ -8,7 +8,8 @@ from typing import TypeAlias
 import attrs
 
 from nanobanana_async.errors import NanoBananaError
-from nanobanana_async.models import Eta, SavedImage, Task
+from nanobanana_async.models import Eta, Task
+from nanobanana_async.saved import SavedImage
 
 
 def _now() -> datetime:

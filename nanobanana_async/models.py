@@ -250,25 +250,6 @@ class Task:
 
 
 @attrs.frozen(kw_only=True)
-class SavedImage:
-    """An image file that was checked and written durably.
-
-    Attributes:
-        path: Where the image is.
-        sha256: Hex digest of the file.
-        size_bytes: Size of the file.
-        width: Width in pixels; None if it is not known.
-        height: Height in pixels; None if it is not known.
-    """
-
-    path: Path
-    sha256: str
-    size_bytes: int
-    width: int | None = None
-    height: int | None = None
-
-
-@attrs.frozen(kw_only=True)
 class CallbackPayload:
     """The body posted to a callback URL. It is not authenticated: query the task before you act on it.
 

@@ -13,7 +13,8 @@ from nanobanana_async.errors import (
     TaskFailed,
     TaskLost,
 )
-from nanobanana_async.models import GenerationRequest, SavedImage, Task
+from nanobanana_async.models import GenerationRequest, Task
+from nanobanana_async.saved import SavedImage
 
 _log: Final = logging.getLogger("nanobanana_async")
 

@@ -9,8 +9,9 @@ import attrs
 from attrs.validators import instance_of
 
 from nanobanana_async.errors import NanoBananaError
-from nanobanana_async.models import GenerationRequest, JsonValue, SavedImage, Spending, Task, UnresolvedAttempt
+from nanobanana_async.models import GenerationRequest, JsonValue, Spending, Task, UnresolvedAttempt
 from nanobanana_async.policies import OwnerLimits
+from nanobanana_async.saved import SavedImage
 
 
 class RequestKind(enum.Enum):

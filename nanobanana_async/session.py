@@ -32,9 +32,10 @@ from nanobanana_async.events import (
     Submitted,
 )
 from nanobanana_async.handle import TaskHandle, recover_by_callback
+from nanobanana_async.images.delivered import DeliveryCheck
 from nanobanana_async.images.download import Downloader
 from nanobanana_async.images.references import encode_images
-from nanobanana_async.models import GenerationRequest, SavedImage, Task
+from nanobanana_async.models import GenerationRequest, Task
 from nanobanana_async.policies import OwnerLimits
 from nanobanana_async.protocols import (
     AttemptEnd,
@@ -46,6 +47,7 @@ from nanobanana_async.protocols import (
     Verdict,
 )
 from nanobanana_async.recovery import CallbackRecovery
+from nanobanana_async.saved import SavedImage
 from nanobanana_async.session_options import SessionOptions, limits_of
 from nanobanana_async.tracking.schedule import PollSchedule
 from nanobanana_async.tracking.state import SubmitInfo
@@ -124,6 +126,7 @@ class Session:
         schedule = PollSchedule(options.polling)
         self.tracker: Final = TaskTracker(self.api, schedule, self.background, partial(emit_change, self.emit))
         self.background.call_when_stopped(self.tracker.close)
+        self.delivery: Final = DeliveryCheck()
         self._recovery = CallbackRecovery(self.background, self.api.query)
         self.downloader: Final = Downloader(
             active,
@@ -357,6 +360,7 @@ class Session:
         if self.tracker.cache.submits.get(done.task_id) is not None:
             _log.warning("task %s: the service has given its id to two submits, so one image is missing", done.task_id)
         self.tracker.cache.submits.add(done.task_id, info)
+        self.delivery.remember(done.task_id, call.request)
         return TaskHandle(
             self,
             done.task_id,

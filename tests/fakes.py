@@ -9,7 +9,7 @@ import attrs
 
 from nanobanana_async import ExchangeError, Phase, Transport, WireRequest, WireResponse
 from nanobanana_async.simulator.in_memory import tiny_png
-from nanobanana_async.simulator.service import ImageSpec
+from nanobanana_async.simulator.specs import ImageSpec
 
 Step: TypeAlias = WireResponse | ExchangeError | Callable[[WireRequest], Awaitable[WireResponse]]
 

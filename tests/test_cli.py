@@ -37,7 +37,7 @@ def test_a_prompt_becomes_an_image_on_disk(server: SimulatorServer, tmp_path: Pa
     one = run_command("generate", "a fox in snow", *options, cwd=tmp_path)
     assert (one.code, one.out, one.err) == (0, "fox.png\n", "1 image, 0.5 credits charged\n")
     with Image.open(one.folder / "fox.png") as image:
-        assert (image.format, image.size) == ("PNG", (1024, 576))
+        assert (image.format, image.size) == ("PNG", (1360, 768))
     assert [charge.prompt for charge in server.charges] == ["a fox in snow"]
 
 
@@ -210,8 +210,14 @@ def test_a_failed_task_says_what_it_cost(
 
         task_id = anyio.run(submit)
         waited = nanobanana("wait", task_id, "--poll", "0.05")
-        assert (waited.code, waited.out) == (code, f"{task_id}  failed  {fact}  the prompt was rejected\n")
-        assert waited.err == f"nanobanana: task {task_id} failed: the prompt was rejected. {says}\n"
+        assert (waited.code, waited.out) == (
+            code,
+            f"{task_id}  failed  {fact}  the image could not be generated, please try again later\n",
+        )
+        assert (
+            waited.err
+            == f"nanobanana: task {task_id} failed: the image could not be generated, please try again later. {says}\n"
+        )
         queried = nanobanana("status", task_id, "--json")
         assert (queried.code, json.loads(queried.out)["status"]) == (code, "failed")
 

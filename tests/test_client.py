@@ -8,7 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from nanobanana_async import (
     NanoBananaError,
     NoImage,
     RateLimited,
+    SavedImage,
     TaskFailed,
     TaskHandle,
     TaskNotFound,
@@ -40,6 +41,11 @@ from nanobanana_async.simulator import FAST_LIMITS, FAST_POLLING, FAST_PROFILE, 
 from tests.fakes import PNG, accepted, finished, rejected, script, submits
 
 pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
+
+
+async def paths(saving: Awaitable[list[SavedImage]]) -> list[Path]:
+    """Return the paths of the files that are saved."""
+    return [file.path for file in await saving]
 
 
 @pytest.fixture
@@ -62,7 +68,7 @@ async def test_options_replace_fields_of_a_request(nanobanana_simulator: Simulat
     async with nanobanana_simulator.client() as client:
         await client.generate(request, aspect_ratio="16:9")
     (simulated,) = nanobanana_simulator.service.tasks.values()
-    assert (simulated.image.width, simulated.image.height) == (2048, 1152)
+    assert (simulated.image.width, simulated.image.height) == (2736, 1536)
 
 
 async def test_an_unknown_option_is_a_type_error(client: NanoBananaClient) -> None:
@@ -290,9 +296,11 @@ async def test_a_closed_or_unused_client_gives_no_warning() -> None:
 async def test_images_are_saved_under_safe_names(client: NanoBananaClient, tmp_path: Path) -> None:
     """In a folder the file is named after the task; a file path is used as it is."""
     task = await client.generate("a fox")
-    assert await client.save(task, tmp_path / "new" / "folder") == [tmp_path / "new" / "folder" / f"{task.task_id}.png"]
-    assert await client.save(task, tmp_path / "fox.png") == [tmp_path / "fox.png"]
-    assert await client.save(task, tmp_path, name="../../etc/passwd") == [tmp_path / "etc-passwd.png"]
+    assert await paths(client.save(task, tmp_path / "new" / "folder")) == [
+        tmp_path / "new" / "folder" / f"{task.task_id}.png"
+    ]
+    assert await paths(client.save(task, tmp_path / "fox.png")) == [tmp_path / "fox.png"]
+    assert await paths(client.save(task, tmp_path, name="../../etc/passwd")) == [tmp_path / "etc-passwd.png"]
     assert (tmp_path / "fox.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -308,7 +316,7 @@ async def test_several_images_get_numbers(nanobanana_simulator: Simulator, tmp_p
     )
     async with NanoBananaClient("dk-1", transport=transport) as client:
         task = await (await client.submit("a fox")).query()
-        names = [path.name for path in await client.save(task, tmp_path / "fox.png")]
+        names = [file.path.name for file in await client.save(task, tmp_path / "fox.png")]
     assert names == ["fox.png", "fox-2.png", "fox-3.png"]
 
 

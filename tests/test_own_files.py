@@ -99,9 +99,10 @@ async def test_f5_the_table_begins_with_the_columns_of_the_file(tmp_path: Path) 
     raw = results_path(tmp_path / "run").read_bytes()
     assert raw.startswith(b"\xef\xbb\xbf")
     first, second = csv.DictReader(raw.decode("utf-8-sig").splitlines(keepends=True), delimiter=";")
-    assert list(first) == ["sku", "prompt", "Preis", "file", "width", "height", "state", "credits", "reason"]
+    results = ["file", "width", "height", "mismatch", "state", "credits", "reason"]
+    assert list(first) == ["sku", "prompt", "Preis", *results]
     assert (first["sku"], first["prompt"], first["Preis"]) == ("F-1", "a fox,\nred", "9,5")
-    assert (first["file"], first["width"], first["height"]) == ("0001-a-fox-red.png", "8", "8")
+    assert (first["file"], first["width"], first["height"]) == ("0001-a-fox-red.png", "1024", "1024")
     assert (second["state"], second["credits"], second["reason"]) == ("saved", "0,5", ""), (
         "as the file: semicolons, and so the decimal comma"
     )
@@ -131,7 +132,7 @@ async def test_f5_a_table_that_is_used_as_a_file_loses_no_columns_and_gets_none(
         async with batch_of(simulator, tmp_path / "run") as batch:
             assert set(kinds(await run(batch, read_rows(path)))) == {"Succeeded"}
     header, *lines = csv.reader(results_path(tmp_path / "run").read_text("utf-8-sig").splitlines())
-    assert header == ["sku", "prompt", "file", "width", "height", "state", "credits", "reason"]
+    assert header == ["sku", "prompt", "file", "width", "height", "mismatch", "state", "credits", "reason"]
     assert [line[:2] for line in lines] == [["F-1", "a fox"], ["F-2", "a hare"], ["F-3", "an owl"]]
     assert len(simulator.charges) == 3
 

@@ -14,7 +14,8 @@ from nanobanana_async.simulator import FAST_POLLING, FAST_PROFILE, Simulator, Si
 from nanobanana_async.simulator.in_memory import tiny_png
 from nanobanana_async.simulator.render import render_png
 from nanobanana_async.simulator.server import SimulatorServer
-from nanobanana_async.simulator.service import ImageSpec, SimulatedResponse, SimulatedService
+from nanobanana_async.simulator.service import SimulatedResponse, SimulatedService
+from nanobanana_async.simulator.specs import ImageSpec
 from tests.raw_server import response, sending, serving
 
 pytestmark = pytest.mark.other_clients

@@ -10,6 +10,7 @@ from urllib.parse import quote
 import attrs
 
 from nanobanana_async.images.files import replacing
+from nanobanana_async.saved import Mismatch
 
 _PAGE: Final = "gallery.html"
 
@@ -29,6 +30,8 @@ class GalleryCard:
     """Credits as text."""
     note: str = ""
     """Reason why there is no image."""
+    mismatch: tuple[Mismatch, ...] = ()
+    """In what the image is not as requested."""
 
 
 def frame(title: str) -> tuple[str, str]:
@@ -63,7 +66,9 @@ def render(card: GalleryCard) -> str:
     if card.cost:
         facts.append(f"{card.cost} credits")
     line = " &middot; ".join(map(escape, facts))
+    badges = "".join(f'<strong class="badge">{escape(one.message)}</strong>' for one in card.mismatch)
+    flag = " data-mismatch" if card.mismatch else ""
     return (
-        f'<figure data-status="{escape(card.status)}" data-text="{escape(card.prompt.lower())}">{image}'
-        f"<figcaption><p>{prompt}</p><small>{line}</small></figcaption></figure>"
+        f'<figure data-status="{escape(card.status)}"{flag} data-text="{escape(card.prompt.lower())}">{image}'
+        f"<figcaption><p>{prompt}</p>{badges}<small>{line}</small></figcaption></figure>"
     )

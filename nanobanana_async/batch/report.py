@@ -14,6 +14,7 @@ from nanobanana_async._text import format_credits
 from nanobanana_async.batch import gallery
 from nanobanana_async.batch.result_columns import RESULT_COLUMNS, is_result_header
 from nanobanana_async.images.files import replacing
+from nanobanana_async.ledger.batch_rows import file_record
 from nanobanana_async.ledger.restored import GALLERY_MARK, GALLERY_NAME, manifest_path
 from nanobanana_async.ledger.schema import LedgerRow, RowState
 from nanobanana_async.models import JsonValue
@@ -125,12 +126,13 @@ def _cell(value: JsonValue) -> str:
 
 
 def _own_cells(record: LedgerRow, decimal_sign: str) -> list[object]:
-    first = record.files[0] if record.files else None
+    info = record.files[0].info if record.files else None
     reason = record.reason or ""  # the service's words: a spreadsheet would run them as a formula
     return [
         "|".join(file.path.name for file in record.files),
-        None if first is None else first.width,
-        None if first is None else first.height,
+        None if info is None else info.width,
+        None if info is None else info.height,
+        "; ".join(one.message for file in record.files for one in file.mismatch),
         record.state.value,
         None if record.consumed is None else format_credits(record.consumed).replace(".", decimal_sign),
         f"'{reason}" if reason.startswith(_FORMULA_STARTS) else reason,
@@ -146,6 +148,7 @@ def _card(record: LedgerRow) -> gallery.GalleryCard:
         seconds=_seconds(record),
         cost="" if record.consumed is None else format_credits(record.consumed),
         note="" if is_done else (record.reason or ""),
+        mismatch=tuple(one for file in record.files for one in file.mismatch),
     )
 
 
@@ -160,16 +163,7 @@ def _manifest_line(record: LedgerRow) -> dict[str, object]:
         "image_size": record.image_size,
         "fingerprint": record.fingerprint,
         "task_id": record.task_id,
-        "files": [
-            {
-                "file": file.path.name,
-                "sha256": file.sha256,
-                "size_bytes": file.size_bytes,
-                "width": file.width,
-                "height": file.height,
-            }
-            for file in record.files
-        ],
+        "files": list(map(file_record, record.files)),
         "consumed": None if record.consumed is None else f"{record.consumed:f}",
         "attempt": record.attempt,
         "possible_duplicates": record.possible_duplicates,

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-RESULT_COLUMNS: Final = ("file", "width", "height", "state", "credits", "reason")
+RESULT_COLUMNS: Final = ("file", "width", "height", "mismatch", "state", "credits", "reason")
 """Columns that a table of results adds at its end."""
 
 

@@ -13,9 +13,10 @@ from nanobanana_async.errors import AuthenticationError, ImageError, LedgerError
 from nanobanana_async.handle import TaskHandle, no_image_error
 from nanobanana_async.ledger.batch_ledger import BatchLedger
 from nanobanana_async.ledger.schema import BatchRow, LedgerRow, RowState
-from nanobanana_async.models import SavedImage, Task
+from nanobanana_async.models import Task
 from nanobanana_async.outcomes import Outcome, Succeeded, Unknown, outcome_from_error
 from nanobanana_async.protocols import ImageStore
+from nanobanana_async.saved import SavedImage
 
 _HAS_IMAGE = (RowState.SUCCEEDED, RowState.SAVED)
 
@@ -82,7 +83,7 @@ class RowRunner:
         try:
             task = await self._wait(record, handle, timeout_s, has_image=entry.state in _HAS_IMAGE)
             files = await self._run_state.download(
-                partial(self._save_images, entry, task), is_new=is_new and not task.has_inline_image
+                partial(self._save_images, record, entry, task), is_new=is_new and not task.has_inline_image
             )
             await self._ledger.record_saved(entry.key, files)
         except TaskLost as exc:
@@ -111,22 +112,22 @@ class RowRunner:
             raise no_image_error(task)
         return task
 
-    async def _save_images(self, entry: LedgerRow, task: Task) -> tuple[SavedImage, ...]:
+    async def _save_images(self, record: RowRecord, entry: LedgerRow, task: Task) -> tuple[SavedImage, ...]:
         try:
             try:
-                return await self._store_images(entry.file_stem, task)
+                return await self._store_images(record, entry.file_stem, task)
             except ImageError as exc:
                 if isinstance(exc.__cause__, OSError):
                     raise
                 fresh = await self._client.task(task.task_id).query()  # the URL may have expired
                 if not fresh.images:
                     raise
-                return await self._store_images(entry.file_stem, fresh)
+                return await self._store_images(record, entry.file_stem, fresh)
         except ImageError as exc:
             await self._ledger.note_failure(entry.key, str(exc))
             raise
 
-    async def _store_images(self, stem: str, task: Task) -> tuple[SavedImage, ...]:
+    async def _store_images(self, record: RowRecord, stem: str, task: Task) -> tuple[SavedImage, ...]:
         names = [stem, *(f"{stem}.{number}" for number in range(2, len(task.images) + 1))]
-        pairs = zip(names, task.images, strict=True)
-        return tuple([await self._client.store(image, self._image_store, name) for name, image in pairs])
+        store = partial(self._client.store, store=self._image_store, task_id=task.task_id, request=record.row.request)
+        return tuple([await store(image, name=name) for name, image in zip(names, task.images, strict=True)])

@@ -19,6 +19,7 @@ from nanobanana_async.cli.runtime import (
     EXIT_UNKNOWN,
     CommandContext,
     error_record,
+    files_record,
     one_line,
     print_json,
     task_record,
@@ -82,8 +83,9 @@ class BatchReporter:
     def _report(self, outcome: Outcome) -> None:
         if self._as_json:
             print_json(_record(outcome))
-        elif not isinstance(outcome, Succeeded) and not outcome.replayed:
-            self._report_limited(_line(outcome))
+        elif not outcome.replayed:
+            for line in _lines(outcome):
+                self._report_limited(line)
 
     def _report_limited(self, line: str) -> None:
         self._reported += 1
@@ -152,10 +154,16 @@ def eta_s(left: int, median_s: float, max_in_flight: int, rate_per_s: float | No
     return max(median_s, left / (rate_per_s or max_in_flight / median_s))
 
 
-def _line(outcome: Failed | Unknown) -> str:
-    """Return one short line about a row without an image."""
+def _lines(outcome: Outcome) -> list[str]:
+    """Return one short line about a row without an image, or about each way in which an image is not as requested."""
     prompt = sanitize_line(outcome.request.prompt)[:40]
     where = repr(prompt) if outcome.line is None else f"line {outcome.line} {prompt!r}"
+    if isinstance(outcome, Succeeded):
+        return [f"{where}: {one.message}" for file in outcome.files for one in file.mismatch]
+    return [_line(outcome, where)]
+
+
+def _line(outcome: Failed | Unknown, where: str) -> str:
     if isinstance(outcome, Unknown):
         detail = one_line(outcome.error).removeprefix("submit outcome unknown: ").split(". ")[0]
         return f"{where}: may have been charged, key {outcome.key}: {detail[:_MAX_DETAIL_CHARS]}"
@@ -177,7 +185,7 @@ def _exit_code(outcome: Outcome) -> int:
 def _record(outcome: Outcome) -> dict[str, object]:
     record = {"key": outcome.key, "line": outcome.line, "prompt": outcome.request.prompt, "replayed": outcome.replayed}
     if isinstance(outcome, Succeeded):
-        files = [str(file.path) for file in outcome.files]
-        return {**record, "outcome": "succeeded", "files": files, **task_record(outcome.task), "error": None}
+        files = files_record(outcome.files)
+        return {**record, "outcome": "succeeded", **files, **task_record(outcome.task), "error": None}
     kind = "failed" if isinstance(outcome, Failed) else "unknown"
-    return {**record, "outcome": kind, "files": [], **task_record(None), **error_record(outcome.error)}
+    return {**record, "outcome": kind, **files_record(()), **task_record(None), **error_record(outcome.error)}

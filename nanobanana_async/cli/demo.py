@@ -78,15 +78,16 @@ def demo(output: str) -> None:
 
 def _print_files(progress: JobProgressBar, job: Job) -> None:
     for file in job.files:
-        progress.print_line(f"{job.seconds:5.1f} s  {file}")
+        progress.print_line(f"{job.seconds:5.1f} s  {file.path}")
 
 
 def _card(job: Job, folder: Path) -> gallery.GalleryCard:
     return gallery.GalleryCard(
         prompt=job.request.prompt,
         status="failed" if job.error else "succeeded",
-        file=job.files[0].relative_to(folder).as_posix() if job.files else None,
+        file=job.files[0].path.relative_to(folder).as_posix() if job.files else None,
         seconds=job.seconds,
         cost="" if job.task is None or job.task.consumed is None else format_credits(job.task.consumed),
         note=str(job.error or ""),
+        mismatch=tuple(one for file in job.files for one in file.mismatch),
     )

@@ -11,7 +11,7 @@ from typing import Any, Final
 import click
 
 from nanobanana_async.cli.history import open_ledger
-from nanobanana_async.cli.jobs import Job, report_cost, report_failures, run_jobs
+from nanobanana_async.cli.jobs import Job, report_cost, report_failures, report_mismatches, run_jobs
 from nanobanana_async.cli.progress import JobProgressBar
 from nanobanana_async.cli.runtime import CommandContext, json_option, print_json, run
 from nanobanana_async.client import NanoBananaClient
@@ -123,6 +123,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
                 )
             if not as_json:
                 report_failures(jobs)
+                report_mismatches(jobs)
                 report_cost(jobs)
         return code
 
@@ -163,7 +164,7 @@ def _show(job: Job, progress: JobProgressBar, *, as_json: bool) -> None:
         print_json(job.record())
     else:
         for file in job.files:
-            progress.print_result(str(file))
+            progress.print_result(str(file.path))
 
 
 def check_not_replaced(path: Path, *, force: bool) -> None:

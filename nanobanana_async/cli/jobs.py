@@ -19,6 +19,7 @@ from nanobanana_async.cli.runtime import (
     CommandContext,
     error_record,
     exit_code,
+    files_record,
     one_line,
     task_record,
 )
@@ -28,6 +29,7 @@ from nanobanana_async.events import Finished, Queued, StatusChanged, Submitted
 from nanobanana_async.handle import no_image_error
 from nanobanana_async.images.formats import split_suffix
 from nanobanana_async.models import GenerationRequest, JsonValue, Task
+from nanobanana_async.saved import SavedImage
 
 _NO_ERROR: Final = {"error": None, "error_type": None, "may_be_charged": False}
 
@@ -42,7 +44,7 @@ class Job:
     name: str | None = None
     """File name in a folder; None derives it from prompt and task id."""
     task: Task | None = None
-    files: list[Path] = attrs.field(factory=list[Path])
+    files: list[SavedImage] = attrs.field(factory=list[SavedImage])
     error: Exception | None = None
     owner: str | None = None
     """Whom the image is for."""
@@ -60,7 +62,7 @@ class Job:
 
     def record(self) -> dict[str, object]:
         """Return the fields of the job for `--json`."""
-        record = {"prompt": self.request.prompt, "files": [str(file) for file in self.files], **task_record(self.task)}
+        record = {"prompt": self.request.prompt, **files_record(self.files), **task_record(self.task)}
         error = error_record(self.error) if self.error is not None else _NO_ERROR
         return {
             **record,
@@ -134,10 +136,10 @@ async def _save(client: NanoBananaClient, job: Job, context: CommandContext) -> 
         raise no_image_error(task)
 
 
-def report_suffix(output: Path | str | None, files: Sequence[Path]) -> None:
+def report_suffix(output: Path | str | None, files: Sequence[SavedImage]) -> None:
     """Print under which name an image was saved whose format is not that of the suffix of *output*."""
     _, wanted = split_suffix(str(output or ""))
-    for file in files:
+    for file in (one.path for one in files):
         if wanted and file.suffix.lower() != wanted.lower():
             click.echo(f"{file.stem}{wanted}: the image has another format, and was saved as {file}", err=True)
 
@@ -167,3 +169,11 @@ def report_cost(jobs: Sequence[Job]) -> None:
     line += f", {unstated} more may have been charged" if unstated else ""
     if charges or unstated:
         click.echo(line, err=True)
+
+
+def report_mismatches(jobs: Sequence[Job]) -> None:
+    """Print each image that is not as requested."""
+    for job in jobs:
+        for file in job.files:
+            for one in file.mismatch:
+                click.echo(f"{sanitize_line(str(file.path))}: {one.message}", err=True)

@@ -8,7 +8,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterable
 from decimal import Decimal
 from typing import Final, NoReturn
 
@@ -27,6 +27,7 @@ from nanobanana_async.errors import (
     TaskTimeout,
 )
 from nanobanana_async.models import Task
+from nanobanana_async.saved import SavedImage
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -180,6 +181,15 @@ def task_record(task: Task | None) -> dict[str, object]:
         "texts": list(task.texts),
         "consumed": task.consumed,
         "reason": task.reason,
+    }
+
+
+def files_record(files: Iterable[SavedImage]) -> dict[str, object]:
+    """Return the fields of saved images for `--json`."""
+    files = list(files)
+    return {
+        "files": [str(file.path) for file in files],
+        "mismatch": [one.message for file in files for one in file.mismatch],
     }
 
 

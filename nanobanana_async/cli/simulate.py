@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from nanobanana_async.cli.runtime import exit_on_bind_error, print_json
-from nanobanana_async.simulator.service import SimulatorProfile
+from nanobanana_async.simulator.profile import SimulatorProfile
 
 if TYPE_CHECKING:
     from nanobanana_async.simulator.server import SimulatorServer

@@ -79,8 +79,12 @@ class BatchSummary:
         async with aclosing(await opening) as ledger:
             in_file = await ledger.count_states(self.file)
             counts = _Counts(await ledger.count_states(self.keys), in_file, *await ledger.doubts())
+            mismatches = await ledger.count_mismatches(self.keys)
             budget.add_attempts(await ledger.attempt_costs())
         click.echo(f"{', '.join(self._rows(counts))}; {self._money(counts, budget.status())}", err=True)
+        if mismatches:
+            parts = ", ".join(f"{count} {kind}" for kind, count in sorted(mismatches.items()))
+            click.echo(f"not as requested: {parts}. See the gallery, or mismatch in the manifest.", err=True)
         for line in self._hints(counts, budget.status()):
             click.echo(line, err=True)
 

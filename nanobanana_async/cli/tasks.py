@@ -1,5 +1,6 @@
 """`nanobanana status`, `wait` and `balance`: query tasks submitted earlier, and the account."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -19,6 +20,7 @@ from nanobanana_async.cli.runtime import (
     EXIT_OK,
     CommandContext,
     exit_code,
+    files_record,
     json_option,
     print_json,
     print_result,
@@ -29,6 +31,7 @@ from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NoImage, TaskFailed
 from nanobanana_async.handle import no_image_error
 from nanobanana_async.models import Task, TaskStatus
+from nanobanana_async.saved import SavedImage
 
 
 @click.command()
@@ -98,12 +101,12 @@ def balance(*, as_json: bool) -> None:
     run(work, as_json=as_json)
 
 
-def _show(task: Task, *, as_json: bool, files: list[Path] | None = None) -> None:
+def _show(task: Task, *, as_json: bool, files: Sequence[SavedImage] = ()) -> None:
     if as_json:
-        print_json({**task_record(task), "files": [str(file) for file in files or ()]})
+        print_json({**task_record(task), **files_record(files)})
     elif files:
         for file in files:
-            print_result(file)
+            print_result(file.path)
     else:
         facts = [task.task_id, task.status.value]
         facts += [image.url or "inline image" for image in task.images]

@@ -4,23 +4,29 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from random import SystemRandom
-from typing import Final
+from typing import Final, TypeAlias
 from urllib.parse import urljoin
 
 import anyio
+import attrs
 
 from nanobanana_async._concurrency.byte_budget import ByteBudget, ByteLease
 from nanobanana_async.errors import ImageError, NanoBananaError
-from nanobanana_async.images.formats import ImageFormat, sniff, true_name
-from nanobanana_async.models import GeneratedImage, SavedImage, percent_encoded, url_problem
+from nanobanana_async.images.formats import ImageFormat, read_info, sniff, true_name
+from nanobanana_async.models import GeneratedImage, percent_encoded, url_problem
 from nanobanana_async.policies import Limits, RetryPolicy, Timeouts
 from nanobanana_async.protocols import ExchangeError, ImageStore, RequestKind, Transport, WireRequest, WireResponse
+from nanobanana_async.saved import ImageInfo, Mismatch, SavedImage
 from nanobanana_async.wire.endpoint import USER_AGENT
 
 _HEADERS: Final = {"User-Agent": USER_AGENT, "Accept": "image/*", "Accept-Encoding": "identity"}
 _MAX_REDIRECTS: Final = 3
 _EXTRA_ATTEMPTS: Final = 2
 """Attempts beyond `RetryPolicy.attempts`, because a new file may return 404 or 403 for a moment."""
+
+
+Comparison: TypeAlias = Callable[[bytes, ImageInfo, str], Awaitable[tuple[Mismatch, ...]]]
+"""Returns in what an encoded image, with its header and the hash of its file, is not as requested."""
 
 
 class _DownloadError(Exception):
@@ -66,21 +72,26 @@ class Downloader:
         async with self._opened(image) as (data, _):
             return data
 
-    async def store(self, image: GeneratedImage, store: ImageStore, name: str) -> SavedImage:
-        """Put the image into *store* as *name*, with the suffix of its true format.
+    async def store(
+        self, image: GeneratedImage, store: ImageStore, name: str, compare: Comparison | None = None
+    ) -> SavedImage:
+        """Put the image into *store* as *name*, with the suffix of its true format, and *compare* it.
 
         Raises:
             ImageError: The download failed as in `download`, or the store did. `__cause__` is its OSError, if any.
         """
         async with self._opened(image) as (data, image_format):
             try:
-                return await store.put(true_name(name, image_format), data)
+                saved = await store.put(true_name(name, image_format), data)
             except OSError as exc:
                 raise ImageError(f"{exc.filename or name}: cannot be written: {exc.strerror or exc}") from exc
             except NanoBananaError:
                 raise
             except Exception as exc:  # a user's store may raise anything
                 raise ImageError(f"{name}: the image store failed: {type(exc).__name__}: {exc}") from exc
+            info = read_info(data)
+            mismatch = () if compare is None or info is None else await compare(data, info, saved.sha256)
+            return attrs.evolve(saved, info=info, mismatch=mismatch)
 
     @asynccontextmanager
     async def _opened(self, image: GeneratedImage) -> AsyncGenerator[tuple[bytes, ImageFormat]]:

@@ -11,8 +11,7 @@ from typing import BinaryIO, Final
 
 import anyio.to_thread
 
-from nanobanana_async.images.formats import image_size
-from nanobanana_async.models import SavedImage
+from nanobanana_async.saved import SavedImage
 
 _TOKEN_BYTES: Final = 8
 """Random bytes in the name of a partial file."""
@@ -155,5 +154,4 @@ class FileImageStore:
             write_atomic(path, data)
         else:
             path = write_new(path, data)
-        width, height = image_size(data) or (None, None)
-        return SavedImage(path=path, sha256=digest, size_bytes=len(data), width=width, height=height)
+        return SavedImage(path=path, sha256=digest, size_bytes=len(data))

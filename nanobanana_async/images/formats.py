@@ -6,6 +6,8 @@ from typing import Final
 
 import attrs
 
+from nanobanana_async.saved import ImageInfo
+
 _PADDING: Final = b"\0\r\n "
 SNIFF_BYTES: Final = 12
 """Number of bytes that `sniff` needs."""
@@ -15,7 +17,7 @@ SNIFF_BYTES: Final = 12
 class ImageFormat:
     """A supported image format."""
 
-    media_type: str
+    name: str
     suffixes: tuple[str, ...]
     """File suffixes, the usual one first."""
     magic: bytes
@@ -42,10 +44,10 @@ class ImageFormat:
             return None
 
 
-_PNG: Final = ImageFormat("image/png", (".png",), b"\x89PNG\r\n\x1a\n")
-_JPEG: Final = ImageFormat("image/jpeg", (".jpg", ".jpeg"), b"\xff\xd8\xff")
-_GIF: Final = ImageFormat("image/gif", (".gif",), b"GIF8")
-_WEBP: Final = ImageFormat("image/webp", (".webp",), b"RIFF")
+_PNG: Final = ImageFormat("png", (".png",), b"\x89PNG\r\n\x1a\n")
+_JPEG: Final = ImageFormat("jpeg", (".jpg", ".jpeg"), b"\xff\xd8\xff")
+_GIF: Final = ImageFormat("gif", (".gif",), b"GIF8")
+_WEBP: Final = ImageFormat("webp", (".webp",), b"RIFF")
 
 _PNG_END: Final = b"IEND\xaeB`\x82"
 _EOI: Final = b"\xff\xd9"
@@ -76,10 +78,13 @@ def sniff(head: bytes) -> ImageFormat | None:
     return _WEBP if head[:4] == _WEBP.magic and head[8:12] == b"WEBP" else None
 
 
-def image_size(data: bytes) -> tuple[int, int] | None:
-    """Return width and height of an encoded image in pixels; None if they cannot be read."""
+def read_info(data: bytes) -> ImageInfo | None:
+    """Return format and size of an encoded image; None if its format is not supported."""
     image_format = sniff(data[:SNIFF_BYTES])
-    return None if image_format is None else image_format.size(data)
+    if image_format is None:
+        return None
+    width, height = image_format.size(data) or (None, None)
+    return ImageInfo(format=image_format.name, width=width, height=height)
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:

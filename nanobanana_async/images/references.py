@@ -123,7 +123,7 @@ def _to_data_uri(image: Path | bytes | SupportsSave, max_bytes: int) -> str:
         name, data = "the PIL image", _to_png(image)
     _check_size(name, len(data), max_bytes)
     image_format = _check_image(name, data)
-    return f"data:{image_format.media_type};base64,{base64.b64encode(data).decode('ascii')}"
+    return f"data:image/{image_format.name};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def _sniffed(name: str, data: bytes) -> ImageFormat:

@@ -14,8 +14,9 @@ from nanobanana_async.ledger.database import OpenDatabase, open_database
 from nanobanana_async.ledger.restored import BatchChecks, find_file
 from nanobanana_async.ledger.schema import AttemptCost, BatchRow, LedgerRow, RowState
 from nanobanana_async.ledger.sqlite import GROUP_COMMIT_S, LedgerFile, check_group_commit_s
-from nanobanana_async.models import SavedImage, Task
+from nanobanana_async.models import Task
 from nanobanana_async.protocols import AttemptEnd
+from nanobanana_async.saved import SavedImage
 
 _PAGE_ROWS: Final = 100
 """Rows that are read at once, which takes about 2 ms."""
@@ -126,8 +127,8 @@ class BatchLedger(LedgerFile):
 
     async def record_saved(self, key: str, files: Iterable[SavedImage]) -> None:
         """Record that the images of *key* are saved."""
-        listed = [[file.path.name, file.sha256, file.size_bytes, file.width, file.height] for file in files]
-        await self.transition(key, RowState.SAVED, files=json.dumps(listed), saved_at=time.time(), reason=None)
+        listed = json.dumps(list(map(batch_rows.file_record, files)))
+        await self.transition(key, RowState.SAVED, files=listed, saved_at=time.time(), reason=None)
 
     async def note_failure(self, key: str, reason: str) -> None:
         """Record why the image of *key*, which is charged, is not saved."""
@@ -151,6 +152,10 @@ class BatchLedger(LedgerFile):
     async def count_states(self, listed: Container[str]) -> Counter[tuple[RowState, bool]]:
         """Return the number of rows by state and whether their key is in *listed*."""
         return await self.query(partial(batch_rows.count_states, listed=listed))
+
+    async def count_mismatches(self, listed: Container[str]) -> Counter[str]:
+        """Return the number of mismatches of the saved images by kind, of rows whose key is in *listed*."""
+        return await self.query(partial(batch_rows.count_mismatches, listed=listed))
 
     async def doubts(self) -> tuple[int, int]:
         """Return the sums of `possible_duplicates` and of `held_charges` of all rows."""

@@ -7,13 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Container, Iterable
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import attrs
 
 from nanobanana_async._text import slugify
 from nanobanana_async.ledger.schema import SELECT_ROWS, BatchRow, LedgerRow, RowState, find_row
-from nanobanana_async.models import SavedImage
+from nanobanana_async.models import JsonValue
+from nanobanana_async.saved import ImageInfo, Mismatch, SavedImage
 
 
 def upsert_row(
@@ -84,6 +85,17 @@ def count_states(db: sqlite3.Connection, listed: Container[str]) -> Counter[tupl
     states = db.execute("SELECT key, coalesce(state, 'ready') FROM rows LEFT JOIN attempts USING (key, attempt)")
     counts = Counter((state, key in listed) for key, state in states)
     return Counter({(RowState(state), is_listed): count for (state, is_listed), count in counts.items()})
+
+
+def count_mismatches(db: sqlite3.Connection, listed: Container[str]) -> Counter[str]:
+    """Return the number of mismatches of the saved images by kind, of rows whose key is in *listed*."""
+    lines = db.execute(
+        "SELECT key, files FROM rows JOIN attempts USING (key, attempt)"
+        " WHERE state = 'saved' AND files LIKE '%\"kind\"%'"
+    )
+    return Counter(
+        one["kind"] for key, files in lines if key in listed for file in json.loads(files) for one in file["mismatch"]
+    )
 
 
 def doubts(db: sqlite3.Connection) -> tuple[int, int]:
@@ -203,9 +215,28 @@ def to_ledger_row(line: sqlite3.Row, folder: Path) -> LedgerRow:
     """Return a line of `SELECT_ROWS` as a `LedgerRow`."""
     fields = dict(line)
     del fields["listing"]
-    files = tuple(
-        SavedImage(path=folder / name, sha256=digest, size_bytes=size, width=width, height=height)
-        for name, digest, size, width, height in json.loads(fields.pop("files"))
-    )
+    files = tuple(_to_saved_image(record, folder) for record in json.loads(fields.pop("files")))
     columns = json.loads(fields.pop("columns") or "{}")
     return LedgerRow(**fields, files=files, columns=columns)
+
+
+def file_record(file: SavedImage) -> dict[str, JsonValue]:
+    """Return *file* as JSON, relative to the folder of the batch."""
+    record: dict[str, JsonValue] = {
+        "file": file.path.name,
+        "sha256": file.sha256,
+        "size_bytes": file.size_bytes,
+        **({"format": None, "width": None, "height": None} if file.info is None else attrs.asdict(file.info)),
+        "mismatch": [{**attrs.asdict(one), "kind": one.kind.value} for one in file.mismatch],
+    }
+    return record
+
+
+def _to_saved_image(record: dict[str, Any], folder: Path) -> SavedImage:
+    return SavedImage(
+        path=folder / record["file"],
+        sha256=record["sha256"],
+        size_bytes=record["size_bytes"],
+        info=record["format"] and ImageInfo(**{name: record[name] for name in ("format", "width", "height")}),
+        mismatch=tuple(Mismatch(**one) for one in record["mismatch"]),
+    )

@@ -10,8 +10,9 @@ from typing import Final, TypeAlias
 import attrs
 
 from nanobanana_async.errors import SubmissionUnknown
-from nanobanana_async.models import GenerationRequest, JsonValue, SavedImage, Task
+from nanobanana_async.models import GenerationRequest, JsonValue, Task
 from nanobanana_async.protocols import AttemptEnd, Verdict
+from nanobanana_async.saved import SavedImage
 
 
 @attrs.frozen(kw_only=True)

@@ -6,6 +6,7 @@ entry point.
 """
 
 from nanobanana_async.simulator.in_memory import FAST_LIMITS, FAST_POLLING, FAST_PROFILE, Simulator
-from nanobanana_async.simulator.service import Charge, SimulatorProfile
+from nanobanana_async.simulator.profile import SimulatorProfile
+from nanobanana_async.simulator.service import Charge
 
 __all__ = ["FAST_LIMITS", "FAST_POLLING", "FAST_PROFILE", "Charge", "Simulator", "SimulatorProfile"]

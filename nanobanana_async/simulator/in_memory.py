@@ -3,6 +3,7 @@
 import struct
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Final
 
 import anyio
@@ -10,7 +11,9 @@ import anyio
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
 from nanobanana_async.protocols import ExchangeError, Phase, Transport, WireRequest, WireResponse
-from nanobanana_async.simulator.service import Charge, ImageSpec, SimulatedService, SimulatorProfile
+from nanobanana_async.simulator.profile import SimulatorProfile
+from nanobanana_async.simulator.service import Charge, SimulatedService
+from nanobanana_async.simulator.specs import ImageSpec
 
 FAST_PROFILE: Final = SimulatorProfile(median_s=0.02, sigma=0.3, visibility_delay_s=0.0)
 """Images after a median of 0.02 s, for tests in real time."""
@@ -87,10 +90,21 @@ class Simulator:
 
 
 def tiny_png(spec: ImageSpec) -> bytes:
-    """Return a PNG of 8 x 8 pixels whose colour depends on the prompt. Needs no Pillow."""
-    colour = struct.pack(">I", zlib.crc32(spec.prompt.encode()))[:3]
-    rows = (b"\0" + colour * 8) * 8
-    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    """Return a PNG of the right size, in two colours that depend on the prompt. Needs no Pillow."""
+    colours = struct.pack(">II", zlib.crc32(spec.prompt.encode()), zlib.crc32(spec.prompt[::-1].encode()))[:6]
+    header = struct.pack(">IIBBBBB", spec.width, spec.height, 1, 3, 0, 0, 0)
+    chunks = (
+        (b"IHDR", header),
+        (b"PLTE", colours),
+        _pixels(spec.width, spec.height, is_blank=spec.is_blank),
+        (b"IEND", b""),
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )
+
+
+@lru_cache(64)
+def _pixels(width: int, height: int, *, is_blank: bool) -> tuple[bytes, bytes]:
+    row = bytes(1 + (width + 7) // 8) if is_blank else b"\0" + b"\x0f" * ((width + 7) // 8)
+    return b"IDAT", zlib.compress(row * height)

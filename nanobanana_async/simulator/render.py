@@ -10,7 +10,7 @@ from zlib import crc32
 # pyright: reportUnknownMemberType=false
 from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
 
-from nanobanana_async.simulator.service import ImageSpec
+from nanobanana_async.simulator.specs import ImageSpec
 
 Colour: TypeAlias = tuple[int, int, int]
 
@@ -32,6 +32,8 @@ def render_png(spec: ImageSpec) -> bytes:
     rng = Random(crc32(spec.prompt.encode()))
     above, horizon, sun, hills = rng.choice(_PALETTES)
     width, height = spec.width, spec.height
+    if spec.is_blank:
+        return _encoded(Image.new("RGB", (width, height), sun))
     sky = Image.linear_gradient("L").resize((width, height))
     image = ImageOps.colorize(sky, black=above, white=horizon)
     _add_sun(image, rng, sun)
@@ -41,6 +43,10 @@ def render_png(spec: ImageSpec) -> bytes:
         colour = _mix(horizon, hills, 0.25 + 0.75 * depth)
         draw.polygon(_ridge(rng, width, height, base=0.5 + 0.36 * depth), fill=colour)
     _add_caption(image, spec.prompt)
+    return _encoded(image)
+
+
+def _encoded(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, format="PNG", compress_level=3)
     return file.getvalue()

@@ -19,8 +19,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from nanobanana_async.protocols import ExchangeError, RequestKind, WireRequest
+from nanobanana_async.simulator.profile import SimulatorProfile
 from nanobanana_async.simulator.render import render_png
-from nanobanana_async.simulator.service import Charge, ImageSpec, SimulatedService, SimulatedTask, SimulatorProfile
+from nanobanana_async.simulator.service import Charge, SimulatedService, SimulatedTask
+from nanobanana_async.simulator.specs import ImageSpec
 from nanobanana_async.transport.httpx import HttpxTransport
 
 _CALLBACK_ATTEMPTS: Final = 3

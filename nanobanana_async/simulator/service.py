@@ -11,87 +11,19 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from random import Random
-from typing import Final, Literal, cast
+from typing import Final, cast
 from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
 import attrs
-from attrs.validators import and_, ge, gt, in_, le
+
+from nanobanana_async.simulator.profile import FLAWS, RESULTS, SimulatorProfile
+from nanobanana_async.simulator.specs import ImageSpec, requested_spec
 
 _EPOCH: Final = datetime(2026, 1, 1, tzinfo=UTC)
 _NGINX_404: Final = b"<html><head><title>404 Not Found</title></head><body><center>nginx</center></body></html>"
 _NGINX_502: Final = b"<html><head><title>502 Bad Gateway</title></head><body><center>nginx</center></body></html>"
 _LIBRARY_AGENTS: Final = ("python-httpx", "python-httpx2", "python-requests", "aiohttp", "python-urllib", "curl")
-
-
-def _rate() -> float:
-    return attrs.field(default=0.0, validator=and_(ge(0), le(1)))
-
-
-@attrs.frozen(kw_only=True)
-class SimulatorProfile:
-    """Behaviour of the simulated service. Rates are fractions of submits, in [0, 1].
-
-    Attributes:
-        median_s: Median of the lognormal latency of a task (the real service: 8 to 60 s).
-        sigma: Spread of the latency: the standard deviation of its logarithm.
-        visibility_delay_s: Time for which a new id returns 404 (the real service: up to 30 s).
-        failed_tasks: Rate of tasks that end as failed.
-        text_only: Rate of tasks that end as success, with text and without an image.
-        inline_images: Rate of tasks whose image is a data URI.
-        server_errors: Rate of submits that get the service's own 500 and are not charged.
-        rate_limited: Rate of submits that get a 429 with Retry-After: 1.
-        lost_responses: Rate of submits that are charged and get a gateway's 502.
-        charged_errors: Rate of submits that are charged and get the service's own 500.
-        charged_timeouts: Rate of submits that are charged and get a gateway's 408.
-        captive_portals: Rate of submits that get a redirect to a login page and are not charged.
-        unstated_charges: Rate of tasks with an image whose `consumed` is null.
-        price: Price of an image, in credits.
-        size_prices: Price by `image_size`; `price` for others.
-        failed_charge: `consumed` of tasks without an image. They are charged, except with `"zero"`, which gives
-            the credits back.
-        balance: Credits of the account at first.
-        keys: API keys that are accepted.
-        accounts: Account by key, whose tasks only its own keys can query. Keys that are not listed share one.
-    """
-
-    median_s: float = attrs.field(default=20.0, validator=gt(0))
-    sigma: float = attrs.field(default=0.5, validator=ge(0))
-    visibility_delay_s: float = attrs.field(default=1.0, validator=ge(0))
-    failed_tasks: float = _rate()
-    text_only: float = _rate()
-    inline_images: float = _rate()
-    server_errors: float = _rate()
-    rate_limited: float = _rate()
-    lost_responses: float = _rate()
-    charged_errors: float = _rate()
-    charged_timeouts: float = _rate()
-    captive_portals: float = _rate()
-    unstated_charges: float = _rate()
-    price: Decimal = Decimal("0.5")
-    size_prices: Mapping[str, Decimal] = attrs.field(factory=dict[str, Decimal])
-    failed_charge: Literal["null", "missing", "zero", "price"] = attrs.field(
-        default="null", validator=in_(("null", "missing", "zero", "price"))
-    )
-    balance: Decimal = Decimal(100_000)
-    keys: frozenset[str] = frozenset({"dk-test"})
-    accounts: Mapping[str, str] = attrs.field(factory=dict[str, str])
-
-    @classmethod
-    def from_faults(cls, text: str, **settings: object) -> "SimulatorProfile":
-        """Return a profile with rates from text such as `"failed_tasks=0.05,inline_images=0.2"`.
-
-        Raises:
-            ValueError: A name is unknown, or a rate is not a number in [0, 1].
-        """
-        known = (*_ERRORS, "failed_tasks", "text_only", "inline_images", "unstated_charges")
-        rates: dict[str, float] = {}
-        for part in filter(None, (item.strip() for item in text.split(","))):
-            name, _, value = part.partition("=")
-            if name not in known:
-                raise ValueError(f"faults: expected one of {', '.join(sorted(known))}, got {name!r}")
-            rates[name] = float(value or 1)
-        return cls(**rates, **settings)  # type: ignore[arg-type]  # both are float fields
 
 
 @attrs.frozen(kw_only=True)
@@ -122,15 +54,6 @@ class SimulatedResponse:
 
 
 @attrs.frozen(kw_only=True)
-class ImageSpec:
-    """Prompt and size of an image to render."""
-
-    prompt: str
-    width: int
-    height: int
-
-
-@attrs.frozen(kw_only=True)
 class SimulatedTask:
     """One task in the service. All of it is fixed when it is accepted. Only the visible status depends on the time."""
 
@@ -139,7 +62,9 @@ class SimulatedTask:
     accepted_s: float
     latency_s: float
     result_kind: str
-    """`"image"`, `"inline"`, `"text"` or `"failed"`."""
+    """`"image"`, `"inline"`, `"text"`, `"empty"`, `"failed"` or `"refused"`."""
+    flaw: str | None
+    """In what its image is not as requested: a rate of `SimulatorProfile`, or None."""
     callback_url: str | None
     price: Decimal
     consumed: str | None
@@ -155,7 +80,7 @@ class SimulatedTask:
         """Return the status at *now_s*: pending, submitted and in_progress take 10, 10 and 80 % of the latency."""
         share = (now_s - self.accepted_s) / self.latency_s
         if share >= 1:
-            return "failed" if self.result_kind == "failed" else "success"
+            return "failed" if self.result_kind in ("failed", "refused") else "success"
         return "pending" if share < 0.1 else "submitted" if share < 0.2 else "in_progress"
 
 
@@ -232,19 +157,21 @@ class SimulatedService:
         if self.balance < price:
             return _error_response(402, 1, "insufficient credit")
         kind = self._draw_result_kind(kind_draw)
+        flaw = self._draw_flaw()
         task = SimulatedTask(
             task_id=task_id,
-            image=_image_spec(request),
+            image=requested_spec(request).with_flaw(flaw),
             accepted_s=self._now_s(),
             latency_s=profile.median_s * math.exp(profile.sigma * spread),
             result_kind=kind,
+            flaw=flaw,
             callback_url=request.get("callback_url"),
             price=price,
             consumed=self._draw_consumed(kind, price),
             account=account,
         )
         self.tasks[task_id] = task
-        is_free = kind in ("failed", "text") and profile.failed_charge == "zero"
+        is_free = kind in _WITHOUT_IMAGE and profile.failed_charge == "zero"
         cost = Decimal(0) if is_free else price
         charge = Charge(task_id=task_id, prompt=task.image.prompt, credits=cost, at_s=task.accepted_s)
         self.charges.append(charge)
@@ -269,15 +196,23 @@ class SimulatedService:
         return {"zero": "0.000000", "price": f"{price:.6f}"}.get(self.profile.failed_charge)
 
     def _draw_result_kind(self, draw: float) -> str:
-        for name, rate in (
-            ("failed", self.profile.failed_tasks),
-            ("text", self.profile.text_only),
-            ("inline", self.profile.inline_images),
-        ):
+        for name, kind in RESULTS.items():
+            rate: float = getattr(self.profile, name)
+            if draw < rate:
+                return kind
+            draw -= rate
+        return "image"
+
+    def _draw_flaw(self) -> str | None:
+        rates: list[float] = [getattr(self.profile, name) for name in FLAWS]
+        if not any(rates):
+            return None
+        draw = self._rng.random()
+        for name, rate in zip(FLAWS, rates, strict=True):
             if draw < rate:
                 return name
             draw -= rate
-        return "image"
+        return None
 
     def _query(self, task_id: str, account: str, files_url: str) -> SimulatedResponse:
         task = self.tasks.get(task_id)
@@ -289,16 +224,16 @@ class SimulatedService:
         status = task.status(self._now_s())
         result: list[dict[str, str]] | None = None
         if status == "success":
-            result = [self._item(task, files_url)]
+            result = [] if task.result_kind == "empty" else [self._item(task, files_url)]
         state: dict[str, object] = {
             "task_id": task.task_id,
             "status": status,
             "result": result,
             "consumed": None if result is None and status != "failed" else task.consumed,
             "created_at": (_EPOCH + timedelta(seconds=task.accepted_s)).isoformat(),
-            "status_reason": {"message": "the prompt was rejected" if status == "failed" else None},
+            "status_reason": {"message": _REASONS[task.result_kind] if status == "failed" else None},
         }
-        if task.result_kind in ("failed", "text") and self.profile.failed_charge == "missing":
+        if task.result_kind in _WITHOUT_IMAGE and self.profile.failed_charge == "missing":
             del state["consumed"]
         return state
 
@@ -306,7 +241,7 @@ class SimulatedService:
         if task.result_kind == "text":
             return {"text": "I would rather describe it in words."}
         if task.result_kind == "inline":
-            return {"image": f"data:image/png;base64,{b64encode(self._render(task.image)).decode()}"}
+            return {"image": f"data:image/png;base64,{b64encode(self._rendered(task)).decode()}"}
         return {"image": f"{files_url}/files/{task.task_id}.png"}
 
     def _file(self, path: str, headers: Mapping[str, str]) -> SimulatedResponse:
@@ -317,7 +252,11 @@ class SimulatedService:
         task = self.tasks.get(path.removeprefix("/files/").removesuffix(".png"))
         if task is None or task.status(self._now_s()) != "success":
             return SimulatedResponse(status=404, body=_NGINX_404, media_type="text/html")
-        return SimulatedResponse(status=200, body=self._render(task.image), media_type="image/png")
+        return SimulatedResponse(status=200, body=self._rendered(task), media_type="image/png")
+
+    def _rendered(self, task: SimulatedTask) -> bytes:
+        data = self._render(task.image)
+        return data[: len(data) * 3 // 4] if task.flaw == "truncated_images" else data
 
 
 def _request_error(request: object) -> str | None:
@@ -340,16 +279,6 @@ def _request_error(request: object) -> str | None:
     return None
 
 
-def _image_spec(request: Mapping[str, object]) -> ImageSpec:
-    """Return prompt and size: 1k, 2k or 4k is the longer side, and the ratio is N:M."""
-    longer = {"2k": 2048, "4k": 4096}.get(str(request.get("image_size")), 1024)
-    wide, _, high = str(request.get("aspect_ratio", "1:1")).partition(":")
-    ratio = int(wide) / int(high) if wide.isdigit() and high.isdigit() and int(high) else 1.0
-    ratio = min(max(ratio, 0.25), 4.0)
-    width, height = (longer, round(longer / ratio)) if ratio >= 1 else (round(longer * ratio), longer)
-    return ImageSpec(prompt=str(request["prompt"]), width=width, height=height)
-
-
 def _json_response(status: int, document: object) -> SimulatedResponse:
     return SimulatedResponse(status=status, body=json.dumps(document).encode())
 
@@ -370,3 +299,8 @@ _ERRORS: Final[Mapping[str, SimulatedResponse]] = {
 }
 """Responses by the name of their rate, in the order in which they are drawn."""
 _CHARGED_ERRORS: Final = ("lost_responses", "charged_errors", "charged_timeouts")
+_WITHOUT_IMAGE: Final = ("failed", "text", "refused", "empty")
+_REASONS: Final = {
+    "failed": "the image could not be generated, please try again later",
+    "refused": "The prompt was blocked: PROHIBITED_CONTENT, it violates our content policy",
+}

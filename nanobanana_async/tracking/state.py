@@ -167,7 +167,7 @@ class TaskCache:
 
 @attrs.frozen(kw_only=True)
 class TrackerStatistics:
-    """A snapshot of the client's tracker.
+    """A snapshot of a client: its tracker, and what it has received.
 
     Attributes:
         tracked: Unfinished tasks with at least one waiter.
@@ -180,6 +180,7 @@ class TrackerStatistics:
         median_latency_s: Learned median latency in seconds, by model. Its resolution is that of the polls.
         latency_models: Learned latency models, for `PollPolicy(latency_models=...)` of a later client. Plain
             numbers, valid in JSON.
+        mismatches: Number of saved images that are not as requested, by `MismatchKind`. An image may count twice.
     """
 
     tracked: int
@@ -191,3 +192,4 @@ class TrackerStatistics:
     wakeups: int
     median_latency_s: Mapping[str, float]
     latency_models: Mapping[str, tuple[float, ...]] = attrs.field(repr=False)
+    mismatches: Mapping[str, int] = attrs.field(factory=dict[str, int])

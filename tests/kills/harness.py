@@ -17,7 +17,8 @@ from nanobanana_async.ledger.schema import LedgerRow, RowState
 from nanobanana_async.simulator import SimulatorProfile
 from nanobanana_async.simulator.in_memory import tiny_png
 from nanobanana_async.simulator.server import SimulatorServer
-from nanobanana_async.simulator.service import ImageSpec, SimulatedResponse
+from nanobanana_async.simulator.service import SimulatedResponse
+from nanobanana_async.simulator.specs import ImageSpec
 from tests.kills import child
 
 ROWS = 8

@@ -30,7 +30,7 @@ async def surface(client: nb.NanoBananaClient, image: nb.GeneratedImage) -> None
     assert_type(client.task("ta-1"), nb.TaskHandle)
     assert_type(await client.balance(), Decimal)
     assert_type(await client.download(image), bytes)
-    assert_type(await client.save(task, "out/"), list[Path])
+    assert_type(await client.save(task, "out/"), list[nb.SavedImage])
     await client.submit("a fox", ratio="16:9")  # type: ignore[call-arg]
     await client.submit("a fox", images=[1])  # type: ignore[list-item]
 
@@ -163,6 +163,13 @@ async def requests(client: nb.NanoBananaClient, source: nb.ImageSource, **option
                 assert_type(error, nb.NanoBananaError)
             case nb.Unknown(error=error):
                 assert_type(error, nb.SubmissionUnknown | nb.TaskLost)
+
+
+def differences(saved: nb.SavedImage) -> list[nb.MismatchKind]:
+    """Read what was delivered, and in what it differs."""
+    assert_type(saved.info, nb.ImageInfo | None)
+    assert_type(saved.mismatch, tuple[nb.Mismatch, ...])
+    return [one.kind for one in saved.mismatch]
 
 
 def stores() -> list[nb.ImageStore]:
