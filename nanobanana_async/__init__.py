@@ -66,6 +66,7 @@ from nanobanana_async.models import (
     GenerationRequest,
     ImageSource,
     JsonValue,
+    ReasonKind,
     RequestOptions,
     Spending,
     Task,
@@ -77,6 +78,8 @@ from nanobanana_async.policies import (
     Limits,
     OwnerLimits,
     PollPolicy,
+    RegenerateOn,
+    RegeneratePolicy,
     RetryPolicy,
     Timeouts,
 )
@@ -97,6 +100,7 @@ from nanobanana_async.protocols import (
 from nanobanana_async.saved import ImageInfo, Mismatch, MismatchKind, SavedImage
 from nanobanana_async.tracking.state import TrackerStatistics
 from nanobanana_async.transport.httpx import HttpxTransport
+from nanobanana_async.wire.refusals import classify_reason
 
 if _TYPE_CHECKING:
     from nanobanana_async.transport.aiohttp import AiohttpTransport as AiohttpTransport
@@ -151,6 +155,9 @@ __all__ = [
     "ProtocolError",
     "Queued",
     "RateLimited",
+    "ReasonKind",
+    "RegenerateOn",
+    "RegeneratePolicy",
     "RequestKind",
     "RequestOptions",
     "RetryPolicy",
@@ -188,6 +195,7 @@ __all__ = [
     "WireRequest",
     "WireResponse",
     "WrongEventLoop",
+    "classify_reason",
     "parse_callback",
     "read_rows",
 ]

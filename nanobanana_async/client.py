@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from datetime import datetime
 from decimal import Decimal
 from functools import partial
@@ -12,21 +12,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self, Unpack
 
-import anyio
 import attrs
 
 from nanobanana_async._text import slugify
 from nanobanana_async.calls import SubmitOptions
-from nanobanana_async.errors import ImageError, LedgerError, NanoBananaError
+from nanobanana_async.errors import ImageError, LedgerError
 from nanobanana_async.events import EventHook, Finished, Queued, StatusChanged, Submitted
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.images.files import FileImageStore
 from nanobanana_async.images.formats import split_suffix
 from nanobanana_async.many import Requests, generate_many
-from nanobanana_async.models import GeneratedImage, GenerationRequest, Spending, Task, UnresolvedAttempt
+from nanobanana_async.models import GeneratedImage, GenerationRequest, ReasonKind, Spending, Task, UnresolvedAttempt
 from nanobanana_async.outcomes import Outcome
-from nanobanana_async.policies import Limits, OwnerLimits, PollPolicy, RetryPolicy, Timeouts
+from nanobanana_async.policies import Limits, OwnerLimits, PollPolicy, RegeneratePolicy, RetryPolicy, Timeouts
 from nanobanana_async.protocols import ImageStore, SubmitRecord, TaskLedger, Transport
+from nanobanana_async.regenerate import Generated, generate
 from nanobanana_async.saved import SavedImage
 from nanobanana_async.session import Session
 from nanobanana_async.session_options import SessionOptions
@@ -49,6 +49,7 @@ class NanoBananaClient:
         base_url: Base URL of the service. None uses DEFAPI_BASE_URL, else the public service.
         limits: Bounds on requests in flight and on their rate.
         retry: Retry limits, and when a submit may be resubmitted.
+        regenerate: When a request is submitted and charged again after its task has ended; never by default.
         polling: When unfinished tasks are polled; learned by default.
         timeouts: Time limits of each operation.
         ledger: A `SqliteLedger`, which records each task durably, for `resume`, `unresolved` and `spending`. The client
@@ -70,6 +71,7 @@ class NanoBananaClient:
         base_url: str | None = None,
         limits: Limits = Limits(),
         retry: RetryPolicy = RetryPolicy(),
+        regenerate: RegeneratePolicy = RegeneratePolicy(),
         polling: PollPolicy = PollPolicy(),
         timeouts: Timeouts = Timeouts(),
         ledger: TaskLedger | None = None,
@@ -82,9 +84,11 @@ class NanoBananaClient:
         del api_key  # keep the key out of tracebacks with local variables
         self.limits: Final = limits
         self.timeouts: Final = timeouts
+        self.regenerate: Final = regenerate
         options = SessionOptions(
             limits=limits,
             retry=retry,
+            regenerate=regenerate,
             polling=polling,
             timeouts=timeouts,
             owner_limits=owner_limits,
@@ -111,6 +115,7 @@ class NanoBananaClient:
     ) -> Task:
         """Submit a request, wait, and return the finished task, which has at least one image.
 
+        If the client has a `RegeneratePolicy`, it is the task of the last attempt, or of the last one with an image.
         Cancelling stops the wait, not the task. A POST in flight runs to its end, and the id of the task is logged
         (logger `nanobanana_async`).
 
@@ -131,16 +136,7 @@ class NanoBananaClient:
             BudgetExceeded: The owner's budget does not allow it; nothing was sent.
             LedgerError: The ledger cannot be written. If the submit was sent, `exc.task_id` is set or it is logged.
         """
-        call = self._session.call(prompt, options, timeout_s)
-        handle = await self._session.submit(call)
-        try:
-            return await handle.result(timeout_s=max(0.0, call.deadline_s - anyio.current_time()))
-        except anyio.get_cancelled_exc_class() as exc:
-            self._session.leave_task(handle, exc)
-            raise
-        except NanoBananaError as exc:
-            exc.task_id = exc.task_id or handle.task_id  # every error carries the id of the charged task
-            raise
+        return (await generate(self._session, self._session.call(prompt, options, timeout_s))).task
 
     async def generate_many(
         self,
@@ -167,8 +163,11 @@ class NanoBananaClient:
             ValueError: A request is invalid, for example an empty prompt. Running requests are yielded first.
             ClientClosed: The client was closed during the run.
         """
-        generate = partial(self.generate, timeout_s=timeout_s, owner=owner)
-        outcomes = generate_many(self._session, requests, generate, max_in_flight=max_in_flight)
+
+        def make(request: GenerationRequest) -> Awaitable[Generated]:
+            return generate(self._session, self._session.call(request, {"owner": owner}, timeout_s))
+
+        outcomes = generate_many(self._session, requests, make, max_in_flight=max_in_flight)
         async with contextlib.aclosing(outcomes):
             async for outcome in outcomes:
                 yield outcome
@@ -349,10 +348,18 @@ class NanoBananaClient:
         self._session.emit_saved(saved, task_id)
         return saved
 
+    def classify_reason(self, task: Task) -> ReasonKind:
+        """Return why the final *task* has no image: by `RegeneratePolicy.classify`, else by the words of the service.
+
+        `reason_kind` of `TaskFailed` and `NoImage` is the same.
+        """
+        return self._session.classify_reason(task)
+
     def statistics(self) -> TrackerStatistics:
         """Return a snapshot of the client: tracked tasks, latencies, polls. No I/O. Any thread may call it."""
         mismatches = {kind.value: count for kind, count in list(self._session.delivery.counts.items())}
-        return attrs.evolve(self._session.tracker.statistics(), mismatches=mismatches)
+        reasons = {kind.value: count for kind, count in list(self._session.reasons.items())}
+        return attrs.evolve(self._session.tracker.statistics(), mismatches=mismatches, reasons=reasons)
 
     async def aclose(self) -> None:
         """End every wait, let submits in flight finish within `Timeouts.submit_s`, and close what the client opened.

@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
 from nanobanana_async.events import Event, EventHook, Finished, StatusChanged, Throttled
-from nanobanana_async.models import Task
+from nanobanana_async.models import ReasonKind, Task
 from nanobanana_async.tracking.state import SubmitInfo
 
 _log: Final = logging.getLogger("nanobanana_async")
@@ -21,9 +22,19 @@ def emit(hook: EventHook | None, event: Event) -> None:
             _log.exception("on_event failed for %r", event)
 
 
-def emit_change(pass_on: Callable[[Event], None], info: SubmitInfo, task: Task) -> None:
-    """Emit the event for a snapshot."""
-    pass_on(to_event(info, task))
+class ChangeEmitter:
+    """Emits the event for each snapshot, and counts why tasks have no image."""
+
+    def __init__(self, pass_on: Callable[[Event], None], classify: Callable[[Task], ReasonKind]) -> None:
+        self._pass_on = pass_on
+        self._classify = classify
+        self.reasons: Final[Counter[ReasonKind]] = Counter()
+
+    def __call__(self, info: SubmitInfo, task: Task) -> None:
+        """Emit the event for a snapshot."""
+        if task.is_final and not task.images:
+            self.reasons[self._classify(task)] += 1
+        self._pass_on(to_event(info, task))
 
 
 def emit_throttled(pass_on: Callable[[Event], None], pause_s: float) -> None:

@@ -27,13 +27,14 @@ NanoBananaError
 '- BudgetExceeded              another submit could exceed the budget
 """
 
-from nanobanana_async.models import Task
+from nanobanana_async.models import ReasonKind, Task
 
 
 class NanoBananaError(Exception):
     """Base class of all errors. `task_id` is the task concerned, or None.
 
-    An error of a submit has `key`, which identifies the call in its events and in the ledger, and `owner`.
+    An error of a submit has `key`, which identifies the call in its events and in the ledger, and `owner`. `earlier`
+    contains the final tasks of earlier attempts of the same request (see `RegeneratePolicy`).
     """
 
     def __init__(self, message: str, *, task_id: str | None = None) -> None:
@@ -41,6 +42,7 @@ class NanoBananaError(Exception):
         self.task_id = task_id
         self.key: str | None = None
         self.owner: str | None = None
+        self.earlier: tuple[Task, ...] = ()
 
 
 class ConfigurationError(NanoBananaError):
@@ -141,11 +143,22 @@ class ServiceUnavailable(ApiError):
 
 
 class TaskError(NanoBananaError):
-    """Base class of errors about one task. `task` is the last snapshot, or None."""
+    """Base class of errors about one task. `task` is the last snapshot, or None.
 
-    def __init__(self, message: str, *, task: Task | None = None, task_id: str | None = None) -> None:
+    `reason_kind` says why the task has no image, as far as words can say; `UNKNOWN` for other errors.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        task: Task | None = None,
+        task_id: str | None = None,
+        reason_kind: ReasonKind = ReasonKind.UNKNOWN,
+    ) -> None:
         super().__init__(message, task_id=task_id or (task.task_id if task else None))
         self.task: Task | None = task
+        self.reason_kind = reason_kind
 
 
 class TaskFailed(TaskError):

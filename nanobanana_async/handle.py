@@ -11,8 +11,8 @@ import anyio
 
 from nanobanana_async._text import format_credits
 from nanobanana_async.api.operations import ServiceApi
-from nanobanana_async.errors import LedgerError, NanoBananaError, NoImage, TaskError, TaskFailed, TaskNotFound
-from nanobanana_async.models import JsonValue, Task, TaskStatus
+from nanobanana_async.errors import LedgerError, NanoBananaError, NoImage, TaskFailed, TaskNotFound
+from nanobanana_async.models import JsonValue, ReasonKind, Task, TaskStatus
 from nanobanana_async.protocols import LedgerEntry, PendingCallback, TaskLedger
 from nanobanana_async.tracking.schedule import NOT_FOUND_GRACE_S
 from nanobanana_async.tracking.state import SubmitInfo
@@ -44,6 +44,11 @@ class HandleSource(Protocol):
     @property
     def ledger(self) -> TaskLedger | None:
         """The durable record of single tasks; None without one."""
+        ...
+
+    @property
+    def classify_reason(self) -> Callable[[Task], ReasonKind]:
+        """Return why a final task has no image."""
         ...
 
     async def start(self) -> None:
@@ -152,7 +157,7 @@ class TaskHandle:
         """
         task = self._final or self._remember(await self._await_final(timeout_s))
         if task.status is TaskStatus.FAILED or not task.images:
-            raise no_image_error(task)
+            raise no_image_error(task, self._source.classify_reason(task))
         return task
 
     async def updates(self, *, timeout_s: float | None = None) -> AsyncGenerator[Task]:
@@ -216,13 +221,16 @@ async def recover_by_callback(
     return None
 
 
-def no_image_error(task: Task) -> TaskError:
-    """Return the error for a final *task* without an image."""
+def no_image_error(task: Task, kind: ReasonKind) -> TaskFailed | NoImage:
+    """Return the error for a final *task* without an image, for a reason of this *kind*."""
     if task.status is TaskStatus.FAILED:
         reason = (task.reason or "the service gave no reason").rstrip(".")
-        return TaskFailed(f"task {task.task_id} failed: {reason}. {_charge(task)}", task=task)
+        how = "was refused" if kind is ReasonKind.REFUSED else "failed"
+        return TaskFailed(f"task {task.task_id} {how}: {reason}. {_charge(task)}", task=task, reason_kind=kind)
     detail = " ".join(task.texts) or task.reason or "the service gave no reason"
-    return NoImage(f"task {task.task_id} was charged and contains no image: {detail[:500]}", task=task)
+    what = "refused" if kind is ReasonKind.REFUSED else "contains no image"
+    message = f"task {task.task_id} was charged and {what}: {detail[:500]}"
+    return NoImage(message, task=task, reason_kind=kind)
 
 
 def _charge(task: Task) -> str:

@@ -6,8 +6,9 @@ from typing import TypeAlias
 
 from nanobanana_async._concurrency.map_unordered import iter_any, map_unordered
 from nanobanana_async.errors import NanoBananaError
-from nanobanana_async.models import GenerationRequest, Task
+from nanobanana_async.models import GenerationRequest
 from nanobanana_async.outcomes import Outcome, Succeeded, log_unconsumed, outcome_from_error
+from nanobanana_async.regenerate import Generated
 from nanobanana_async.session import Session
 
 Requests: TypeAlias = Iterable[str | GenerationRequest] | AsyncIterable[str | GenerationRequest]
@@ -16,11 +17,11 @@ Requests: TypeAlias = Iterable[str | GenerationRequest] | AsyncIterable[str | Ge
 async def generate_many(
     session: Session,
     requests: Requests,
-    generate: Callable[[GenerationRequest], Awaitable[Task]],
+    make: Callable[[GenerationRequest], Awaitable[Generated]],
     *,
     max_in_flight: int,
 ) -> AsyncGenerator[Outcome]:
-    """Yield the outcome of *generate* for each of *requests*. See `NanoBananaClient.generate_many`."""
+    """Yield the outcome of *make* for each of *requests*. See `NanoBananaClient.generate_many`."""
     await session.start()
 
     async def numbered() -> AsyncGenerator[tuple[str, GenerationRequest]]:
@@ -33,10 +34,10 @@ async def generate_many(
     async def generate_one(row: tuple[str, GenerationRequest]) -> Outcome:
         key, request = row
         try:
-            task = await generate(request)
+            made = await make(request)
         except (NanoBananaError, ValueError) as exc:
             return outcome_from_error(exc, key=key, request=request)
-        return Succeeded(key=key, request=request, task=task)
+        return Succeeded(key=key, request=request, task=made.task, earlier=made.earlier)
 
     def on_unconsumed(outcome: Outcome) -> None:
         log_unconsumed(outcome)

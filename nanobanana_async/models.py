@@ -59,6 +59,22 @@ class TaskStatus(enum.StrEnum):
         return self in (TaskStatus.SUCCESS, TaskStatus.FAILED)
 
 
+class ReasonKind(enum.StrEnum):
+    """Why a task has no image, by the words of the service and of the model.
+
+    Attributes:
+        REFUSED: They refuse the prompt, a reference image or the result: safety, policy, copyright.
+        EMPTY: The task succeeded, or was to, and there is no image.
+        ERROR: The service had an error of its own.
+        UNKNOWN: There are no words, or they say something else.
+    """
+
+    REFUSED = "refused"
+    EMPTY = "empty"
+    ERROR = "error"
+    UNKNOWN = "unknown"
+
+
 def url_problem(url: str) -> str | None:
     """Return what makes *url* unusable as an absolute http(s) URL; None if it is usable."""
     if not url.isascii() or not url.isprintable() or " " in url:

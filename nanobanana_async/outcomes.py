@@ -1,6 +1,7 @@
 """The outcome of each of many requests: `Succeeded`, `Failed` or `Unknown`. Frozen, made for `match`."""
 
 import logging
+from decimal import Decimal
 from typing import Final, TypeAlias
 
 import attrs
@@ -10,6 +11,7 @@ from nanobanana_async.errors import (
     NanoBananaError,
     NoImage,
     SubmissionUnknown,
+    TaskError,
     TaskFailed,
     TaskLost,
 )
@@ -28,6 +30,23 @@ class _OutcomeBase:
     """Line of the batch row in the file that it was read from; None if it was not read from a file."""
     replayed: bool = False
     """Whether the outcome is from an earlier run of the same batch."""
+    earlier: tuple[Task, ...] = ()
+    """Final tasks of earlier attempts of this run, each charged as it states."""
+
+    @property
+    def attempts(self) -> int:
+        """Number of tasks that were submitted for the request in this run, each charged as it states."""
+        return 1 + len(self.earlier)
+
+    @property
+    def consumed(self) -> Decimal | None:
+        """Credits that the service has stated for all attempts of this run; None if for none."""
+        tasks = (*self.earlier, self._last_task())
+        stated = [task.consumed for task in tasks if task is not None and task.consumed is not None]
+        return sum(stated, Decimal(0)) if stated else None
+
+    def _last_task(self) -> Task | None:
+        return None
 
 
 @attrs.frozen(kw_only=True)
@@ -39,12 +58,16 @@ class Succeeded(_OutcomeBase):
         request: The request.
         line: Line of the batch row in the file that it was read from; None if it was not read from a file.
         replayed: Whether the outcome is from an earlier run of the same batch.
+        earlier: Final tasks of earlier attempts of this run (see `RegeneratePolicy`), each charged as it states.
         task: The final snapshot. If replayed, it has only what the ledger stores: no `images` and no `raw`.
         files: Files that a batch has written durably; () from `generate_many`.
     """
 
     task: Task
     files: tuple[SavedImage, ...] = ()
+
+    def _last_task(self) -> Task | None:
+        return self.task
 
 
 @attrs.frozen(kw_only=True)
@@ -56,10 +79,14 @@ class Failed(_OutcomeBase):
         request: The request.
         line: Line of the batch row in the file that it was read from; None if it was not read from a file.
         replayed: Whether the outcome is from an earlier run of the same batch.
+        earlier: Final tasks of earlier attempts of this run (see `RegeneratePolicy`), each charged as it states.
         error: Why there is no image.
     """
 
     error: NanoBananaError
+
+    def _last_task(self) -> Task | None:
+        return self.error.task if isinstance(self.error, TaskError) else None
 
     @property
     def may_be_charged(self) -> bool:
@@ -80,6 +107,7 @@ class Unknown(_OutcomeBase):
         request: The request.
         line: Line of the batch row in the file that it was read from; None if it was not read from a file.
         replayed: Whether the outcome is from an earlier run of the same batch.
+        earlier: Final tasks of earlier attempts of this run (see `RegeneratePolicy`), each charged as it states.
         error: Why it is not known whether there is one.
     """
 
@@ -94,10 +122,10 @@ def outcome_from_error(
 ) -> Failed | Unknown:
     """Return the outcome of a *request* that ended in *error*."""
     if isinstance(error, SubmissionUnknown | TaskLost):
-        return Unknown(key=key, request=request, error=error)
+        return Unknown(key=key, request=request, error=error, earlier=error.earlier)
     if isinstance(error, ValueError):  # `extra` contains a value that JSON cannot encode
         error = ConfigurationError(str(error))
-    return Failed(key=key, request=request, error=error)
+    return Failed(key=key, request=request, error=error, earlier=error.earlier)
 
 
 def log_unconsumed(outcome: Outcome) -> None:

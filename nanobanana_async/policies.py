@@ -1,13 +1,16 @@
 """Frozen policies and their arithmetic. All times are seconds. No I/O and no clock."""
 
+import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from random import Random
 from typing import Final, Literal, Self, TypeAlias
 
 import attrs
 from attrs.validators import ge, gt, in_, le, lt, optional
+
+from nanobanana_async.models import ReasonKind, Task
 
 ResubmitLevel: TypeAlias = Literal["never", "api-5xx", "any-5xx", "always"]
 
@@ -48,6 +51,47 @@ class RetryPolicy:
     def allows_resubmit(self, level: ResubmitLevel) -> bool:
         """Return whether this policy resubmits in the cases of *level*."""
         return RESUBMIT_LEVELS.index(self.resubmit) >= RESUBMIT_LEVELS.index(level)
+
+
+class RegenerateOn(enum.StrEnum):
+    """An end of a task after which another one may be submitted.
+
+    Attributes:
+        EMPTY: It succeeded and has no image.
+        ERROR: It failed, and the service says that the error is its own.
+        WRONG_SIZE: Its image has not the requested `image_size`.
+    """
+
+    EMPTY = "empty"
+    ERROR = "error"
+    WRONG_SIZE = "wrong-size"
+
+
+def _to_ends(ends: Iterable[RegenerateOn | str]) -> frozenset[RegenerateOn]:
+    return frozenset(map(RegenerateOn, ends))
+
+
+@attrs.frozen(kw_only=True)
+class RegeneratePolicy:
+    """When a request is submitted again after its task has ended. Each such submit is charged again.
+
+    A refused prompt is not submitted again, nor a task that failed for an unknown reason.
+
+    Attributes:
+        attempts: Further submits of one request at most. The default, 0, charges nothing twice.
+        on: The ends after which a request is submitted again.
+        classify: Returns why a final task without an image has none; None uses `classify_reason`, which goes by the
+            words of the service. It also sets `reason_kind` of errors.
+    """
+
+    attempts: int = attrs.field(default=0, validator=[ge(0), le(10)])
+    on: frozenset[RegenerateOn] = attrs.field(default=frozenset(RegenerateOn), converter=_to_ends)
+    classify: Callable[[Task], ReasonKind] | None = None
+
+    def applies_to(self, kind: ReasonKind) -> bool:
+        """Return whether a request is submitted again after a task that has no image for a reason of this *kind*."""
+        ends = {ReasonKind.EMPTY: RegenerateOn.EMPTY, ReasonKind.ERROR: RegenerateOn.ERROR}
+        return ends.get(kind) in self.on
 
 
 @attrs.frozen(kw_only=True)

@@ -23,7 +23,7 @@ from nanobanana_async.api.operations import ServiceApi
 from nanobanana_async.api.submit import NO_RECORD, NO_SLOT_MESSAGE, AcceptedSubmit, SubmitLoop
 from nanobanana_async.api.turn import Turn
 from nanobanana_async.calls import SubmitCall, SubmitOptions, make_call
-from nanobanana_async.emission import emit, emit_change, emit_throttled
+from nanobanana_async.emission import ChangeEmitter, emit, emit_throttled
 from nanobanana_async.errors import NanoBananaError, NotSent, SubmissionUnknown
 from nanobanana_async.events import (
     Queued,
@@ -124,7 +124,10 @@ class Session:
             prepare=partial(encode_images, max_bytes=limits.max_reference_bytes),
         )
         schedule = PollSchedule(options.polling)
-        self.tracker: Final = TaskTracker(self.api, schedule, self.background, partial(emit_change, self.emit))
+        self.classify_reason: Final = options.classify_reason
+        on_change = ChangeEmitter(self.emit, self.classify_reason)
+        self.reasons: Final = on_change.reasons
+        self.tracker: Final = TaskTracker(self.api, schedule, self.background, on_change)
         self.background.call_when_stopped(self.tracker.close)
         self.delivery: Final = DeliveryCheck()
         self._recovery = CallbackRecovery(self.background, self.api.query)

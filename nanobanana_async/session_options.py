@@ -1,15 +1,21 @@
 """`SessionOptions`: the policies and hooks of a client, checked together."""
 
 import inspect
+import logging
 from collections.abc import Callable
+from typing import Final
 
 import attrs
 
 from nanobanana_async.errors import ConfigurationError
 from nanobanana_async.events import EventHook
 from nanobanana_async.handle import TaskHandle
-from nanobanana_async.policies import Limits, OwnerLimits, PollPolicy, RetryPolicy, Timeouts
+from nanobanana_async.models import ReasonKind, Task
+from nanobanana_async.policies import Limits, OwnerLimits, PollPolicy, RegeneratePolicy, RetryPolicy, Timeouts
 from nanobanana_async.protocols import TaskLedger
+from nanobanana_async.wire.refusals import classify_reason
+
+_log: Final = logging.getLogger("nanobanana_async")
 
 
 @attrs.frozen(kw_only=True)
@@ -18,11 +24,22 @@ class SessionOptions:
 
     limits: Limits
     retry: RetryPolicy
+    regenerate: RegeneratePolicy
     polling: PollPolicy
     timeouts: Timeouts
     owner_limits: OwnerLimits | Callable[[str], OwnerLimits]
     on_event: EventHook | None
     on_orphan: Callable[[TaskHandle], None] | None
+
+    def classify_reason(self, task: Task) -> ReasonKind:
+        """Return why a final task has no image. See `RegeneratePolicy.classify`."""
+        if self.regenerate.classify is None:
+            return classify_reason(task)
+        try:
+            return ReasonKind(self.regenerate.classify(task))
+        except Exception:  # noqa: BLE001 - user code; it is called by the tracker, which must go on
+            _log.exception("RegeneratePolicy.classify failed for task %s", task.task_id)
+            return ReasonKind.UNKNOWN
 
     def check(self, ledger: TaskLedger | None) -> None:
         """Raise `ConfigurationError` if the options cannot work, alone or with *ledger*."""

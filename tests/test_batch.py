@@ -28,6 +28,7 @@ from nanobanana_async import (
     NoImage,
     NotSent,
     PollPolicy,
+    ReasonKind,
     RetryPolicy,
     RowState,
     SavedImage,
@@ -459,17 +460,17 @@ async def test_a_ledger_that_cannot_be_written_stops_the_run(
             fail_at(state)
             await move(key, state, **facts)  # type: ignore[arg-type]
 
-        async def failing_begin(key: str, *, resubmit: bool = False, nonce: str | None = None) -> None:
+        async def failing_begin(key: str, **options: Any) -> None:  # noqa: ANN401 - passed through
             fail_at("submitting")
-            await begin(key, resubmit=resubmit, nonce=nonce)
+            await begin(key, **options)
 
-        async def failing_end(key: str, end: AttemptEnd) -> None:
+        async def failing_end(key: str, end: AttemptEnd, **options: Any) -> None:  # noqa: ANN401 - passed through
             fail_at("submitted")
-            await end_attempt(key, end)
+            await end_attempt(key, end, **options)
 
-        async def failing_final(key: str, task: Task) -> None:
+        async def failing_final(key: str, task: Task, reason_kind: ReasonKind | None) -> None:
             fail_at("succeeded")
-            await record_final(key, task)
+            await record_final(key, task, reason_kind)
 
         ledger.record_final = failing_final  # type: ignore[method-assign]
         ledger.transition, ledger.begin_attempt = failing_move, failing_begin  # type: ignore[method-assign]

@@ -246,7 +246,7 @@ def test_the_commands_say_what_is_not_as_requested(tmp_path: Path, monkeypatch: 
     with SimulatorServer(profile, render=tiny_png) as server:
         monkeypatch.setenv("DEFAPI_BASE_URL", server.url)
         monkeypatch.setenv("DEFAPI_API_KEY", "dk-test")
-        sizes = ("--model", "google/nano-banana-2", "--image-size", "4k")
+        sizes = ("--model", "google/nano-banana-2", "--image-size", "4k", "--poll", "0.05")
         one = nanobanana("generate", "a fox", "-o", str(tmp_path / "one"), *sizes)
         many = nanobanana("batch", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out"), *sizes)
         lines = nanobanana("generate", "a fox", "-o", str(tmp_path), *sizes, "--json")

@@ -30,6 +30,8 @@ class GalleryCard:
     """Credits as text."""
     note: str = ""
     """Reason why there is no image."""
+    reason_kind: str | None = None
+    """`ReasonKind` of the note; None if it has none."""
     mismatch: tuple[Mismatch, ...] = ()
     """In what the image is not as requested."""
 
@@ -60,7 +62,7 @@ def render(card: GalleryCard) -> str:
     else:
         link = escape(quote(card.file))
         image = f'<a href="{link}"><img src="{link}" alt="{prompt}" loading="lazy"></a>'
-    facts = [card.status]
+    facts = [card.status if card.reason_kind is None else f"{card.status}: {card.reason_kind}"]
     if card.seconds is not None:
         facts.append(f"{card.seconds:.1f} s")
     if card.cost:

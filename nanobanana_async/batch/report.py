@@ -148,6 +148,7 @@ def _card(record: LedgerRow) -> gallery.GalleryCard:
         seconds=_seconds(record),
         cost="" if record.consumed is None else format_credits(record.consumed),
         note="" if is_done else (record.reason or ""),
+        reason_kind=None if is_done or record.reason_kind is None else record.reason_kind.value,
         mismatch=tuple(one for file in record.files for one in file.mismatch),
     )
 
@@ -166,6 +167,7 @@ def _manifest_line(record: LedgerRow) -> dict[str, object]:
         "files": list(map(file_record, record.files)),
         "consumed": None if record.consumed is None else f"{record.consumed:f}",
         "attempt": record.attempt,
+        "reason_kind": record.reason_kind,
         "possible_duplicates": record.possible_duplicates,
         "held_charges": record.held_charges,
         "seconds": _seconds(record),

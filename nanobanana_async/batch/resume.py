@@ -14,7 +14,7 @@ from nanobanana_async.errors import (
 from nanobanana_async.handle import no_image_error
 from nanobanana_async.ledger.batch_ledger import BatchLedger
 from nanobanana_async.ledger.schema import BatchRow, LedgerRow, RowState
-from nanobanana_async.models import Task, TaskStatus
+from nanobanana_async.models import ReasonKind, Task, TaskStatus
 from nanobanana_async.outcomes import Failed, Outcome, Unknown
 
 
@@ -69,7 +69,7 @@ def _failure(record: LedgerRow) -> NanoBananaError:
     if record.task_id is None:
         return InvalidRequest(record.reason or "the service rejected the request")
     task = Task(task_id=record.task_id, status=TaskStatus.FAILED, consumed=record.consumed, reason=record.reason)
-    return no_image_error(task)
+    return no_image_error(task, record.reason_kind or ReasonKind.UNKNOWN)
 
 
 def files_exist(record: LedgerRow) -> bool:

@@ -9,13 +9,23 @@ from nanobanana_async.batch.resume import files_exist, previous_outcome, task_fr
 from nanobanana_async.batch.run_state import RunState, RunStopped
 from nanobanana_async.batch.submitter import RowRecord, Submitter
 from nanobanana_async.client import NanoBananaClient
-from nanobanana_async.errors import AuthenticationError, ImageError, LedgerError, NanoBananaError, TaskLost
+from nanobanana_async.errors import (
+    AuthenticationError,
+    ImageError,
+    LedgerError,
+    NanoBananaError,
+    NoImage,
+    NotSent,
+    TaskFailed,
+    TaskLost,
+)
 from nanobanana_async.handle import TaskHandle, no_image_error
 from nanobanana_async.ledger.batch_ledger import BatchLedger
 from nanobanana_async.ledger.schema import BatchRow, LedgerRow, RowState
 from nanobanana_async.models import Task
-from nanobanana_async.outcomes import Outcome, Succeeded, Unknown, outcome_from_error
+from nanobanana_async.outcomes import Outcome, Succeeded, outcome_from_error
 from nanobanana_async.protocols import ImageStore
+from nanobanana_async.regenerate import Generated, has_wrong_size, regenerate
 from nanobanana_async.saved import SavedImage
 
 _HAS_IMAGE = (RowState.SUCCEEDED, RowState.SAVED)
@@ -51,7 +61,7 @@ class RowRunner:
                 task = task_from_row(entry)
                 return Succeeded(key=row.key, request=row.request, task=task, files=entry.files, replayed=True)
             with self._submitter.record(row, entry) as record:
-                return await self._submit_and_complete(record, entry, timeout_s)
+                return await self._complete(record, entry, timeout_s)
         except RunStopped:
             return None
         except AuthenticationError as exc:
@@ -71,10 +81,31 @@ class RowRunner:
         await self._ledger.transition(entry.key, RowState.SUBMITTED)
         return attrs.evolve(entry, state=RowState.SUBMITTED)
 
-    async def _submit_and_complete(self, record: RowRecord, entry: LedgerRow, timeout_s: float | None) -> Outcome:
+    async def _complete(self, record: RowRecord, entry: LedgerRow, timeout_s: float | None) -> Outcome:
+        """Return the outcome of the row, after as many attempts as the `RegeneratePolicy` of the client allows."""
+
+        async def attempt(number: int) -> Generated:
+            if number == 1:
+                return await self._attempt(record, entry, timeout_s)
+            record.begin_again()
+            return await self._attempt(record, attrs.evolve(entry, state=RowState.READY), timeout_s)
+
+        try:
+            made = await regenerate(self._client.regenerate, attempt, has_wrong_size)
+        except (TaskFailed, NoImage) as exc:
+            if record.is_again:
+                await self._ledger.keep_attempt(entry.key, exc.task.task_id)
+            raise
+        if record.is_again:
+            await self._ledger.keep_attempt(entry.key, made.task.task_id)
+        return Succeeded(
+            key=entry.key, request=record.row.request, task=made.task, files=made.files, earlier=made.earlier
+        )
+
+    async def _attempt(self, record: RowRecord, entry: LedgerRow, timeout_s: float | None) -> Generated:
         is_new = entry.state.is_submittable
         if is_new:
-            handle = await self._submitter.submit(record)
+            handle = await self._submit(record)
         else:
             handle = self._client.task(entry.task_id or "", submitted_at=to_datetime(entry.submitted_at))
             if entry.consumed is None:
@@ -86,15 +117,21 @@ class RowRunner:
                 partial(self._save_images, record, entry, task), is_new=is_new and not task.has_inline_image
             )
             await self._ledger.record_saved(entry.key, files)
-        except TaskLost as exc:
-            return Unknown(key=entry.key, request=record.row.request, error=exc)
         except NanoBananaError as exc:
             exc.task_id = exc.task_id or handle.task_id
             raise
         finally:
             self._run_state.in_flight -= 1
             self._run_state.notify_all()
-        return Succeeded(key=entry.key, request=record.row.request, task=task, files=files)
+        return Generated(task, files)
+
+    async def _submit(self, record: RowRecord) -> TaskHandle:
+        try:
+            return await self._submitter.submit(record)
+        except RunStopped:
+            if not record.is_again:
+                raise
+            raise NotSent("not submitted again: the run has stopped") from None
 
     async def _wait(self, record: RowRecord, handle: TaskHandle, timeout_s: float | None, *, has_image: bool) -> Task:
         """Wait for the task and record its end. Return it if it has an image."""
@@ -105,11 +142,12 @@ class RowRunner:
                 await self._ledger.transition(record.row.key, RowState.UNKNOWN, reason=str(exc))
             raise
         if not has_image:
-            await self._ledger.record_final(record.row.key, task)
+            kind = None if task.images else self._client.classify_reason(task)
+            await self._ledger.record_final(record.row.key, task, kind)
         if record.reservation is not None:
             record.reservation.settle(task.consumed, is_success=bool(task.images))
         if not task.images:
-            raise no_image_error(task)
+            raise no_image_error(task, self._client.classify_reason(task))
         return task
 
     async def _save_images(self, record: RowRecord, entry: LedgerRow, task: Task) -> tuple[SavedImage, ...]:

@@ -10,6 +10,7 @@ from nanobanana_async.batch.run_state import RunState, RunStopped
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import (
     AuthenticationError,
+    BudgetExceeded,
     ClientClosed,
     ConfigurationError,
     InsufficientCredits,
@@ -43,6 +44,8 @@ class RowRecord:
         """The price of the last attempt, until it is decided."""
         self.is_probe = False
         """Whether the row is the one that is submitted while the service has errors."""
+        self.is_again = False
+        """Whether the attempt follows a task of this run that has ended (see `RegeneratePolicy`)."""
         self.last_end: AttemptEnd | None = None
         """The end of the last attempt of this run."""
         self._is_unknown = False
@@ -62,9 +65,24 @@ class RowRecord:
             self.reservation.__exit__(kind, exc, trace)
 
     async def reserve(self) -> None:
-        """Reserve the price of the next attempt."""
+        """Reserve the price of the next attempt. With `is_again` it neither waits for money nor stops the run.
+
+        Raises:
+            BudgetExceeded: Another attempt could exceed the budget.
+        """
         assert self.reservation is None  # noqa: S101 - released, or the row has ended
-        self.reservation = await self._run_state.reserve(self.priced_as)
+        if not self.is_again:
+            self.reservation = await self._run_state.reserve(self.priced_as)
+            return
+        budget = self._run_state.budget
+        self.reservation = budget.try_reserve(self.priced_as)
+        if self.reservation is None:
+            raise BudgetExceeded(budget.refusal(self.priced_as, "--max-price CREDITS"))
+
+    def begin_again(self) -> None:
+        """Prepare for another task, after one whose price is decided."""
+        self.is_again, self.reservation = True, None
+        self._is_unknown = self.is_probe = self.is_doubted = False
 
     def reopen(self) -> None:
         """Take over the price of an attempt of an earlier run."""
@@ -86,7 +104,7 @@ class RowRecord:
             is_blocked = self._run_state.is_probing and not self.is_probe
             if is_blocked or self._run_state.has_download_queue:
                 raise _Deferred
-        await self._ledger.begin_attempt(self.row.key, resubmit=self._is_unknown, nonce=nonce)
+        await self._ledger.begin_attempt(self.row.key, resubmit=self._is_unknown, is_again=self.is_again, nonce=nonce)
         self.reservation.was_sent = True
         self.scope.shield = True
 
@@ -108,7 +126,7 @@ class RowRecord:
         self.is_doubted = self.is_doubted or end.is_doubtful
         self._is_unknown = isinstance(end.error, SubmissionUnknown)
         try:
-            await self._ledger.end_attempt(self.row.key, end)
+            await self._ledger.end_attempt(self.row.key, end, is_again=self.is_again)
         finally:
             self.scope.shield = False
         if self.reservation is not None and end.verdict in (Verdict.REJECTED, Verdict.NOT_CHARGED):

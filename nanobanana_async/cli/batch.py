@@ -17,7 +17,7 @@ from nanobanana_async.batch import report
 from nanobanana_async.batch.row_file import RowFile
 from nanobanana_async.batch.runner import Batch
 from nanobanana_async.cli.batch_reporter import BatchReporter
-from nanobanana_async.cli.generate import check_writable, poll_option, poll_policy, timeout_option
+from nanobanana_async.cli.generate import check_writable, poll_option, poll_policy, regenerate_option, timeout_option
 from nanobanana_async.cli.preview import check_preview, dry_run, read_file
 from nanobanana_async.cli.resolve import ledger_option, resolve
 from nanobanana_async.cli.runtime import EXIT_FAILED, CommandContext, json_option, print_result, run
@@ -25,6 +25,7 @@ from nanobanana_async.cli.summary import Account, BatchSummary
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import ConfigurationError, NanoBananaError
 from nanobanana_async.ledger.schema import BatchRow
+from nanobanana_async.policies import RegeneratePolicy
 
 _BALANCE_TIMEOUT_S: Final = 2.0
 _MAX_DIGITS: Final = 15
@@ -67,6 +68,7 @@ class _Options:
     file_format: str | None
     new_account: bool
     retry_failed: bool
+    regenerate: int
     timeout_s: float | None
     poll_s: float | None
     as_json: bool
@@ -117,6 +119,7 @@ batch.add_command(resolve)
 @click.option("--new-account", is_flag=True, help="Accept a key of another account than in earlier runs.")
 @click.option("--format", "file_format", type=click.Choice(["txt", "csv", "jsonl"]), help="[default: by suffix]")
 @click.option("--retry-failed", is_flag=True, help="Submit failed rows again. Each may be charged again.")
+@regenerate_option
 @click.option("--model", metavar="MODEL", help="For rows without a model.")
 @click.option("--aspect-ratio", metavar="N:M", help="For rows without an aspect ratio.")
 @click.option("--image-size", metavar="SIZE", help="For rows without an image size.")
@@ -160,7 +163,9 @@ async def _run(rows: RowFile, options: _Options, command: str, context: CommandC
     if not options.as_json:
         context.print_summary = summary.print
     async with (
-        NanoBananaClient(polling=poll_policy(options.poll_s)) as client,
+        NanoBananaClient(
+            polling=poll_policy(options.poll_s), regenerate=RegeneratePolicy(attempts=options.regenerate)
+        ) as client,
         _opened(client, options, context) as batch,
     ):
         check_preview(rows, await batch.preview(rows), options)

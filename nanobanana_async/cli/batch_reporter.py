@@ -184,8 +184,10 @@ def _exit_code(outcome: Outcome) -> int:
 
 def _record(outcome: Outcome) -> dict[str, object]:
     record = {"key": outcome.key, "line": outcome.line, "prompt": outcome.request.prompt, "replayed": outcome.replayed}
+    record["attempts"] = outcome.attempts
     if isinstance(outcome, Succeeded):
         files = files_record(outcome.files)
-        return {**record, "outcome": "succeeded", **files, **task_record(outcome.task), "error": None}
+        task = {**task_record(outcome.task), "consumed": outcome.consumed}
+        return {**record, "outcome": "succeeded", **files, **task, "error": None}
     kind = "failed" if isinstance(outcome, Failed) else "unknown"
     return {**record, "outcome": kind, **files_record(()), **task_record(None), **error_record(outcome.error)}

@@ -19,7 +19,7 @@ from nanobanana_async.handle import TaskHandle
 from nanobanana_async.images.formats import SUFFIXES, split_suffix
 from nanobanana_async.images.references import parse_reference
 from nanobanana_async.models import DEFAULT_MODEL, GenerationRequest
-from nanobanana_async.policies import PollPolicy
+from nanobanana_async.policies import PollPolicy, RegeneratePolicy
 
 
 def _check_seconds(
@@ -51,6 +51,13 @@ poll_option = click.option(
 _OTHER_SUFFIXES: Final = frozenset({".tif", ".tiff", ".bmp", ".heic", ".heif", ".avif", ".svg", ".pdf", ".psd", ".jxl"})
 """Suffixes of images that the service does not return. As a folder they would be a surprise."""
 
+regenerate_option = click.option(
+    "--regenerate",
+    type=click.IntRange(0, 10),
+    default=0,
+    metavar="N",
+    help="Submit up to N more times if there is no image, or one of the wrong size. Each is charged. Not if refused.",
+)
 force_option = click.option("--force", is_flag=True, help="Replace an image with the name of -o.")
 
 
@@ -68,6 +75,7 @@ force_option = click.option("--force", is_flag=True, help="Replace an image with
 @click.option("--aspect-ratio", metavar="N:M", help="Aspect ratio, such as 16:9, or auto.")
 @click.option("--image-size", metavar="SIZE", help="Image size, such as 2k, if the model supports it.")
 @force_option
+@regenerate_option
 @click.option("--owner", metavar="NAME", help="Whom the images are for. To filter by it, run: nanobanana list --owner.")
 @click.option("--no-ledger", is_flag=True, help="Keep no record of the tasks for: nanobanana list.")
 @timeout_option
@@ -81,6 +89,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
     timeout_s: float | None,
     poll_s: float | None,
     *,
+    regenerate: int,
     force: bool,
     no_ledger: bool,
     as_json: bool,
@@ -107,7 +116,12 @@ def generate(  # noqa: PLR0913 - one parameter per option
 
         async with (
             open_ledger(skip=no_ledger) as ledger,
-            NanoBananaClient(polling=poll_policy(poll_s), on_orphan=keep, ledger=ledger) as client,
+            NanoBananaClient(
+                polling=poll_policy(poll_s),
+                regenerate=RegeneratePolicy(attempts=regenerate),
+                on_orphan=keep,
+                ledger=ledger,
+            ) as client,
         ):
             check_writable(path)
             is_recorded = ledger is not None

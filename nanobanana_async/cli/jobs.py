@@ -29,9 +29,10 @@ from nanobanana_async.events import Finished, Queued, StatusChanged, Submitted
 from nanobanana_async.handle import no_image_error
 from nanobanana_async.images.formats import split_suffix
 from nanobanana_async.models import GenerationRequest, JsonValue, Task
+from nanobanana_async.regenerate import Generated, has_wrong_size, regenerate
 from nanobanana_async.saved import SavedImage
 
-_NO_ERROR: Final = {"error": None, "error_type": None, "may_be_charged": False}
+_NO_ERROR: Final = {"error": None, "error_type": None, "reason_kind": None, "may_be_charged": False}
 
 
 @attrs.define(kw_only=True)
@@ -44,12 +45,14 @@ class Job:
     name: str | None = None
     """File name in a folder; None derives it from prompt and task id."""
     task: Task | None = None
-    files: list[SavedImage] = attrs.field(factory=list[SavedImage])
+    files: tuple[SavedImage, ...] = ()
     error: Exception | None = None
     owner: str | None = None
     """Whom the image is for."""
     is_recorded: bool = False
     """Whether the client has a ledger."""
+    earlier: tuple[Task, ...] = ()
+    """Final tasks that were followed by another one (`--regenerate`)."""
     possible_duplicates: int = 0
     """Submits beyond the first that may have been charged."""
     seconds: float | None = None
@@ -68,6 +71,7 @@ class Job:
             **record,
             **error,
             "task_id": error.get("task_id") or record["task_id"],
+            "attempts": 1 + len(self.earlier),
             "possible_duplicates": error.get("possible_duplicates") or self.possible_duplicates,
         }
 
@@ -104,6 +108,25 @@ async def _run_job(
     client: NanoBananaClient, job: Job, context: CommandContext, timeout_s: float | None, move: Callable[[str], None]
 ) -> None:
     started_s = anyio.current_time()
+    most_s = client.timeouts.task_s if timeout_s is None else timeout_s
+
+    async def attempt(_: int) -> Generated:
+        left_s = max(0.0, started_s + most_s - anyio.current_time())
+        return await _generate(client, job, context, left_s, move)
+
+    try:
+        made = await regenerate(client.regenerate, attempt, has_wrong_size)
+    except NanoBananaError as exc:
+        job.earlier = exc.earlier
+        raise
+    job.task, job.files, job.earlier = made.task, made.files, made.earlier
+    job.seconds = anyio.current_time() - started_s
+
+
+async def _generate(
+    client: NanoBananaClient, job: Job, context: CommandContext, timeout_s: float, move: Callable[[str], None]
+) -> Generated:
+    """Submit, wait and save. The files of an attempt are also in *job*."""
     note: JsonValue = {"output": str(job.output.absolute())}
     async with aclosing(client.stream(job.request, timeout_s=timeout_s, owner=job.owner, note=note)) as events:
         async for event in events:
@@ -111,29 +134,29 @@ async def _run_job(
                 case Queued():
                     move("waiting")
                 case Submitted(task_id=task_id):
-                    job.possible_duplicates = event.possible_duplicates
+                    job.possible_duplicates += event.possible_duplicates
                     context.unsaved_tasks[task_id or ""] = (job.request.prompt, str(job.output))
                     move("submitted")
                 case StatusChanged(task=task) | Finished(task=task):
                     job.task = task
                     move("saving" if task.is_final else task.status.value)
-    await _save(client, job, context)
-    job.seconds = anyio.current_time() - started_s
+    assert job.task is not None  # noqa: S101 - a stream ends with the final task
+    return Generated(job.task, await _save(client, job, job.task, context))
 
 
-async def _save(client: NanoBananaClient, job: Job, context: CommandContext) -> None:
-    """Save the image of a finished job, and acknowledge it in the ledger."""
-    task = job.task
-    assert task is not None  # noqa: S101 - a stream ends with the final task
+async def _save(client: NanoBananaClient, job: Job, task: Task, context: CommandContext) -> tuple[SavedImage, ...]:
+    """Save the image of a finished task, and acknowledge it in the ledger."""
+    files: list[SavedImage] = []
     if task.images:
         name = job.name or f"{job.request.prompt[:40]}-{task.task_id[-6:]}"
-        job.files = await client.save(task, job.output, name=name)
-        report_suffix(job.output, job.files)
+        files = await client.save(task, job.output, name=name)
+        report_suffix(job.output, files)
     del context.unsaved_tasks[task.task_id]  # saved, or without an image to download
     if job.is_recorded:
         await client.task(task.task_id).ack()
     if not task.images:
-        raise no_image_error(task)
+        raise no_image_error(task, client.classify_reason(task))
+    return tuple(files)
 
 
 def report_suffix(output: Path | str | None, files: Sequence[SavedImage]) -> None:
@@ -161,7 +184,8 @@ def report_failures(jobs: Sequence[Job]) -> None:
 def report_cost(jobs: Sequence[Job]) -> None:
     """Print how many images were saved, and what the service has charged."""
     saved = sum(len(job.files) for job in jobs)
-    charges = [job.task.consumed for job in jobs if job.task is not None and job.task.is_final]
+    ended = [task for job in jobs for task in (*job.earlier, job.task) if task is not None and task.is_final]
+    charges = [task.consumed for task in ended]
     line = f"{saved} {'image' if saved == 1 else 'images'}"
     line += f", {format_credits(sum((one for one in charges if one is not None), Decimal(0)))} credits charged"
     unstated = charges.count(None) + sum(job.exit_code == EXIT_UNKNOWN and job.task is None for job in jobs)

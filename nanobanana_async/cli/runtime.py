@@ -159,6 +159,7 @@ def error_record(exc: Exception) -> dict[str, object]:
         "task_id": getattr(exc, "task_id", None),
         "error": one_line(exc),
         "error_type": type(exc).__name__,
+        "reason_kind": getattr(exc, "reason_kind", None),
         "may_be_charged": exit_code(exc) == EXIT_UNKNOWN,
         "possible_duplicates": getattr(exc, "possible_duplicates", 0),
     }

@@ -79,12 +79,15 @@ class BatchSummary:
         async with aclosing(await opening) as ledger:
             in_file = await ledger.count_states(self.file)
             counts = _Counts(await ledger.count_states(self.keys), in_file, *await ledger.doubts())
-            mismatches = await ledger.count_mismatches(self.keys)
+            mismatches, reasons = await ledger.count_mismatches(self.keys), await ledger.count_reasons(self.keys)
             budget.add_attempts(await ledger.attempt_costs())
         click.echo(f"{', '.join(self._rows(counts))}; {self._money(counts, budget.status())}", err=True)
         if mismatches:
-            parts = ", ".join(f"{count} {kind}" for kind, count in sorted(mismatches.items()))
-            click.echo(f"not as requested: {parts}. See the gallery, or mismatch in the manifest.", err=True)
+            click.echo(
+                f"not as requested: {_listed(mismatches)}. See the gallery, or mismatch in the manifest.", err=True
+            )
+        if reasons:
+            click.echo(f"failed tasks by reason: {_listed(reasons)}", err=True)
         for line in self._hints(counts, budget.status()):
             click.echo(line, err=True)
 
@@ -182,6 +185,10 @@ class _Counts:
     @property
     def charged(self) -> int:
         return self.listed(RowState.SUBMITTED, RowState.SUCCEEDED)
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
 
 
 def _plural(word: str, number: int) -> str:

@@ -17,9 +17,10 @@ from nanobanana_async.cli.generate import (
 from nanobanana_async.cli.history import acknowledge
 from nanobanana_async.cli.jobs import report_suffix
 from nanobanana_async.cli.runtime import (
+    EXIT_FAILED,
     EXIT_OK,
+    EXIT_UNKNOWN,
     CommandContext,
-    exit_code,
     files_record,
     json_option,
     print_json,
@@ -29,7 +30,6 @@ from nanobanana_async.cli.runtime import (
 )
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import NoImage, TaskFailed
-from nanobanana_async.handle import no_image_error
 from nanobanana_async.models import Task, TaskStatus
 from nanobanana_async.saved import SavedImage
 
@@ -44,7 +44,7 @@ def status(task_id: str, *, as_json: bool) -> None:
         async with NanoBananaClient() as client:
             task = await client.task(task_id).query()
         _show(task, as_json=as_json)
-        return exit_code(no_image_error(task)) if task.status is TaskStatus.FAILED else EXIT_OK
+        return _failed_code(task) if task.status is TaskStatus.FAILED else EXIT_OK
 
     run(work, as_json=as_json)
 
@@ -99,6 +99,10 @@ def balance(*, as_json: bool) -> None:
         return EXIT_OK
 
     run(work, as_json=as_json)
+
+
+def _failed_code(task: Task) -> int:
+    return EXIT_UNKNOWN if task.consumed is None else EXIT_FAILED
 
 
 def _show(task: Task, *, as_json: bool, files: Sequence[SavedImage] = ()) -> None:

@@ -14,7 +14,7 @@ from nanobanana_async.ledger.database import OpenDatabase, open_database
 from nanobanana_async.ledger.restored import BatchChecks, find_file
 from nanobanana_async.ledger.schema import AttemptCost, BatchRow, LedgerRow, RowState
 from nanobanana_async.ledger.sqlite import GROUP_COMMIT_S, LedgerFile, check_group_commit_s
-from nanobanana_async.models import Task
+from nanobanana_async.models import ReasonKind, Task
 from nanobanana_async.protocols import AttemptEnd
 from nanobanana_async.saved import SavedImage
 
@@ -89,17 +89,24 @@ class BatchLedger(LedgerFile):
             lambda db: [batch_rows.to_ledger_row(line, self.folder) for line in batch_rows.unlisted(db, listing)]
         )
 
-    async def begin_attempt(self, key: str, *, resubmit: bool = False, nonce: str | None = None) -> None:
+    async def begin_attempt(
+        self, key: str, *, resubmit: bool = False, is_again: bool = False, nonce: str | None = None
+    ) -> None:
         """Record that a POST is about to be sent.
 
-        With *resubmit* it may follow an attempt of this run that may have been charged. *nonce* identifies the callback
-        of this submit.
+        With *resubmit* it may follow an attempt of this run that may have been charged, and with *is_again* one that
+        has an image. *nonce* identifies the callback of this submit.
         """
-        await self.commit(lambda db: schema.begin_attempt(db, key, resubmit=resubmit, nonce=nonce), key)
+        begin = partial(schema.begin_attempt, key=key, resubmit=resubmit, is_again=is_again, nonce=nonce)
+        await self.commit(begin, key)
 
-    async def end_attempt(self, key: str, end: AttemptEnd) -> None:
-        """Record the end of the current attempt of *key*."""
-        await self.commit(lambda db: schema.end_attempt(db, key, end), key)
+    async def end_attempt(self, key: str, end: AttemptEnd, *, is_again: bool = False) -> None:
+        """Record the end of the current attempt of *key*. *is_again* is that of its begin."""
+        await self.commit(lambda db: schema.end_attempt(db, key, end, is_again=is_again), key)
+
+    async def keep_attempt(self, key: str, task_id: str) -> None:
+        """Let the row *key* be about the attempt with this task, if its last one has ended without an image."""
+        await self.commit(lambda db: schema.keep_attempt(db, key, task_id), key)
 
     async def bind_by_nonce(self, nonce: str, task_id: str) -> None:
         """Record the task id of the submit with this *nonce*, if it is unknown."""
@@ -113,9 +120,9 @@ class BatchLedger(LedgerFile):
         """Set the state of the current attempt of *key*, and *facts* about it (columns of `attempts`)."""
         await self.commit(lambda db: schema.transition(db, key, state, facts), key)
 
-    async def record_final(self, key: str, task: Task) -> None:
-        """Record that *task*, the task of *key*, is final."""
-        await self.commit(lambda db: schema.record_final(db, key, task), key)
+    async def record_final(self, key: str, task: Task, reason_kind: ReasonKind | None) -> None:
+        """Record that *task*, the task of *key*, is final. *reason_kind* says why it has no image."""
+        await self.commit(lambda db: schema.record_final(db, key, task, reason_kind), key)
 
     async def resolve(self, key: str, state: RowState) -> None:
         """Decide about the unknown row *key*: `REQUEUED` or `ABANDONED`."""
@@ -156,6 +163,10 @@ class BatchLedger(LedgerFile):
     async def count_mismatches(self, listed: Container[str]) -> Counter[str]:
         """Return the number of mismatches of the saved images by kind, of rows whose key is in *listed*."""
         return await self.query(partial(batch_rows.count_mismatches, listed=listed))
+
+    async def count_reasons(self, listed: Container[str]) -> Counter[str]:
+        """Return the number of failed rows by the kind of their reason, of rows whose key is in *listed*."""
+        return await self.query(partial(batch_rows.count_reasons, listed=listed))
 
     async def doubts(self) -> tuple[int, int]:
         """Return the sums of `possible_duplicates` and of `held_charges` of all rows."""

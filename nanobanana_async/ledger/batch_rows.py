@@ -12,7 +12,7 @@ from typing import Any, Final
 import attrs
 
 from nanobanana_async._text import slugify
-from nanobanana_async.ledger.schema import SELECT_ROWS, BatchRow, LedgerRow, RowState, find_row
+from nanobanana_async.ledger.schema import NEXT_ATTEMPT, SELECT_ROWS, BatchRow, LedgerRow, RowState, find_row
 from nanobanana_async.models import JsonValue
 from nanobanana_async.saved import ImageInfo, Mismatch, SavedImage
 
@@ -98,6 +98,15 @@ def count_mismatches(db: sqlite3.Connection, listed: Container[str]) -> Counter[
     )
 
 
+def count_reasons(db: sqlite3.Connection, listed: Container[str]) -> Counter[str]:
+    """Return the number of failed rows by the kind of their reason, of rows whose key is in *listed*."""
+    lines = db.execute(
+        "SELECT key, reason_kind FROM rows JOIN attempts USING (key, attempt)"
+        " WHERE state = 'failed' AND reason_kind IS NOT NULL"
+    )
+    return Counter(kind for key, kind in lines if key in listed)
+
+
 def doubts(db: sqlite3.Connection) -> tuple[int, int]:
     """Return the sums of `possible_duplicates` and of `held_charges` of all rows."""
     line = db.execute(_SELECT_DOUBTS).fetchone()
@@ -145,7 +154,7 @@ def _is_restored(db: sqlite3.Connection, stem: str, image_stems: frozenset[str])
 
 def add_restored_attempt(db: sqlite3.Connection, key: str, state: RowState, task_id: str | None = None) -> None:
     """Add an attempt that was made, and whose record was lost."""
-    db.execute("UPDATE rows SET attempt = attempt + 1 WHERE key = ?", (key,))
+    db.execute(NEXT_ATTEMPT, (key,))
     db.execute("UPDATE meta SET value = value + 1 WHERE name = 'attempts'")
     db.execute(
         "INSERT INTO attempts (key, attempt, model, image_size, state, task_id, intended_at, reason)"
@@ -177,7 +186,7 @@ def _stem(db: sqlite3.Connection, row: BatchRow, number: int) -> str:
 def saved_stems(db: sqlite3.Connection) -> frozenset[str]:
     """Return the stems, in lower case, of the images that rows were saved to."""
     found = db.execute("SELECT files FROM attempts WHERE files != '[]'")
-    names = (name for (listed,) in found for name, *_ in json.loads(listed))
+    names = (record["file"] for (listed,) in found for record in json.loads(listed))
     return frozenset(name.rpartition(".")[0].lower() for name in names)
 
 

@@ -10,7 +10,7 @@ from typing import Final, TypeAlias
 import attrs
 
 from nanobanana_async.errors import SubmissionUnknown
-from nanobanana_async.models import GenerationRequest, JsonValue, Task
+from nanobanana_async.models import GenerationRequest, JsonValue, ReasonKind, Task
 from nanobanana_async.protocols import AttemptEnd, Verdict
 from nanobanana_async.saved import SavedImage
 
@@ -104,7 +104,7 @@ CREATE TABLE attempts (
     key TEXT NOT NULL, attempt INTEGER NOT NULL, state TEXT NOT NULL, may_be_charged INTEGER NOT NULL DEFAULT 1,
     is_doubtful INTEGER NOT NULL DEFAULT 0, rule TEXT, nonce TEXT, task_id TEXT, model TEXT NOT NULL, image_size TEXT,
     intended_at REAL NOT NULL, submitted_at REAL, ended_at REAL, saved_at REAL,
-    consumed TEXT, reason TEXT, files TEXT NOT NULL DEFAULT '[]', PRIMARY KEY (key, attempt)
+    consumed TEXT, reason TEXT, reason_kind TEXT, files TEXT NOT NULL DEFAULT '[]', PRIMARY KEY (key, attempt)
 ) WITHOUT ROWID;
 CREATE INDEX attempts_task ON attempts (task_id) WHERE task_id IS NOT NULL;
 CREATE TABLE pruned (owner TEXT NOT NULL, day INTEGER NOT NULL, spent TEXT NOT NULL, PRIMARY KEY (owner, day))
@@ -116,7 +116,8 @@ WITHOUT ROWID;
 SELECT_ROWS: Final = """
 SELECT key, number, file_stem, fingerprint, prompt, rows.model, rows.image_size, attempt, line, columns, listing,
     coalesce(state, 'ready') AS state,
-    task_id, intended_at, submitted_at, ended_at, saved_at, consumed, reason, coalesce(files, '[]') AS files,
+    task_id, intended_at, submitted_at, ended_at, saved_at, consumed, reason, reason_kind,
+    coalesce(files, '[]') AS files,
     (SELECT count(*) FROM attempts AS every WHERE every.key = rows.key AND every.may_be_charged
         AND (every.consumed IS NULL OR CAST(every.consumed AS REAL) > 0)) AS possible_charges,
     (SELECT count(*) FROM attempts AS every WHERE every.key = rows.key AND every.may_be_charged
@@ -129,7 +130,7 @@ SELECT model, image_size, may_be_charged, consumed, state IN ('succeeded', 'save
 FROM attempts GROUP BY 1, 2, 3, 4, 5
 """
 _SELECT_CURRENT: Final = """
-SELECT attempt, coalesce(state, 'ready') AS state, task_id FROM rows LEFT JOIN attempts USING (key, attempt)
+SELECT coalesce(state, 'ready') AS state, task_id FROM rows LEFT JOIN attempts USING (key, attempt)
 WHERE key = ?
 """
 # Also after a decision of the user: a charged image that comes late is better than none.
@@ -137,6 +138,11 @@ _SELECT_UNRESOLVED: Final = """
 SELECT key, attempts.attempt, attempts.attempt = rows.attempt AS is_last FROM attempts JOIN rows USING (key)
 WHERE nonce = ? AND task_id IS NULL AND may_be_charged AND state IN ('unknown', 'requeued', 'abandoned')
 """
+NEXT_ATTEMPT: Final = """
+UPDATE rows SET attempt = (SELECT coalesce(max(attempt), 0) + 1 FROM attempts WHERE attempts.key = rows.key)
+WHERE key = ?
+"""
+"""An earlier attempt than the last may be the one that the row is about, see `keep_attempt`."""
 _CURRENT_ATTEMPT: Final = "(key, attempt) = (SELECT key, attempt FROM rows WHERE key = ?)"
 
 
@@ -152,7 +158,7 @@ class LedgerRow:
         prompt: Text of the request.
         model: Model of the request.
         image_size: Image size of the request; None leaves it to the service.
-        attempt: Number of POSTs in all runs.
+        attempt: Number of the POST that the row is about, counted over all runs.
         state: State of the row.
         possible_charges: POSTs in all runs that were or may have been charged. More than one means possible
             duplicates.
@@ -165,6 +171,7 @@ class LedgerRow:
         saved_at: When its image was saved.
         consumed: Credits charged for the last attempt.
         reason: Why there is no image; None if there is one, or nothing is known.
+        reason_kind: Why the task had no image, by its words; None as for `reason`, or if there was no task.
         files: Saved images.
         line: Line in the file that it was read from last.
         columns: All columns of the row in that file, in order.
@@ -189,6 +196,7 @@ class LedgerRow:
     saved_at: float | None
     consumed: Decimal | None = attrs.field(converter=attrs.converters.optional(Decimal))
     reason: str | None
+    reason_kind: ReasonKind | None = attrs.field(converter=attrs.converters.optional(ReasonKind))
     files: tuple[SavedImage, ...]
     line: int | None
     columns: Mapping[str, JsonValue]
@@ -222,15 +230,18 @@ def find_row(db: sqlite3.Connection, key: str) -> sqlite3.Row | None:
 
 
 def _find_attempt(db: sqlite3.Connection, key: str) -> sqlite3.Row | None:
-    """Return number, state and task id of the last attempt of *key*; None if there is no such row."""
+    """Return state and task id of the current attempt of *key*; None if there is no such row."""
     found: sqlite3.Row | None = db.execute(_SELECT_CURRENT, (key,)).fetchone()
     return found
 
 
-def begin_attempt(db: sqlite3.Connection, key: str, *, resubmit: bool, nonce: str | None) -> bool:
+def begin_attempt(
+    db: sqlite3.Connection, key: str, *, resubmit: bool, nonce: str | None, is_again: bool = False
+) -> bool:
     """Begin a new attempt. Return False if the row may not be submitted.
 
-    With *resubmit* it may follow an attempt of this run that may have been charged.
+    With *resubmit* it may follow an attempt of this run that may have been charged, and with *is_again* one that has an
+    image (see `RegeneratePolicy`).
     """
     row = _find_attempt(db, key)
     if row is None:
@@ -238,10 +249,9 @@ def begin_attempt(db: sqlite3.Connection, key: str, *, resubmit: bool, nonce: st
     state = RowState(row["state"])
     if resubmit and state is RowState.UNKNOWN:
         transition(db, key, RowState.REQUEUED, {})
-    elif not state.is_submittable:
+    elif not (state.is_submittable or (is_again and state is RowState.SAVED)):
         return False
-    attempt = row["attempt"] + 1
-    db.execute("UPDATE rows SET attempt = ? WHERE key = ?", (attempt, key))
+    db.execute(NEXT_ATTEMPT, (key,))
     db.execute(
         "INSERT INTO attempts (key, attempt, model, image_size, state, intended_at, nonce)"
         " SELECT key, attempt, model, image_size, ?, ?, ? FROM rows WHERE key = ?",
@@ -251,8 +261,12 @@ def begin_attempt(db: sqlite3.Connection, key: str, *, resubmit: bool, nonce: st
     return True
 
 
-def end_attempt(db: sqlite3.Connection, key: str, end: AttemptEnd) -> bool:
-    """Record the end of the current attempt of *key*. Return False if it has another end."""
+def end_attempt(db: sqlite3.Connection, key: str, end: AttemptEnd, *, is_again: bool = False) -> bool:
+    """Record the end of the current attempt of *key*. Return False if it has another end.
+
+    An attempt with *is_again* follows another charged one. If it was not charged, the row has failed, and is not ready:
+    a later run does not charge it again.
+    """
     now, reason = time.time(), None if end.error is None else str(end.error)
     about: dict[str, _Value] = {"rule": end.rule, "is_doubtful": end.is_doubtful}
     if end.verdict is Verdict.ACCEPTED:
@@ -263,16 +277,28 @@ def end_attempt(db: sqlite3.Connection, key: str, end: AttemptEnd) -> bool:
     about["may_be_charged"] = end.verdict is Verdict.UNKNOWN
     if isinstance(end.error, SubmissionUnknown):  # this attempt, or an earlier one of the same submit
         return transition(db, key, RowState.UNKNOWN, {**about, "reason": reason})
-    state = RowState.FAILED if end.verdict is Verdict.REJECTED else RowState.REJECTED
+    state = RowState.FAILED if end.verdict is Verdict.REJECTED or is_again else RowState.REJECTED
     return transition(db, key, state, {**about, "reason": reason, "ended_at": now})
 
 
-def record_final(db: sqlite3.Connection, key: str, task: Task) -> bool:
+def keep_attempt(db: sqlite3.Connection, key: str, task_id: str) -> bool:
+    """Let the row *key* be about the attempt with this task, if its last one has ended without an image."""
+    found = "(SELECT attempt FROM attempts WHERE key = rows.key AND task_id = ?)"
+    ended = "(SELECT state FROM attempts WHERE key = rows.key AND attempt = rows.attempt)"
+    done = db.execute(
+        f"UPDATE rows SET attempt = {found} WHERE key = ? AND {found} IS NOT NULL AND {ended} IN (?, ?, ?)",
+        (task_id, key, task_id, RowState.FAILED, RowState.REJECTED, RowState.SAVED),
+    )
+    return done.rowcount > 0
+
+
+def record_final(db: sqlite3.Connection, key: str, task: Task, reason_kind: ReasonKind | None = None) -> bool:
     """Record the end of the task of *key*. Return False if its state does not allow it."""
     state = RowState.SUCCEEDED if task.images else RowState.FAILED
     consumed = None if task.consumed is None else f"{task.consumed:f}"
     reason = None if task.images else (task.reason or " ".join(task.texts) or "the service gave no reason")
-    return transition(db, key, state, {"ended_at": time.time(), "consumed": consumed, "reason": reason})
+    facts = {"ended_at": time.time(), "consumed": consumed, "reason": reason, "reason_kind": reason_kind}
+    return transition(db, key, state, facts)
 
 
 def transition(db: sqlite3.Connection, key: str, state: RowState, facts: Mapping[str, _Value]) -> bool:

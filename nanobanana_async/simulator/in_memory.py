@@ -9,7 +9,7 @@ from typing import Final
 import anyio
 
 from nanobanana_async.client import NanoBananaClient
-from nanobanana_async.policies import Limits, PollPolicy, RetryPolicy, Timeouts
+from nanobanana_async.policies import Limits, PollPolicy, RegeneratePolicy, RetryPolicy, Timeouts
 from nanobanana_async.protocols import ExchangeError, Phase, Transport, WireRequest, WireResponse
 from nanobanana_async.simulator.profile import SimulatorProfile
 from nanobanana_async.simulator.service import Charge, SimulatedService
@@ -41,11 +41,12 @@ class Simulator:
         """Every charge in order, to compare with what a program believes."""
         return self.service.charges
 
-    def client(
+    def client(  # noqa: PLR0913 - the policies of a client
         self,
         *,
         limits: Limits = FAST_LIMITS,
         retry: RetryPolicy = RetryPolicy(),
+        regenerate: RegeneratePolicy = RegeneratePolicy(),
         polling: PollPolicy = FAST_POLLING,
         timeouts: Timeouts = Timeouts(),
         wrap: Callable[[Transport], Transport] | None = None,
@@ -61,7 +62,13 @@ class Simulator:
             raise TypeError("wrap: expected a function that returns a Transport, got None from it")
         key = api_key or min(self.service.profile.keys)
         return NanoBananaClient(
-            key, limits=limits, retry=retry, polling=polling, timeouts=timeouts, transport=transport
+            key,
+            limits=limits,
+            retry=retry,
+            regenerate=regenerate,
+            polling=polling,
+            timeouts=timeouts,
+            transport=transport,
         )
 
     async def send(self, request: WireRequest, *, timeout_s: float) -> WireResponse:

@@ -38,12 +38,3 @@ def _spec(prompt: str, area: float, ratio: float) -> ImageSpec:
     """Return an image of about that area, with sides that are multiples of 16."""
     width, height = (16 * round(math.sqrt(side) / 16) for side in (area * ratio, area / ratio))
     return ImageSpec(prompt=prompt, width=width, height=height)
-
-
-def _flawed(spec: ImageSpec, flaw: str | None) -> ImageSpec:
-    area, ratio = spec.width * spec.height, spec.width / spec.height
-    if flaw == "wrong_sizes":
-        return _spec(spec.prompt, area / 4 if area > 2**21 else area * 4, ratio)
-    if flaw == "wrong_ratios":
-        return _spec(spec.prompt, area, 16 / 9 if abs(ratio - 1) < 0.1 else 1.0)
-    return attrs.evolve(spec, is_blank=flaw == "blank_images")

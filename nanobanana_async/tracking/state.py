@@ -180,6 +180,7 @@ class TrackerStatistics:
         median_latency_s: Learned median latency in seconds, by model. Its resolution is that of the polls.
         latency_models: Learned latency models, for `PollPolicy(latency_models=...)` of a later client. Plain
             numbers, valid in JSON.
+        reasons: Number of final tasks without an image, by `ReasonKind`.
         mismatches: Number of saved images that are not as requested, by `MismatchKind`. An image may count twice.
     """
 
@@ -192,4 +193,5 @@ class TrackerStatistics:
     wakeups: int
     median_latency_s: Mapping[str, float]
     latency_models: Mapping[str, tuple[float, ...]] = attrs.field(repr=False)
+    reasons: Mapping[str, int] = attrs.field(factory=dict[str, int])
     mismatches: Mapping[str, int] = attrs.field(factory=dict[str, int])

@@ -172,6 +172,11 @@ def differences(saved: nb.SavedImage) -> list[nb.MismatchKind]:
     return [one.kind for one in saved.mismatch]
 
 
+def policies(attempts: int) -> nb.RegeneratePolicy:
+    """Submit again after some ends, and say what a reason means."""
+    return nb.RegeneratePolicy(attempts=attempts, on={nb.RegenerateOn.EMPTY, "error"}, classify=nb.classify_reason)
+
+
 def stores() -> list[nb.ImageStore]:
     """Pass a store without a base class."""
     return [FolderStore()]
@@ -197,6 +202,9 @@ def errors(error: nb.TaskError, unknown: nb.SubmissionUnknown, api: nb.ApiError)
     assert_type(error.task, nb.Task | None)
     if isinstance(error, nb.NoImage | nb.TaskFailed):
         assert_type(error.task, nb.Task)
+        assert_type(error.reason_kind, nb.ReasonKind)
+        assert_type(nb.classify_reason(error.task), nb.ReasonKind)
+    assert_type(error.earlier, tuple[nb.Task, ...])
     assert_type(error.task_id, str | None)
     assert_type(unknown.status, int | None)
     assert_type(unknown.possible_duplicates, int)
