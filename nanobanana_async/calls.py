@@ -1,16 +1,20 @@
 """`SubmitCall`: one call that submits a request, and the arguments that `generate`, `submit` and `stream` share."""
 
 import json
+import logging
 from typing import Final, cast
 
 import anyio
 import attrs
 
+from nanobanana_async._concurrency.fifo_cache import FifoCache
 from nanobanana_async._concurrency.slots import SlotWaiter
 from nanobanana_async.events import new_key
 from nanobanana_async.handle import check_timeout_s
-from nanobanana_async.models import GenerationRequest, JsonValue, RequestOptions
+from nanobanana_async.models import GenerationRequest, JsonValue, RequestOptions, honours_image_size
 from nanobanana_async.protocols import CallbackSource, SubmitRecord
+
+_log: Final = logging.getLogger("nanobanana_async")
 
 
 class SubmitOptions(RequestOptions, total=False):
@@ -72,6 +76,28 @@ class SubmitCall:
 
     def __attrs_post_init__(self) -> None:
         self.waiter.owner = self.owner
+
+
+UNHONOURED_SIZE: Final = (
+    "model %s is not known to honour image_size. It may deliver and charge another size. Models whose names end with "
+    "-pro or -2 honour it."
+)
+"""Format of the warning. A display that has said it better compares `LogRecord.msg`."""
+_MAX_MODELS: Final = 64
+
+
+class SizeCheck:
+    """Warns of an image size that the model may ignore, once per model."""
+
+    def __init__(self) -> None:
+        self._warned: FifoCache[bool] = FifoCache(_MAX_MODELS)
+
+    def check(self, request: GenerationRequest) -> None:
+        """Warn about *request* before it costs anything."""
+        if request.image_size is None or honours_image_size(request.model) or self._warned.get(request.model):
+            return
+        self._warned.add(request.model, True)  # noqa: FBT003 - a set
+        _log.warning(UNHONOURED_SIZE, request.model)
 
 
 def make_call(

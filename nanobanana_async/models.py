@@ -75,6 +75,11 @@ class ReasonKind(enum.StrEnum):
     UNKNOWN = "unknown"
 
 
+def honours_image_size(model: str) -> bool:
+    """Return whether *model* is known to honour `image_size`. Observed: only models with these suffixes do."""
+    return model.endswith(("-pro", "-2"))
+
+
 def url_problem(url: str) -> str | None:
     """Return what makes *url* unusable as an absolute http(s) URL; None if it is usable."""
     if not url.isascii() or not url.isprintable() or " " in url:

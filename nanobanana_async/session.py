@@ -22,15 +22,10 @@ from nanobanana_async.api.flow_control import FlowControl
 from nanobanana_async.api.operations import ServiceApi
 from nanobanana_async.api.submit import NO_RECORD, NO_SLOT_MESSAGE, AcceptedSubmit, SubmitLoop
 from nanobanana_async.api.turn import Turn
-from nanobanana_async.calls import SubmitCall, SubmitOptions, make_call
+from nanobanana_async.calls import SizeCheck, SubmitCall, SubmitOptions, make_call
 from nanobanana_async.emission import ChangeEmitter, emit, emit_throttled
 from nanobanana_async.errors import NanoBananaError, NotSent, SubmissionUnknown
-from nanobanana_async.events import (
-    Queued,
-    Saved,
-    SubmitFailed,
-    Submitted,
-)
+from nanobanana_async.events import Queued, Saved, SubmitFailed, Submitted
 from nanobanana_async.handle import TaskHandle, recover_by_callback
 from nanobanana_async.images.delivered import DeliveryCheck
 from nanobanana_async.images.download import Downloader
@@ -84,6 +79,7 @@ class Session:
         self.ledger: Final = ledger
         self.options: Final = options
         self.default_timeout_s: Final = timeouts.task_s
+        self._size_check = SizeCheck()
         self._ledger_lock = anyio.Lock()
         self._has_opened_ledger = False
         self._doubtful: FifoCache[_DoubtfulSubmit] = FifoCache(_MAX_DOUBTFUL)
@@ -187,7 +183,9 @@ class Session:
     ) -> SubmitCall:
         """Return the call for these arguments. *timeout_s* None means the default."""
         timeout_s = self.default_timeout_s if timeout_s is None else timeout_s
-        return make_call(prompt, options, timeout_s=timeout_s, record=record)
+        made = make_call(prompt, options, timeout_s=timeout_s, record=record)
+        self._size_check.check(made.request)
+        return made
 
     async def submit(self, call: SubmitCall) -> TaskHandle:
         """Submit and return a handle once the task id is known. See `NanoBananaClient.submit`."""

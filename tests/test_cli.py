@@ -100,7 +100,7 @@ def test_the_demo_generates_24_images_and_a_gallery(tmp_path: Path) -> None:
         pytest.param(["generate", "x", "--aspect-ratio", "wide"], {}, 2, "such as '16:9'", id="bad-ratio"),
         pytest.param(["generate", "x", "-o", "-"], {}, 2, "not written to stdout", id="to-stdout"),
         pytest.param(["generate", "x", "-o", "file/x.png"], {}, 1, "file: expected a folder", id="no-folder"),
-        pytest.param(["generate", "a", "b", "-o", "c.png"], {}, 2, "a folder for 2 prompts", id="two-into-one"),
+        pytest.param(["generate", "a", "b", "-o", "c.png"], {}, 2, "a folder for 2 images", id="two-into-one"),
         pytest.param(["simulate", "--faults", "fire=1"], {}, 2, "got 'fire'", id="bad-fault"),
     ],
 )

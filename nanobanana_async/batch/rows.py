@@ -47,9 +47,14 @@ class RowKeys:
         return BatchRow(key=key, request=request, name=name, fingerprint=fingerprint)
 
     def assign(
-        self, request: GenerationRequest, key: str | None = None, images: Iterable[str] | None = None
+        self,
+        request: GenerationRequest,
+        key: str | None = None,
+        images: Iterable[str] | None = None,
+        *,
+        is_variant: bool = False,
     ) -> tuple[str, str]:
-        """Return key and fingerprint of the row of *request*.
+        """Return key and fingerprint of the row of *request*. A variant is no copy of the row before it.
 
         Raises:
             ValueError: The key is invalid, or another row has it.
@@ -57,7 +62,7 @@ class RowKeys:
         content = _fingerprint(request, list(map(_image_identity, request.images) if images is None else images))
         number = int(content, 16)
         self._seen[number] += 1
-        self.copies += self._seen[number] > 1
+        self.copies += self._seen[number] > 1 and not is_variant
         if key is None:
             ordinal = self._seen[number]
             key = content if ordinal == 1 else f"{content}-{ordinal}"

@@ -72,6 +72,8 @@ class _Options:
     timeout_s: float | None
     poll_s: float | None
     as_json: bool
+    template: str | None
+    variants: int
     model: str | None
     aspect_ratio: str | None
     image_size: str | None
@@ -82,6 +84,8 @@ class _Options:
             self.file,
             file_format=self.file_format,
             once=self.once,
+            template=self.template,
+            variants=self.variants,
             is_quiet=self.as_json,
             model=self.model,
             aspect_ratio=self.aspect_ratio,
@@ -113,6 +117,10 @@ batch.add_command(resolve)
 @click.option("--max-price", type=_Credits(), metavar="CREDITS", help="Upper bound of a price that is not known yet.")
 @click.option("--dry-run", "is_dry_run", is_flag=True, help="Check the file, print the cost if it is known, and stop.")
 @click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Run only the first N rows.")
+@click.option("--template", metavar="TEXT", help="Prompt with columns of FILE in braces: 'photo of {name}, {colour}'.")
+@click.option(
+    "--n", "variants", type=click.IntRange(1, 1000), default=1, metavar="N", help="Images per row: name-1 to name-N."
+)
 @click.option("--once", is_flag=True, help="Leave out copies: rows with the content of an earlier row.")
 @click.option("--yes", "is_confirmed", is_flag=True, help="Submit rows that seem to replace charged ones.")
 @ledger_option

@@ -12,6 +12,7 @@ from anyio.abc import TaskGroup
 
 from nanobanana_async._text import format_credits, sanitize_line
 from nanobanana_async.batch.runner import Batch
+from nanobanana_async.calls import UNHONOURED_SIZE
 from nanobanana_async.cli.progress import ProgressBar
 from nanobanana_async.cli.runtime import (
     EXIT_FAILED,
@@ -95,6 +96,8 @@ class BatchReporter:
             self._bar.print_line(f"see {MANIFEST_NAME} for further failures")
 
     def _report_warning(self, record: logging.LogRecord) -> None:
+        if record.msg is UNHONOURED_SIZE:  # said of the file, with the number of rows
+            return
         line = sanitize_line(record.getMessage())
         if record.levelno >= logging.ERROR:  # it may name a charged task, so it is always printed
             self._bar.print_line(line)

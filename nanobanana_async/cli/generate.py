@@ -75,6 +75,7 @@ force_option = click.option("--force", is_flag=True, help="Replace an image with
 @click.option("--aspect-ratio", metavar="N:M", help="Aspect ratio, such as 16:9, or auto.")
 @click.option("--image-size", metavar="SIZE", help="Image size, such as 2k, if the model supports it.")
 @force_option
+@click.option("--n", "variants", type=click.IntRange(1, 1000), default=1, metavar="N", help="Images per prompt.")
 @regenerate_option
 @click.option("--owner", metavar="NAME", help="Whom the images are for. To filter by it, run: nanobanana list --owner.")
 @click.option("--no-ledger", is_flag=True, help="Keep no record of the tasks for: nanobanana list.")
@@ -89,6 +90,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
     timeout_s: float | None,
     poll_s: float | None,
     *,
+    variants: int,
     regenerate: int,
     force: bool,
     no_ledger: bool,
@@ -100,7 +102,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
     Tasks are recorded, so that none is lost if the program is killed. To list them, run: nanobanana list.
     """
     path = Path(output)
-    prompts = _with_stdin(prompts)
+    prompts = tuple(prompt for prompt in _with_stdin(prompts) for _ in range(variants))
     if owner is not None and not owner.strip():
         raise click.UsageError("--owner: expected text.")
     _check_output(output, len(prompts), force=force)
@@ -164,7 +166,7 @@ def _check_output(output: str, count: int, *, force: bool) -> None:
     if suffix in _OTHER_SUFFIXES:
         raise click.UsageError(f"-o: expected .png, .jpg, .webp, .gif, or a folder, got {suffix}.")
     if count > 1 and split_suffix(output)[1]:
-        raise click.UsageError(f"-o: expected a folder for {count} prompts, got the file {output}.")
+        raise click.UsageError(f"-o: expected a folder for {count} images, got the file {output}.")
     check_not_replaced(Path(output), force=force)
 
 

@@ -31,7 +31,7 @@ _MAX_COLUMNS: Final = 10
 
 
 async def read_file(
-    path: Path, *, file_format: str | None, once: bool, is_quiet: bool, **defaults: str | None
+    path: Path, *, is_quiet: bool, once: bool, template: str | None, variants: int, **texts: str | None
 ) -> RowFile:
     """Return the rows of a file. While it is read, a line is printed every two seconds."""
     shown_s = time.monotonic()
@@ -43,7 +43,7 @@ async def read_file(
             click.echo(f"reading {sanitize_line(str(path))}: {count:,} rows", err=True)
 
     return await anyio.to_thread.run_sync(
-        lambda: read_rows(path, file_format=file_format, once=once, on_progress=show, **defaults)
+        lambda: read_rows(path, once=once, template=template, variants=variants, on_progress=show, **texts)
     )
 
 
@@ -87,6 +87,11 @@ def _notes(rows: RowFile) -> list[str]:
     if rows.copies:
         advice = "left out" if rows.once else "each is charged. To leave copies out, add --once"
         notes.append(f"{_count(rows.copies, 'row')} with the content of an earlier row: {advice}")
+    notes += [
+        f"{_count(count, 'row')} with an image size for {sanitize_line(model)}, which is not known to honour it: "
+        "another size may be delivered and charged"
+        for model, count in rows.unhonoured_sizes.items()
+    ]
     if rows.extra_columns:
         names = [sanitize_line(name)[:40] for name in rows.extra_columns[:_MAX_COLUMNS]]
         names += ["..."] if len(rows.extra_columns) > _MAX_COLUMNS else []
