@@ -55,7 +55,7 @@ def track(tracked: int, tracker: TaskTracker) -> list[Waiter]:
     """Track that many tasks, and return their waiters."""
     now_s = anyio.current_time()
     return [
-        tracker.track(f"ta{number:08d}-1234-1234-1234-123456789abc", SubmitInfo(submitted_at_s=now_s, model="m"))[1]
+        tracker.track(f"ta{number:08d}-1234-1234-1234-123456789abc", SubmitInfo(submitted_at_s=now_s, kind="m"))[1]
         for number in range(tracked)
     ]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 from nanobanana_async.events import Event, EventHook, Finished, StatusChanged, Throttled
-from nanobanana_async.models import ReasonKind, Task
+from nanobanana_async.models import Eta, ReasonKind, Task
 from nanobanana_async.tracking.state import SubmitInfo
 
 _log: Final = logging.getLogger("nanobanana_async")
@@ -30,11 +30,11 @@ class ChangeEmitter:
         self._classify = classify
         self.reasons: Final[Counter[ReasonKind]] = Counter()
 
-    def __call__(self, info: SubmitInfo, task: Task) -> None:
+    def __call__(self, info: SubmitInfo, task: Task, eta: Eta | None) -> None:
         """Emit the event for a snapshot."""
         if task.is_final and not task.images:
             self.reasons[self._classify(task)] += 1
-        self._pass_on(to_event(info, task))
+        self._pass_on(to_event(info, task, eta))
 
 
 def emit_throttled(pass_on: Callable[[Event], None], pause_s: float) -> None:
@@ -42,7 +42,9 @@ def emit_throttled(pass_on: Callable[[Event], None], pause_s: float) -> None:
     pass_on(Throttled(key="", pause_s=pause_s))
 
 
-def to_event(info: SubmitInfo, task: Task) -> StatusChanged | Finished:
+def to_event(info: SubmitInfo, task: Task, eta: Eta | None) -> StatusChanged | Finished:
     """Return the event for a snapshot."""
-    kind = Finished if task.is_final else StatusChanged
-    return kind(key=info.key or task.task_id, owner=info.owner, task_id=task.task_id, task=task)
+    key = info.key or task.task_id
+    if task.is_final:
+        return Finished(key=key, owner=info.owner, task_id=task.task_id, task=task)
+    return StatusChanged(key=key, owner=info.owner, task_id=task.task_id, task=task, eta=eta)

@@ -12,7 +12,7 @@ import anyio
 from nanobanana_async._text import format_credits
 from nanobanana_async.api.operations import ServiceApi
 from nanobanana_async.errors import LedgerError, NanoBananaError, NoImage, TaskFailed, TaskNotFound
-from nanobanana_async.models import JsonValue, ReasonKind, Task, TaskStatus
+from nanobanana_async.models import Eta, JsonValue, ReasonKind, Task, TaskStatus
 from nanobanana_async.protocols import LedgerEntry, PendingCallback, TaskLedger
 from nanobanana_async.tracking.schedule import NOT_FOUND_GRACE_S
 from nanobanana_async.tracking.state import SubmitInfo
@@ -90,6 +90,18 @@ class TaskHandle:
         From the ledger it has no images. `result` queries the task again, which costs nothing.
         """
         return self._final or (None if self._entry is None else self._entry.snapshot)
+
+    def eta(self) -> Eta | None:
+        """Return the time left until the task is final, learned from tasks of its model and image size.
+
+        It depends on the age of the task: one that is late may need longer than a new one. No I/O. None if the task is
+        final, or if the time of its submit is not known.
+        """
+        if self._final is not None or self._source.tracker.cache.finished(self.task_id) is not None:
+            return None
+        if self._submit_info.submitted_at_s is None:
+            return None
+        return self._source.tracker.eta(self._submit_info)
 
     async def ack(self) -> None:
         """Record in the ledger that the application has used the result, so that `client.resume()` leaves it out.

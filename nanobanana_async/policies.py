@@ -123,7 +123,7 @@ class PollPolicy:
         max_interval_s: Longest time between two polls of one task. If more polls are due than
             `Limits.requests_per_s` allows, they also wait in a queue, the most overdue first.
         jitter: Largest relative deviation of an interval: 0.1 means +/-10 %.
-        latency_models: Latency models of an earlier client, by model name, from
+        latency_models: Latency models of an earlier client, by model and image size, from
             `client.statistics().latency_models`. May be empty.
         static_schedule: Intervals that are not learned; see `fixed` and `backoff`. None selects the learned
             schedule.

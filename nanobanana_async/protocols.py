@@ -227,6 +227,11 @@ class LedgerEntry(SubmitRecord, Protocol):
         ...
 
     @property
+    def image_size(self) -> str | None:
+        """Image size of the request; None leaves it to the service."""
+        ...
+
+    @property
     def submitted_at(self) -> datetime | None:
         """When the submit was accepted."""
         ...

@@ -44,7 +44,7 @@ from nanobanana_async.protocols import (
 from nanobanana_async.recovery import CallbackRecovery
 from nanobanana_async.saved import SavedImage
 from nanobanana_async.session_options import SessionOptions, limits_of
-from nanobanana_async.tracking.schedule import PollSchedule
+from nanobanana_async.tracking.schedule import PollSchedule, latency_kind
 from nanobanana_async.tracking.state import SubmitInfo
 from nanobanana_async.tracking.tracker import TaskTracker
 from nanobanana_async.transport.addresses import ServiceNetwork
@@ -96,7 +96,7 @@ class Session:
             self.background.close_when_stopped(transport.aclose)
         active = CheckedTransport(transport)
         memory = ByteBudget(limits.max_download_bytes)
-        flow = FlowControl(limits, options.retry, partial(emit_throttled, self.emit))
+        self._flow = flow = FlowControl(limits, options.retry, partial(emit_throttled, self.emit))
         self.api: Final = ServiceApi(
             active,
             self.background,
@@ -192,7 +192,7 @@ class Session:
         await self.start()
         limits = self.queue.limits(call.owner)
         if self.options.on_event is not None:  # the position is O(owners)
-            self.emit(Queued(key=call.key, owner=call.owner, position=self.queue.position(call.waiter)))
+            self.emit(self.queued(call))
         try:
             try:  # here and not further down, because each frame of ten thousand waiting calls takes 300 bytes
                 slot = await self.slots.acquire(call.deadline_s, call.waiter)
@@ -213,6 +213,13 @@ class Session:
         duplicates = handle.possible_duplicates
         self.emit(Submitted(key=call.key, owner=call.owner, task_id=handle.task_id, possible_duplicates=duplicates))
         return handle
+
+    def queued(self, call: SubmitCall) -> Queued:
+        """Return the event of a call that waits in line."""
+        position = self.queue.position(call.waiter)
+        info = SubmitInfo(kind=latency_kind(call.request.model, call.request.image_size))
+        eta = self.tracker.eta(info, self._flow.line_s(position))
+        return Queued(key=call.key, owner=call.owner, position=position, eta=eta)
 
     async def _submit_with_slot(self, call: SubmitCall, slot: Slot, limits: OwnerLimits) -> TaskHandle:
         entry: LedgerEntry | None = None
@@ -342,7 +349,9 @@ class Session:
             age_s = max(0.0, (datetime.now(UTC) - submitted_at).total_seconds())
             info = attrs.evolve(info, submitted_at_s=anyio.current_time() - age_s)
         if entry is not None:
-            info = attrs.evolve(info, key=entry.key, owner=entry.owner, model=entry.model)
+            info = attrs.evolve(
+                info, key=entry.key, owner=entry.owner, kind=latency_kind(entry.model, entry.image_size)
+            )
         duplicates = 0 if entry is None else entry.possible_duplicates
         return TaskHandle(
             self, task_id, submit_info=info, submitted_at=submitted_at, possible_duplicates=duplicates, entry=entry
@@ -353,7 +362,7 @@ class Session:
     ) -> TaskHandle:
         info = SubmitInfo(
             submitted_at_s=anyio.current_time(),
-            model=call.request.model,
+            kind=latency_kind(call.request.model, call.request.image_size),
             callback_url=None if pending is None else sys.intern(pending.url.rpartition("/")[0]),
             key=call.key,
             owner=call.owner,

@@ -72,12 +72,12 @@ async def stream(
     session.background.start_soon(submit.run)
     shown_s, is_known = anyio.current_time(), False
     try:
-        yield Queued(key=call.key, owner=call.owner, position=position)
+        yield session.queued(call)
         while not await submit.wait(min(every_s, _POSITION_INTERVAL_S)):
             now, now_s = session.queue.position(call.waiter), anyio.current_time()
             if not call.waiter.acquired and (now != position or now_s - shown_s >= every_s):
                 position, shown_s = now, now_s
-                yield Queued(key=call.key, owner=call.owner, position=position)
+                yield session.queued(call)
         if submit.error is not None:
             raise submit.error
         handle = submit.handle
@@ -93,4 +93,4 @@ async def stream(
     updates = session.tracker.updates(handle.task_id, timeout_s=left_s, every_s=every_s)
     async with contextlib.aclosing(updates):
         async for task in updates:
-            yield to_event(info, task)
+            yield to_event(info, task, handle.eta())

@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.virtual_time]
 
 def submitted_now() -> SubmitInfo:
     """Return the info of a task that this client has just submitted."""
-    return SubmitInfo(submitted_at_s=anyio.current_time(), model="m")
+    return SubmitInfo(submitted_at_s=anyio.current_time(), kind="m")
 
 
 # --- callbacks ------------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ async def test_every_waiter_gets_the_truth_or_an_error_in_time(
         shared = job.shares and number > 0 and f"ta-{number - 1}" in begun
         task_id = f"ta-{number - 1 if shared else number}"
         began_s, latency_s = begun.setdefault(task_id, (anyio.current_time() - start_s, job.latency_s))
-        submit_info = SubmitInfo(submitted_at_s=start_s + began_s, model="m")
+        submit_info = SubmitInfo(submitted_at_s=start_s + began_s, kind="m")
         asked_s, seen = anyio.current_time(), [-1]
         with anyio.move_on_after(job.leaves_s) as scope:
             try:
@@ -187,7 +187,7 @@ async def test_a_hundred_thousand_tasks_in_an_hour_are_all_noticed() -> None:
                 longest_s = max(longest_s, tracker.statistics().overdue_s) if number % 1000 == 0 else longest_s
             now_s = anyio.current_time()
             began[f"ta-{number}"] = (now_s - start_s, latency_s)
-            tracker.track(f"ta-{number}", SubmitInfo(submitted_at_s=now_s, model="m"))
+            tracker.track(f"ta-{number}", SubmitInfo(submitted_at_s=now_s, kind="m"))
         await anyio.sleep(300)
         statistics = tracker.statistics()
     assert len(late_s) == 100_000

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import anyio
 import attrs
@@ -28,7 +29,7 @@ from nanobanana_async.errors import NanoBananaError, TaskLost, TaskNotFound
 from nanobanana_async.events import Finished, Queued, StatusChanged, Submitted
 from nanobanana_async.handle import no_image_error
 from nanobanana_async.images.formats import split_suffix
-from nanobanana_async.models import GenerationRequest, JsonValue, Task
+from nanobanana_async.models import Eta, GenerationRequest, JsonValue, Task
 from nanobanana_async.regenerate import Generated, has_wrong_size, regenerate
 from nanobanana_async.saved import SavedImage
 
@@ -89,7 +90,7 @@ async def run_jobs(
 
     async def run_one(number: int, job: Job) -> None:
         try:
-            await _run_job(client, job, context, timeout_s, lambda state: progress.move(number, state))
+            await _run_job(client, job, context, timeout_s, partial(progress.move, number))
         except (TaskLost, TaskNotFound) as exc:  # there is no image to download
             context.unsaved_tasks.pop(exc.task_id or "", None)
             job.error = exc
@@ -98,14 +99,27 @@ async def run_jobs(
         progress.move(number, {EXIT_OK: "succeeded", EXIT_FAILED: "failed", EXIT_UNKNOWN: "unknown"}[job.exit_code])
         on_finished(job)
 
-    async with anyio.create_task_group() as group:
-        for number, job in enumerate(jobs):
-            group.start_soon(run_one, number, job)
+    async with anyio.create_task_group() as outer:
+        outer.start_soon(_refresh, progress)
+        async with anyio.create_task_group() as group:
+            for number, job in enumerate(jobs):
+                group.start_soon(run_one, number, job)
+        outer.cancel_scope.cancel()
     return max((job.exit_code for job in jobs), default=EXIT_OK)
 
 
+async def _refresh(progress: JobProgressBar) -> None:
+    while True:
+        await anyio.sleep(1)
+        progress.refresh()
+
+
+class _Move(Protocol):
+    def __call__(self, state: str, eta: Eta | None = None) -> None: ...
+
+
 async def _run_job(
-    client: NanoBananaClient, job: Job, context: CommandContext, timeout_s: float | None, move: Callable[[str], None]
+    client: NanoBananaClient, job: Job, context: CommandContext, timeout_s: float | None, move: _Move
 ) -> None:
     started_s = anyio.current_time()
     most_s = client.timeouts.task_s if timeout_s is None else timeout_s
@@ -124,22 +138,25 @@ async def _run_job(
 
 
 async def _generate(
-    client: NanoBananaClient, job: Job, context: CommandContext, timeout_s: float, move: Callable[[str], None]
+    client: NanoBananaClient, job: Job, context: CommandContext, timeout_s: float, move: _Move
 ) -> Generated:
     """Submit, wait and save. The files of an attempt are also in *job*."""
     note: JsonValue = {"output": str(job.output.absolute())}
     async with aclosing(client.stream(job.request, timeout_s=timeout_s, owner=job.owner, note=note)) as events:
         async for event in events:
             match event:
-                case Queued():
-                    move("waiting")
+                case Queued(eta=eta):
+                    move("waiting", eta)
                 case Submitted(task_id=task_id):
                     job.possible_duplicates += event.possible_duplicates
                     context.unsaved_tasks[task_id or ""] = (job.request.prompt, str(job.output))
-                    move("submitted")
-                case StatusChanged(task=task) | Finished(task=task):
+                    move("submitted", client.task(task_id or "").eta())
+                case StatusChanged(task=task, eta=eta):
                     job.task = task
-                    move("saving" if task.is_final else task.status.value)
+                    move(task.status.value, eta)
+                case Finished(task=task):
+                    job.task = task
+                    move("saving")
     assert job.task is not None  # noqa: S101 - a stream ends with the final task
     return Generated(job.task, await _save(client, job, job.task, context))
 

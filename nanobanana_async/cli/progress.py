@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, Self
 import click
 
 from nanobanana_async.cli.runtime import print_result
+from nanobanana_async.models import Eta
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -23,6 +24,9 @@ _ORDER: Final = (
     "failed",
     "unknown",
 )
+
+
+_RUNNING: Final = ("waiting", "pending", "submitted", "in_progress", "unrecognized")
 
 
 class ProgressBar:
@@ -82,13 +86,28 @@ class JobProgressBar(ProgressBar):
     def __init__(self, total: int, *, quiet: bool = False) -> None:
         super().__init__(total, quiet=quiet)
         self._states: dict[int, str] = dict.fromkeys(range(total), "waiting")
+        self._ends: dict[int, tuple[float, float]] = {}
+        """When jobs will have ended: median, and nine of ten."""
 
-    def move(self, job: int, state: str) -> None:
-        """Set the state of job number *job*."""
+    def move(self, job: int, state: str, eta: Eta | None = None) -> None:
+        """Set the state of job number *job*, and the time it will take."""
         self._states[job] = state
+        now_s = time.monotonic()
+        if eta is not None:
+            self._ends[job] = (now_s + eta.median_s, now_s + eta.p90_s)
+        elif state not in _RUNNING:
+            self._ends.pop(job, None)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Show the states and the time that is left."""
         counts = Counter(self._states.values())
         ended = counts["succeeded"] + counts["failed"] + counts["unknown"]
         words = "  ".join(f"{counts[state]} {state.replace('_', ' ')}" for state in _ORDER if counts[state])
+        now_s = time.monotonic()
+        left_s, most_s = (max((end[at] for end in self._ends.values()), default=now_s) - now_s for at in (0, 1))
+        if most_s > 1:
+            words += f"  about {max(1, left_s):.0f} s left, at most {most_s:.0f} s for 9 in 10"
         self.show(ended, words)
 
 

@@ -9,6 +9,7 @@ from typing import Final, Self
 
 from nanobanana_async.errors import BudgetExceeded, LedgerError, NotSent, SubmissionUnknown
 from nanobanana_async.ledger import schema, tasks
+from nanobanana_async.ledger.budget import PricedAs
 from nanobanana_async.ledger.task_file import TaskFile
 from nanobanana_async.ledger.tasks import LedgerTask, NewTask
 from nanobanana_async.models import JsonValue, Task
@@ -21,11 +22,12 @@ class TaskEntry:
     is_doubted = False
     """See `SubmitRecord.is_doubted`. An entry belongs to one call of `submit`, which keeps it itself."""
 
-    def __init__(self, file: TaskFile, key: str, *, owner: str | None, note: JsonValue, model: str) -> None:
+    def __init__(self, file: TaskFile, key: str, *, owner: str | None, note: JsonValue, priced_as: PricedAs) -> None:
         self.key: Final = key
         self.owner: Final = owner
         self.note: Final = note
-        self.model: Final = model
+        self.model: Final = priced_as[0]
+        self.image_size: Final = priced_as[1]
         self.task_id: str | None = None
         self.submitted_at: datetime | None = None
         self.possible_duplicates = 0
@@ -53,7 +55,7 @@ class TaskEntry:
 
         *check_budget* says why an attempt is refused, or None. It runs in the transaction that records the attempt.
         """
-        entry = cls(file, new.key, owner=new.owner, note=note, model=new.priced_as[0])
+        entry = cls(file, new.key, owner=new.owner, note=note, priced_as=new.priced_as)
         entry._new = new
         entry._on_accepted = on_accepted
         entry._check_budget = check_budget
@@ -62,7 +64,7 @@ class TaskEntry:
     @classmethod
     def of(cls, file: TaskFile, task: LedgerTask) -> Self:
         """Return the entry of a task in *file*."""
-        entry = cls(file, task.key, owner=task.owner, note=task.note, model=task.model)
+        entry = cls(file, task.key, owner=task.owner, note=task.note, priced_as=(task.model, task.image_size))
         entry.task_id = task.task_id
         entry.submitted_at = None if task.submitted_at is None else datetime.fromtimestamp(task.submitted_at, UTC)
         entry.possible_duplicates = max(0, task.possible_charges - 1)

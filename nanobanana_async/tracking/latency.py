@@ -66,6 +66,7 @@ class LatencyModel:
         self._at_risk_s = [0.0] * BINS
         self._observation_weight = 1.0
         """Weight of the next observation. Raising it decays all earlier ones at once."""
+        self._slow_s: float | None = None
 
     def next_poll_in_s(self, age_s: float, cost_s: float, max_s: float) -> float:
         """Return the seconds until polling a task unfinished at *age_s* is worth *cost_s*; at most *max_s*."""
@@ -90,13 +91,29 @@ class LatencyModel:
 
     def median_s(self) -> float:
         """Return the age at which half of the tasks are finished."""
-        left = math.log(2)
-        for k, (start_s, end_s) in enumerate(pairwise(_EDGES)):
+        return self.left_s(0.0, 0.5)
+
+    def slow_s(self) -> float:
+        """Return the age at which all but one in a thousand tasks are finished. Recomputed after each completion."""
+        if self._slow_s is None:
+            self._slow_s = self.left_s(0.0, 0.999)
+        return self._slow_s
+
+    def left_s(self, age_s: float, share: float) -> float:
+        """Return the seconds until *share* of the tasks that are unfinished at *age_s* are finished."""
+        left = -math.log1p(-share)
+        for k, start_s, end_s in _bins(age_s, math.inf):
             rate = self._hazard(k)
             if left <= rate * (end_s - start_s):
-                return start_s + left / rate
+                return start_s + left / rate - age_s
             left -= rate * (end_s - start_s)
         raise AssertionError("the last bin has no end")
+
+    def seed(self) -> "LatencyModel":
+        """Return a model that begins with the distribution of this one, with the weight of the prior."""
+        total = math.fsum(self._events) / self._observation_weight
+        share = min(1.0, _PRIOR_TASKS / total) if total else 1.0
+        return self.load([value * share for value in self.dump()])
 
     def dump(self) -> tuple[float, ...]:
         """Return the observations as `2 * BINS` numbers."""
@@ -139,6 +156,7 @@ class LatencyModel:
             left -= share
 
     def _decay(self) -> None:
+        self._slow_s = None
         self._observation_weight *= 1 + 1 / _DECAY_TASKS
         if self._observation_weight > 1e100:
             self._events = [value / self._observation_weight for value in self._events]

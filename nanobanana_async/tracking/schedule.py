@@ -3,12 +3,13 @@
 import enum
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from random import Random, SystemRandom
 from typing import Final
 
 import attrs
 
-from nanobanana_async.models import TaskStatus
+from nanobanana_async.models import Eta, TaskStatus
 from nanobanana_async.policies import PollPolicy
 from nanobanana_async.tracking.latency import PRIOR_MEDIAN_S, LatencyModel
 
@@ -26,6 +27,8 @@ DEFAULT_AGE_S: Final = PRIOR_MEDIAN_S
 
 _MAX_MODELS: Final = 64
 """Bound on the number of models, which are free text and may come from a web form."""
+
+_SIZES: Final = {"": 1, "1k": 1, "2k": 2, "4k": 3}
 
 _STATUS_ORDER: Final = {
     TaskStatus.UNRECOGNIZED: -1,
@@ -96,11 +99,33 @@ class PollSchedule:
         self._prior = LatencyModel()
         self._latency_models = {model: _load_model(model, numbers) for model, numbers in policy.latency_models.items()}
 
-    def next_poll_in_s(self, model: str | None, age_s: float, polls: int, pressure: float = 1.0) -> float:
+    def _latency(self, kind: str | None) -> LatencyModel:
+        """Return the model of this kind of request, else that of the nearest image size, else the prior."""
+        found = self._latency_models.get(kind or "")
+        if found is not None or kind is None:
+            return found or self._prior
+        near = [one for one in self._latency_models if _model(one) == _model(kind)]
+        return self._latency_models[min(near, key=partial(_size_distance, kind))] if near else self._prior
+
+    def eta(self, kind: str | None, age_s: float, pressure: float = 1.0) -> Eta:
+        """Return the time left of a task unfinished at *age_s*. Under *pressure*, the delay of polls is added."""
+        latency_model = self._latency(kind)
+        median_s, p90_s = (latency_model.left_s(age_s, share) for share in (0.5, 0.9))
+        delay_s = 0.0
+        if pressure > 1:
+            usual_s, longer_s = (self.next_poll_in_s(kind, age_s + median_s, 1, one) for one in (1.0, pressure))
+            delay_s = longer_s - usual_s
+        return Eta(median_s=median_s + delay_s / 2, p90_s=p90_s + delay_s)
+
+    def is_slow(self, kind: str, age_s: float) -> bool:
+        """Return whether fewer than one task in a thousand is unfinished at *age_s*."""
+        return age_s > self._latency(kind).slow_s()
+
+    def next_poll_in_s(self, kind: str | None, age_s: float, polls: int, pressure: float = 1.0) -> float:
         """Return the seconds from now to the next poll, before jitter.
 
         Args:
-            model: Name of the model; None if it is not known.
+            kind: `latency_kind` of the request; None if it is not known.
             age_s: Seconds since the submit.
             polls: Polls already sent.
             pressure: Demand for polls divided by the allowed rate. A learned schedule multiplies the poll cost by its
@@ -109,7 +134,7 @@ class PollSchedule:
         policy = self.policy
         if policy.static_schedule is None:
             cost_s = policy.poll_cost_s * pressure * pressure
-            latency_model = self._latency_models.get(model or "", self._prior)
+            latency_model = self._latency(kind)
             if polls == 0:  # it is only known to have been unfinished at age 0
                 return max(latency_model.next_poll_in_s(0.0, cost_s, policy.max_interval_s) - age_s, 0.0)
             return max(latency_model.next_poll_in_s(age_s, cost_s, policy.max_interval_s), policy.min_interval_s)
@@ -134,22 +159,38 @@ class PollSchedule:
             policy.max_interval_s, policy.min_interval_s * 2.0 ** min(failures, 32)
         )
 
-    def observe(self, model: str, since_s: float, age_s: float, *, done: bool) -> None:
+    def observe(self, kind: str, since_s: float, age_s: float, *, done: bool) -> None:
         """Record that a task unfinished at age *since_s* was polled at *age_s*, and whether it was finished."""
-        latency_model = self._latency_models.get(model)
+        latency_model = self._latency_models.get(kind)
         if latency_model is None:
+            latency_model = self._latency(kind).seed()
             if len(self._latency_models) >= _MAX_MODELS:
                 del self._latency_models[next(iter(self._latency_models))]
-            latency_model = self._latency_models[model] = LatencyModel()
+            self._latency_models[kind] = latency_model
         latency_model.observe(since_s, age_s, done=done)
 
     def median_latencies_s(self) -> Mapping[str, float]:
-        """Return the age at which half of the tasks are finished, by model."""
+        """Return the age at which half of the tasks are finished, by `latency_kind`."""
         return {model: latency_model.median_s() for model, latency_model in self._latency_models.copy().items()}
 
     def latency_models(self) -> Mapping[str, tuple[float, ...]]:
-        """Return the observations by model, for `PollPolicy.latency_models` of a later client."""
+        """Return the observations by `latency_kind`, for `PollPolicy.latency_models` of a later client."""
         return {model: latency_model.dump() for model, latency_model in self._latency_models.copy().items()}
+
+
+def latency_kind(model: str, image_size: str | None) -> str:
+    """Return which tasks share a latency model: those of one model and image size, such as `"google/gempix2@4k"`."""
+    return model if image_size is None else f"{model}@{image_size}"
+
+
+def _model(kind: str) -> str:
+    return kind.partition("@")[0]
+
+
+def _size_distance(kind: str, other: str) -> int:
+    """Return how many sizes lie between two kinds. Without a size it is the smallest."""
+    one, two = (_SIZES.get(name.partition("@")[2], 1) for name in (kind, other))
+    return abs(one - two)
 
 
 def _load_model(model: str, numbers: Sequence[float]) -> LatencyModel:

@@ -55,7 +55,8 @@ class SubmitInfo:
 
     submitted_at_s: float | None = None
     """When the submit was accepted, on the event loop's clock; None if it was submitted elsewhere."""
-    model: str | None = None
+    kind: str | None = None
+    """`latency_kind` of the request; None if it is not known."""
     is_estimate: bool = False
     """Whether the time is an estimate, because the task was submitted elsewhere."""
     callback_url: str | None = None
@@ -98,6 +99,8 @@ class TrackedTask:
     """Time of the last poll triggered by a callback, past or scheduled."""
     snapshot: Task | None = None
     """The last snapshot. Its status never goes backwards."""
+    is_slow: bool = False
+    """Whether it was marked as slow."""
     error: NanoBananaError | None = None
     """The error for all its waiters, if tracking ended with one."""
 
@@ -176,8 +179,10 @@ class TrackerStatistics:
         overdue_s: Delay of the most overdue poll in seconds; 0.0 if there is none.
         pressure: Demand for polls divided by what `Limits.requests_per_s` allows; at least 1.0.
         polls: Polls sent since the client was created.
+        slow_tasks: Tasks that took longer than all but one in a thousand, since the client was created.
         wakeups: Wake-ups of the scheduler since the client was created.
-        median_latency_s: Learned median latency in seconds, by model. Its resolution is that of the polls.
+        median_latency_s: Learned median latency in seconds, by model, or model and image size, such as
+            `"google/nano-banana-2@4k"`. Its resolution is that of the polls.
         latency_models: Learned latency models, for `PollPolicy(latency_models=...)` of a later client. Plain
             numbers, valid in JSON.
         reasons: Number of final tasks without an image, by `ReasonKind`.
@@ -190,6 +195,7 @@ class TrackerStatistics:
     overdue_s: float
     pressure: float
     polls: int
+    slow_tasks: int
     wakeups: int
     median_latency_s: Mapping[str, float]
     latency_models: Mapping[str, tuple[float, ...]] = attrs.field(repr=False)

@@ -27,7 +27,7 @@ from nanobanana_async.errors import (
     TaskNotFound,
     TransportError,
 )
-from nanobanana_async.models import Task, TaskStatus
+from nanobanana_async.models import Eta, Task, TaskStatus
 from nanobanana_async.tracking.callback_trust import CallbackTrust
 from nanobanana_async.tracking.schedule import DEFAULT_AGE_S, Lost, PollSchedule, Presence, latest_status
 from nanobanana_async.tracking.state import (
@@ -55,7 +55,7 @@ class TaskTracker:
     """Tracks task ids as long as they have waiters. All waiters of one task share its polls.
 
     The coroutine starts with the first wait. A task that fails, or a response that cannot be decoded, never stops
-    another task. *on_change* is called with each snapshot whose status is new.
+    another task. *on_change* is called with each snapshot whose status is new, and the time that is left.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TaskTracker:
         source: PollSource,
         schedule: PollSchedule,
         background: BackgroundTaskGroup,
-        on_change: Callable[[SubmitInfo, Task], None] = lambda _, __: None,
+        on_change: Callable[[SubmitInfo, Task, Eta | None], None] = lambda *_: None,
     ) -> None:
         self._on_change = on_change
         self._source = source
@@ -82,6 +82,7 @@ class TaskTracker:
         self._consecutive_errors = 0
         self._in_flight = 0
         self._polls = 0
+        self._slow_tasks = 0
         self._warned_unrecognized = False
         self._callback_trust = CallbackTrust()
 
@@ -202,10 +203,24 @@ class TaskTracker:
             overdue_s=max(0.0, now_s - self._poll_queue.next_due_s()),
             pressure=self._pressure(),
             polls=self._polls,
+            slow_tasks=self._slow_tasks,
             wakeups=self._poll_queue.wakeups,
             median_latency_s=self._schedule.median_latencies_s(),
             latency_models=self._schedule.latency_models(),
         )
+
+    def eta(self, submit: SubmitInfo, wait_s: float = 0.0) -> Eta | None:
+        """Return the time left until a task is final; None if the time of its submit is not known.
+
+        Without a time, but with a kind, it is one that is submitted in *wait_s*.
+        """
+        age_s = 0.0
+        if submit.submitted_at_s is not None and not submit.is_estimate:
+            age_s = max(0.0, anyio.current_time() - submit.submitted_at_s)
+        elif submit.kind is None or submit.is_estimate:
+            return None
+        eta = self._schedule.eta(submit.kind, age_s, self._pressure())
+        return Eta(median_s=wait_s + eta.median_s, p90_s=wait_s + eta.p90_s)
 
     def close(self) -> None:
         """End every wait. The tasks keep running at the service."""
@@ -285,10 +300,10 @@ class TaskTracker:
         if submit.callback_url is not None and self._callback_trust.is_given:
             wait_s = _CALLBACK_INTERVAL_FACTOR * schedule.policy.max_interval_s - (0 if polls else age_s)
             return schedule.jittered_s(max(0.0, wait_s))
-        interval_s = schedule.next_poll_in_s(submit.model, age_s, polls)
+        interval_s = schedule.next_poll_in_s(submit.kind, age_s, polls)
         self._set_demand(tracked, 1 / max(interval_s, schedule.policy.min_interval_s))
         if (pressure := self._pressure()) > 1:
-            interval_s = schedule.next_poll_in_s(submit.model, age_s, polls, pressure)
+            interval_s = schedule.next_poll_in_s(submit.kind, age_s, polls, pressure)
         return schedule.jittered_s(interval_s)
 
     async def _run(self) -> None:
@@ -363,9 +378,8 @@ class TaskTracker:
     def _on_snapshot(self, tracked: TrackedTask, task: Task) -> None:
         now_s, submit = anyio.current_time(), tracked.submit
         self._consecutive_errors = 0
-        if submit.model is not None and not submit.is_estimate:
-            since_s = max(0.0, tracked.age_s(tracked.presence.last_found_s))
-            self._schedule.observe(submit.model, since_s, tracked.age_s(now_s), done=task.is_final)
+        if submit.kind is not None and not submit.is_estimate:
+            self._learn(tracked, submit.kind, now_s, done=task.is_final)
         tracked.presence = Presence(last_found_s=now_s)
         tracked.history = attrs.evolve(tracked.history, consecutive_errors=0, last_error="")
         known = tracked.snapshot
@@ -376,7 +390,7 @@ class TaskTracker:
         else:
             _log.debug("task %s went from %s to %s; ignored", task.task_id, known.status, task.status)
         if known is None or known.status is not task.status:
-            self._on_change(submit, task)
+            self._on_change(submit, task, None if task.is_final else self.eta(submit))
         if task.is_final:
             if submit.callback_url is not None and tracked.confirm_at_s == -math.inf:
                 self._callback_trust.record_missed(submit.callback_url)
@@ -388,6 +402,15 @@ class TaskTracker:
         self._schedule_poll(tracked)
         if tracked.snapshot is not known:
             tracked.wake_all()
+
+    def _learn(self, tracked: TrackedTask, kind: str, now_s: float, *, done: bool) -> None:
+        """Learn from a snapshot. Mark the task as slow, once, if few tasks take that long."""
+        age_s = tracked.age_s(now_s)
+        if not done and not tracked.is_slow and self._schedule.is_slow(kind, age_s):
+            tracked.is_slow = True
+            self._slow_tasks += 1
+            _log.warning("task %s is slow: not final after %.0f s", tracked.task_id, age_s)
+        self._schedule.observe(kind, max(0.0, tracked.age_s(tracked.presence.last_found_s)), age_s, done=done)
 
     def _on_not_found(self, tracked: TrackedTask, exc: TaskNotFound) -> None:
         """Handle a 404. A foreign id that was never seen does not exist."""

@@ -28,6 +28,7 @@ async def surface(client: nb.NanoBananaClient, image: nb.GeneratedImage) -> None
     assert_type(await handle.result(), nb.Task)
     assert_type(handle.updates(), AsyncGenerator[nb.Task, None])
     assert_type(client.task("ta-1"), nb.TaskHandle)
+    assert_type(client.task("ta-1").eta(), nb.Eta | None)
     assert_type(await client.balance(), Decimal)
     assert_type(await client.download(image), bytes)
     assert_type(await client.save(task, "out/"), list[nb.SavedImage])
