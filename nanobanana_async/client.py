@@ -1,7 +1,6 @@
 """The public client. It owns the transport, the tracker and the background tasks, and contains no policy."""
 
 import contextlib
-import logging
 import math
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -24,7 +23,15 @@ from nanobanana_async.images.formats import split_suffix
 from nanobanana_async.many import Requests, generate_many
 from nanobanana_async.models import GeneratedImage, GenerationRequest, ReasonKind, Spending, Task, UnresolvedAttempt
 from nanobanana_async.outcomes import Outcome
-from nanobanana_async.policies import Limits, OwnerLimits, PollPolicy, RegeneratePolicy, RetryPolicy, Timeouts
+from nanobanana_async.policies import (
+    Limits,
+    OwnerLimits,
+    PollPolicy,
+    ReferencePolicy,
+    RegeneratePolicy,
+    RetryPolicy,
+    Timeouts,
+)
 from nanobanana_async.protocols import ImageStore, SubmitRecord, TaskLedger, Transport
 from nanobanana_async.regenerate import Generated, generate
 from nanobanana_async.saved import SavedImage
@@ -33,8 +40,6 @@ from nanobanana_async.session_options import SessionOptions
 from nanobanana_async.stream import stream
 from nanobanana_async.tracking.state import TrackerStatistics
 from nanobanana_async.wire.endpoint import ApiKey, Endpoint
-
-_log: Final = logging.getLogger("nanobanana_async")
 
 
 class NanoBananaClient:
@@ -50,6 +55,7 @@ class NanoBananaClient:
         limits: Bounds on requests in flight and on their rate.
         retry: Retry limits, and when a submit may be resubmitted.
         regenerate: When a request is submitted and charged again after its task has ended; never by default.
+        references: How large reference images may be, and whether larger ones are shrunk.
         polling: When unfinished tasks are polled; learned by default.
         timeouts: Time limits of each operation.
         ledger: A `SqliteLedger`, which records each task durably, for `resume`, `unresolved` and `spending`. The client
@@ -72,6 +78,7 @@ class NanoBananaClient:
         limits: Limits = Limits(),
         retry: RetryPolicy = RetryPolicy(),
         regenerate: RegeneratePolicy = RegeneratePolicy(),
+        references: ReferencePolicy = ReferencePolicy(),
         polling: PollPolicy = PollPolicy(),
         timeouts: Timeouts = Timeouts(),
         ledger: TaskLedger | None = None,
@@ -89,6 +96,7 @@ class NanoBananaClient:
             limits=limits,
             retry=retry,
             regenerate=regenerate,
+            references=references,
             polling=polling,
             timeouts=timeouts,
             owner_limits=owner_limits,
@@ -115,9 +123,8 @@ class NanoBananaClient:
     ) -> Task:
         """Submit a request, wait, and return the finished task, which has at least one image.
 
-        If the client has a `RegeneratePolicy`, it is the task of the last attempt, or of the last one with an image.
-        Cancelling stops the wait, not the task. A POST in flight runs to its end, and the id of the task is logged
-        (logger `nanobanana_async`).
+        With a `RegeneratePolicy` it is the last one with an image. Cancelling stops the wait, not the task. A POST in
+        flight runs to its end, and the id of the task is logged (logger `nanobanana_async`).
 
         Args:
             prompt: Text to generate from, or a `GenerationRequest` whose fields *options* replace.
@@ -299,13 +306,9 @@ class NanoBananaClient:
         """Write the images of *task* and return the files in order; [] if it has none.
 
         Files are written atomically and replace existing files of the same name. They are named *name*, or by the task
-        id if None, plus the suffix of their true type. Further images are `fox-2.png` and so on.
-
-        Args:
-            task: A finished task.
-            path: A folder, which is created if missing. With an image suffix, such as `fox.png`, the file itself. Its
-                suffix is changed if the image has another format.
-            name: File name without suffix.
+        id if None, plus the suffix of their true type. Further images are `fox-2.png` and so on. *path* is a folder,
+        which is created if missing. With an image suffix it is the file itself, whose suffix is changed if the image
+        has another format.
 
         Raises:
             ImageError: A download failed, or the file could not be written.
@@ -336,8 +339,8 @@ class NanoBananaClient:
     ) -> SavedImage:
         """Download one image, check it, and put it into *store*. At most `Limits.max_downloads` run at once.
 
-        It is stored as *name* with the suffix of its true format. *task_id* is the task that `Saved` is about.
-        `SavedImage.mismatch` compares it with *request*; None stands for the request that this client has sent.
+        It gets *name* with the suffix of its true format. *task_id* is the task that `Saved` is about. It is compared
+        with *request*; None stands for the request that this client has sent.
 
         Raises:
             ImageError: The download failed, or the store raised OSError.
@@ -356,9 +359,9 @@ class NanoBananaClient:
         return self._session.classify_reason(task)
 
     def statistics(self) -> TrackerStatistics:
-        """Return a snapshot of the client: tracked tasks, latencies, polls. No I/O. Any thread may call it."""
-        mismatches = {kind.value: count for kind, count in list(self._session.delivery.counts.items())}
-        reasons = {kind.value: count for kind, count in list(self._session.reasons.items())}
+        """Return a snapshot: tracked tasks, latencies, polls, ends. No I/O. Any thread may call it."""
+        counters = (self._session.delivery.counts, self._session.reasons)
+        mismatches, reasons = ({kind.value: count for kind, count in list(one.items())} for one in counters)
         return attrs.evolve(self._session.tracker.statistics(), mismatches=mismatches, reasons=reasons)
 
     async def aclose(self) -> None:

@@ -163,7 +163,8 @@ def _lower(value: str | None) -> str | None:
 
 
 def _check_extra(request: "GenerationRequest", _: object, extra: Mapping[str, JsonValue]) -> None:
-    if extra and (clash := sorted(attrs.fields_dict(type(request)).keys() & extra.keys())):
+    clash = sorted(attrs.fields_dict(type(request)).keys() & extra.keys()) if extra else []
+    if clash and not (clash == ["images"] and not request.images):
         raise ValueError(f"extra: got {', '.join(clash)}. Pass it as an argument instead.")
 
 
@@ -189,7 +190,8 @@ class GenerationRequest:
         image_size: `"1k"`, `"2k"` or `"4k"`, for the -pro and -2 models only. None leaves the choice to the
             service.
         callback_url: URL to which the service posts the final state. It must be reachable from the internet.
-        extra: Additional JSON fields, sent unchanged. The service ignores fields that it does not know.
+        extra: Additional JSON fields, sent unchanged. The service ignores fields that it does not know. With `images`
+            in it, more than four URLs or data URIs are sent, unchecked, and the field `images` is to be empty.
     """
 
     prompt: str = attrs.field(validator=_check_text, kw_only=False)

@@ -2,7 +2,7 @@
 
 import enum
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from decimal import Decimal
 from random import Random
 from typing import Final, Literal, Self, TypeAlias
@@ -176,7 +176,6 @@ class Limits:
         max_image_bytes: Largest image that is downloaded.
         max_download_bytes: Images that are downloaded and not yet stored, and responses with inline images,
             together. A larger one is received alone.
-        max_reference_bytes: Largest reference image that is sent. Other clients of the service use 10 MB.
     """
 
     max_submits: int = attrs.field(default=256, validator=ge(1))
@@ -187,7 +186,25 @@ class Limits:
     burst: int = attrs.field(default=30, validator=ge(1))
     max_image_bytes: int = attrs.field(default=64 * 2**20, validator=ge(1))
     max_download_bytes: int = attrs.field(default=256 * 2**20, validator=ge(1))
-    max_reference_bytes: int = attrs.field(default=10 * 2**20, validator=ge(1))
+
+
+@attrs.frozen(kw_only=True)
+class ReferencePolicy:
+    """How reference images are sent.
+
+    Attributes:
+        max_bytes: Largest reference image that is sent. Other clients of the service use 10 MB.
+        max_side_px: Longest side that is sent; None means any. Only `"shrink"` looks at it.
+        on_too_large: `"error"` raises `ImageError`. `"shrink"` makes each image fit with Pillow (extra `images`):
+            turned upright, in sRGB, and small enough. HEIC is read where pillow-heif is installed.
+        upload: Called with the bytes of each reference that is no URL. It returns a public URL, which is sent
+            instead of the data. It is called for each request again. What it raises becomes an `ImageError`.
+    """
+
+    max_bytes: int = attrs.field(default=10 * 2**20, validator=ge(1))
+    max_side_px: int | None = attrs.field(default=None, validator=optional(ge(64)))
+    on_too_large: Literal["error", "shrink"] = attrs.field(default="error", validator=in_(("error", "shrink")))
+    upload: Callable[[bytes], Awaitable[str]] | None = None
 
 
 def _check_credits(_: object, field: "attrs.Attribute[Decimal | None]", value: Decimal | None) -> None:

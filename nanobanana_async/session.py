@@ -117,7 +117,7 @@ class Session:
             endpoint,
             flow,
             timeouts,
-            prepare=partial(encode_images, max_bytes=limits.max_reference_bytes),
+            prepare=partial(encode_images, policy=options.references),
         )
         schedule = PollSchedule(options.polling)
         self.classify_reason: Final = options.classify_reason

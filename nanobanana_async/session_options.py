@@ -11,7 +11,15 @@ from nanobanana_async.errors import ConfigurationError
 from nanobanana_async.events import EventHook
 from nanobanana_async.handle import TaskHandle
 from nanobanana_async.models import ReasonKind, Task
-from nanobanana_async.policies import Limits, OwnerLimits, PollPolicy, RegeneratePolicy, RetryPolicy, Timeouts
+from nanobanana_async.policies import (
+    Limits,
+    OwnerLimits,
+    PollPolicy,
+    ReferencePolicy,
+    RegeneratePolicy,
+    RetryPolicy,
+    Timeouts,
+)
 from nanobanana_async.protocols import TaskLedger
 from nanobanana_async.wire.refusals import classify_reason
 
@@ -25,6 +33,7 @@ class SessionOptions:
     limits: Limits
     retry: RetryPolicy
     regenerate: RegeneratePolicy
+    references: ReferencePolicy
     polling: PollPolicy
     timeouts: Timeouts
     owner_limits: OwnerLimits | Callable[[str], OwnerLimits]

@@ -28,7 +28,7 @@ STEADY = SimulatorProfile(median_s=30, sigma=0.4, visibility_delay_s=0)
 
 
 def shares_before_p90(draw: Callable[[int, Random], float], late_s: Callable[[int], float]) -> tuple[float, float]:
-    """Return the share of 10,000 tasks that end before the p90 told at age 0, and at age *late_s*.
+    """Return the share of 10,000 tasks that end before the p90 at age 0, and at age *late_s*.
 
     At most 200 at once. *draw* and *late_s* depend on the number of the task.
     """
@@ -84,10 +84,10 @@ SLOWER, FASTER = lognormal(40, 0.4), lognormal(20, 0.4)
         ),
     ],
 )
-def test_nine_of_ten_tasks_end_in_the_time_that_was_told(
+def test_nine_of_ten_tasks_end_before_the_p90(
     draw: Callable[[int, Random], float], late_s: Callable[[int], float]
 ) -> None:
-    """Told at the submit, and at twice the median age: 85 to 95 % of 10,000 tasks."""
+    """At the submit, and at twice the median age: 85 to 95 % of 10,000 tasks."""
     early, late = shares_before_p90(draw, late_s)
     assert 0.85 <= early <= 0.95
     assert 0.85 <= late <= 0.95
@@ -142,7 +142,7 @@ async def test_latencies_are_learned_by_model_and_image_size() -> None:
 @pytest.mark.anyio
 @pytest.mark.virtual_time
 @pytest.mark.usefixtures("no_threads")
-async def test_a_handle_and_the_events_tell_the_time_left() -> None:
+async def test_a_handle_and_the_events_state_the_time_left() -> None:
     """From the line to the last status. A finished task has none, nor has one of unknown age."""
     events: list[object] = []
     simulator = Simulator(STEADY, delay_s=2)

@@ -14,6 +14,7 @@ from nanobanana_async import GenerationRequest, ImageError, ImageInfo
 from nanobanana_async.images.formats import read_info, sniff
 from nanobanana_async.images.references import encode_images
 from nanobanana_async.models import ImageSource
+from nanobanana_async.policies import ReferencePolicy
 from tests.fakes import PNG
 
 pytestmark = pytest.mark.anyio
@@ -31,7 +32,9 @@ def encoded(kind: str) -> bytes:
 
 async def encoded_images(images: tuple[ImageSource, ...]) -> tuple[ImageSource, ...]:
     """Return the images of a request as they are sent."""
-    return (await encode_images(GenerationRequest("a fox", images=images), _reserve, max_bytes=MIB)).images
+    return (
+        await encode_images(GenerationRequest("a fox", images=images), _reserve, policy=ReferencePolicy(max_bytes=MIB))
+    ).images
 
 
 async def _reserve(_: int) -> None:

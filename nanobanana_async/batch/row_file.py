@@ -21,18 +21,20 @@ from nanobanana_async.batch.rows import RowKeys, digest
 from nanobanana_async.errors import ImageError, InvalidBatchFile
 from nanobanana_async.ledger.schema import BatchRow
 from nanobanana_async.models import GenerationRequest, honours_image_size
+from nanobanana_async.policies import ReferencePolicy
 
 _MAX_ERRORS: Final = 1000
 _PROGRESS_ROWS: Final = 1000
 
 
-def read_rows(
+def read_rows(  # noqa: PLR0913 - public: each is an option of the command
     path: Path,
     *,
     file_format: str | None = None,
     once: bool = False,
     template: str | None = None,
     variants: int = 1,
+    references: ReferencePolicy = ReferencePolicy(),
     on_progress: Callable[[int], None] = lambda _: None,
     **defaults: str | None,
 ) -> "RowFile":
@@ -51,6 +53,7 @@ def read_rows(
         template: Text of the prompts, with the names of columns in braces; None takes the column `prompt`.
         variants: Rows of each record. The first has its key, and the nth `key-n`. Their names are `name-1`, `name-2`
             and so on. A larger number adds rows.
+        references: How large reference images may be. Pass that of the client.
         on_progress: Called with the number of rows that were checked, every thousand rows.
         **defaults: model, aspect_ratio and image_size of rows without them.
 
@@ -72,7 +75,7 @@ def read_rows(
             f"{path}: expected a .txt, .csv, .tsv, .jsonl or .ndjson file. For another name, pass --format."
         )
     source = RowSource(path, sys.stdin.buffer if is_stdin else None)
-    shape = RowShape(suffix, options, template, variants, once=once)
+    shape = RowShape(suffix, options, template, variants, references, once=once)
     return RowFile(source, shape, on_progress=on_progress)
 
 
@@ -84,6 +87,7 @@ class RowShape:
     options: Mapping[str, str]
     template: str | None
     variants: int
+    references: ReferencePolicy
     once: bool = attrs.field(kw_only=True)
 
 
@@ -166,7 +170,7 @@ class RowFile:
 
     def _parsed_rows(self, keys: RowKeys) -> Iterator[tuple[int, BatchRow | Exception]]:
         shape = self._shape
-        parser = RowParser(self._source.folder, shape.options, keys, shape.template, shape.variants)
+        parser = RowParser(self._source.folder, shape.options, keys, shape.template, shape.variants, shape.references)
         with self._source.open() as file:
             lines = read_lines(file, self._source.path)
             for line, record in READERS[shape.file_format](lines, needs_prompt=shape.template is None):

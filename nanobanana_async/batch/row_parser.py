@@ -14,10 +14,16 @@ from nanobanana_async._text import normalize
 from nanobanana_async.batch.row_readers import COLUMNS
 from nanobanana_async.batch.rows import RowKeys
 from nanobanana_async.errors import ImageError
-from nanobanana_async.images.references import check_data_uri, check_file, is_data_uri, parse_reference
+from nanobanana_async.images.references import (
+    MAX_SHRUNK_BYTES,
+    check_data_uri,
+    check_file,
+    is_data_uri,
+    parse_reference,
+)
 from nanobanana_async.ledger.schema import BatchRow
 from nanobanana_async.models import GenerationRequest, ImageSource, JsonValue
-from nanobanana_async.policies import Limits
+from nanobanana_async.policies import ReferencePolicy
 
 _OPTIONS: Final = ("model", "aspect_ratio", "image_size")
 _MAX_KEPT_CHARS: Final = 2000
@@ -38,7 +44,8 @@ class RowParser:
     """Prompt with the names of columns in braces; None takes the column `prompt`."""
     variants: int
     """Rows of each record."""
-    _check_file: Callable[[Path, int], None] = attrs.field(
+    references: ReferencePolicy
+    _check_file: Callable[[Path, ReferencePolicy], None] = attrs.field(
         init=False, factory=lambda: functools.lru_cache(_CHECKED_FILES)(check_file)
     )
 
@@ -74,14 +81,14 @@ class RowParser:
             )
 
     def _load_image(self, text: str) -> ImageSource:
-        max_bytes = Limits().max_reference_bytes
         try:
             source = parse_reference(text, self.folder)
             if isinstance(source, Path):
                 source = _as_on_disk(source)
-                self._check_file(source, max_bytes)
+                self._check_file(source, self.references)
             elif is_data_uri(source):
-                check_data_uri(source, max_bytes)
+                is_shrunk = self.references.on_too_large == "shrink"
+                check_data_uri(source, MAX_SHRUNK_BYTES if is_shrunk else self.references.max_bytes)
         except (ValueError, ImageError) as exc:
             raise ValueError(f"images: {exc}") from None
         return source

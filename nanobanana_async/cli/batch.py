@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import AsyncGenerator, Container, Iterable
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Final
@@ -14,10 +15,18 @@ import attrs
 import click
 
 from nanobanana_async.batch import report
-from nanobanana_async.batch.row_file import RowFile
+from nanobanana_async.batch.row_file import RowFile, read_rows
 from nanobanana_async.batch.runner import Batch
 from nanobanana_async.cli.batch_reporter import BatchReporter
-from nanobanana_async.cli.generate import check_writable, poll_option, poll_policy, regenerate_option, timeout_option
+from nanobanana_async.cli.generate import (
+    check_writable,
+    poll_option,
+    poll_policy,
+    reference_policy,
+    regenerate_option,
+    shrink_option,
+    timeout_option,
+)
 from nanobanana_async.cli.preview import check_preview, dry_run, read_file
 from nanobanana_async.cli.resolve import ledger_option, resolve
 from nanobanana_async.cli.runtime import EXIT_FAILED, CommandContext, json_option, print_result, run
@@ -69,6 +78,7 @@ class _Options:
     new_account: bool
     retry_failed: bool
     regenerate: int
+    shrink_references: bool
     timeout_s: float | None
     poll_s: float | None
     as_json: bool
@@ -80,17 +90,19 @@ class _Options:
 
     async def read_rows(self) -> RowFile:
         """Return the rows of the file."""
-        return await read_file(
+        read = partial(
+            read_rows,
             self.file,
             file_format=self.file_format,
             once=self.once,
             template=self.template,
             variants=self.variants,
-            is_quiet=self.as_json,
+            references=reference_policy(shrink=self.shrink_references),
             model=self.model,
             aspect_ratio=self.aspect_ratio,
             image_size=self.image_size,
         )
+        return await read_file(self.file, read, is_quiet=self.as_json)
 
 
 @click.group(cls=_BatchGroup)
@@ -128,6 +140,7 @@ batch.add_command(resolve)
 @click.option("--format", "file_format", type=click.Choice(["txt", "csv", "jsonl"]), help="[default: by suffix]")
 @click.option("--retry-failed", is_flag=True, help="Submit failed rows again. Each may be charged again.")
 @regenerate_option
+@shrink_option
 @click.option("--model", metavar="MODEL", help="For rows without a model.")
 @click.option("--aspect-ratio", metavar="N:M", help="For rows without an aspect ratio.")
 @click.option("--image-size", metavar="SIZE", help="For rows without an image size.")
@@ -172,7 +185,9 @@ async def _run(rows: RowFile, options: _Options, command: str, context: CommandC
         context.print_summary = summary.print
     async with (
         NanoBananaClient(
-            polling=poll_policy(options.poll_s), regenerate=RegeneratePolicy(attempts=options.regenerate)
+            polling=poll_policy(options.poll_s),
+            regenerate=RegeneratePolicy(attempts=options.regenerate),
+            references=reference_policy(shrink=options.shrink_references),
         ) as client,
         _opened(client, options, context) as batch,
     ):

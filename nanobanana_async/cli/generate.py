@@ -19,7 +19,7 @@ from nanobanana_async.handle import TaskHandle
 from nanobanana_async.images.formats import SUFFIXES, split_suffix
 from nanobanana_async.images.references import parse_reference
 from nanobanana_async.models import DEFAULT_MODEL, GenerationRequest
-from nanobanana_async.policies import PollPolicy, RegeneratePolicy
+from nanobanana_async.policies import PollPolicy, ReferencePolicy, RegeneratePolicy
 
 
 def _check_seconds(
@@ -58,6 +58,9 @@ regenerate_option = click.option(
     metavar="N",
     help="Submit up to N more times if there is no image, or one of the wrong size. Each is charged. Not if refused.",
 )
+shrink_option = click.option(
+    "--shrink-references", is_flag=True, help="Turn reference images upright, and shrink them to 10 MB if larger."
+)
 force_option = click.option("--force", is_flag=True, help="Replace an image with the name of -o.")
 
 
@@ -77,6 +80,7 @@ force_option = click.option("--force", is_flag=True, help="Replace an image with
 @force_option
 @click.option("--n", "variants", type=click.IntRange(1, 1000), default=1, metavar="N", help="Images per prompt.")
 @regenerate_option
+@shrink_option
 @click.option("--owner", metavar="NAME", help="Whom the images are for. To filter by it, run: nanobanana list --owner.")
 @click.option("--no-ledger", is_flag=True, help="Keep no record of the tasks for: nanobanana list.")
 @timeout_option
@@ -92,6 +96,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
     *,
     variants: int,
     regenerate: int,
+    shrink_references: bool,
     force: bool,
     no_ledger: bool,
     as_json: bool,
@@ -121,6 +126,7 @@ def generate(  # noqa: PLR0913 - one parameter per option
             NanoBananaClient(
                 polling=poll_policy(poll_s),
                 regenerate=RegeneratePolicy(attempts=regenerate),
+                references=reference_policy(shrink=shrink_references),
                 on_orphan=keep,
                 ledger=ledger,
             ) as client,
@@ -173,6 +179,11 @@ def _check_output(output: str, count: int, *, force: bool) -> None:
 def poll_policy(poll_s: float | None) -> PollPolicy:
     """Return the policy for `--poll`; the learned schedule if it is None."""
     return PollPolicy() if poll_s is None else PollPolicy.fixed(poll_s)
+
+
+def reference_policy(*, shrink: bool) -> ReferencePolicy:
+    """Return the policy for `--shrink-references`."""
+    return ReferencePolicy(on_too_large="shrink" if shrink else "error")
 
 
 def _show(job: Job, progress: JobProgressBar, *, as_json: bool) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from decimal import Decimal
 from itertools import islice
@@ -15,7 +15,7 @@ import click
 
 from nanobanana_async._text import format_credits, sanitize_line
 from nanobanana_async.batch.preview import BatchPreview
-from nanobanana_async.batch.row_file import RowFile, read_rows
+from nanobanana_async.batch.row_file import RowFile
 from nanobanana_async.batch.rows import digest
 from nanobanana_async.cli.runtime import EXIT_OK, print_json, print_result
 from nanobanana_async.cli.summary import BatchOptions
@@ -30,10 +30,16 @@ _PROGRESS_INTERVAL_S: Final = 2.0
 _MAX_COLUMNS: Final = 10
 
 
-async def read_file(
-    path: Path, *, is_quiet: bool, once: bool, template: str | None, variants: int, **texts: str | None
-) -> RowFile:
-    """Return the rows of a file. While it is read, a line is printed every two seconds."""
+class Read(Protocol):
+    """Reads a file of rows. A partial `read_rows`."""
+
+    def __call__(self, *, on_progress: Callable[[int], None]) -> RowFile:
+        """Return the rows of the file."""
+        ...
+
+
+async def read_file(path: Path, read: Read, *, is_quiet: bool) -> RowFile:
+    """Return what *read* returns, the rows of *path*. While it is read, a line is printed every two seconds."""
     shown_s = time.monotonic()
 
     def show(count: int) -> None:
@@ -42,9 +48,7 @@ async def read_file(
             shown_s = time.monotonic()
             click.echo(f"reading {sanitize_line(str(path))}: {count:,} rows", err=True)
 
-    return await anyio.to_thread.run_sync(
-        lambda: read_rows(path, once=once, template=template, variants=variants, on_progress=show, **texts)
-    )
+    return await anyio.to_thread.run_sync(lambda: read(on_progress=show))
 
 
 class PreviewOptions(BatchOptions, Protocol):

@@ -16,28 +16,33 @@ import anyio.to_thread
 import attrs
 
 from nanobanana_async.errors import ImageError
+from nanobanana_async.images.fit import check_readable, fit
 from nanobanana_async.images.formats import SNIFF_BYTES, ImageFormat, sniff
-from nanobanana_async.models import GenerationRequest, ImageSource, SupportsSave
+from nanobanana_async.models import GenerationRequest, ImageSource, SupportsSave, url_problem
+from nanobanana_async.policies import ReferencePolicy
 from nanobanana_async.wire.body import decode_data_uri
 
+MAX_SHRUNK_BYTES: Final = 256 * 2**20
+"""Largest file that is read to be shrunk."""
 _TAIL_BYTES: Final = 65_536
 """Part of a file that is read to find its end. Cameras append more, and then the whole file is read."""
 
 
 async def encode_images(
-    request: GenerationRequest, reserve: Callable[[int], Awaitable[None]], *, max_bytes: int
+    request: GenerationRequest, reserve: Callable[[int], Awaitable[None]], *, policy: ReferencePolicy
 ) -> GenerationRequest:
     """Return *request* with its images as URLs and data URIs. Files are read and encoded in threads.
 
     *reserve* is awaited with their size as text before any of them is read.
 
     Raises:
-        ImageError: A file cannot be read, is truncated, is not a PNG, JPEG, WebP or GIF, or exceeds *max_bytes*.
+        ImageError: A file cannot be read, is truncated, is not a PNG, JPEG, WebP or GIF, exceeds the *policy*, or
+            cannot be uploaded.
     """
     if not request.images:
         return request
-    await reserve(await anyio.to_thread.run_sync(_text_bytes, request.images, max_bytes))
-    images = tuple([await _encode_reference(image, max_bytes) for image in request.images])
+    await reserve(await anyio.to_thread.run_sync(_text_bytes, request.images, policy.max_bytes))
+    images = tuple([await _encode_reference(image, policy) for image in request.images])
     return request if images == request.images else attrs.evolve(request, images=images)
 
 
@@ -56,12 +61,26 @@ def _size_bytes(image: Path | bytes | SupportsSave, max_bytes: int) -> int:
     return max_bytes
 
 
-async def _encode_reference(image: ImageSource, max_bytes: int) -> str:
-    if not isinstance(image, str):
-        return await anyio.to_thread.run_sync(_to_data_uri, image, max_bytes)
-    if is_data_uri(image):
-        await anyio.to_thread.run_sync(check_data_uri, image, max_bytes)
-    return image
+async def _encode_reference(image: ImageSource, policy: ReferencePolicy) -> str:
+    if isinstance(image, str) and not is_data_uri(image):
+        return image
+    if isinstance(image, str) and policy.upload is None and policy.on_too_large == "error":
+        await anyio.to_thread.run_sync(check_data_uri, image, policy.max_bytes)
+        return image
+    data = await anyio.to_thread.run_sync(_load, image, policy)
+    if policy.upload is None:
+        return await anyio.to_thread.run_sync(_to_data_uri, data)
+    return await _upload(policy.upload, data)
+
+
+async def _upload(upload: Callable[[bytes], Awaitable[str]], data: bytes) -> str:
+    try:
+        url = await upload(data)
+    except Exception as exc:
+        raise ImageError(f"the reference image cannot be uploaded: {type(exc).__name__}: {exc}") from exc
+    if (problem := url_problem(str(url))) is not None:
+        raise ImageError(f"the URL of an uploaded reference image {problem} Got {url!r:.80}.")
+    return url
 
 
 def parse_reference(text: str, folder: Path) -> str | Path:
@@ -92,20 +111,29 @@ def check_data_uri(uri: str, max_bytes: int) -> None:
         ImageError: It is not, or it exceeds *max_bytes*.
     """
     _check_size("the data URI", len(uri) * 3 // 4, max_bytes)
+    _check_image("the data URI", _decoded(uri))
+
+
+def _decoded(uri: str) -> bytes:
     image = decode_data_uri(uri)
     if image is None or image.data is None:
         raise ImageError(f"the data URI: expected base64 of an image, got {uri[:40]!r}")
-    _check_image("the data URI", image.data)
+    return image.data
 
 
-def check_file(path: Path, max_bytes: int) -> None:
+def check_file(path: Path, policy: ReferencePolicy) -> None:
     """Check that *path* is a complete image. Reads its begin and its end. Blocking.
 
     Raises:
-        ImageError: It is not, it cannot be read, or it exceeds *max_bytes*.
+        ImageError: It is not, it cannot be read, or it exceeds the *policy*.
     """
+    is_shrunk = policy.on_too_large == "shrink"
+    max_bytes = MAX_SHRUNK_BYTES if is_shrunk else policy.max_bytes
     with _opened(path, max_bytes) as file:
         head = file.read(_TAIL_BYTES)
+        if is_shrunk and head and sniff(head[:SNIFF_BYTES]) is None:
+            check_readable(str(path), head + file.read())
+            return
         image_format = _sniffed(str(path), head)
         size_bytes = file.seek(0, os.SEEK_END)
         file.seek(max(len(head), size_bytes - _TAIL_BYTES))
@@ -114,16 +142,31 @@ def check_file(path: Path, max_bytes: int) -> None:
             _check_image(str(path), file.read(max_bytes))
 
 
-def _to_data_uri(image: Path | bytes | SupportsSave, max_bytes: int) -> str:
-    if isinstance(image, bytes):
+def _load(image: ImageSource, policy: ReferencePolicy) -> bytes:
+    """Return the image that is sent: complete, and within the policy. Blocking."""
+    is_shrunk = policy.on_too_large == "shrink"
+    max_bytes = MAX_SHRUNK_BYTES if is_shrunk else policy.max_bytes
+    if isinstance(image, str):
+        _check_size("the data URI", len(image) * 3 // 4, max_bytes)
+        name, data = "the data URI", _decoded(image)
+    elif isinstance(image, bytes):
         name, data = "the image", image
     elif isinstance(image, Path):
         name, data = str(image), _read(image, max_bytes)
     else:
         name, data = "the PIL image", _to_png(image)
     _check_size(name, len(data), max_bytes)
-    image_format = _check_image(name, data)
-    return f"data:image/{image_format.name};base64,{base64.b64encode(data).decode('ascii')}"
+    if is_shrunk and data:
+        if sniff(data[:SNIFF_BYTES]) is not None:
+            _check_image(name, data)  # Pillow fills the missing part with grey
+        data = fit(name, data, max_side_px=policy.max_side_px, max_bytes=policy.max_bytes)
+    _check_image(name, data)
+    return data
+
+
+def _to_data_uri(data: bytes) -> str:
+    kind = _sniffed("the image", data).name
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
 def _sniffed(name: str, data: bytes) -> ImageFormat:
@@ -172,6 +215,6 @@ def _to_png(image: SupportsSave) -> bytes:
 def _check_size(name: str, size_bytes: int, max_bytes: int) -> None:
     if size_bytes > max_bytes:
         raise ImageError(
-            f"{name}: expected at most {max_bytes / 2**20:.1f} MiB (Limits.max_reference_bytes), "
-            f"got {size_bytes / 2**20:.1f} MiB. Scale the image down."
+            f"{name}: expected at most {max_bytes / 2**20:.1f} MiB, got {size_bytes / 2**20:.1f} MiB. Scale the image "
+            "down, or let it be shrunk: ReferencePolicy(on_too_large='shrink'), --shrink-references."
         )

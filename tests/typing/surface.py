@@ -1,6 +1,6 @@
 """The types of the public names, as a user's type checker sees them. Every public class is named here."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -171,6 +171,11 @@ def differences(saved: nb.SavedImage) -> list[nb.MismatchKind]:
     assert_type(saved.info, nb.ImageInfo | None)
     assert_type(saved.mismatch, tuple[nb.Mismatch, ...])
     return [one.kind for one in saved.mismatch]
+
+
+def references(upload: Callable[[bytes], Awaitable[str]]) -> nb.ReferencePolicy:
+    """Shrink references, and store them elsewhere."""
+    return nb.ReferencePolicy(max_bytes=2**20, max_side_px=2048, on_too_large="shrink", upload=upload)
 
 
 def policies(attempts: int) -> nb.RegeneratePolicy:
