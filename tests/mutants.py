@@ -324,7 +324,8 @@ MUTANTS: Final = (
     Mutant(
         "a submit is sent without an attempt in the ledger",
         "batch/submitter.py",
-        "        await self._ledger.begin_attempt(self.row.key, resubmit=self._is_unknown, nonce=nonce)\n",
+        "        await self._ledger.begin_attempt("
+        "self.row.key, resubmit=self._is_unknown, is_again=self.is_again, nonce=nonce)\n",
         "",
         "test_batch.py::test_each_step_is_durable_before_the_next",
     ),
@@ -594,6 +595,48 @@ MUTANTS: Final = (
         "state IN ('unknown', 'requeued', 'abandoned')",
         "state IN ('unknown')",
         "test_callbacks.py",
+    ),
+    Mutant(
+        "a refused task is followed by another",
+        "policies.py",
+        "        return ends.get(kind) in self.on\n",
+        "        return kind is not ReasonKind.UNKNOWN\n",
+        "test_regenerate.py::test_a_refused_task_and_one_without_a_reason_are_not_followed_by_another",
+    ),
+    Mutant(
+        "a second submit of a row is not counted against the budget",
+        "batch/submitter.py",
+        "        self.reservation = budget.try_reserve(self.priced_as)\n",
+        "        self.reservation = budget.reopen(self.priced_as)\n",
+        "test_regenerate.py::test_the_books_of_a_batch_agree_with_the_service_to_the_last_decimal",
+    ),
+    Mutant(
+        "a row whose second submit was not charged is submitted by the next run",
+        "ledger/schema.py",
+        "Verdict.REJECTED or is_again else",
+        "Verdict.REJECTED else",
+        "test_ledger.py::test_a_charged_row_whose_next_attempt_was_not_charged_is_not_ready",
+    ),
+    Mutant(
+        "a second submit of unknown outcome is silent",
+        "regenerate.py",
+        "or exc.task_id is not None or isinstance(exc, SubmissionUnknown):",
+        "or exc.task_id is not None:",
+        "test_regenerate.py::test_a_later_submit_of_unknown_outcome_is_raised_with_the_earlier_task",
+    ),
+    Mutant(
+        "an image of another size passes",
+        "images/delivered.py",
+        "_AREA_FACTOR: Final = 2.1\n",
+        "_AREA_FACTOR: Final = 21.0\n",
+        "test_delivered.py::test_in_a_batch_of_200_every_mismatch_is_found_and_none_falsely",
+    ),
+    Mutant(
+        "a photo is sent sideways",
+        "images/fit.py",
+        "_to_srgb(ImageOps.exif_transpose(image))",
+        "_to_srgb(image)",
+        "test_fit.py::test_a_large_photo_that_lies_on_its_side_is_sent_upright_and_small_enough",
     ),
 )
 

@@ -28,9 +28,12 @@ from nanobanana_async import (
     LedgerRow,
     NanoBananaError,
     NotSent,
+    ReasonKind,
     RowState,
     SavedImage,
     SubmissionUnknown,
+    Task,
+    TaskStatus,
     Verdict,
 )
 from nanobanana_async.batch.rows import RowKeys
@@ -98,6 +101,24 @@ async def test_a_row_goes_from_submitting_to_saved(tmp_path: Path) -> None:
         record = await record_of(ledger)
         assert record.state is RowState.SAVED
         assert record.files == (SavedImage(path=tmp_path / "0001-a-fox.png", sha256="ab", size_bytes=3),)
+
+
+async def test_a_charged_row_whose_next_attempt_was_not_charged_is_not_ready(tmp_path: Path) -> None:
+    """The program may end before the earlier attempt is kept. The next run does not charge the row again."""
+    async with opened(tmp_path) as ledger:
+        await ledger.upsert_rows([row()])
+        await ledger.begin_attempt("k")
+        await ledger.end_attempt("k", ended(Verdict.ACCEPTED))
+        await ledger.record_final("k", Task(task_id="ta-1", status=TaskStatus.SUCCESS), ReasonKind.EMPTY)
+        await ledger.begin_attempt("k", is_again=True)
+        await ledger.end_attempt("k", ended(Verdict.NOT_CHARGED), is_again=True)
+    async with opened(tmp_path) as ledger:
+        assert (await record_of(ledger)).state is RowState.FAILED
+        await ledger.keep_attempt("k", "ta-1")
+        record = await record_of(ledger)
+        assert (record.state, record.task_id, record.reason_kind) == (RowState.FAILED, "ta-1", ReasonKind.EMPTY)
+        await ledger.begin_attempt("k")
+        assert (await record_of(ledger)).attempt == 3, "no number is used twice"
 
 
 async def test_an_interrupted_attempt_is_unknown(tmp_path: Path) -> None:
