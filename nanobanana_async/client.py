@@ -123,8 +123,8 @@ class NanoBananaClient:
     ) -> Task:
         """Submit a request, wait, and return the finished task, which has at least one image.
 
-        With a `RegeneratePolicy` it is the last one with an image. Cancelling stops the wait, not the task. A POST in
-        flight runs to its end, and the id of the task is logged (logger `nanobanana_async`).
+        With a `RegeneratePolicy` it is the last one with an image; the others are logged. Cancelling stops the wait,
+        not the task. A POST in flight runs to its end, and the id of the task is logged (logger `nanobanana_async`).
 
         Args:
             prompt: Text to generate from, or a `GenerationRequest` whose fields *options* replace.

@@ -182,7 +182,14 @@ class TaskTimeout(TaskError, TimeoutError):
 
 
 class ImageError(NanoBananaError):
-    """An image could not be read, downloaded or written. The task itself remains charged and finished."""
+    """An image could not be read, downloaded or written. The task itself remains charged and finished.
+
+    `task` is that task in an outcome of a batch, else None.
+    """
+
+    def __init__(self, message: str, *, task_id: str | None = None, task: Task | None = None) -> None:
+        super().__init__(message, task_id=task_id)
+        self.task = task
 
 
 class LedgerError(NanoBananaError):

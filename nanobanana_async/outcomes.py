@@ -8,6 +8,7 @@ import attrs
 
 from nanobanana_async.errors import (
     ConfigurationError,
+    ImageError,
     NanoBananaError,
     NoImage,
     SubmissionUnknown,
@@ -86,11 +87,13 @@ class Failed(_OutcomeBase):
     error: NanoBananaError
 
     def _last_task(self) -> Task | None:
-        return self.error.task if isinstance(self.error, TaskError) else None
+        return self.error.task if isinstance(self.error, TaskError | ImageError) else None
 
     @property
     def may_be_charged(self) -> bool:
         """Whether the service may have charged it without stating an amount."""
+        if any(task.consumed is None for task in self.earlier):
+            return True
         if isinstance(self.error, TaskFailed | NoImage):
             return self.error.task.consumed is None
         return isinstance(self.error, SubmissionUnknown) or self.error.task_id is not None

@@ -75,6 +75,7 @@ def _to_ends(ends: Iterable[RegenerateOn | str]) -> frozenset[RegenerateOn]:
 class RegeneratePolicy:
     """When a request is submitted again after its task has ended. Each such submit is charged again.
 
+    It applies to `generate`, `generate_many` and batches, and not to `submit` and `stream`, which show each task.
     A refused prompt is not submitted again, nor a task that failed for an unknown reason.
 
     Attributes:

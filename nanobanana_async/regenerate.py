@@ -8,7 +8,7 @@ import anyio
 import attrs
 
 from nanobanana_async.calls import SubmitCall
-from nanobanana_async.errors import LedgerError, NanoBananaError, NoImage, SubmissionUnknown, TaskFailed
+from nanobanana_async.errors import LedgerError, NanoBananaError, NoImage, NotSent, SubmissionUnknown, TaskFailed
 from nanobanana_async.images.delivered import RequestedImage, compare
 from nanobanana_async.images.formats import read_info
 from nanobanana_async.models import Task
@@ -86,6 +86,9 @@ async def generate(session: Session, call: SubmitCall) -> Generated:
         return Generated(await _generate_once(session, call))
 
     async def attempt(number: int) -> Generated:
+        eta = session.queued(call).eta if number > 1 else None
+        if eta is not None and call.deadline_s - anyio.current_time() < eta.median_s:
+            raise NotSent("the time left is shorter than what half of the tasks take")
         mine = call if number == 1 else attrs.evolve(call, key=f"{call.key}.{number}")
         return Generated(await _generate_once(session, mine))
 
@@ -94,7 +97,7 @@ async def generate(session: Session, call: SubmitCall) -> Generated:
 
     try:
         made = await regenerate(policy, attempt, is_wrong)
-    except NanoBananaError as exc:
+    except (TaskFailed, NoImage) as exc:  # after another error, an earlier task may be all there is
         await _acknowledge(session, exc.earlier)
         raise
     await _acknowledge(session, made.earlier)

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import random
+import time
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -26,7 +27,7 @@ from nanobanana_async import (
     Succeeded,
 )
 from nanobanana_async.images.delivered import RequestedImage, compare
-from nanobanana_async.images.formats import read_info
+from nanobanana_async.images.formats import read_info, sniff
 from nanobanana_async.simulator import FAST_POLLING, FAST_PROFILE, Simulator, SimulatorProfile
 from nanobanana_async.simulator.in_memory import tiny_png
 from nanobanana_async.simulator.render import render_png
@@ -192,6 +193,19 @@ async def test_the_same_image_for_two_tasks_is_noticed_and_saving_twice_is_not(t
         for task, expected in ((first, []), (first, []), (second, [MismatchKind.REPEATED])):
             (saved,) = await client.save(task, tmp_path)
             assert [one.kind for one in saved.mismatch] == expected
+
+
+@pytest.mark.parametrize("fill", [b"\xff", b"\xff\x01\x00\x02"])
+def test_a_jpeg_with_millions_of_segments_takes_no_time(fill: bytes) -> None:
+    """Its size is not known then."""
+    data = b"\xff\xd8" + fill * (2**24 // len(fill))
+    began_s = time.perf_counter()
+    info, image_format = read_info(data), sniff(data)
+    assert image_format is not None
+    image_format.is_complete(data)
+    assert time.perf_counter() - began_s < 1
+    assert info is not None
+    assert info.width is None
 
 
 # --- through a batch --------------------------------------------------------------------------------------------------

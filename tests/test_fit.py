@@ -133,6 +133,23 @@ async def test_other_colour_spaces_become_srgb() -> None:
         assert "icc_profile" not in found.info
 
 
+async def test_a_damaged_profile_is_ignored_and_16_bits_keep_their_brightness() -> None:
+    """Neither is a reason to fail, or to send a white image."""
+    damaged = encoded(noise(400, 400), icc_profile=b"no profile")
+    grey = io.BytesIO()
+    Image.frombytes("I;16", (400, 400), (20000).to_bytes(2, "little") * 160_000).save(grey, "PNG")
+    first, second = await sent(attrs.evolve(SHRINK, max_side_px=100), damaged, grey.getvalue())
+    assert decoded(first).size == (100, 100)
+    assert decoded(second).convert("L").getpixel((50, 50)) == pytest.approx(78, abs=2)
+
+
+async def test_an_image_wider_than_a_webp_can_be_is_shrunk() -> None:
+    """Side by side panels with transparent parts."""
+    wide = encoded(Image.new("RGBA", (20_000, 8), (255, 0, 0, 100)), "PNG")
+    (uri,) = await sent(attrs.evolve(SHRINK, max_bytes=20_000), wide + bytes(30_000))
+    assert decoded(uri).width <= 16383
+
+
 async def test_heic_is_sent_as_jpeg(tmp_path: Path) -> None:
     """Phones store it. The service does not take it."""
     heif = pytest.importorskip("pillow_heif")

@@ -22,6 +22,7 @@ import pytest
 from nanobanana_async import (
     AttemptEnd,
     BatchRow,
+    GeneratedImage,
     GenerationRequest,
     InvalidRequest,
     LedgerError,
@@ -104,7 +105,7 @@ async def test_a_row_goes_from_submitting_to_saved(tmp_path: Path) -> None:
 
 
 async def test_a_charged_row_whose_next_attempt_was_not_charged_is_not_ready(tmp_path: Path) -> None:
-    """The program may end before the earlier attempt is kept. The next run does not charge the row again."""
+    """The program may end now. The row has the end that was charged, and the next run does not charge it again."""
     async with opened(tmp_path) as ledger:
         await ledger.upsert_rows([row()])
         await ledger.begin_attempt("k")
@@ -113,12 +114,37 @@ async def test_a_charged_row_whose_next_attempt_was_not_charged_is_not_ready(tmp
         await ledger.begin_attempt("k", is_again=True)
         await ledger.end_attempt("k", ended(Verdict.NOT_CHARGED), is_again=True)
     async with opened(tmp_path) as ledger:
-        assert (await record_of(ledger)).state is RowState.FAILED
-        await ledger.keep_attempt("k", "ta-1")
         record = await record_of(ledger)
         assert (record.state, record.task_id, record.reason_kind) == (RowState.FAILED, "ta-1", ReasonKind.EMPTY)
         await ledger.begin_attempt("k")
         assert (await record_of(ledger)).attempt == 3, "no number is used twice"
+
+
+async def test_a_saved_image_survives_an_attempt_that_has_none(tmp_path: Path) -> None:
+    """Whether it failed, was not charged, or is unknown and given up: the row keeps its file."""
+    file = SavedImage(path=tmp_path / "0001-a-fox.png", sha256="ab", size_bytes=3)
+    done = Task(task_id="ta-1", status=TaskStatus.SUCCESS, images=(GeneratedImage(url="https://a.example/1.png"),))
+    async with opened(tmp_path) as ledger:
+        await ledger.upsert_rows([row()])
+        await ledger.begin_attempt("k")
+        await ledger.end_attempt("k", ended(Verdict.ACCEPTED))
+        await ledger.record_final("k", done, None)
+        await ledger.record_saved("k", [file])
+        for verdict in (Verdict.NOT_CHARGED, Verdict.REJECTED):
+            await ledger.begin_attempt("k", is_again=True)
+            await ledger.end_attempt("k", ended(verdict), is_again=True)
+            assert ((await record_of(ledger)).state, (await record_of(ledger)).files) == (RowState.SAVED, (file,))
+        await ledger.begin_attempt("k", is_again=True)
+        await ledger.end_attempt("k", ended(Verdict.ACCEPTED, task_id="ta-2"), is_again=True)
+    async with opened(tmp_path) as ledger:  # the next run waits for it
+        await ledger.record_final("k", Task(task_id="ta-2", status=TaskStatus.FAILED, consumed=Decimal(1)), None)
+        record = await record_of(ledger)
+        assert (record.state, record.files, record.possible_duplicates) == (RowState.SAVED, (file,), 0)
+        await ledger.begin_attempt("k", is_again=True)
+        await ledger.end_attempt("k", ended(Verdict.UNKNOWN), is_again=True)
+        assert (await record_of(ledger)).state is RowState.UNKNOWN
+        await ledger.resolve("k", RowState.ABANDONED)
+        assert ((await record_of(ledger)).state, (await record_of(ledger)).files) == (RowState.SAVED, (file,))
 
 
 async def test_an_interrupted_attempt_is_unknown(tmp_path: Path) -> None:

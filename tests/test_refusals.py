@@ -1,8 +1,11 @@
 """Why a task has no image is read from the words of the service and of the model, in the languages of their users."""
 
+import time
+
 import pytest
 
 from nanobanana_async import ReasonKind, Task, TaskStatus, classify_reason
+from nanobanana_async.wire.refusals import says_empty_account
 
 REFUSED_REASONS = [
     "IMAGE_SAFETY",
@@ -85,6 +88,18 @@ def test_a_success_without_an_image_is_empty(text: str) -> None:
 def test_no_image_in_the_words_of_a_failure_is_empty() -> None:
     """The finish reason NO_IMAGE of the model."""
     assert classify_reason(failed("NO_IMAGE")) is ReasonKind.EMPTY
+
+
+@pytest.mark.parametrize(
+    "text", ["\N{LEFT-POINTING DOUBLE ANGLE QUOTATION MARK}" * 10**6, "'" * 10**6, "kann " * 10**5]
+)
+def test_a_hostile_text_takes_no_time(text: str) -> None:
+    """It is read on the event loop."""
+    began_s = time.perf_counter()
+    classify_reason(failed(text))
+    classify_reason(empty(text))
+    says_empty_account("insufficient" + "_" * 10**5)
+    assert time.perf_counter() - began_s < 1
 
 
 @pytest.mark.parametrize("quoted", ["'{}'", '"{}"', "“{}”", "«{}»", "「{}」"])

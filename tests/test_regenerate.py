@@ -6,6 +6,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import anyio
 import attrs
 import pytest
 
@@ -13,6 +14,7 @@ from nanobanana_async import (
     AuthenticationError,
     BatchRow,
     BudgetExceeded,
+    ExchangeError,
     Failed,
     GenerationRequest,
     MismatchKind,
@@ -30,6 +32,7 @@ from nanobanana_async import (
     Succeeded,
     Task,
     TaskFailed,
+    TaskStatus,
     Unknown,
     WireRequest,
     WireResponse,
@@ -337,8 +340,65 @@ async def test_a_second_submit_of_unknown_outcome_makes_the_row_unknown(tmp_path
         (outcome,) = (await run(batch, ["fox"])).values()
         (row,) = await rows_of(batch)
     assert isinstance(outcome, Unknown)
-    assert (row.state, row.possible_charges) == (RowState.UNKNOWN, 2)
+    assert (row.state, row.total_consumed, row.possible_duplicates) == (RowState.UNKNOWN, Decimal("0.5"), 0)
     assert outcome.consumed == Decimal("0.5")
+
+
+async def test_a_row_of_an_earlier_run_is_only_waited_for(tmp_path: Path) -> None:
+    """Its attempts were those of that run, and what the ledger knows of its request is not all of it."""
+    simulator = Simulator(attrs.evolve(FAST_PROFILE, median_s=0.3))
+    async with batch_of(simulator, tmp_path, regenerate=TWICE) as batch:
+        with anyio.move_on_after(0.1):
+            await run(batch, ["fox", "owl"])
+    charged = len(simulator.charges)
+    assert charged == 2
+    ends = ending(simulator, EMPTY, EMPTY)
+    async with batch_of(simulator, tmp_path, ends, regenerate=TWICE) as batch:
+        outcomes = await run(batch, ["fox"])
+        assert [row.state for row in await rows_of(batch)] == [RowState.FAILED, RowState.FAILED]
+    assert kinds(outcomes) == ["Failed", "Failed"]
+    assert len(simulator.charges) == charged
+
+
+@pytest.mark.virtual_time
+@pytest.mark.usefixtures("no_threads")
+async def test_a_second_submit_waits_in_an_outage_like_a_first_one(tmp_path: Path) -> None:
+    """Ten minutes without a network are a few dozen POSTs."""
+    simulator = Simulator(attrs.evolve(FAST_PROFILE, median_s=5))
+    posts = 0
+
+    def refuse(number: int) -> ExchangeError | None:
+        nonlocal posts
+        posts += 1
+        return lost(Phase.CONNECT) if number and anyio.current_time() < 600 else None
+
+    async with batch_of(
+        simulator, tmp_path, both(nth_post(refuse), ending(simulator, EMPTY)), regenerate=ONCE
+    ) as batch:
+        (outcome,) = (await run(batch, ["fox"])).values()
+    assert isinstance(outcome, Succeeded)
+    assert posts < 200
+    assert len(simulator.charges) == 2
+
+
+def test_a_charge_that_was_not_stated_counts_whatever_the_last_one_was() -> None:
+    """The last task was free of charge, the one before may not have been."""
+    task = Task(task_id="ta-1", status=TaskStatus.FAILED)
+    free = attrs.evolve(task, task_id="ta-2", consumed=Decimal(0))
+    error = TaskFailed("no", task=free)
+    assert not Failed(key="k", request=FOUR_K, error=error).may_be_charged
+    assert Failed(key="k", request=FOUR_K, error=error, earlier=(task,)).may_be_charged
+
+
+@pytest.mark.virtual_time
+@pytest.mark.usefixtures("no_threads")
+async def test_nothing_is_submitted_again_for_which_there_is_no_time() -> None:
+    """It would be charged, and its image would come too late."""
+    simulator = Simulator(attrs.evolve(FAST_PROFILE, median_s=20, sigma=0))
+    async with client_of(simulator, ending(simulator, EMPTY), regenerate=TWICE) as client:
+        with pytest.raises(NoImage):
+            await client.generate("fox", timeout_s=10)
+    assert len(simulator.charges) == 1
 
 
 # --- the commands -----------------------------------------------------------------------------------------------------

@@ -42,11 +42,15 @@ def test_a_template_takes_json_lines_and_lines_of_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "text", "message"),
     [
-        ("a {colour}", TABLE, "line 2: template: expected text in the column 'colour', got None"),
+        ("a {colour}", TABLE, "line 2: template: the row has no column 'colour', only 'name', 'Main Colour', 'sku'"),
         ("a {name}", "name,sku\n,17\n", "line 2: template: expected text in the column 'name', got ''"),
         ("a {name", TABLE, "line 2: template: expected {column}, got '{'. For a brace, write it twice"),
         ("a {}", TABLE, "line 2: template: expected {column}, got '{}'. For a brace, write it twice"),
-        ("{name.__class__}", TABLE, "line 2: template: expected text in the column 'name.__class__', got None"),
+        (
+            "{name.__class__}",
+            TABLE,
+            "line 2: template: the row has no column 'name.__class__', only 'name', 'Main Colour', 'sku'",
+        ),
     ],
 )
 def test_a_template_that_cannot_be_filled_is_an_error_with_the_line(
@@ -56,6 +60,12 @@ def test_a_template_that_cannot_be_filled_is_an_error_with_the_line(
     with pytest.raises(InvalidBatchFile) as caught:
         read_rows(table(tmp_path, text), template=template)
     assert caught.value.errors[0] == message
+
+
+def test_the_suffix_of_a_name_is_not_part_of_the_names_of_its_images(tmp_path: Path) -> None:
+    """`fox.png` gives `fox-1` and `fox-2`."""
+    rows = read_rows(table(tmp_path, "name,prompt\nfox.png,a fox\n"), variants=2)
+    assert [row.name for row in rows] == ["fox-1", "fox-2"]
 
 
 @pytest.mark.anyio

@@ -132,9 +132,9 @@ def _own_cells(record: LedgerRow, decimal_sign: str) -> list[object]:
         "|".join(file.path.name for file in record.files),
         None if info is None else info.width,
         None if info is None else info.height,
-        "; ".join(one.message for file in record.files for one in file.mismatch),
+        "|".join(one.kind for file in record.files for one in file.mismatch),
         record.state.value,
-        None if record.consumed is None else format_credits(record.consumed).replace(".", decimal_sign),
+        None if record.total_consumed is None else format_credits(record.total_consumed).replace(".", decimal_sign),
         f"'{reason}" if reason.startswith(_FORMULA_STARTS) else reason,
     ]
 
@@ -146,7 +146,7 @@ def _card(record: LedgerRow) -> gallery.GalleryCard:
         status=_STATUS_LABELS.get(record.state, record.state.value),
         file=record.files[0].path.name if is_done and record.files else None,
         seconds=_seconds(record),
-        cost="" if record.consumed is None else format_credits(record.consumed),
+        cost="" if record.total_consumed is None else format_credits(record.total_consumed),
         note="" if is_done else (record.reason or ""),
         reason_kind=None if is_done or record.reason_kind is None else record.reason_kind.value,
         mismatch=tuple(one for file in record.files for one in file.mismatch),
@@ -166,6 +166,7 @@ def _manifest_line(record: LedgerRow) -> dict[str, object]:
         "task_id": record.task_id,
         "files": list(map(file_record, record.files)),
         "consumed": None if record.consumed is None else f"{record.consumed:f}",
+        "total_consumed": None if record.total_consumed is None else f"{record.total_consumed:f}",
         "attempt": record.attempt,
         "reason_kind": record.reason_kind,
         "possible_duplicates": record.possible_duplicates,

@@ -14,6 +14,7 @@ from nanobanana_async._text import normalize
 from nanobanana_async.batch.row_readers import COLUMNS
 from nanobanana_async.batch.rows import RowKeys
 from nanobanana_async.errors import ImageError
+from nanobanana_async.images.formats import split_suffix
 from nanobanana_async.images.references import (
     MAX_SHRUNK_BYTES,
     check_data_uri,
@@ -67,6 +68,7 @@ class RowParser:
         if len(record) > 1:
             columns.update((_storable(name), _kept(value)) for name, value in record.items())
         name, key = _storable(given["name"]) if "name" in given else None, given.get("key")
+        stem = name if name is None or self.variants == 1 else split_suffix(name)[0]
         for number in range(1, self.variants + 1):
             own_key = f"{key}-{number}" if key is not None and number > 1 else key  # more variants keep the first row
             # The text as written, not the path: a row is the same in another working directory.
@@ -74,7 +76,7 @@ class RowParser:
             yield BatchRow(
                 key=assigned,
                 request=request,
-                name=f"{name}-{number}" if name is not None and self.variants > 1 else name,
+                name=f"{stem}-{number}" if stem is not None and self.variants > 1 else name,
                 fingerprint=fingerprint,
                 line=line,
                 columns=columns,
@@ -107,7 +109,10 @@ def filled(template: str, record: Mapping[str, JsonValue]) -> str:
         name = normalize(match[1] or "")
         if not name:
             raise ValueError(f"template: expected {{column}}, got {match[0]!r}. For a brace, write it twice")
-        value = record.get(name, record.get(re.sub(r"[\s-]+", "_", name.lower())))
+        column = name if name in record else re.sub(r"[\s-]+", "_", name.lower())
+        if column not in record:
+            raise ValueError(f"template: the row has no column {name!r:.80}, only {', '.join(map(repr, record))[:200]}")
+        value = record[column]
         text = f"{value:.15g}" if isinstance(value, float) else normalize(str(value)) if value is not None else ""
         if isinstance(value, list | dict) or not text:
             raise ValueError(f"template: expected text in the column {name!r}, got {value!r:.80}")

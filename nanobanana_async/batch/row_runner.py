@@ -14,9 +14,7 @@ from nanobanana_async.errors import (
     ImageError,
     LedgerError,
     NanoBananaError,
-    NoImage,
     NotSent,
-    TaskFailed,
     TaskLost,
 )
 from nanobanana_async.handle import TaskHandle, no_image_error
@@ -24,6 +22,7 @@ from nanobanana_async.ledger.batch_ledger import BatchLedger
 from nanobanana_async.ledger.schema import BatchRow, LedgerRow, RowState
 from nanobanana_async.models import Task
 from nanobanana_async.outcomes import Outcome, Succeeded, outcome_from_error
+from nanobanana_async.policies import RegeneratePolicy
 from nanobanana_async.protocols import ImageStore
 from nanobanana_async.regenerate import Generated, has_wrong_size, regenerate
 from nanobanana_async.saved import SavedImage
@@ -82,7 +81,11 @@ class RowRunner:
         return attrs.evolve(entry, state=RowState.SUBMITTED)
 
     async def _complete(self, record: RowRecord, entry: LedgerRow, timeout_s: float | None) -> Outcome:
-        """Return the outcome of the row, after as many attempts as the `RegeneratePolicy` of the client allows."""
+        """Return the outcome of the row, after as many attempts as the `RegeneratePolicy` of the client allows.
+
+        A row that an earlier run has charged is only waited for.
+        """
+        policy = self._client.regenerate if entry.state.is_submittable else RegeneratePolicy()
 
         async def attempt(number: int) -> Generated:
             if number == 1:
@@ -90,14 +93,7 @@ class RowRunner:
             record.begin_again()
             return await self._attempt(record, attrs.evolve(entry, state=RowState.READY), timeout_s)
 
-        try:
-            made = await regenerate(self._client.regenerate, attempt, has_wrong_size)
-        except (TaskFailed, NoImage) as exc:
-            if record.is_again:
-                await self._ledger.keep_attempt(entry.key, exc.task.task_id)
-            raise
-        if record.is_again:
-            await self._ledger.keep_attempt(entry.key, made.task.task_id)
+        made = await regenerate(policy, attempt, has_wrong_size)
         return Succeeded(
             key=entry.key, request=record.row.request, task=made.task, files=made.files, earlier=made.earlier
         )
@@ -111,6 +107,7 @@ class RowRunner:
             if entry.consumed is None:
                 record.reopen()
         self._run_state.in_flight += 1
+        task: Task | None = None
         try:
             task = await self._wait(record, handle, timeout_s, has_image=entry.state in _HAS_IMAGE)
             files = await self._run_state.download(
@@ -119,6 +116,8 @@ class RowRunner:
             await self._ledger.record_saved(entry.key, files)
         except NanoBananaError as exc:
             exc.task_id = exc.task_id or handle.task_id
+            if isinstance(exc, ImageError):
+                exc.task = task
             raise
         finally:
             self._run_state.in_flight -= 1
@@ -166,6 +165,7 @@ class RowRunner:
             raise
 
     async def _store_images(self, record: RowRecord, stem: str, task: Task) -> tuple[SavedImage, ...]:
+        stem = f"{stem}.attempt-{record.number}" if record.is_again else stem
         names = [stem, *(f"{stem}.{number}" for number in range(2, len(task.images) + 1))]
         store = partial(self._client.store, store=self._image_store, task_id=task.task_id, request=record.row.request)
         return tuple([await store(image, name=name) for name, image in zip(names, task.images, strict=True)])

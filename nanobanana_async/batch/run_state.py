@@ -116,10 +116,13 @@ class RunState:
         """Whether submits go one at a time, because the last ones failed, or their images could not be had."""
         return self.outage.is_probing or self._download_outage.is_down
 
-    async def reserve(self, priced_as: PricedAs) -> Reservation:
+    async def reserve(self, priced_as: PricedAs, *, waits_for_money: bool = True) -> Reservation:
         """Wait until one more submit is allowed by outage, downloads and budget, and reserve its price.
 
         The run stops if the budget does not allow it, and no submit is left whose end could.
+
+        Raises:
+            BudgetExceeded: The budget does not allow it now, and *waits_for_money* is false.
         """
         with anyio.move_on_after(max(self.outage.backoff_s(), self._download_outage.backoff_s())):
             while True:
@@ -130,6 +133,8 @@ class RunState:
                 if (reservation := self.budget.try_reserve(priced_as)) is not None:
                     self.is_learning_price = False
                     return reservation
+                if not waits_for_money:
+                    raise BudgetExceeded(self.budget.refusal(priced_as, "--max-price CREDITS"))
                 self.is_learning_price = self.budget.price(priced_as) is None
                 if not self.budget.open:
                     self.stop(BudgetExceeded(self.budget.refusal(priced_as, "--max-price CREDITS")))

@@ -10,7 +10,6 @@ from nanobanana_async.batch.run_state import RunState, RunStopped
 from nanobanana_async.client import NanoBananaClient
 from nanobanana_async.errors import (
     AuthenticationError,
-    BudgetExceeded,
     ClientClosed,
     ConfigurationError,
     InsufficientCredits,
@@ -44,8 +43,8 @@ class RowRecord:
         """The price of the last attempt, until it is decided."""
         self.is_probe = False
         """Whether the row is the one that is submitted while the service has errors."""
-        self.is_again = False
-        """Whether the attempt follows a task of this run that has ended (see `RegeneratePolicy`)."""
+        self.number = 1
+        """Number of the task in this run. Above 1, it follows one that has ended (see `RegeneratePolicy`)."""
         self.last_end: AttemptEnd | None = None
         """The end of the last attempt of this run."""
         self._is_unknown = False
@@ -64,6 +63,11 @@ class RowRecord:
         if self.reservation is not None:
             self.reservation.__exit__(kind, exc, trace)
 
+    @property
+    def is_again(self) -> bool:
+        """Whether the task follows one of this run that has ended."""
+        return self.number > 1
+
     async def reserve(self) -> None:
         """Reserve the price of the next attempt. With `is_again` it neither waits for money nor stops the run.
 
@@ -71,17 +75,11 @@ class RowRecord:
             BudgetExceeded: Another attempt could exceed the budget.
         """
         assert self.reservation is None  # noqa: S101 - released, or the row has ended
-        if not self.is_again:
-            self.reservation = await self._run_state.reserve(self.priced_as)
-            return
-        budget = self._run_state.budget
-        self.reservation = budget.try_reserve(self.priced_as)
-        if self.reservation is None:
-            raise BudgetExceeded(budget.refusal(self.priced_as, "--max-price CREDITS"))
+        self.reservation = await self._run_state.reserve(self.priced_as, waits_for_money=not self.is_again)
 
     def begin_again(self) -> None:
         """Prepare for another task, after one whose price is decided."""
-        self.is_again, self.reservation = True, None
+        self.number, self.reservation = self.number + 1, None
         self._is_unknown = self.is_probe = self.is_doubted = False
 
     def reopen(self) -> None:

@@ -35,6 +35,7 @@ _PLAIN_INTERVAL_S: Final = 10.0
 _MAX_REPORTED: Final = 20
 """Number of failures that are printed as they happen."""
 _MAX_DETAIL_CHARS: Final = 70
+_MAX_PROMPT_CHARS: Final = 40
 _FIRST_MEDIAN_S: Final = 20.0
 """Assumed latency before the first image: the median of the prior."""
 
@@ -159,7 +160,8 @@ def eta_s(left: int, median_s: float, max_in_flight: int, rate_per_s: float | No
 
 def _lines(outcome: Outcome) -> list[str]:
     """Return one short line about a row without an image, or about each way in which an image is not as requested."""
-    prompt = sanitize_line(outcome.request.prompt)[:40]
+    prompt = sanitize_line(outcome.request.prompt)
+    prompt = prompt if len(prompt) <= _MAX_PROMPT_CHARS else f"{prompt[: _MAX_PROMPT_CHARS - 3]}..."
     where = repr(prompt) if outcome.line is None else f"line {outcome.line} {prompt!r}"
     if isinstance(outcome, Succeeded):
         return [f"{where}: {one.message}" for file in outcome.files for one in file.mismatch]

@@ -59,7 +59,7 @@ regenerate_option = click.option(
     help="Submit up to N more times if there is no image, or one of the wrong size. Each is charged. Not if refused.",
 )
 shrink_option = click.option(
-    "--shrink-references", is_flag=True, help="Turn reference images upright, and shrink them to 10 MB if larger."
+    "--shrink-references", is_flag=True, help="Turn reference images upright, and shrink them to 10 MiB if larger."
 )
 force_option = click.option("--force", is_flag=True, help="Replace an image with the name of -o.")
 

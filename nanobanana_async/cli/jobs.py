@@ -73,6 +73,7 @@ class Job:
             **error,
             "task_id": error.get("task_id") or record["task_id"],
             "attempts": 1 + len(self.earlier),
+            "earlier": [{"task_id": task.task_id, "consumed": task.consumed} for task in self.earlier],
             "possible_duplicates": error.get("possible_duplicates") or self.possible_duplicates,
         }
 

@@ -60,6 +60,11 @@ class PreviewOptions(BatchOptions, Protocol):
         ...
 
     @property
+    def regenerate(self) -> int:
+        """How often a row is submitted again at most."""
+        ...
+
+    @property
     def is_confirmed(self) -> bool:
         """Whether rows that seem to replace charged ones are submitted."""
         ...
@@ -126,7 +131,7 @@ async def dry_run(rows: RowFile, options: PreviewOptions) -> int:
             }
         )
     else:
-        for line in [*plan.lines(rows), *_means(plan, balance, options.budget)]:
+        for line in [*plan.lines(rows, options.regenerate), *_means(plan, balance, options.budget)]:
             print_result(line)
         print_result("nothing was submitted")
     return EXIT_OK
@@ -165,8 +170,8 @@ class _Plan:
             cost += price * count
         return cost
 
-    def lines(self, rows: RowFile) -> list[str]:
-        """Return the plan as text."""
+    def lines(self, rows: RowFile, regenerate: int) -> list[str]:
+        """Return the plan as text. Each row is submitted up to *regenerate* more times."""
         preview, total = self.preview, self.to_submit.total()
         unfinished = f", {preview.unfinished} charged and to be downloaded" if preview.unfinished else ""
         lines = [f"{_count(preview.rows, 'row')}: {total} to submit, {preview.saved} saved{unfinished}"]
@@ -180,7 +185,9 @@ class _Plan:
             price, name = self.prices[kind], kind[0] if kind[1] is None else f"{kind[0]} at {kind[1]}"
             text = "price not known before the first image" if price is None else f"{_credits(price)} each"
             lines.append(f"{_count(count, 'image')} of {sanitize_line(name)}: {text}")
-        lines += [f"cost: up to {_credits(self.max_cost)}"] if self.max_cost is not None and total else []
+        if self.max_cost is not None and total:
+            more = f", and {_credits(self.max_cost * (1 + regenerate))} with --regenerate" if regenerate else ""
+            lines.append(f"cost: up to {_credits(self.max_cost)}{more}")
         return lines
 
 

@@ -8,6 +8,7 @@ import base64
 import binascii
 import io
 import math
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -33,6 +34,9 @@ _RATIO_TOLERANCE: Final = 0.04
 """Sides are multiples of 16 or 32: 896 x 1152 for 4:5 is off by 2.8 %, 1584 x 672 for 21:9 by 1 %."""
 _BLANK_BYTES_PER_PIXEL: Final = 0.05
 """A larger file is not blank, and need not be decoded. A blank one has 0.005."""
+_MAX_BLANK_PIXELS: Final = 2**25
+"""Twice a 4k. A larger image is not decoded, which takes 4 bytes per pixel."""
+_ONE_AT_A_TIME: Final = threading.Lock()
 _BLANK_SPREAD: Final = 4
 """Largest difference of a channel in a blank image: JPEG has some noise."""
 _EDGE_BYTES: Final = 576
@@ -89,7 +93,8 @@ class DeliveryCheck:
             found.append(_mismatch(MismatchKind.TRUNCATED, "", "a part", "the image file ends too early"))
         if requested is not None and requested.references:
             found += await anyio.to_thread.run_sync(_equal_reference, data, requested.references)
-        if info.width and info.height and len(data) < _BLANK_BYTES_PER_PIXEL * info.width * info.height:
+        pixels = (info.width or 0) * (info.height or 0)
+        if len(data) < _BLANK_BYTES_PER_PIXEL * pixels <= _BLANK_BYTES_PER_PIXEL * _MAX_BLANK_PIXELS:
             found += await anyio.to_thread.run_sync(_blank, data)
         found += self._repeated(sha256, task_id)
         self.counts.update(one.kind for one in found)
@@ -178,7 +183,7 @@ def _blank(data: bytes) -> list[Mismatch]:
     try:
         from PIL import Image  # noqa: PLC0415 - an extra
 
-        with Image.open(io.BytesIO(data)) as image:
+        with _ONE_AT_A_TIME, Image.open(io.BytesIO(data)) as image:
             image.draft("RGB", (image.width // 8, image.height // 8))  # a JPEG is decoded in a coarser form
             spread = _spread(image)
     except Exception:  # noqa: BLE001 - Pillow is not installed, or refuses the file: there is no finding

@@ -19,6 +19,8 @@ _ORIENTATION: Final = 0x0112
 _QUALITY: Final = 92
 """Of JPEG and WebP: no difference is visible, at a fifth of the size of a PNG."""
 _MIN_SIDE_PX: Final = 64
+_MAX_SIDE_PX: Final = 16383
+"""Longest side of a WebP."""
 _ONE_AT_A_TIME: Final = threading.Lock()
 """A photo of 48 megapixels takes 150 MB while it is decoded, and the work uses one core."""
 
@@ -41,7 +43,7 @@ def fit(name: str, data: bytes, *, max_side_px: int | None, max_bytes: int) -> b
         try:
             with Image.open(io.BytesIO(data)) as image:
                 side_px = max(image.size)
-                limit_px = side_px if max_side_px is None else min(side_px, max_side_px)
+                limit_px = min(side_px, max_side_px or _MAX_SIDE_PX, _MAX_SIDE_PX)
                 is_upright = image.getexif().get(_ORIENTATION, 1) == 1
                 if sniff(data[:SNIFF_BYTES]) and is_upright and limit_px == side_px and len(data) <= max_bytes:
                     return data
@@ -51,11 +53,11 @@ def fit(name: str, data: bytes, *, max_side_px: int | None, max_bytes: int) -> b
         except ImageError:
             raise
         except Exception as exc:
-            raise ImageError(f"{name}: cannot be shrunk: {type(exc).__name__}: {exc}") from exc
+            raise ImageError(_problem(name, exc)) from exc
 
 
 def check_readable(name: str, data: bytes) -> None:
-    """Check that Pillow reads the header of *data*, such as that of a HEIC.
+    """Check that Pillow reads all of *data*, such as a HEIC.
 
     Raises:
         ImageError: It does not.
@@ -64,10 +66,16 @@ def check_readable(name: str, data: bytes) -> None:
         from PIL import Image  # noqa: PLC0415 - an extra
 
         _register_heif()
-        with Image.open(io.BytesIO(data)):
-            pass
+        with _ONE_AT_A_TIME, Image.open(io.BytesIO(data)) as image:
+            image.load()
     except Exception as exc:
-        raise ImageError(f"{name}: not an image that can be shrunk: {type(exc).__name__}: {exc}") from exc
+        raise ImageError(_problem(name, exc)) from exc
+
+
+def _problem(name: str, exc: Exception) -> str:
+    if "cannot identify" in str(exc):
+        return f"{name}: not an image, or a HEIC. To read HEIC, run: pip install pillow-heif"
+    return f"{name}: cannot be shrunk: {type(exc).__name__}: {exc}"
 
 
 def _shrunk(image: "Image.Image", side_px: int, max_bytes: int) -> bytes:
@@ -96,8 +104,10 @@ def _to_srgb(image: "Image.Image") -> "Image.Image":
             source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
             converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
             image = converted or image
-        except ImageCms.PyCMSError:  # a damaged profile: the colours are taken as sRGB
+        except (ImageCms.PyCMSError, OSError):  # a damaged profile: the colours are taken as sRGB
             pass
+    if image.mode.startswith("I"):  # 16 bits per pixel, of which `convert` would keep the lower ones
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
     image = image.convert(mode)
     image.info.clear()  # no profile and no EXIF with the place of the photo
     return image

@@ -52,6 +52,8 @@ _WEBP: Final = ImageFormat("webp", (".webp",), b"RIFF")
 _PNG_END: Final = b"IEND\xaeB`\x82"
 _EOI: Final = b"\xff\xd9"
 _SOS: Final = 0xDA
+_MAX_SEGMENTS: Final = 10_000
+"""Segments and fill bytes of a JPEG header that are read. A hostile one may have millions."""
 _JPEG_FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 """Markers of the JPEG header with the size (ITU T.81, table B.1)."""
 
@@ -90,7 +92,9 @@ def read_info(data: bytes) -> ImageInfo | None:
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
     """Yield marker and offset of each segment up to the image data, which an embedded preview cannot contain."""
     at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
+    for _ in range(_MAX_SEGMENTS):
+        if at + 4 > len(data) or data[at] != 0xFF:
+            return
         marker = data[at + 1]
         yield marker, at
         if marker == _SOS:

@@ -75,10 +75,10 @@ async def _encode_reference(image: ImageSource, policy: ReferencePolicy) -> str:
 
 async def _upload(upload: Callable[[bytes], Awaitable[str]], data: bytes) -> str:
     try:
-        url = await upload(data)
+        url = str(await upload(data))
     except Exception as exc:
         raise ImageError(f"the reference image cannot be uploaded: {type(exc).__name__}: {exc}") from exc
-    if (problem := url_problem(str(url))) is not None:
+    if (problem := url_problem(url)) is not None:
         raise ImageError(f"the URL of an uploaded reference image {problem} Got {url!r:.80}.")
     return url
 

@@ -104,10 +104,6 @@ class BatchLedger(LedgerFile):
         """Record the end of the current attempt of *key*. *is_again* is that of its begin."""
         await self.commit(lambda db: schema.end_attempt(db, key, end, is_again=is_again), key)
 
-    async def keep_attempt(self, key: str, task_id: str) -> None:
-        """Let the row *key* be about the attempt with this task, if its last one has ended without an image."""
-        await self.commit(lambda db: schema.keep_attempt(db, key, task_id), key)
-
     async def bind_by_nonce(self, nonce: str, task_id: str) -> None:
         """Record the task id of the submit with this *nonce*, if it is unknown."""
         await self.commit(lambda db: schema.bind_by_nonce(db, nonce, task_id))
@@ -126,7 +122,10 @@ class BatchLedger(LedgerFile):
 
     async def resolve(self, key: str, state: RowState) -> None:
         """Decide about the unknown row *key*: `REQUEUED` or `ABANDONED`."""
-        await self.transition(key, state)
+        if state is RowState.ABANDONED:
+            await self.commit(partial(schema.abandon, key=key), key)
+        else:
+            await self.transition(key, state)
 
     async def bind(self, key: str, task_id: str) -> None:
         """Record the task id of the unknown row *key*. Raises if another row has that task."""

@@ -165,7 +165,7 @@ def add_restored_attempt(db: sqlite3.Connection, key: str, state: RowState, task
 
 _SELECT_DOUBTS: Final = """
 SELECT coalesce(sum(max(charges - 1, 0)), 0), coalesce(sum(held), 0) FROM (
-    SELECT sum(may_be_charged AND (consumed IS NULL OR CAST(consumed AS REAL) > 0)) AS charges,
+    SELECT sum(may_be_charged AND NOT is_replaced AND (consumed IS NULL OR CAST(consumed AS REAL) > 0)) AS charges,
         sum(may_be_charged AND consumed IS NULL) AS held FROM attempts GROUP BY key
 )
 """

@@ -102,7 +102,8 @@ CREATE TABLE rows (
 CREATE INDEX rows_owner ON rows (owner) WHERE owner IS NOT NULL;
 CREATE TABLE attempts (
     key TEXT NOT NULL, attempt INTEGER NOT NULL, state TEXT NOT NULL, may_be_charged INTEGER NOT NULL DEFAULT 1,
-    is_doubtful INTEGER NOT NULL DEFAULT 0, rule TEXT, nonce TEXT, task_id TEXT, model TEXT NOT NULL, image_size TEXT,
+    is_doubtful INTEGER NOT NULL DEFAULT 0, is_replaced INTEGER NOT NULL DEFAULT 0,
+    rule TEXT, nonce TEXT, task_id TEXT, model TEXT NOT NULL, image_size TEXT,
     intended_at REAL NOT NULL, submitted_at REAL, ended_at REAL, saved_at REAL,
     consumed TEXT, reason TEXT, reason_kind TEXT, files TEXT NOT NULL DEFAULT '[]', PRIMARY KEY (key, attempt)
 ) WITHOUT ROWID;
@@ -114,12 +115,15 @@ WITHOUT ROWID;
 # `listing` for batches. `listing` is the last run with the row in its file. One attempt is one POST. An attempt whose
 # charge the service has stated as zero was not charged.
 SELECT_ROWS: Final = """
-SELECT key, number, file_stem, fingerprint, prompt, rows.model, rows.image_size, attempt, line, columns, listing,
+SELECT key, number, file_stem, fingerprint, prompt, rows.model, rows.image_size, line, columns, listing,
     coalesce(state, 'ready') AS state,
     task_id, intended_at, submitted_at, ended_at, saved_at, consumed, reason, reason_kind,
     coalesce(files, '[]') AS files,
+    (SELECT count(*) FROM attempts AS every WHERE every.key = rows.key) AS attempt,
+    (SELECT group_concat(consumed) FROM attempts AS every WHERE every.key = rows.key) AS charges,
     (SELECT count(*) FROM attempts AS every WHERE every.key = rows.key AND every.may_be_charged
-        AND (every.consumed IS NULL OR CAST(every.consumed AS REAL) > 0)) AS possible_charges,
+        AND (every.consumed IS NULL OR CAST(every.consumed AS REAL) > 0)
+        AND (every.attempt = rows.attempt OR NOT every.is_replaced)) AS possible_charges,
     (SELECT count(*) FROM attempts AS every WHERE every.key = rows.key AND every.may_be_charged
         AND every.consumed IS NULL) AS held_charges,
     EXISTS (SELECT 1 FROM attempts AS every WHERE every.key = rows.key AND every.is_doubtful) AS is_doubted
@@ -158,10 +162,11 @@ class LedgerRow:
         prompt: Text of the request.
         model: Model of the request.
         image_size: Image size of the request; None leaves it to the service.
-        attempt: Number of the POST that the row is about, counted over all runs.
+        attempt: Number of POSTs in all runs.
+        charges: What the service has stated for each of them, as text with commas; None if nothing.
         state: State of the row.
-        possible_charges: POSTs in all runs that were or may have been charged. More than one means possible
-            duplicates.
+        possible_charges: POSTs in all runs that were or may have been charged, without those that were followed
+            by another one on purpose (see `RegeneratePolicy`). More than one means possible duplicates.
         held_charges: Those of `possible_charges` for which the service has not stated an amount.
         is_doubted: Whether a POST got a response that does not prove that nothing was charged.
         task_id: Task of the last attempt; None if it is not known.
@@ -185,6 +190,7 @@ class LedgerRow:
     model: str
     image_size: str | None
     attempt: int
+    charges: str | None
     state: RowState = attrs.field(converter=RowState)
     possible_charges: int
     held_charges: int
@@ -202,8 +208,13 @@ class LedgerRow:
     columns: Mapping[str, JsonValue]
 
     @property
+    def total_consumed(self) -> Decimal | None:
+        """Credits that the service has stated for all POSTs, in all runs; None if for none."""
+        return None if self.charges is None else sum(map(Decimal, self.charges.split(",")), Decimal(0))
+
+    @property
     def possible_duplicates(self) -> int:
-        """POSTs beyond the first that were or may have been charged, in all runs."""
+        """POSTs beyond the first that were or may have been charged, in all runs, unless each was asked for."""
         return max(0, self.possible_charges - 1)
 
 
@@ -251,6 +262,8 @@ def begin_attempt(
         transition(db, key, RowState.REQUEUED, {})
     elif not (state.is_submittable or (is_again and state is RowState.SAVED)):
         return False
+    if is_again:
+        db.execute("UPDATE attempts SET is_replaced = 1 WHERE key = ? AND task_id IS NOT NULL", (key,))
     db.execute(NEXT_ATTEMPT, (key,))
     db.execute(
         "INSERT INTO attempts (key, attempt, model, image_size, state, intended_at, nonce)"
@@ -264,7 +277,7 @@ def begin_attempt(
 def end_attempt(db: sqlite3.Connection, key: str, end: AttemptEnd, *, is_again: bool = False) -> bool:
     """Record the end of the current attempt of *key*. Return False if it has another end.
 
-    An attempt with *is_again* follows another charged one. If it was not charged, the row has failed, and is not ready:
+    An attempt with *is_again* follows another charged one. If it was not charged, the row is about the other one again:
     a later run does not charge it again.
     """
     now, reason = time.time(), None if end.error is None else str(end.error)
@@ -277,19 +290,11 @@ def end_attempt(db: sqlite3.Connection, key: str, end: AttemptEnd, *, is_again: 
     about["may_be_charged"] = end.verdict is Verdict.UNKNOWN
     if isinstance(end.error, SubmissionUnknown):  # this attempt, or an earlier one of the same submit
         return transition(db, key, RowState.UNKNOWN, {**about, "reason": reason})
-    state = RowState.FAILED if end.verdict is Verdict.REJECTED or is_again else RowState.REJECTED
-    return transition(db, key, state, {**about, "reason": reason, "ended_at": now})
-
-
-def keep_attempt(db: sqlite3.Connection, key: str, task_id: str) -> bool:
-    """Let the row *key* be about the attempt with this task, if its last one has ended without an image."""
-    found = "(SELECT attempt FROM attempts WHERE key = rows.key AND task_id = ?)"
-    ended = "(SELECT state FROM attempts WHERE key = rows.key AND attempt = rows.attempt)"
-    done = db.execute(
-        f"UPDATE rows SET attempt = {found} WHERE key = ? AND {found} IS NOT NULL AND {ended} IN (?, ?, ?)",
-        (task_id, key, task_id, RowState.FAILED, RowState.REJECTED, RowState.SAVED),
-    )
-    return done.rowcount > 0
+    state = RowState.FAILED if end.verdict is Verdict.REJECTED else RowState.REJECTED
+    done = transition(db, key, state, {**about, "reason": reason, "ended_at": now})
+    if is_again:
+        _fall_back(db, key, RowState.SAVED, RowState.FAILED)
+    return done
 
 
 def record_final(db: sqlite3.Connection, key: str, task: Task, reason_kind: ReasonKind | None = None) -> bool:
@@ -298,7 +303,35 @@ def record_final(db: sqlite3.Connection, key: str, task: Task, reason_kind: Reas
     consumed = None if task.consumed is None else f"{task.consumed:f}"
     reason = None if task.images else (task.reason or " ".join(task.texts) or "the service gave no reason")
     facts = {"ended_at": time.time(), "consumed": consumed, "reason": reason, "reason_kind": reason_kind}
-    return transition(db, key, state, facts)
+    done = transition(db, key, state, facts)
+    if state is RowState.FAILED:
+        _fall_back(db, key, RowState.SAVED)
+    return done
+
+
+def _fall_back(db: sqlite3.Connection, key: str, *states: RowState) -> None:
+    """Let the row *key* be about its last attempt whose task has ended in one of *states*, the first that occurs.
+
+    Its last attempt has no image, and is not expected to get one.
+    """
+    for state in states:
+        found = db.execute(
+            "SELECT max(attempt) FROM attempts WHERE key = ? AND state = ? AND task_id IS NOT NULL", (key, state)
+        ).fetchone()[0]
+        if found is not None:
+            db.execute(
+                "UPDATE attempts SET is_replaced = attempt != ? WHERE key = ? AND task_id IS NOT NULL", (found, key)
+            )
+            db.execute("UPDATE rows SET attempt = ? WHERE key = ?", (found, key))
+            return
+
+
+def abandon(db: sqlite3.Connection, key: str) -> bool:
+    """Give the unknown row *key* up. It keeps the image of an earlier attempt, if there is one."""
+    done = transition(db, key, RowState.ABANDONED, {})
+    if done:
+        _fall_back(db, key, RowState.SAVED)
+    return done
 
 
 def transition(db: sqlite3.Connection, key: str, state: RowState, facts: Mapping[str, _Value]) -> bool:

@@ -6,8 +6,11 @@ from typing import Final
 from nanobanana_async.models import ReasonKind, Task, TaskStatus
 
 _MEANS: Final = r"(?:credits?|balance|funds|quota)"
+_MAX_CHARS: Final = 10_000
+"""Part of a text that is read."""
+_QUOTED: Final = re.compile(r"(?<!\w)'[^']{0,500}'(?!\w)|\"[^\"]{0,500}\"|“[^”]{0,500}”|「[^」]{0,500}」|«[^»]{0,500}»")
 _EMPTY_ACCOUNT: Final = re.compile(
-    rf"insufficient[ _-]+(?:\w+[ _-]+)?{_MEANS}\b"
+    rf"insufficient[ _-]+(?:[^\W_]+[ _-]+)?{_MEANS}\b"
     rf"|not enough (?:\w+ )?{_MEANS}\b"
     rf"|(?:out of|ran out of|run out of|exceeded your|exhausted your) (?:\w+ )?{_MEANS}\b"
     rf"|(?<!white )\b{_MEANS}(?: balance)? (?:is |are |has been |have been )?"
@@ -89,5 +92,4 @@ def classify_reason(task: Task) -> ReasonKind:
 
 def _without_quotes(text: str) -> str:
     """Return *text* without what it quotes. The apostrophes of "doesn't" and "it's" are not quotes."""
-    plain = text.replace("\u2019", "'")
-    return re.sub(r"(?<!\w)'[^']*'(?!\w)|\"[^\"]*\"|“[^”]*”|「[^」]*」|«[^»]*»", "", plain)
+    return _QUOTED.sub("", text[:_MAX_CHARS].replace("\u2019", "'"))
