@@ -236,7 +236,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     profile = SimulatorProfile(median_s=options.latency)
-    padding = _chunk(b"pADd", bytes(options.image_bytes))  # rendering would use the CPU
+    padding = _chunk(b"ruNd", bytes(options.image_bytes))  # rendering would use the CPU
     render = (lambda spec: tiny_png(spec)[:-12] + padding + tiny_png(spec)[-12:]) if options.image_bytes else tiny_png
     service = SimulatedService(profile, seed=options.seed, now_s=time.monotonic, render=render)
     socket = open_listener("127.0.0.1", 0)

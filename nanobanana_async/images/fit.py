@@ -3,10 +3,11 @@
 Phones store photos of 12 MB sideways, with a note of the orientation (EXIF) that services ignore, and in HEIC.
 """
 
+import importlib.util
 import io
 import math
 import threading
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from nanobanana_async.errors import ImageError
 from nanobanana_async.images.formats import SNIFF_BYTES, sniff
@@ -101,7 +102,9 @@ def _to_srgb(image: "Image.Image") -> "Image.Image":
     mode = "RGBA" if image.has_transparency_data else "RGB"
     if profile and image.mode in ("RGB", "CMYK"):
         try:
-            source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            srgb = cast("io.BytesIO", ImageCms.createProfile("sRGB"))  # pyright: ignore[reportUnknownMemberType]
+            target = ImageCms.ImageCmsProfile(srgb)  # which also takes the profile that is not annotated
             converted = ImageCms.profileToProfile(image, source, target, outputMode="RGB")
             image = converted or image
         except (ImageCms.PyCMSError, OSError):  # a damaged profile: the colours are taken as sRGB
@@ -115,8 +118,5 @@ def _to_srgb(image: "Image.Image") -> "Image.Image":
 
 def _register_heif() -> None:
     """Let Pillow read HEIC, if pillow-heif is installed."""
-    try:
-        from pillow_heif import register_heif_opener  # noqa: PLC0415 - optional
-    except ModuleNotFoundError:
-        return
-    register_heif_opener()
+    if importlib.util.find_spec("pillow_heif") is not None:
+        importlib.import_module("pillow_heif").register_heif_opener()

@@ -63,7 +63,7 @@ class TaskTracker:
         source: PollSource,
         schedule: PollSchedule,
         background: BackgroundTaskGroup,
-        on_change: Callable[[SubmitInfo, Task, Eta | None], None] = lambda *_: None,
+        on_change: Callable[[SubmitInfo, Task, Eta | None], None] = lambda _, __, ___: None,
     ) -> None:
         self._on_change = on_change
         self._source = source
