@@ -6,6 +6,7 @@ from functools import partial
 from typing import Final
 
 import anyio
+import attrs
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async.errors import NanoBananaError
@@ -14,6 +15,16 @@ _log: Final = logging.getLogger("nanobanana_async")
 _RETRY_AFTER_S: Final = (10.0, 20.0, 40.0, 80.0, 160.0, 300.0)
 """Waits before further queries of a task id. A new task may be invisible at first, and the service may be down."""
 _MAX_PENDING: Final = 1000
+
+
+@attrs.frozen
+class DoubtfulSubmit:
+    """A submit with a POST that may have been charged, and whose task only a callback can name."""
+
+    task_id: str | None
+    """The accepted task, of which another one would be a duplicate; None if there is none."""
+    bind: Callable[[str], Awaitable[None]] | None
+    """Records the task; None for a duplicate."""
 
 
 class CallbackRecovery:

@@ -41,7 +41,7 @@ from nanobanana_async.protocols import (
     Transport,
     Verdict,
 )
-from nanobanana_async.recovery import CallbackRecovery
+from nanobanana_async.recovery import CallbackRecovery, DoubtfulSubmit
 from nanobanana_async.saved import SavedImage
 from nanobanana_async.session_options import SessionOptions, limits_of
 from nanobanana_async.tracking.schedule import PollSchedule, latency_kind
@@ -55,16 +55,6 @@ from nanobanana_async.wire.endpoint import Endpoint
 _MAX_DOUBTFUL: Final = 10_000
 _CLOSE_EXPIRED_S: Final = 5.0
 _log: Final = logging.getLogger("nanobanana_async")
-
-
-@attrs.frozen
-class _DoubtfulSubmit:
-    """A submit with a POST that may have been charged, and whose task only a callback can name."""
-
-    task_id: str | None
-    """The accepted task, of which another one would be a duplicate; None if there is none."""
-    bind: Callable[[str], Awaitable[None]] | None
-    """Records the task; None for a duplicate."""
 
 
 class Session:
@@ -82,7 +72,7 @@ class Session:
         self._size_check = SizeCheck()
         self._ledger_lock = anyio.Lock()
         self._has_opened_ledger = False
-        self._doubtful: FifoCache[_DoubtfulSubmit] = FifoCache(_MAX_DOUBTFUL)
+        self._doubtful: FifoCache[DoubtfulSubmit] = FifoCache(_MAX_DOUBTFUL)
         """Submits for which a callback may name a task, by nonce."""
         self._recovering: set[str] = set()
         """Nonces of the submits that wait for their callback."""
@@ -244,7 +234,7 @@ class Session:
             done = await self._recover(pending, record, exc, recover if call.record is None else None)
         handle = self._new_handle(call, done, entry, pending)
         if pending is not None and done.possible_duplicates:
-            self._doubtful.add(pending.nonce, _DoubtfulSubmit(handle.task_id, None))
+            self._doubtful.add(pending.nonce, DoubtfulSubmit(handle.task_id, None))
         if pending is not None and pending.bind(handle.task_id):
             self.tracker.notify(handle.task_id)
             for task_id in pending.duplicates():
@@ -277,7 +267,7 @@ class Session:
             self._recovering.discard(pending.nonce)
         if found is None:
             if bind_late is not None:
-                self._doubtful.add(pending.nonce, _DoubtfulSubmit(None, bind_late))
+                self._doubtful.add(pending.nonce, DoubtfulSubmit(None, bind_late))
             raise exc
         await record.end_attempt(AttemptEnd(verdict=Verdict.ACCEPTED, rule="callback", task_id=found.task_id))
         _log.warning("task %s was recovered by its callback; its submit had failed: %s", found.task_id, exc)

@@ -205,7 +205,7 @@ MUTANTS: Final = (
     Mutant(
         "deadlines have no timer",
         "tracking/tracker.py",
-        "                group.start_soon(self._expire_waiters)\n",
+        "                group.start_soon(self._deadlines.run)\n",
         "",
         "test_tracker_callbacks_and_outages.py",
     ),

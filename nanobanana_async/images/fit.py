@@ -6,6 +6,7 @@ Phones store photos of 12 MB sideways, with a note of the orientation (EXIF) tha
 import importlib.util
 import io
 import math
+import sys
 import threading
 from typing import TYPE_CHECKING, Final, cast
 
@@ -96,7 +97,7 @@ def _shrunk(image: "Image.Image", side_px: int, max_bytes: int) -> bytes:
 
 def _to_srgb(image: "Image.Image") -> "Image.Image":
     """Return the image as RGB, or RGBA if it has transparent parts, in the colours of sRGB."""
-    from PIL import ImageCms  # noqa: PLC0415 - an extra
+    from PIL import Image, ImageCms  # noqa: PLC0415 - an extra
 
     profile = image.info.get("icc_profile")
     mode = "RGBA" if image.has_transparency_data else "RGB"
@@ -110,7 +111,8 @@ def _to_srgb(image: "Image.Image") -> "Image.Image":
         except (ImageCms.PyCMSError, OSError):  # a damaged profile: the colours are taken as sRGB
             pass
     if image.mode.startswith("I"):  # 16 bits per pixel, of which `convert` would keep the lower ones
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
+        upper = slice(1, None, 4) if sys.byteorder == "little" else slice(2, None, 4)
+        image = Image.frombytes("L", image.size, image.convert("I").tobytes()[upper])
     image = image.convert(mode)
     image.info.clear()  # no profile and no EXIF with the place of the photo
     return image

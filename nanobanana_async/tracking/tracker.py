@@ -5,7 +5,6 @@ coroutine and not a timer.
 """
 
 import contextlib
-import copy
 import logging
 import math
 from collections.abc import AsyncGenerator, Callable
@@ -17,7 +16,6 @@ import attrs
 
 from nanobanana_async._concurrency.background import BackgroundTaskGroup
 from nanobanana_async._concurrency.delay_queue import DelayQueue
-from nanobanana_async._concurrency.events import OneShotEvent
 from nanobanana_async._concurrency.slots import Slot
 from nanobanana_async.errors import (
     ApiError,
@@ -40,9 +38,9 @@ from nanobanana_async.tracking.state import (
     Waiter,
     closed_error,
     lost_task_error,
-    timeout_error,
     with_task_id,
 )
+from nanobanana_async.tracking.waiters import WaiterDeadlines
 
 _log: Final = logging.getLogger("nanobanana_async")
 _TIMER_SLACK_S: Final = 0.2
@@ -76,7 +74,7 @@ class TaskTracker:
         self.cache: Final = TaskCache()
         grain_s = min(_TIMER_SLACK_S, schedule.policy.min_interval_s / 2)
         self._poll_queue: DelayQueue[TrackedTask] = DelayQueue(grain_s)
-        self._timeout_queue: DelayQueue[Waiter] = DelayQueue(grain_s)
+        self._deadlines = WaiterDeadlines(grain_s)
         self._demand_per_s = 0.0
         self._running = False
         self._consecutive_errors = 0
@@ -101,7 +99,7 @@ class TaskTracker:
         tracked, waiter = self.track(task_id, submit_info)
         try:
             while tracked.snapshot is None or not tracked.snapshot.is_final:
-                await self._arm(tracked, waiter, deadline_s, timeout_s).wait()
+                await self._deadlines.arm(tracked, waiter, deadline_s, timeout_s).wait()
             return tracked.snapshot
         finally:
             self.remove_waiter(tracked, waiter)
@@ -125,7 +123,7 @@ class TaskTracker:
                     shown, tick_s = snapshot.status, anyio.current_time() + every_s
                     yield snapshot
                 else:
-                    event = self._arm(tracked, waiter, deadline_s, timeout_s)
+                    event = self._deadlines.arm(tracked, waiter, deadline_s, timeout_s)
                     with anyio.CancelScope(deadline=tick_s):
                         await event.wait()
         finally:
@@ -159,7 +157,7 @@ class TaskTracker:
 
     def remove_waiter(self, tracked: TrackedTask, waiter: Waiter) -> None:
         """Remove *waiter*. The last one ends the polling."""
-        self._timeout_queue.remove(waiter)
+        self._deadlines.remove(waiter)
         if waiter in tracked.waiters:  # all are removed when the task is finished
             tracked.waiters.remove(waiter)
         if not tracked.waiters and self._tasks.get(tracked.task_id) is tracked:
@@ -210,15 +208,10 @@ class TaskTracker:
         )
 
     def eta(self, submit: SubmitInfo, wait_s: float = 0.0) -> Eta | None:
-        """Return the time left until a task is final; None if the time of its submit is not known.
-
-        Without a time, but with a kind, it is one that is submitted in *wait_s*.
-        """
-        age_s = 0.0
-        if submit.submitted_at_s is not None and not submit.is_estimate:
-            age_s = max(0.0, anyio.current_time() - submit.submitted_at_s)
-        elif submit.kind is None or submit.is_estimate:
+        """Return the time left until a task is final, or one that is submitted in *wait_s*; None if it is not known."""
+        if submit.is_estimate or (submit.kind is None and submit.submitted_at_s is None):
             return None
+        age_s = 0.0 if submit.submitted_at_s is None else max(0.0, anyio.current_time() - submit.submitted_at_s)
         eta = self._schedule.eta(submit.kind, age_s, self._pressure())
         return Eta(median_s=wait_s + eta.median_s, p90_s=wait_s + eta.p90_s)
 
@@ -226,25 +219,6 @@ class TaskTracker:
         """End every wait. The tasks keep running at the service."""
         for tracked in list(self._tasks.values()):
             self._finish(tracked, closed_error(tracked))
-
-    # --- waiters ----------------------------------------------------------------------------------------------------
-
-    def _arm(self, tracked: TrackedTask, waiter: Waiter, deadline_s: float, timeout_s: float) -> OneShotEvent:
-        """Return an event that is set at the next change. Raise the error that ended tracking, or TaskTimeout."""
-        if tracked.error is not None:
-            raise copy.copy(tracked.error)  # a copy per waiter: a shared one would collect all their tracebacks
-        if anyio.current_time() < deadline_s:
-            if waiter.due_s != deadline_s:
-                self._timeout_queue.schedule(waiter, deadline_s)
-            waiter.event = OneShotEvent()
-            return waiter.event
-        raise timeout_error(tracked, timeout_s)
-
-    async def _expire_waiters(self) -> None:
-        """Wake each waiter whose deadline has passed."""
-        while True:
-            await self._timeout_queue.wait_due()
-            self._timeout_queue.pop().wake()
 
     def _untrack(self, tracked: TrackedTask) -> None:
         self._poll_queue.remove(tracked)
@@ -309,7 +283,7 @@ class TaskTracker:
     async def _run(self) -> None:
         try:
             async with anyio.create_task_group() as group:
-                group.start_soon(self._expire_waiters)
+                group.start_soon(self._deadlines.run)
                 group.start_soon(self._poll_loop)
         except Exception as exc:  # noqa: BLE001 - a bug; no waiter may be left without a scheduler
             _log.exception("the tracker failed")
