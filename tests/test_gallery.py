@@ -1,9 +1,15 @@
 """The gallery is one page that opens from disk."""
 
+import os
+import random
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
+from PIL import Image
+
 from nanobanana_async.batch.gallery import GalleryCard, frame, render, write
+from nanobanana_async.batch.thumbnails import Thumbnails
 
 
 class _Tags(HTMLParser):
@@ -65,3 +71,49 @@ def test_the_page_is_written_as_one_file(tmp_path: Path) -> None:
     """The page needs no other file than the images."""
     write(tmp_path / "index.html", "Run", [])
     assert tags((tmp_path / "index.html").read_text(), "link") == []
+
+
+def photo(path: Path, width: int = 2000) -> Path:
+    """Write an image that is too large for a gallery."""
+    Image.frombytes("RGB", (width, 300), random.Random(1).randbytes(3 * width * 300)).save(path)
+    return path
+
+
+def test_a_large_image_is_shown_as_a_thumbnail_and_linked_in_full(tmp_path: Path) -> None:
+    """It is made once, and again if the image is a newer one."""
+    image = photo(tmp_path / "fox.png")
+    link = Thumbnails(tmp_path, 10).link(image)
+    assert link == ".thumbnails/fox.png.webp"
+    thumbnail = tmp_path / link
+    assert thumbnail.stat().st_size < image.stat().st_size / 10
+    with Image.open(thumbnail) as opened:
+        assert opened.size == (640, 96)
+    made = thumbnail.stat().st_mtime_ns
+    assert Thumbnails(tmp_path, 10).link(image) == link
+    assert thumbnail.stat().st_mtime_ns == made
+    os.utime(image, ns=(made + 10**9, made + 10**9))
+    Thumbnails(tmp_path, 10).link(image)
+    assert thumbnail.stat().st_mtime_ns > made
+    page = page_of("Run", [GalleryCard(prompt="a fox", status="succeeded", file="fox.png", thumbnail=link)])
+    assert (tags(page, "img")[0]["src"], tags(page, "a")[0]["href"]) == (link, "fox.png")
+
+
+@pytest.mark.parametrize("what", ["small", "late", "damaged", "missing", "link", "no space"])
+def test_without_a_thumbnail_the_image_itself_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """A small image needs none. Time, damage, a link in place of the folder, and a full disk do no harm."""
+    image = photo(tmp_path / "fox.png", 20 if what == "small" else 2000)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    match what:
+        case "damaged":
+            image.write_bytes(image.read_bytes()[:250_000])
+        case "missing":
+            image.unlink()
+        case "link":
+            (tmp_path / ".thumbnails").symlink_to(elsewhere)
+        case "no space":
+            (tmp_path / ".thumbnails").write_text("a file of the user")
+    assert Thumbnails(tmp_path, -1 if what == "late" else 10).link(image) == "fox.png"
+    assert not list(elsewhere.iterdir())

@@ -24,6 +24,8 @@ class GalleryCard:
     """One word: `succeeded`, `failed` or `unknown`. The filter offers the ones that occur."""
     file: str | None = None
     """File of the image, relative to the page; None if there is none."""
+    thumbnail: str | None = None
+    """A smaller copy of the image, relative to the page; None shows the image itself."""
     seconds: float | None = None
     """Time from submit to saved image; None if not measured."""
     cost: str = ""
@@ -60,8 +62,8 @@ def render(card: GalleryCard) -> str:
     if card.file is None:
         image = f'<div class="none">{escape(card.note or card.status)}</div>'
     else:
-        link = escape(quote(card.file))
-        image = f'<a href="{link}"><img src="{link}" alt="{prompt}" loading="lazy"></a>'
+        link, source = (escape(quote(name)) for name in (card.file, card.thumbnail or card.file))
+        image = f'<a href="{link}"><img src="{source}" alt="{prompt}" loading="lazy"></a>'
     facts = [card.status if card.reason_kind is None else f"{card.status}: {card.reason_kind}"]
     if card.seconds is not None:
         facts.append(f"{card.seconds:.1f} s")

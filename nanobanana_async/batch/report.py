@@ -13,6 +13,7 @@ from typing import Final, Self
 from nanobanana_async._text import format_credits
 from nanobanana_async.batch import gallery
 from nanobanana_async.batch.result_columns import RESULT_COLUMNS, is_result_header
+from nanobanana_async.batch.thumbnails import Thumbnails
 from nanobanana_async.images.files import replacing
 from nanobanana_async.ledger.batch_rows import file_record
 from nanobanana_async.ledger.restored import GALLERY_MARK, GALLERY_NAME, manifest_path
@@ -22,6 +23,8 @@ from nanobanana_async.models import JsonValue
 _RESULTS_NAME: Final = "results.csv"
 _BOM: Final = "\ufeff"
 """Excel takes a .csv for UTF-8 only with this mark."""
+_THUMBNAILS_S: Final = 10.0
+"""Longest time that a report makes thumbnails, of 0.2 s each. The next one goes on."""
 _HEAD_BYTES: Final = 65_536
 _FORMULA_STARTS: Final = ("=", "+", "-", "@")
 
@@ -75,6 +78,7 @@ class ReportWriter:
         self._stack = ExitStack()
         self._decimal_sign = "," if delimiter == ";" else "."
         self._given = list(columns) or ["prompt"]
+        self._thumbnails = Thumbnails(folder, _THUMBNAILS_S)
         title = os.fsencode(folder.resolve().name).decode("utf-8", "replace")
         head, self._tail = gallery.frame(title)
         try:
@@ -103,7 +107,7 @@ class ReportWriter:
             self._manifest.write(f"{json.dumps(_manifest_line(record), ensure_ascii=False)}\n")
             self._results.writerow([*_given_cells(record, self._given), *_own_cells(record, self._decimal_sign)])
             if not record.state.is_ready:
-                self._page.write(f"{gallery.render(_card(record))}\n")
+                self._page.write(f"{gallery.render(_card(record, self._thumbnails))}\n")
 
     def __enter__(self) -> Self:
         return self
@@ -139,12 +143,14 @@ def _own_cells(record: LedgerRow, decimal_sign: str) -> list[object]:
     ]
 
 
-def _card(record: LedgerRow) -> gallery.GalleryCard:
+def _card(record: LedgerRow, thumbnails: Thumbnails) -> gallery.GalleryCard:
     is_done = record.state is RowState.SAVED
+    image = record.files[0].path if is_done and record.files else None
     return gallery.GalleryCard(
         prompt=record.prompt,
         status=_STATUS_LABELS.get(record.state, record.state.value),
-        file=record.files[0].path.name if is_done and record.files else None,
+        file=None if image is None else image.name,
+        thumbnail=None if image is None else thumbnails.link(image),
         seconds=_seconds(record),
         cost="" if record.total_consumed is None else format_credits(record.total_consumed),
         note="" if is_done else (record.reason or ""),
