@@ -5,9 +5,11 @@ import io
 import json
 import random
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anyio
 import attrs
 import pytest
 from PIL import Image, ImageCms
@@ -199,6 +201,28 @@ async def test_a_reference_is_sent_as_the_url_that_the_application_has_stored_it
     images = await sent(ReferencePolicy(upload=upload), PNG, "https://a.example/x.png")
     assert images == ["https://cdn.example/1.png", "https://a.example/x.png"]
     assert stored == [PNG]
+
+
+async def test_large_references_are_encoded_one_request_after_the_other() -> None:
+    """Encoding takes three times their size."""
+    at_once = most = 0
+
+    async def upload(_: bytes) -> str:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        await anyio.sleep(0.05)
+        at_once -= 1
+        return "https://cdn.example/1.png"
+
+    policy = ReferencePolicy(upload=upload, max_bytes=64 * MIB)
+    async with (
+        NanoBananaClient("dk-test", transport=Simulator(), references=policy) as client,
+        anyio.create_task_group() as group,
+    ):
+        for number in range(3):
+            group.start_soon(partial(client.submit, f"fox {number}", images=[PNG + bytes(40 * MIB)]))
+    assert most == 1
 
 
 @pytest.mark.parametrize("answer", ["fox.png", OSError("bucket is gone"), None])

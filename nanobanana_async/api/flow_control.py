@@ -17,6 +17,7 @@ from nanobanana_async.protocols import RequestKind, WireResponse
 _OUTAGE_AFTER_ERRORS: Final = 3
 """Consecutive requests without a usable response that count as an outage of the service."""
 _PAUSE_ABOVE_S: Final = 5.0
+_MAX_ENCODING_BYTES: Final = 64 * 2**20
 _FIRST_SUBMIT_S: Final = 1.0
 """Assumed duration of a submit before the first one: 0.8 s over TLS and three round trips of 0.12 s, measured."""
 _SMOOTHING: Final = 0.1
@@ -44,6 +45,8 @@ class FlowControl:
         }
         self.uploads: Final = ByteBudget(limits.max_upload_bytes)
         """Memory for the bodies of submits."""
+        self.encoding: Final = ByteBudget(_MAX_ENCODING_BYTES)
+        """Bodies that are being encoded, which takes three times their size for a moment."""
         self._in_flight = AdaptiveLimit(limits.max_submits)
         self.on_limit: Callable[[int], None] = lambda _: None
         """Called with `max_submits` after it may have changed."""

@@ -172,10 +172,15 @@ class SubmitLoop:
             NotSent: The deadline came before there was memory.
         """
         assert submit.turn.slot is not None  # noqa: S101 - taken before
-        lease = self._flow.uploads.lease()
+        lease, encoding = self._flow.uploads.lease(), self._flow.encoding.lease()
         submit.turn.slot.call_when_released(lease.release)
-        with anyio.CancelScope(deadline=submit.turn.deadline_s):
-            ready = await self._prepare(submit.request, lease.resize)
+
+        async def reserve(size_bytes: int) -> None:
+            await lease.resize(size_bytes)
+            await encoding.resize(size_bytes)
+
+        with encoding, anyio.CancelScope(deadline=submit.turn.deadline_s):
+            ready = await self._prepare(submit.request, reserve)
             size_bytes = sum(len(image) for image in ready.images if isinstance(image, str))
             encode = partial(codec.encode_submit, self._endpoint.base_url, ready)
             submit.wire = await run_maybe_in_thread(size_bytes, encode)
