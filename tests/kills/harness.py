@@ -18,7 +18,7 @@ from nanobanana_async.simulator import SimulatorProfile
 from nanobanana_async.simulator.in_memory import tiny_png
 from nanobanana_async.simulator.server import SimulatorServer
 from nanobanana_async.simulator.service import SimulatedResponse
-from nanobanana_async.simulator.specs import ImageSpec
+from nanobanana_async.simulator.specs import requested_spec
 from tests.kills import child
 
 ROWS = 8
@@ -140,7 +140,7 @@ class Harness:
 
 
 def _is_whole(record: LedgerRow) -> bool:
-    image = tiny_png(ImageSpec(prompt=record.prompt, width=8, height=8))
+    image = tiny_png(requested_spec({"prompt": record.prompt}))
     return record.state is RowState.SAVED and [file.path.read_bytes() for file in record.files] == [image]
 
 
