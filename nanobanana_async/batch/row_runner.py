@@ -140,13 +140,13 @@ class RowRunner:
             if not has_image:  # charged and lost: the user has to decide
                 await self._ledger.transition(record.row.key, RowState.UNKNOWN, reason=str(exc))
             raise
+        kind = None if task.images else self._client.classify_reason(task)
         if not has_image:
-            kind = None if task.images else self._client.classify_reason(task)
             await self._ledger.record_final(record.row.key, task, kind)
         if record.reservation is not None:
             record.reservation.settle(task.consumed, is_success=bool(task.images))
-        if not task.images:
-            raise no_image_error(task, self._client.classify_reason(task))
+        if kind is not None:
+            raise no_image_error(task, kind)
         return task
 
     async def _save_images(self, record: RowRecord, entry: LedgerRow, task: Task) -> tuple[SavedImage, ...]:
